@@ -1,0 +1,283 @@
+"""The adapter bank: fixed-capacity device memory that adapters are inserted into and removed from.
+
+A bank is an argument of the jitted functions. Its shapes never change, so loading, unloading and any mix of adapters,
+ranks and layouts run the program that is compiled already.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.adapters.lora import LoRAAdapter, Site
+from jax_moe_lora.adapters.packing import PackedAdapter, allocate, pack, page_ids, pages_of
+from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.errors import BankFullError, InputError
+from pallas_kernels import RANK_PAGE, LoRAPages
+
+FREE, RESERVED = -1, -2
+CHUNK_BYTES = 16 * 2**20
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AdapterBank:
+    """Pages of adapter matrices, and the tables that find them. Make one with `create_bank`.
+
+    Matrices are pooled by the width of their rows, over all layers and modules, so one budget serves adapters of any
+    layout. Page 0 of each pool is all zeros.
+
+    Attributes:
+      pages: width -> `[N, 16, width]`.
+      owner: width -> int32 `[N]`, the slot that holds each page; `FREE`, or `RESERVED` for page 0.
+      tables: module -> int32 `[L, S, E, 4]`, as in `LoRAPages.table`, for each layer that has the module.
+      scales: module -> float32 `[L, S, E]`.
+      sites: static: the model's projections. max_rank: static: the largest rank that fits.
+    """
+
+    pages: dict[int, Float[Array, "N 16 width"]]
+    owner: dict[int, Int[Array, "N"]]
+    tables: dict[str, Int[Array, "L S E 4"]]
+    scales: dict[str, Float[Array, "L S E"]]
+    sites: tuple[tuple[str, Site], ...] = field(metadata={"static": True})
+    max_rank: int = field(metadata={"static": True})
+
+    @property
+    def num_slots(self) -> int:
+        return next(iter(self.scales.values())).shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return next(iter(self.pages.values())).dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole bank, tables included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def layer(self, layer: int) -> dict[str, LoRAPages]:
+        """One layer's adapters by module, for `moe_lora` and `lora_linear`."""
+        return {
+            module: LoRAPages(
+                a=self.pages[site.in_width],
+                b=self.pages[site.out_width],
+                table=self.tables[module][site.layers.index(layer)],
+                scale=self.scales[module][site.layers.index(layer)],
+            )
+            for module, site in self.sites
+            if layer in site.layers
+        }
+
+    def slot_nbytes(self, slot: int) -> int:
+        """Bytes of the pages that a slot holds."""
+        return sum(
+            int((np.asarray(self.owner[width]) == slot).sum()) * _page_bytes(width, self.dtype) for width in self.pages
+        )
+
+
+def create_bank(
+    sites: Mapping[str, Site],
+    num_slots: int,
+    max_rank: int,
+    memory: int | None = None,
+    dtype: jax.typing.DTypeLike = "bfloat16",
+) -> AdapterBank:
+    """An empty bank.
+
+    Args:
+      sites: the projections that adapters may target.
+      num_slots: S, adapters that can be loaded at once. max_rank: the largest rank accepted.
+      memory: byte budget of the pages; None takes what S per-expert adapters of `max_rank` on every site need, and no
+        budget makes the bank larger than that. It is shared out as a per-expert adapter on every site would use it.
+
+    Raises:
+      InputError: a size that is not positive, or a budget below one page a pool.
+    """
+    if num_slots < 1 or max_rank < 1:
+        raise InputError(f"num_slots is {num_slots} and max_rank {max_rank}; expected at least 1 each.")
+    dtype = np.dtype(jnp.dtype(dtype))
+    matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own
+    for site in sites.values():
+        for width in (site.in_width, site.out_width):
+            matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
+    most = num_slots * int(pages_of(max_rank))
+    per_rank_page = sum(count * _page_bytes(width, dtype) for width, count in matrices.items())
+    share = most if memory is None else min(most, memory / per_rank_page)
+    sizes = {width: int(count * share) for width, count in matrices.items()}
+    if min(sizes.values()) < 1:
+        least = max(
+            _page_bytes(width, dtype) * per_rank_page // (_page_bytes(width, dtype) * count)
+            for width, count in matrices.items()
+        )
+        raise InputError(
+            f"A bank of {memory} bytes has no room for a page of each kind; give adapter_memory at least {least} bytes."
+        )
+    return AdapterBank(
+        pages={width: jnp.zeros((1 + n, RANK_PAGE, width), dtype) for width, n in sizes.items()},
+        owner={width: jnp.full(1 + n, FREE, jnp.int32).at[0].set(RESERVED) for width, n in sizes.items()},
+        tables={m: jnp.zeros((len(s.layers), num_slots, s.num_experts, 4), jnp.int32) for m, s in sites.items()},
+        scales={m: jnp.zeros((len(s.layers), num_slots, s.num_experts), jnp.float32) for m, s in sites.items()},
+        sites=tuple(sites.items()),
+        max_rank=max_rank,
+    )
+
+
+def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = False) -> AdapterBank:
+    """A bank that holds `adapter` in `slot`. Nothing is compiled after the first insertion into a bank's shapes.
+
+    Everything is checked before anything is written: when this raises, `bank` is as it was.
+
+    Args:
+      donate: reuse the memory of `bank`, which must not be used again. Never donate a bank that a running step holds.
+
+    Raises:
+      InputError: the slot is out of range or taken. AdapterFormatError: the adapter does not fit the sites, has a rank
+      above `max_rank`, or weights that are not finite in the bank's dtype. BankFullError: not enough free pages.
+    """
+    _check_slot(bank, slot)
+    owner = {width: np.array(ids) for width, ids in bank.owner.items()}
+    if any((ids == slot).any() for ids in owner.values()):
+        raise InputError(f"Slot {slot} is taken; remove its adapter first.")
+    sites = dict(bank.sites)
+    check_adapter(adapter, sites, bank.max_rank, bank.dtype)
+    packed = pack(adapter, sites, bank.dtype)
+    first: dict[int, np.ndarray] = {}
+    for width, stack in packed.widths.items():
+        runs = np.concatenate(stack.runs) if stack.runs else np.zeros(0, np.int64)
+        found = allocate(owner[width] == FREE, runs)
+        if found is None and runs.sum() <= (owner[width] == FREE).sum():
+            return insert(compact(bank), slot, adapter, donate=True)
+        if found is None:
+            raise BankFullError(_full(bank, adapter, packed, owner))
+        first[width] = found
+        owner[width][page_ids(found, runs)] = slot
+    return _write(bank, slot, adapter, packed, first, owner, donate)
+
+
+def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
+    """A bank whose `slot` is empty: its rows are base rows at once, its pages are free."""
+    _check_slot(bank, slot)
+    tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
+    scales = {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
+    owner = {width: jnp.where(ids == slot, FREE, ids) for width, ids in bank.owner.items()}
+    new_tables, new_scales = _set_slot(donate)(bank.tables, bank.scales, slot, tables, scales)
+    return replace(bank, owner=owner, tables=new_tables, scales=new_scales)
+
+
+def compact(bank: AdapterBank) -> AdapterBank:
+    """The same adapters with their pages moved together, so that all free pages lie side by side."""
+    pages, new_id = {}, {}
+    owner = {}
+    for width, ids in bank.owner.items():
+        used = np.flatnonzero(np.asarray(ids) != FREE)
+        rest = np.flatnonzero(np.asarray(ids) == FREE)
+        order = np.concatenate((used, rest)).astype(np.int32)
+        pages[width] = _permute(bank.pages[width], order)
+        owner[width] = ids[order]
+        new_id[width] = np.zeros(len(order), np.int32)
+        new_id[width][order] = np.arange(len(order), dtype=np.int32)
+    tables = {}
+    for module, site in bank.sites:
+        table = bank.tables[module]
+        a, b = jnp.asarray(new_id[site.in_width])[table[..., 0]], jnp.asarray(new_id[site.out_width])[table[..., 1]]
+        tables[module] = table.at[..., 0].set(a).at[..., 1].set(b)
+    # Nothing is shared with the old bank, so that the new one can be donated.
+    return replace(bank, pages=pages, owner=owner, tables=tables, scales=jax.tree.map(jnp.copy, bank.scales))
+
+
+def _write(
+    bank: AdapterBank,
+    slot: int,
+    adapter: LoRAAdapter,
+    packed: PackedAdapter,
+    first: Mapping[int, np.ndarray],
+    owner: Mapping[int, np.ndarray],
+    donate: bool,
+) -> AdapterBank:
+    tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
+    scales = {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
+    sites = dict(bank.sites)
+    for (layer, module), (runs_a, runs_b, ranks) in packed.entries.items():
+        site, row = sites[module], sites[module].layers.index(layer)
+        live = ranks > 0
+        tables[module][row, live, 0] = first[site.in_width][runs_a[live]]
+        tables[module][row, live, 1] = first[site.out_width][runs_b[live]]
+        tables[module][row, :, 2] = pages_of(ranks)
+        tables[module][row, :, 3] = ranks
+        scales[module][row] = np.where(live, adapter.weights[layer, module].scale, 0)
+    pages = dict(bank.pages)
+    for width, stack in packed.widths.items():
+        if stack.runs:
+            ids = page_ids(first[width], np.concatenate(stack.runs))
+            pages[width] = _write_pages(pages[width], ids, np.concatenate(stack.pages), donate)
+    new_tables, new_scales = _set_slot(donate)(bank.tables, bank.scales, slot, tables, scales)
+    new_owner = {width: jnp.asarray(ids) for width, ids in owner.items()}
+    return replace(bank, pages=pages, owner=new_owner, tables=new_tables, scales=new_scales)
+
+
+def _write_pages(pool: Array, ids: np.ndarray, data: np.ndarray, donate: bool) -> Array:
+    """Writes pages in chunks of one static size, so that adapters of any size share one program."""
+    chunk = max(1, min(pool.shape[0], CHUNK_BYTES // _page_bytes(pool.shape[2], pool.dtype)))
+    for begin in range(0, len(ids), chunk):
+        some_ids = np.full(chunk, pool.shape[0], np.int32)  # past the end: dropped
+        some_data = np.zeros((chunk, *pool.shape[1:]), pool.dtype)
+        taken = ids[begin : begin + chunk]
+        some_ids[: len(taken)] = taken
+        some_data[: len(taken)] = data[begin : begin + chunk]
+        pool = _scatter(donate or begin > 0)(pool, some_ids, some_data)
+    return pool
+
+
+def _scatter(donate: bool):
+    return _scatter_donating if donate else _scatter_copying
+
+
+def _scatter_pages(pool: Array, ids: Array, data: Array) -> Array:
+    return pool.at[ids].set(data, mode="drop")
+
+
+_scatter_donating = jax.jit(_scatter_pages, donate_argnums=0)
+_scatter_copying = jax.jit(_scatter_pages)
+
+
+def _set_slot_entries(tables, scales, slot, new_tables, new_scales):
+    return (
+        {m: t.at[:, slot].set(new_tables[m]) for m, t in tables.items()},
+        {m: s.at[:, slot].set(new_scales[m]) for m, s in scales.items()},
+    )
+
+
+_set_slot_donating = jax.jit(_set_slot_entries, donate_argnums=(0, 1))
+_set_slot_copying = jax.jit(_set_slot_entries)
+
+
+def _set_slot(donate: bool):
+    return _set_slot_donating if donate else _set_slot_copying
+
+
+@jax.jit
+def _permute(pool: Array, order: Array) -> Array:
+    return pool[order]
+
+
+def _check_slot(bank: AdapterBank, slot: int) -> None:
+    if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < bank.num_slots:
+        raise InputError(f"Slot is {slot!r}; the bank has slots 0 to {bank.num_slots - 1}.")
+
+
+def _page_bytes(width: int, dtype: np.dtype) -> int:
+    return RANK_PAGE * width * np.dtype(dtype).itemsize
+
+
+def _full(bank: AdapterBank, adapter: LoRAAdapter, packed: PackedAdapter, owner: Mapping[int, np.ndarray]) -> str:
+    wanted = free = 0
+    for width, stack in packed.widths.items():
+        wanted += sum(int(runs.sum()) for runs in stack.runs) * _page_bytes(width, bank.dtype)
+        free += int((np.asarray(bank.owner[width]) == FREE).sum()) * _page_bytes(width, bank.dtype)
+    return (
+        f"Adapter {adapter.name!r} needs {wanted} bytes of pages and the bank has {free} free of the kinds it needs; "
+        "unload an adapter or give a larger adapter_memory."
+    )

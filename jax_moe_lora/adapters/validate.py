@@ -1,0 +1,49 @@
+"""Checks of one adapter against a model's sites, before anything is changed."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
+from jax_moe_lora.errors import AdapterFormatError
+
+
+def check_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int, dtype: np.dtype) -> None:
+    """Raises AdapterFormatError for the first thing that keeps the adapter from being served by a bank."""
+    if not adapter.weights:
+        raise AdapterFormatError(f"Adapter {adapter.name!r} holds no weights; expected at least one projection.")
+    for (layer, module), weights in adapter.weights.items():
+        for problem in _problems(layer, module, weights, sites, max_rank, dtype):
+            raise AdapterFormatError(f"Adapter {adapter.name!r}, layer {layer}, {module}: {problem}")
+
+
+def _problems(
+    layer: int, module: str, weights: LoRAWeights, sites: Mapping[str, Site], max_rank: int, dtype: np.dtype
+) -> Iterator[str]:
+    site = sites.get(module)
+    if site is None:
+        yield f"the model has no such projection; it has {', '.join(sorted(sites))}."
+        return
+    if layer not in site.layers:
+        yield f"the model has no {module} in this layer."
+        return
+    experts, rank = site.num_experts, weights.a.shape[1] if weights.a.ndim == 3 else -1
+    for side, expected in (("a", (rank, site.in_width)), ("b", (site.out_width, rank))):
+        shape = getattr(weights, side).shape
+        if len(shape) != 3 or shape[0] not in (1, experts) or shape[1:] != expected:
+            yield f"{side.upper()} has shape {list(shape)}; expected [{experts} or 1, {expected[0]}, {expected[1]}]."
+            return
+    if weights.ranks.shape != (experts,) or weights.scale.shape != (experts,):
+        yield f"ranks and scale have shapes {weights.ranks.shape} and {weights.scale.shape}; expected ({experts},)."
+        return
+    if weights.ranks.min(initial=0) < 0 or weights.max_rank > rank:
+        yield f"ranks lie between {weights.ranks.min()} and {weights.max_rank}; expected 0 to {rank}."
+    if weights.max_rank > max_rank:
+        yield f"its rank is {weights.max_rank}; the bank takes at most {max_rank} (raise max_rank)."
+    if not np.isfinite(weights.scale).all():
+        yield "its scale is not finite."
+    for side in ("a", "b"):
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(getattr(weights, side).astype(dtype)).all()
+        if not finite:
+            yield f"{side.upper()} holds values that are not finite in {np.dtype(dtype).name}; such weights are never served."

@@ -1,0 +1,36 @@
+"""The library's own exceptions: one clear sentence each (what came, what was expected, what to do)."""
+
+
+class JaxMoELoRAError(Exception):
+    """Base class of every error that this library raises on bad input."""
+
+
+class ConfigError(JaxMoELoRAError, ValueError):
+    """A model's `config.json` is missing, malformed, or asks for something that is not supported."""
+
+
+class CheckpointError(JaxMoELoRAError, ValueError):
+    """A checkpoint's files are missing, corrupt, or do not hold the tensors that its config promises."""
+
+
+class AdapterFormatError(JaxMoELoRAError, ValueError):
+    """An adapter's files are missing, corrupt, not understood, or do not fit the model."""
+
+
+class AdapterNameError(JaxMoELoRAError, KeyError):
+    """An adapter name is unknown, taken, or reserved."""
+
+    def __str__(self) -> str:  # KeyError would print the sentence in quotes
+        return str(self.args[0]) if self.args else ""
+
+
+class AdapterInUseError(JaxMoELoRAError, RuntimeError):
+    """A slot cannot be changed because a running request holds it."""
+
+
+class BankFullError(JaxMoELoRAError, RuntimeError):
+    """The adapter bank has no free slot, or not enough free pages, for an adapter."""
+
+
+class InputError(JaxMoELoRAError, ValueError):
+    """An argument of a call has a wrong value, shape or dtype."""

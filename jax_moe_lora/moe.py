@@ -1,0 +1,123 @@
+"""The pure layer: a Mixture-of-Experts layer whose rows each use their own LoRA adapter."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.linear import dense_plan, lora_linear
+from jax_moe_lora.routing import route, token_slots
+from jax_moe_lora.types import ExpertWeights
+from pallas_kernels import Implementation, LoRAPages, RoutingPlan, grouped_lora, grouped_matmul, make_plan
+
+LayerAdapters = Mapping[str, LoRAPages]
+"""One layer's view of a bank: module name -> its pages. A module that is missing has no adapters."""
+
+EXPERT_MODULES = ("gate", "up", "down")
+
+
+def moe_lora(
+    x: Float[Array, "T D"],
+    router: Float[Array, "E D"],
+    experts: ExpertWeights,
+    config: MoEConfig,
+    adapters: LayerAdapters | None = None,
+    slots: Int[Array, "T"] | None = None,
+    *,
+    request_lengths: Int[Array, "N"] | None = None,
+    request_slots: Int[Array, "N"] | None = None,
+    router_bias: Float[Array, "E"] | None = None,
+    row_mask: Bool[Array, "T"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "T D"]:
+    """Routes each token to its top-k experts and applies them with the token's own adapter.
+
+    With expert e in a token's top-k, router weight p_e, slot s and `lin(W, A, B; x) = x W[e]^T + c (x A[s,e]^T) B[s,e]^T`:
+    `y = sum_e p_e * lin(down; act(lin(gate; x)) * lin(up; x))`.
+
+    Args:
+      x: `[T, D]`, float32, bfloat16 or float16. router: `[E, D]`. experts: all experts' weights.
+      config: sizes, router and activation (static).
+      adapters: the layer's adapters, from `AdapterBank.layer`; None serves the base model.
+      slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none; or, per request,
+        request_lengths and request_slots: int32 `[N]`.
+      router_bias: `[E]`, for the `sigmoid_bias` router. row_mask: `[T]`, False for padding: such rows cost nothing
+        and give zeros.
+      implementation: a backend of the grouped ops by name, or None for the best available.
+
+    Returns:
+      `[T, D]` in x's dtype. A base row has the bits of `adapters=None`; a row's bits do not depend on other rows'
+      adapters.
+
+    Raises:
+      InputError: both forms of slots, half of one, or shapes that disagree with the config.
+    """
+    _check_shapes(x, router, experts, config)
+    slot_of_token = token_slots(x.shape[0], slots, request_lengths, request_slots)
+    router_pages = (adapters or {}).get("router")
+    plan = None if router_pages is None else dense_plan(slot_of_token, router_pages.scale.shape[0])
+    scores = lora_linear(x, router, None, router_pages, plan, implementation)
+    weights, chosen = route(scores, config, router_bias)
+    if row_mask is not None:
+        chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
+    return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation)
+
+
+def routed_experts(
+    x: Float[Array, "T D"],
+    weights: Float[Array, "T K"],
+    chosen: Int[Array, "T K"],
+    experts: ExpertWeights,
+    config: MoEConfig,
+    adapters: LayerAdapters | None = None,
+    slots: Int[Array, "T"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "T D"]:
+    """The layer after its router: each token through its chosen experts, weighted and summed.
+
+    Args:
+      weights: float32 `[T, K]`, router weights. chosen: int32 `[T, K]`; an id outside `0 .. E-1` is skipped.
+      Others as in `moe_lora`.
+    """
+    pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
+    num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
+    plan = make_plan(chosen, token_slots(x.shape[0], slots), experts.gate.shape[0], num_slots)
+
+    def project(rows: Float[Array, "M in"], module: str, row_index: Int[Array, "P"] | None) -> Float[Array, "P out"]:
+        y = grouped_matmul(rows, getattr(experts, module), plan, row_index, implementation)
+        if module not in pages:
+            return y
+        return grouped_lora(y, rows, pages[module], plan, row_index, implementation)
+
+    gate = project(x, "gate", plan.token)
+    up = project(x, "up", plan.token)
+    activation = (_activate(gate, config) * up).astype(x.dtype)
+    down = project(activation, "down", None)
+    return combine(down, weights, plan).astype(x.dtype)
+
+
+def combine(rows: Float[Array, "P D"], weights: Float[Array, "T K"], plan: RoutingPlan) -> Float[Array, "T D"]:
+    """Sums each token's rows by router weight, in float32 and in the order of its experts."""
+    tokens, top_k = weights.shape
+    position = plan.position.reshape(tokens, top_k)
+    total = weights[:, :1] * rows[position[:, 0]]
+    for k in range(1, top_k):
+        total = total + weights[:, k : k + 1] * rows[position[:, k]]
+    return total
+
+
+def _activate(gate: Float[Array, "P F"], config: MoEConfig) -> Float[Array, "P F"]:
+    return jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+
+
+def _check_shapes(x: Array, router: Array, experts: ExpertWeights, config: MoEConfig) -> None:
+    e, d, f = config.num_experts, config.hidden_size, config.expert_width
+    found = {"x": x.shape[1:], "router": router.shape} | {name: getattr(experts, name).shape for name in EXPERT_MODULES}
+    expected = {"x": (d,), "router": (e, d), "gate": (e, f, d), "up": (e, f, d), "down": (e, d, f)}
+    for name, shape in expected.items():
+        if found[name] != shape:
+            got = (x.shape, ("T", d)) if name == "x" else (found[name], shape)
+            raise InputError(f"{name} has shape {list(got[0])}; the config expects {list(got[1])}.")

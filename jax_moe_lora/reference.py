@@ -1,0 +1,79 @@
+"""The layer in numpy, token by token: the definition that everything else is compared with.
+
+Imports nothing of the package. Weights are `[E, out, in]`; an adapter is `{module: (A [E, R, in], B [E, out, R], scale)}`
+with modules `router` (E = 1), `gate`, `up` and `down`; a leading axis of 1 is shared by all experts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+Adapter = Mapping[str, tuple[np.ndarray, np.ndarray, Any]]
+
+
+def moe_lora(
+    x: np.ndarray,
+    router: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    down: np.ndarray,
+    adapters: Sequence[Adapter | None],
+    *,
+    top_k: int,
+    router_kind: str = "softmax_topk",
+    renormalize: bool = False,
+    scaling: float = 1.0,
+    router_bias: np.ndarray | None = None,
+    dtype: type = np.float32,
+) -> np.ndarray:
+    """Returns `y [T, D]`; `adapters[t]` is token t's adapter, or None."""
+    weights = {"router": router[None], "gate": gate, "up": up, "down": down}
+    weights = {name: np.asarray(w, dtype) for name, w in weights.items()}
+    y = np.zeros(x.shape, dtype)
+    for t, adapter in enumerate(adapters):
+        row = np.asarray(x[t], dtype)
+        scores = _linear(row, "router", 0, weights, adapter, dtype)
+        for p, e in _route(scores, top_k, router_kind, renormalize, scaling, router_bias):
+            g = _linear(row, "gate", e, weights, adapter, dtype)
+            u = _linear(row, "up", e, weights, adapter, dtype)
+            hidden = g / (1 + np.exp(-g)) * u
+            y[t] += p * _linear(hidden, "down", e, weights, adapter, dtype)
+    return y
+
+
+def _linear(
+    row: np.ndarray, module: str, expert: int, weights: Mapping[str, np.ndarray], adapter: Adapter | None, dtype: type
+) -> np.ndarray:
+    y = weights[module][expert] @ row
+    if adapter is None or module not in adapter:
+        return y
+    a, b, scale = adapter[module]
+    a_of_expert = np.asarray(a[expert if a.shape[0] > 1 else 0], dtype)
+    b_of_expert = np.asarray(b[expert if b.shape[0] > 1 else 0], dtype)
+    return y + dtype(scale) * (b_of_expert @ (a_of_expert @ row))
+
+
+def _route(
+    scores: np.ndarray, top_k: int, kind: str, renormalize: bool, scaling: float, bias: np.ndarray | None
+) -> list[tuple[float, int]]:
+    def softmax(values: np.ndarray) -> np.ndarray:
+        exponentials = np.exp(values - values.max())
+        return exponentials / exponentials.sum()
+
+    if kind == "softmax_topk":
+        probabilities = softmax(scores)
+        chosen = np.argsort(-probabilities, kind="stable")[:top_k]
+        p = probabilities[chosen]
+    elif kind == "topk_softmax":
+        chosen = np.argsort(-scores, kind="stable")[:top_k]
+        p = softmax(scores[chosen])
+    elif kind == "sigmoid_bias":
+        sigmoid = 1 / (1 + np.exp(-scores))
+        chosen = np.argsort(-(sigmoid if bias is None else sigmoid + bias), kind="stable")[:top_k]
+        p = sigmoid[chosen]
+    else:
+        raise ValueError(f"unknown router kind {kind!r}")
+    if renormalize:
+        p = p / p.sum()
+    return [(float(weight) * scaling, int(e)) for weight, e in zip(p, chosen, strict=True)]

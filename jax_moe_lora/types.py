@@ -1,0 +1,20 @@
+"""The arrays that the layer works on."""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertWeights:
+    """All routed experts of one layer, each matrix `[out, in]` as checkpoints hold it.
+
+    Attributes:
+      gate, up: `[E, F, D]`. down: `[E, D, F]`.
+    """
+
+    gate: Float[Array, "E F D"]
+    up: Float[Array, "E F D"]
+    down: Float[Array, "E D F"]

@@ -1,0 +1,21 @@
+"""Grouped matmul and grouped LoRA for Mixture-of-Experts layers. Knows jax alone: no models, no adapter files."""
+
+from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
+from pallas_kernels.grouped_lora import RANK_PAGE, LoRAPages, grouped_lora
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.plan import BASE_SLOT, RoutingPlan, Tiles, make_plan
+
+__all__ = [
+    "BASE_SLOT",
+    "RANK_PAGE",
+    "Choice",
+    "Implementation",
+    "LoRAPages",
+    "RoutingPlan",
+    "Tiles",
+    "UnsupportedImplementation",
+    "choose",
+    "grouped_lora",
+    "grouped_matmul",
+    "make_plan",
+]

@@ -1,0 +1,31 @@
+"""The contract of the grouped LoRA op, and its dispatch."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.backend import Implementation, choose
+from pallas_kernels.grouped_lora import reference, xla
+from pallas_kernels.grouped_lora.pages import LoRAPages
+from pallas_kernels.plan import RoutingPlan
+
+_BACKENDS = {"xla": xla.grouped_lora, "reference": reference.grouped_lora}
+
+
+def grouped_lora(
+    y: Float[Array, "P out"],
+    x: Float[Array, "M in"],
+    pages: LoRAPages,
+    plan: RoutingPlan,
+    row_index: Int[Array, "P"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "P out"]:
+    """`y[r] + scale[s, e] * (x[row_index[r]] @ A[s, e].T) @ B[s, e].T` for each sorted row r with expert e and slot s.
+
+    Args:
+      y: float32 `[P, out]`, the base projection in sorted order. x, row_index: as in `grouped_matmul`.
+      pages: the projection's adapters; the plan must have been made with its number of slots.
+
+    Returns:
+      float32 `[P, out]`. Rows without an adapter keep the bits of y. A row's bits depend on its own inputs, its own
+      adapter and on static shapes alone; an adapter costs the pages it has, whatever the largest rank is.
+    """
+    return _BACKENDS[choose(implementation).picked](y, x, pages, plan, row_index)

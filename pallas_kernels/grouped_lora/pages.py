@@ -1,0 +1,28 @@
+"""Pages of LoRA matrices and the table that finds them."""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float, Int
+
+RANK_PAGE = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoRAPages:
+    """The adapters of one projection in one layer, for all slots.
+
+    A page holds 16 ranks of one A or one B; page 0 is all zeros. A matrix of rank R is ceil(R / 16) pages in a row,
+    its last page filled up with zeros. All experts of a shared matrix have the same first page.
+
+    Attributes:
+      a: `[N_A, 16, in]`, pages of A; b: `[N_B, 16, out]`, pages of B, transposed so that ranks are rows.
+      table: int32 `[S, E, 4]`: first page of A, first page of B, number of pages, rank. All zero: no adapter.
+      scale: float32 `[S, E]`, the factor on the update.
+    """
+
+    a: Float[Array, "N_A 16 in"]
+    b: Float[Array, "N_B 16 out"]
+    table: Int[Array, "S E 4"]
+    scale: Float[Array, "S E"]

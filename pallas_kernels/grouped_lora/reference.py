@@ -1,0 +1,34 @@
+"""The definition of the grouped LoRA op: page by page, every row against its own page. For reading."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_lora.pages import LoRAPages
+from pallas_kernels.plan import RoutingPlan, row_experts, row_slots
+
+
+def grouped_lora(
+    y: Float[Array, "P out"],
+    x: Float[Array, "M in"],
+    pages: LoRAPages,
+    plan: RoutingPlan,
+    row_index: Int[Array, "P"] | None,
+) -> Float[Array, "P out"]:
+    rows = (x if row_index is None else x[row_index]).astype(jnp.float32)
+    expert, slot = row_experts(plan), row_slots(plan)
+    adapted = (slot >= 0) & (expert < pages.table.shape[1])
+    first_a, first_b, count, _ = jnp.moveaxis(pages.table[slot, expert], -1, 0)
+    scale = pages.scale[slot, expert][:, None]
+
+    def add_page(carry):
+        page, total = carry
+        live = adapted & (page < count)
+        a = pages.a[jnp.where(live, first_a + page, 0)].astype(jnp.float32)
+        b = pages.b[jnp.where(live, first_b + page, 0)].astype(jnp.float32)
+        hidden = scale * jnp.einsum("pi,pri->pr", rows, a, precision=lax.Precision.HIGHEST)
+        update = jnp.einsum("pr,pro->po", hidden, b, precision=lax.Precision.HIGHEST)
+        return page + 1, jnp.where(live[:, None], total + update, total)
+
+    largest = jnp.where(adapted, count, 0).max(initial=0)
+    return lax.while_loop(lambda carry: carry[0] < largest, add_page, (jnp.int32(0), y))[1]

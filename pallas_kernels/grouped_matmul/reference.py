@@ -1,0 +1,23 @@
+"""The definition of the grouped matmul: every row times every expert's weight, the row's own kept. For reading."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.plan import RoutingPlan
+
+
+def grouped_matmul(
+    x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "P"] | None
+) -> Float[Array, "P out"]:
+    rows = x if row_index is None else x[row_index]
+    ends = jnp.cumsum(plan.group_sizes)
+    expert = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")  # E for skipped rows
+    products = jnp.einsum(
+        "pi,eoi->epo",
+        rows.astype(jnp.float32),
+        weights.astype(jnp.float32),
+        precision=lax.Precision.HIGHEST,
+    )
+    own = expert[None, :, None] == jnp.arange(weights.shape[0])[:, None, None]
+    return jnp.where(own, products, 0.0).sum(0)
