@@ -35,4 +35,4 @@ def lora_linear(
     if pages is not None and plan is not None:
         adapted = grouped_lora(y[plan.order], x, pages, plan, plan.token, implementation)
         y = lax.optimization_barrier(adapted[plan.position])
-    return y if bias is None else y + bias.astype(jnp.float32)
+    return y if bias is None else y + bias.astype(jnp.float32)[None]

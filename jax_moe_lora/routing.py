@@ -29,7 +29,7 @@ def route(
         weights = jax.nn.softmax(top, axis=-1)
     else:
         sigmoid = jax.nn.sigmoid(scores)
-        _, experts = lax.top_k(sigmoid if bias is None else sigmoid + bias, config.top_k)
+        _, experts = lax.top_k(sigmoid if bias is None else sigmoid + bias[None], config.top_k)
         weights = jnp.take_along_axis(sigmoid, experts, axis=-1)
     if config.renormalize:
         weights = weights / weights.sum(-1, keepdims=True)

@@ -104,7 +104,7 @@ def _expert_tiles(group_sizes: Int[Array, "E"], rows: int) -> Tiles:
     return Tiles(expert, jnp.full_like(group, BASE_SLOT), start, used, count, size)
 
 
-def _lora_tiles(segments: Int[Array, "E S+1"], rows: int) -> Tiles:
+def _lora_tiles(segments: Int[Array, "E segments"], rows: int) -> Tiles:
     num_experts, num_slots = segments.shape[0], segments.shape[1] - 1
     if num_slots == 0:
         none = jnp.zeros(0, jnp.int32)
@@ -146,5 +146,5 @@ def row_slots(plan: RoutingPlan) -> Int[Array, "P"]:
     """Slot of each sorted row; `BASE_SLOT` for rows without an adapter."""
     rows = jnp.arange(plan.order.shape[0])[:, None]
     tiles = plan.lora_tiles
-    inside = (rows >= tiles.start) & (rows < tiles.start + tiles.rows)
-    return jnp.where(inside, tiles.slot, BASE_SLOT).max(1, initial=BASE_SLOT).astype(jnp.int32)
+    inside = (rows >= tiles.start[None]) & (rows < (tiles.start + tiles.rows)[None])
+    return jnp.where(inside, tiles.slot[None], BASE_SLOT).max(1, initial=BASE_SLOT).astype(jnp.int32)

@@ -1,0 +1,15 @@
+"""Strict defaults for the whole suite: no silent promotion, shapes checked at run time, float32 as float32."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Parameter trees are left out: they also hold shapes, shardings and numpy arrays.
+CHECKED = ["moe", "linear", "routing", "generate", "nn", "adapters.bank", "models.decoder", "models.rope"]
+_hook = install_import_hook(["pallas_kernels"] + [f"jax_moe_lora.{name}" for name in CHECKED], "beartype.beartype")
