@@ -38,10 +38,10 @@ class AdapterBank:
       sites: static: the model's projections. max_rank: static: the largest rank that fits.
     """
 
-    pages: dict[int, Float[Array, "N 16 width"]]
-    owner: dict[int, Int[Array, "N"]]
-    tables: dict[str, Int[Array, "L S E 4"]]
-    scales: dict[str, Float[Array, "L S E"]]
+    pages: dict[int, Float[Array, "_N 16 _width"]]
+    owner: dict[int, Int[Array, "_N"]]
+    tables: dict[str, Int[Array, "_L S _E 4"]]
+    scales: dict[str, Float[Array, "_L S _E"]]
     sites: tuple[tuple[str, Site], ...] = field(metadata={"static": True})
     max_rank: int = field(metadata={"static": True})
 

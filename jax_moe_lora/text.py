@@ -1,0 +1,41 @@
+"""A checkpoint's tokenizer: `tokenizer.json` through the tokenizers library, anything else through transformers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer as FastTokenizer
+
+from jax_moe_lora.errors import CheckpointError
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, folder: Path):
+        file = folder / "tokenizer.json"
+        if file.is_file():
+            try:
+                fast = FastTokenizer.from_file(str(file))
+            except Exception as error:  # the library raises plain Exception on a malformed file
+                raise CheckpointError(f"{file} is not a tokenizer that can be read: {error}") from error
+            self._encode = lambda text: fast.encode(text).ids
+            self._decode = lambda ids: fast.decode(list(ids), skip_special_tokens=True)
+            return
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json; install jax-moe-lora[text] to read other tokenizers, or pass token ids."
+            ) from error
+        try:
+            slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder} holds no tokenizer that can be read; pass token ids instead of text.") from error
+        self._encode = lambda text: slow(text)["input_ids"]
+        self._decode = lambda ids: slow.decode(list(ids), skip_special_tokens=True)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._encode(text))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._decode(token_ids)
