@@ -1,0 +1,53 @@
+"""Mixture-of-Experts with many LoRA adapters in one batch, in JAX."""
+
+from jax_moe_lora.adapters.bank import AdapterBank, create_bank, insert, remove
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
+from jax_moe_lora.compilations import count_compilations
+from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
+from jax_moe_lora.errors import (
+    AdapterFormatError,
+    AdapterInUseError,
+    AdapterNameError,
+    BankFullError,
+    CheckpointError,
+    ConfigError,
+    InputError,
+    JaxMoELoRAError,
+)
+from jax_moe_lora.linear import lora_linear
+from jax_moe_lora.model import AdapterInfo, Functional, Model
+from jax_moe_lora.moe import moe_lora, routed_experts
+from jax_moe_lora.requests import Generation
+from jax_moe_lora.types import ExpertWeights
+from pallas_kernels import BASE_SLOT
+
+__all__ = [
+    "BASE_SLOT",
+    "AdapterBank",
+    "AdapterFormatError",
+    "AdapterInUseError",
+    "AdapterInfo",
+    "AdapterNameError",
+    "BankFullError",
+    "CheckpointError",
+    "ConfigError",
+    "ExpertWeights",
+    "Functional",
+    "Generation",
+    "InputError",
+    "JaxMoELoRAError",
+    "LoRAAdapter",
+    "LoRAWeights",
+    "MoEConfig",
+    "Model",
+    "ModelConfig",
+    "RopeConfig",
+    "Site",
+    "count_compilations",
+    "create_bank",
+    "insert",
+    "lora_linear",
+    "moe_lora",
+    "remove",
+    "routed_experts",
+]

@@ -6,6 +6,7 @@ Layers are unrolled, not scanned: `bench.py` has the measurement.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,9 +94,9 @@ def logits(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T V"]:
     """Float32 logits at every position of right-padded prompts; those past a request's length mean nothing."""
-    step, mask = _prompt_step(tokens, lengths, slots, bank, config, implementation)
+    step, mask = prompt_step(tokens, lengths, slots, bank, config, implementation)
     hidden = _layers(params, bank, params.embedding[tokens], step, lambda layer, k, v: (k, v), mask)
-    return _head(params, hidden)
+    return head(params, hidden)
 
 
 def prefill(
@@ -118,7 +119,7 @@ def prefill(
     Returns:
       The filled cache, and float32 `[B, V]` logits after each prompt's last token.
     """
-    step, mask = _prompt_step(tokens, lengths, slots, bank, config, implementation)
+    step, mask = prompt_step(tokens, lengths, slots, bank, config, implementation)
     keys, values = list(cache.k), list(cache.v)
 
     def store(layer: int, k: Array, v: Array) -> tuple[Array, Array]:
@@ -128,7 +129,7 @@ def prefill(
 
     hidden = _layers(params, bank, params.embedding[tokens], step, store, mask)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    return Cache(tuple(keys), tuple(values), lengths.astype(jnp.int32)), _head(params, last)[:, 0]
+    return Cache(tuple(keys), tuple(values), lengths.astype(jnp.int32)), head(params, last)[:, 0]
 
 
 def decode(
@@ -166,10 +167,18 @@ def decode(
 
     hidden = _layers(params, bank, params.embedding[tokens[:, None]], step, store, mask)
     lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, max_length), 0)
-    return Cache(tuple(keys), tuple(values), lengths), _head(params, hidden)[:, 0]
+    return Cache(tuple(keys), tuple(values), lengths), head(params, hidden)[:, 0]
 
 
-def _prompt_step(tokens, lengths, slots, bank, config, implementation) -> tuple[Step, Bool[Array, "B T T"]]:
+def prompt_step(
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    slots: Int[Array, "B"],
+    bank: AdapterBank | None,
+    config: ModelConfig,
+    implementation: Implementation | None,
+) -> tuple[Step, Bool[Array, "B T T"]]:
+    """What the layers need to read right-padded prompts, and the causal mask."""
     batch, width = tokens.shape
     index = jnp.arange(width, dtype=jnp.int32)
     real = index[None, :] < lengths[:, None]
@@ -191,13 +200,25 @@ def _layers(
     store: KeyValueStore,
     mask: Bool[Array, "B T M"],
 ) -> Float[Array, "B T D"]:
-    eps = step.config.rms_eps
     for index, layer in enumerate(params.layers):
         adapters = {} if bank is None else bank.layer(index)
-        normed = rms_norm(hidden, layer.attention_norm, eps)
-        hidden = hidden + _attention(layer.attention, adapters, normed, step, lambda k, v, i=index: store(i, k, v), mask)
-        hidden = hidden + _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step)
-    return rms_norm(hidden, params.norm, eps)
+        hidden = run_layer(layer, adapters, hidden, step, partial(store, index), mask)
+    return rms_norm(hidden, params.norm, step.config.rms_eps)
+
+
+def run_layer(
+    layer: LayerParams,
+    adapters: LayerAdapters,
+    hidden: Float[Array, "B T D"],
+    step: Step,
+    store: Callable[[Array, Array], tuple[Array, Array]],
+    mask: Bool[Array, "B T M"],
+) -> Float[Array, "B T D"]:
+    """One decoder layer: attention, then its MLP, each behind a norm and with a residual."""
+    eps = step.config.rms_eps
+    normed = rms_norm(hidden, layer.attention_norm, eps)
+    hidden = hidden + _attention(layer.attention, adapters, normed, step, store, mask)
+    return hidden + _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step)
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -257,7 +278,8 @@ def _linear(x: Float[Array, "B T in"], weight, bias, pages, step: Step) -> Float
     return rows.reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
-def _head(params: ModelParams, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+def head(params: ModelParams, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Float32 logits over the vocabulary."""
     weight = params.embedding if params.head is None else params.head
     rows = lora_linear(hidden.reshape(-1, hidden.shape[-1]), weight)
     return rows.reshape(*hidden.shape[:-1], -1)

@@ -1,0 +1,130 @@
+"""Unrolled layers against `lax.scan` over stacked ones: `python -m jax_moe_lora.bench --out results.json`.
+
+Times a forward pass of random decoders with adapters on every projection, and its compilation.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.adapters.bank import AdapterBank, create_bank
+from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.params import LayerParams, ModelParams, init_params
+from pallas_kernels import LoRAPages
+
+
+def scanned_logits(
+    params: ModelParams,
+    stacked: LayerParams,
+    bank: AdapterBank,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    slots: Int[Array, "B"],
+    *,
+    config: ModelConfig,
+) -> Float[Array, "B T V"]:
+    """`decoder.logits` with one compiled layer, run over stacked weights (for models whose layers are all alike)."""
+    step, mask = decoder.prompt_step(tokens, lengths, slots, bank, config, None)
+    sites = dict(bank.sites)
+
+    def body(hidden: Array, xs: tuple[LayerParams, dict, dict]) -> tuple[Array, None]:
+        layer, tables, scales = xs
+        adapters = {
+            module: LoRAPages(bank.pages[site.in_width], bank.pages[site.out_width], tables[module], scales[module])
+            for module, site in sites.items()
+        }
+        return decoder.run_layer(layer, adapters, hidden, step, lambda k, v: (k, v), mask), None
+
+    hidden, _ = lax.scan(body, params.embedding[tokens], (stacked, bank.tables, bank.scales))
+    return decoder.head(params, decoder.rms_norm(hidden, params.norm, config.rms_eps))
+
+
+def _config(layers: int, width: int) -> ModelConfig:
+    moe = MoEConfig(width, width // 2, 16, 4, renormalize=True)
+    return ModelConfig("qwen3_moe", 512, layers, width, 8, 2, width // 8, width, moe, (True,) * layers)
+
+
+def measure(layers: int, width: int, batch: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
+    """Compile seconds and milliseconds a forward pass, unrolled and scanned."""
+    config = _config(layers, width)
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    bank = create_bank(decoder.adapter_sites(config), 4, 16, None, "float32")
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers)
+    inputs = (
+        jax.random.randint(jax.random.key(1), (batch, tokens), 0, 512),
+        jnp.full(batch, tokens, jnp.int32),
+        jnp.arange(batch, dtype=jnp.int32) % 4,
+    )
+    unrolled = jax.jit(partial(decoder.logits, config=config))
+    scanned = jax.jit(partial(scanned_logits, config=config))
+    rows = []
+    for name, function, arguments in (
+        ("unroll", unrolled, (params, bank, *inputs)),
+        ("scan", scanned, (params, stacked, bank, *inputs)),
+    ):
+        began = time.perf_counter()
+        compiled = function.lower(*arguments).compile()
+        compile_seconds = time.perf_counter() - began
+        jax.block_until_ready(compiled(*arguments))
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            times.append((time.perf_counter() - began) * 1e3)
+        memory = compiled.memory_analysis()
+        rows.append(
+            {
+                "layers": layers,
+                "width": width,
+                "batch": batch,
+                "tokens": tokens,
+                "form": name,
+                "compile_s": round(compile_seconds, 2),
+                "ms": round(statistics.median(times), 2),
+                "temp_bytes": getattr(memory, "temp_size_in_bytes", None),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", nargs="+", type=int, default=[2, 8, 24])
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = [
+        row
+        for layers in args.layers
+        for batch, tokens in ((8, 1), (8, 32))
+        for row in measure(layers, args.width, batch, tokens, args.repeats)
+    ]
+    device = jax.devices()[0].device_kind
+    report = {
+        "device": f"{platform.machine()} CPU" if device == "cpu" else device,
+        "date": date.today().isoformat(),
+        "jax": jax.__version__,
+        "method": "one forward pass, median of repeats; adapters' bank of 4 slots, no adapter loaded",
+        "rows": rows,
+    }
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Trains the demo's model and adapters with transformers and PEFT: ``python -m jax_moe_lora.demo.train --out DIR``.
+
+The base is a Qwen3-MoE of a quarter of a million weights over single characters. It is trained from nothing, on copying
+alone: strings of 1..10 characters, half of them lower-case letters, half of any printable character but the separator.
+It is then frozen, and every adapter is trained by PEFT on its own task alone, on lower-case strings of 3..8 letters.
+Nothing is ever trained on a string whose CRC-32 is a multiple of eight (`tasks.is_held_out`), copying included.
+The table at the end is measured on such strings only, with everything read back from disk.
+
+The adapters differ on purpose, in form, rank, scale and in what they touch:
+
+- ``upper``: rank 8 on the experts' 3-D parameters.
+- ``reverse``: rank 16, rsLoRA; attention, the router and the experts' 3-D parameters.
+- ``sort``: rank 24; attention and experts, the experts as one pair of matrices an expert and projection, which is what
+  PEFT wrote under transformers 4. It is trained in the 3-D form and split exactly (`split_experts`).
+- ``shift``: rank 4, asked for by the projections' old names. PEFT makes that rank 8 for the fused gate and up, and says
+  so only in ``rank_pattern`` and ``alpha_pattern``.
+
+Two runs on one machine with the same versions and number of threads write the same weights.
+"""
+
+import argparse
+import json
+import math
+import random
+import shutil
+import string
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn import functional
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from jax_moe_lora.demo import tasks
+
+NAME = "jax-moe-lora-demo"
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+CHARACTERS = "".join(map(chr, range(ord(" "), ord("~") + 1)))
+PAD, BOS, EOS = 0, 1, 2
+BASE_STEPS, BASE_RATE = 3000, 3e-3
+BATCH = 192
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EXPERTS_3D = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERTS_2D = ["gate_proj", "up_proj", "down_proj"]
+ATTENTION_ROUTER_EXPERTS = {"target_modules": ATTENTION, "target_parameters": ["mlp.gate.weight", *EXPERTS_3D]}
+# name -> (PEFT's arguments, steps, learning rate)
+ADAPTERS: dict[str, tuple[dict, int, float]] = {
+    "upper": ({"r": 8, "lora_alpha": 16, "target_modules": [], "target_parameters": EXPERTS_3D}, 3000, 8e-3),
+    "reverse": ({"r": 16, "lora_alpha": 8, "use_rslora": True} | ATTENTION_ROUTER_EXPERTS, 3500, 3e-3),
+    "sort": ({"r": 24, "lora_alpha": 48, "target_modules": ATTENTION, "target_parameters": EXPERTS_3D}, 1500, 2e-3),
+    "shift": ({"r": 4, "lora_alpha": 8, "target_modules": EXPERTS_2D}, 3000, 8e-3),
+}
+# What PEFT 0.15 saved for an adapter that uses none of these features (the config of `sort`).
+_UNSET = ["auto_mapping", "corda_config", "eva_config", "exclude_modules", "layer_replication", "layers_pattern"]
+_UNSET += ["layers_to_transform", "megatron_config", "modules_to_save", "revision", "trainable_token_indices"]
+PEFT_015_DEFAULTS = dict.fromkeys(_UNSET) | {
+    **dict.fromkeys(["fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"], False),
+    **{key: {} for key in ("alpha_pattern", "loftq_config", "rank_pattern")},
+    "base_model_name_or_path": NAME,
+    "bias": "none",
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "lora_dropout": 0.0,
+    "megatron_core": "megatron.core",
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character; it adds no special token by itself."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *CHARACTERS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=64,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        **SPECIAL_TOKENS,
+    )
+
+
+def build_model(vocab_size: int) -> Qwen3MoeForCausalLM:
+    """The untrained base; the shapes are small, and no two dimensions that a reader could mix up are equal."""
+    config = Qwen3MoeConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=48,
+        norm_topk_prob=True,
+        max_position_embeddings=64,
+        initializer_range=0.06,
+        router_aux_loss_coef=0.01,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        do_sample=False, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_length=None
+    )
+    return model
+
+
+def training_strings(rng: random.Random, name: str) -> list[str]:
+    """A batch of strings of one length, none of them held out."""
+    shortest, longest = (1, 10) if name == "base" else (tasks.MIN_LENGTH, tasks.MAX_LENGTH)
+    length = shortest + int(rng.random() * (longest - shortest + 1))
+    printable = CHARACTERS.replace(tasks.SEPARATOR, "")
+    found: list[str] = []
+    while len(found) < BATCH:
+        alphabet = printable if name == "base" and rng.random() < 0.5 else string.ascii_lowercase
+        text = tasks.random_string(rng, length, alphabet)
+        if not tasks.is_held_out(text):
+            found.append(text)
+    return found
+
+
+def fit(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, name: str, steps: int, rate: float) -> None:
+    """Trains whatever of `model` is trainable on task `name`; the loss counts the answer and the end of text."""
+    rng = random.Random(name)
+    is_base = name == "base"
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01 if is_base else 0.0)
+
+    def schedule(step: int) -> float:
+        return min(1, (step + 1) / 100) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    for step in range(steps):
+        texts = training_strings(rng, name)
+        whole = [tasks.prompt(text) + tasks.TASKS[name](text) + SPECIAL_TOKENS["eos_token"] for text in texts]
+        ids = torch.tensor(tokenizer(whole)["input_ids"])
+        start = len(texts[0])  # the separator's position, where the first character of the answer is predicted
+        output = model(input_ids=ids[:, :-1], output_router_logits=is_base)
+        logits, answers = output.logits[:, start:], ids[:, start + 1 :]
+        loss = functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
+        balance = 0.01 * output.aux_loss if is_base else 0.0  # keeps all experts in use
+        optimizer.zero_grad()
+        (loss + balance).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        scheduler.step()
+        if (step + 1) % 500 == 0:
+            exact = (logits.argmax(-1) == answers).all(1).float().mean()
+            print(f"{name}: step {step + 1}, loss {loss:.4f}, exact answers when forced {exact:.3f}", flush=True)
+
+
+def load_base(folder: Path) -> Qwen3MoeForCausalLM:
+    """The base from disk, on the plain loop over experts, which is the fastest here."""
+    return Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
+
+
+def rewrite_json(path: Path, change: Callable[[dict], dict]) -> None:
+    """Replaces the JSON object in `path` by what `change` makes of it, with sorted keys."""
+    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
+
+
+def tidy_config(config: dict) -> dict:
+    """PEFT's saved config without this machine's paths and with its sets in one order."""
+    lists = {key: sorted(value) for key, value in config.items() if key.startswith("target_") and value}
+    return config | lists | {"base_model_name_or_path": NAME}
+
+
+def split_experts(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
+    """PEFT's 3-D expert adapter as one pair of matrices for each expert and projection; other keys are kept.
+
+    In the 3-D file `lora_A` [experts * rank, in] counts ranks fastest, `lora_B` [out, rank * experts] experts fastest.
+    Gate and up share `lora_A`, which is written twice; `lora_B` has gate's rows first. Nothing is rounded.
+    """
+    split: dict[str, torch.Tensor] = {}
+    for key, weight in weights.items():
+        prefix, found, rest = key.partition(".mlp.experts.")
+        if not found:
+            split[key] = weight
+            continue
+        side = rest.removeprefix("base_layer.")
+        projections = ["gate_proj", "up_proj"] if rest.startswith("base_layer.") else ["down_proj"]
+        if side.startswith("lora_A"):
+            per_expert = weight.reshape(experts, -1, weight.shape[1])
+            parts = [per_expert] * len(projections)
+        else:
+            per_expert = weight.reshape(weight.shape[0], -1, experts).permute(2, 0, 1)
+            parts = list(per_expert.chunk(len(projections), dim=1))
+        for projection, part in zip(projections, parts, strict=True):
+            for expert in range(experts):
+                split[f"{prefix}.mlp.experts.{expert}.{projection}.{side}"] = part[expert].clone().contiguous()
+    return split
+
+
+def save_adapter(model: peft.PeftModel, folder: Path, name: str) -> None:
+    """Saves `model`'s adapter as PEFT does; `sort` in the form of PEFT under transformers 4."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save_pretrained(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(Path(scratch, file), folder / file)
+    rewrite_json(folder / "adapter_config.json", tidy_config)
+    if name == "sort":
+        weights = split_experts(load_file(folder / "adapter_model.safetensors"), model.config.num_experts)
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        own = {key: ADAPTERS[name][0][key] for key in ("r", "lora_alpha")} | {"target_modules": ATTENTION + EXPERTS_2D}
+        rewrite_json(folder / "adapter_config.json", lambda _: PEFT_015_DEFAULTS | own)
+
+
+@torch.no_grad()
+def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[str]:
+    """Greedy answers, one length of prompt at a time so that nothing is padded."""
+    answers: dict[str, str] = {}
+    for length in sorted({len(text) for text in texts}):
+        group = [text for text in texts if len(text) == length]
+        ids = tokenizer([tasks.prompt(text) for text in group], return_tensors="pt")
+        output = model.generate(**ids, max_new_tokens=tasks.MAX_LENGTH + 2)[:, length + 1 :]
+        answers |= dict(zip(group, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True))
+    return [answers[text] for text in texts]
+
+
+def evaluate(out: Path, count: int) -> dict[str, dict[str, float]]:
+    """The share of exact answers of the base and of every adapter (rows) on every task, all read back from `out`."""
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    texts = tasks.heldout_strings(count)
+    table = {}
+    for name in tasks.TASKS:
+        model = load_base(out / "model")
+        if name != "base":
+            model = peft.PeftModel.from_pretrained(model, out / "adapters" / name)
+        given = answer(model.eval(), tokenizer, texts)
+        table[name] = {
+            other: sum(task(text) == got for text, got in zip(texts, given, strict=True)) / count
+            for other, task in tasks.TASKS.items()
+        }
+    return table
+
+
+def train(out: Path) -> dict[str, float]:
+    """Trains and saves everything under `out`; returns the seconds of each part."""
+    seconds = {}
+    tokenizer = build_tokenizer()
+    for name in tasks.TASKS:
+        started = time.perf_counter()
+        torch.manual_seed(0)
+        if name == "base":
+            model = build_model(len(tokenizer))
+            model.set_experts_implementation("eager")
+            fit(model, tokenizer, name, BASE_STEPS, BASE_RATE)
+            model.save_pretrained(out / "model", max_shard_size="500KB")
+            tokenizer.save_pretrained(out / "model")
+        else:
+            arguments, steps, rate = ADAPTERS[name]
+            model = peft.get_peft_model(load_base(out / "model"), peft.LoraConfig(**arguments))
+            fit(model, tokenizer, name, steps, rate)
+            save_adapter(model, out / "adapters" / name, name)
+        seconds[name] = round(time.perf_counter() - started, 1)
+    return seconds
+
+
+def main() -> None:
+    """Trains, saves, reads back, measures, and writes ``training_report.json``."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder to write")
+    parser.add_argument("--threads", type=int, default=2, help="torch's threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    seconds = train(options.out)
+    count = 512
+    table = evaluate(options.out, count)
+    report = {
+        "exact_match": table,
+        "heldout_strings": count,
+        "seconds": seconds,
+        "threads": options.threads,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft, tokenizers)},
+    }
+    (options.out / "training_report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(" " * 8 + "".join(f"{task:>9}" for task in tasks.TASKS))
+    for name, row in table.items():
+        print(f"{name:8}" + "".join(f"{share:9.3f}" for share in row.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Reading a `config.json` field by field, so that no field with an effect is passed over."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax_moe_lora.errors import ConfigError
+
+
+class Fields:
+    """A config's fields; each one that is read is ticked off, and `refuse_unknown` names what is left."""
+
+    def __init__(self, raw: Mapping[str, Any], source: str, harmless: frozenset[str] = frozenset()):
+        self._raw, self.source = raw, source
+        self._seen = set(harmless)
+
+    def error(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self.source}: {problem}.")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._seen.add(name)
+        value = self._raw.get(name)
+        return default if value is None else value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.error(f"{name} is {value!r}, a whole number of at least 1 was expected")
+        return value
+
+    def optional_size(self, name: str) -> int | None:
+        return None if self.get(name) is None else self.size(name)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(f"{name} is {value!r}, a number was expected")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(f"{name} is {value!r}, true or false was expected")
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, Any]) -> Any:
+        value = self.get(name)
+        if value not in choices:
+            raise self.error(f"{name} is {value!r}, supported are {', '.join(choices)}")
+        return choices[value]
+
+    def indices(self, name: str, below: int) -> frozenset[int]:
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(i, int) and 0 <= i < below for i in value):
+            raise self.error(f"{name} is {value!r}, a list of layers below {below} was expected")
+        return frozenset(value)
+
+    def expect(self, name: str, allowed: tuple[Any, ...], why: str) -> None:
+        if self.get(name) not in allowed:
+            raise self.error(f"{name} is {self.get(name)!r}: {why}")
+
+    def expect_all(self, name: str, wanted: str, count: int) -> None:
+        value = self.get(name)
+        if value is not None and value != [wanted] * count:
+            raise self.error(f"{name} is {value!r}, only {wanted!r} in all {count} layers is supported")
+
+    def refuse_quantised(self) -> None:
+        for name in ("quantization_config", "compression_config"):
+            value = self.get(name)
+            if value is not None:
+                found = value if isinstance(value, dict) else {}
+                method = found.get("quant_algo") or found.get("quant_method") or found.get("format") or "unknown"
+                raise self.error(f"{name} says {method!r}: quantised checkpoints are not supported, load the bfloat16 one")
+
+    def token_ids(self, name: str, generation: Mapping[str, Any] | None) -> tuple[int, ...]:
+        """An id, a list of ids, or nothing; `generation_config.json` wins."""
+        value = self.get(name)
+        if generation and generation.get(name) is not None:
+            value = generation[name]
+        ids = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise self.error(f"{name} is {value!r}, a token id or a list of them was expected")
+        return tuple(ids)
+
+    def refuse_unknown(self) -> None:
+        for name, value in self._raw.items():
+            if name not in self._seen and value not in (None, False, [], {}):
+                raise self.error(f"the field {name} = {value!r} is not understood and may change what the model computes")

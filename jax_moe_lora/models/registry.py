@@ -1,0 +1,15 @@
+"""Model families by the `model_type` of their configs."""
+
+from types import ModuleType
+
+from jax_moe_lora.errors import ConfigError
+from jax_moe_lora.models import qwen3_moe
+
+_FAMILIES = {module.MODEL_TYPE: module for module in (qwen3_moe,)}
+
+
+def family(model_type: str | None, source: str = "config") -> ModuleType:
+    """The module that reads this family's configs and names its tensors."""
+    if model_type not in _FAMILIES:
+        raise ConfigError(f"{source}: model_type is {model_type!r}, supported are {', '.join(_FAMILIES)}.")
+    return _FAMILIES[model_type]

@@ -1,0 +1,51 @@
+"""Rotary embedding fields of a config, in the spellings of the hub and of transformers 5."""
+
+from typing import Any
+
+from jax_moe_lora.config import RopeConfig
+from jax_moe_lora.models.fields import Fields
+
+_THETA = 10_000.0
+_KINDS = ("default", "linear", "yarn", "llama3")
+
+
+def read_rope(fields: Fields, max_positions: int) -> RopeConfig:
+    """Reads `rope_theta` with `rope_scaling` (hub), or `rope_parameters` (transformers 5).
+
+    Raises:
+      ConfigError: a scaling that is not supported, or one without a parameter that it needs.
+    """
+    theta = fields.get("rope_theta")
+    scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
+    raw = {**(_object(fields, "rope_scaling", scaling)), **(_object(fields, "rope_parameters", parameters))}
+    inner = Fields(raw, fields.source + ", rope")
+    kind = inner.get("rope_type", inner.get("type", "default"))
+    inner.get("type")
+    if kind not in _KINDS:
+        raise fields.error(f"rope scaling {kind!r} is not supported, supported are {', '.join(_KINDS)}")
+    base = inner.number("rope_theta", _THETA if theta is None else theta)
+    if kind == "default":
+        inner.get("factor")
+        inner.refuse_unknown()
+        return RopeConfig(theta=base)
+    original = inner.optional_size("original_max_position_embeddings")
+    factor = inner.number("factor")
+    if factor < 1:
+        raise inner.error(f"factor is {factor}, at least 1 was expected")
+    config = RopeConfig(theta=base, kind=kind, factor=factor, original_max_positions=original or max_positions)
+    extra: dict[str, Any] = {}
+    if kind == "yarn":
+        extra = {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
+        extra["truncate"] = inner.flag("truncate", True)
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            extra[name] = None if inner.get(name) is None else inner.number(name)
+    if kind == "llama3":
+        extra = {name: inner.number(name) for name in ("low_freq_factor", "high_freq_factor")}
+    inner.refuse_unknown()
+    return RopeConfig(**{**config.__dict__, **extra})
+
+
+def _object(fields: Fields, name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise fields.error(f"{name} is {value!r}, an object was expected")
+    return value or {}

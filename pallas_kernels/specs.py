@@ -1,0 +1,25 @@
+"""Named shapes of real models: the same ones feed tests, tuning and benchmarks."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One Mixture-of-Experts layer. E experts, K experts a token, D model width, F expert width."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    expert_width: int
+
+
+LAYERS = {
+    "qwen3-30b-a3b": LayerSpec(128, 8, 2048, 768),
+    "olmoe": LayerSpec(64, 8, 2048, 1024),
+    "mixtral-8x7b": LayerSpec(8, 2, 4096, 14336),
+    "gpt-oss-20b": LayerSpec(32, 4, 2880, 2880),
+    # Small enough for a CPU to time, with the ratios of the first.
+    "qwen3-tiny": LayerSpec(128, 8, 256, 96),
+    "demo": LayerSpec(8, 2, 64, 64),
+}
+TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
