@@ -112,13 +112,19 @@ def _check(
         else:
             expected |= dict.fromkeys(source, shapes[path][1:])
     _refuse(folder, "lacks", [name for name in expected if name not in files])
-    _refuse(folder, "holds tensors that the config has no place for:", [n for n in files if n not in expected and n not in unused])
+    _refuse(
+        folder,
+        "holds tensors that the config has no place for:",
+        [n for n in files if n not in expected and n not in unused],
+    )
     for name, shape in expected.items():
         file, info = files[name]
         if info.shape != shape:
             raise CheckpointError(f"{name} in {file} has shape {list(info.shape)}; the config expects {list(shape)}.")
         if info.dtype not in DTYPES:
-            raise CheckpointError(f"{name} in {file} has dtype {info.dtype}; expected {', '.join(DTYPES)} (quantised ones are not supported).")
+            raise CheckpointError(
+                f"{name} in {file} has dtype {info.dtype}; expected {', '.join(DTYPES)}, not a quantised one."
+            )
 
 
 def _refuse(folder: Path, what: str, names: list[str]) -> None:

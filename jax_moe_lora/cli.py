@@ -29,9 +29,13 @@ def demo(
     report = run_demo(strings)
     table = Table("prompt", "adapter", "answer", "right", title="One batch, every adapter (first rows)")
     for row in report.rows[: 3 * (1 + len(report.summary["adapters"]))]:
-        table.add_row(row.prompt, row.adapter or "base model", row.answer, "yes" if row.answer == row.expected else "no")
+        table.add_row(
+            row.prompt, row.adapter or "base model", row.answer, "yes" if row.answer == row.expected else "no"
+        )
     console.print(table)
-    rates = Table("adapter", "own task", "best of the others' tasks", title="Exact match on strings not seen in training")
+    rates = Table(
+        "adapter", "own task", "best of the others' tasks", title="Exact match on strings not seen in training"
+    )
     rates.add_row("base model", f"{report.summary['base_accuracy']:.1%}", "")
     for name, figures in report.summary["adapters"].items():
         rates.add_row(name, f"{figures['accuracy']:.1%}", f"{figures['other_tasks']:.1%}")
@@ -50,7 +54,9 @@ def generate(
     requests: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "adapter", ...} lines.')] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL of answers; standard output if not given.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat for more.")] = None,
-    use: Annotated[str | None, typer.Option(help="Adapter of the --prompt requests; the base model if not given.")] = None,
+    use: Annotated[
+        str | None, typer.Option(help="Adapter of the --prompt requests; the base model if not given.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
@@ -95,7 +101,9 @@ def inspect(
         console.print(table)
         return
     scale = "alpha / sqrt(rank)" if summary.rank_stabilised else "alpha / rank"
-    title = f"LoRA adapter: rank {summary.rank}, alpha {summary.alpha:g} (scale {scale}), {format_bytes(summary.nbytes)}"
+    title = (
+        f"LoRA adapter: rank {summary.rank}, alpha {summary.alpha:g} (scale {scale}), {format_bytes(summary.nbytes)}"
+    )
     table = Table("module", "form", "layers", "A", "B", "ranks", "shared", "bytes", title=title)
     for module in summary.modules:
         shown = (module.module, module.form, _ranges(module.layers), str(module.shape_a), str(module.shape_b))

@@ -22,10 +22,10 @@ def count_compilations() -> Iterator[Count]:
     """`with count_compilations() as count: ...`, then `count.compilations`."""
     count = Count()
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event == _EVENT:
             count.compilations += 1
-            count.seconds += duration
+            count.seconds += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

@@ -27,4 +27,6 @@ def local_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=_PATTERNS))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no local folder, and the hub did not give it: {str(error).splitlines()[0]}") from error
+        raise CheckpointError(
+            f"{path} is no local folder, and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from error

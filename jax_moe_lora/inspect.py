@@ -10,7 +10,18 @@ from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError
 from jax_moe_lora.safetensors_io import TensorInfo, read_json, tensor_infos
 
-_ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_ITEM_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+    "U8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?:model\.)?layers\.(?P<layer>\d+)\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
@@ -110,7 +121,7 @@ def inspect_model(folder: Path) -> ModelSummary:
 def inspect_adapter(folder: Path) -> AdapterSummary:
     raw = read_json(folder / "adapter_config.json", AdapterFormatError)
     infos = tensor_infos(folder / "adapter_model.safetensors", AdapterFormatError)
-    rank = raw.get("r") if isinstance(raw.get("r"), int) and raw["r"] > 0 else 1
+    rank = int(raw["r"]) if isinstance(raw.get("r"), int) and raw["r"] > 0 else 1
     groups: dict[str, dict[tuple[int, str, str], TensorInfo]] = {}
     other = []
     for key, info in infos.items():
@@ -133,14 +144,18 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
     )
 
 
-def _module(name: str, group: dict[tuple[int, str, str], TensorInfo], rank: int, parameters: list[str]) -> ModuleSummary:
+def _module(
+    name: str, group: dict[tuple[int, str, str], TensorInfo], rank: int, parameters: list[str]
+) -> ModuleSummary:
     wrapper = name.removesuffix(".base_layer").endswith("experts")
     inner = name.endswith(".base_layer")
     shapes = {side: next(list(i.shape) for (_, _, s), i in group.items() if s == side) for _, _, side in group}
     own_ranks = sorted({info.shape[0] for (_, _, side), info in group.items() if side == "A"})
     if wrapper:
         targets = [p for p in parameters if p.endswith("gate_up_proj") == (inner or len(parameters) == 1)]
-        shown = targets[0] if len(parameters) == 1 else ("mlp.experts.gate_up_proj" if inner else "mlp.experts.down_proj")
+        shown = (
+            targets[0] if len(parameters) == 1 else ("mlp.experts.gate_up_proj" if inner else "mlp.experts.down_proj")
+        )
         fused = shown.endswith("gate_up_proj")
         form, shared, own_ranks = "3-D parameter", "A of gate and up" if fused else "", [rank]
     else:

@@ -58,10 +58,12 @@ def _job(where: str, line: str, defaults: Defaults) -> Job:
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("prompt"), str):
-        raise InputError(f'{where} has no "prompt" text; expected an object such as {{"prompt": "...", "adapter": "sql"}}.')
+        raise InputError(
+            f'{where} has no "prompt" text; expected an object such as {{"prompt": "...", "adapter": "sql"}}.'
+        )
     adapter = raw.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
-        raise InputError(f'{where} has adapter {adapter!r}; expected a name or null.')
+        raise InputError(f"{where} has adapter {adapter!r}; expected a name or null.")
     options = asdict(defaults)
     unknown = set(raw) - {"prompt", "adapter"} - set(options)
     if unknown:
@@ -77,7 +79,7 @@ def _job(where: str, line: str, defaults: Defaults) -> Job:
 def load_model(
     model: str, adapters: Sequence[str], jobs: Sequence[Job], dtype: str, max_rank: int, adapter_memory: str
 ) -> Model:
-    """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before anything is loaded."""
+    """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before loading."""
     named: dict[str, str] = {}
     for entry in adapters:
         name, equals, folder = entry.partition("=")
@@ -88,7 +90,9 @@ def load_model(
         named[name] = folder
     missing = {job.adapter for job in jobs} - set(named) - {None, "__base__"}
     if missing:
-        raise InputError(f"Requests use adapters that are not given: {', '.join(sorted(map(str, missing)))}; add --adapter NAME=DIR.")
+        raise InputError(
+            f"Requests use adapters that are not given: {', '.join(sorted(map(str, missing)))}; add --adapter NAME=DIR."
+        )
     served = Model.from_pretrained(
         model, dtype=dtype, max_adapters=max(1, len(named)), max_rank=max_rank, adapter_memory=adapter_memory
     )
@@ -105,7 +109,7 @@ def run_jobs(model: Model, jobs: Sequence[Job], batch_size: int, progress: bool 
     for begin in range(0, len(order), batch_size):
         some = order[begin : begin + batch_size]
         batch = [jobs[index] for index in some]
-        options = {name: [job.options[name] for job in batch] for name in batch[0].options}
+        options: dict[str, Any] = {name: [job.options[name] for job in batch] for name in batch[0].options}
         outs = model.generate([j.prompt for j in batch], [j.adapter for j in batch], progress=progress, **options)
         for index, job, out in zip(some, batch, outs, strict=True):
             answers[index] = {

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class Model:
         cls,
         path: str | Path,
         *,
-        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        dtype: str = "bfloat16",
         max_adapters: int = 8,
         max_rank: int = 64,
         adapter_memory: int | str = "4GiB",
@@ -100,7 +100,7 @@ class Model:
         Raises:
           ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument.
         """
-        if str(dtype) not in DTYPES:
+        if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
         memory = parse_bytes(adapter_memory)
         folder = local_folder(path)
@@ -193,7 +193,7 @@ class Model:
         with self._registry.hold(names) as slots:
             bank = self._bank
             cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)
-            static = {"config": self.config, "implementation": self.implementation}
+            static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
             tokens_of = decode_loop(
                 batch,
                 partial(programs.start, self.params, bank, cache, **static),
@@ -241,7 +241,7 @@ class Model:
 
     def functional(self, batch: int, max_length: int) -> Functional:
         """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each."""
-        static = {"config": self.config, "implementation": self.implementation}
+        static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
         return Functional(
             params=self.params,
             bank=self._bank,

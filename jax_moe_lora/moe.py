@@ -35,8 +35,8 @@ def moe_lora(
 ) -> Float[Array, "T D"]:
     """Routes each token to its top-k experts and applies them with the token's own adapter.
 
-    With expert e in a token's top-k, router weight p_e, slot s and `lin(W, A, B; x) = x W[e]^T + c (x A[s,e]^T) B[s,e]^T`:
-    `y = sum_e p_e * lin(down; act(lin(gate; x)) * lin(up; x))`.
+    With expert e in a token's top-k, router weight p_e, slot s, and
+    `lin(W, A, B; x) = x W[e]^T + c (x A[s,e]^T) B[s,e]^T`: `y = sum_e p_e * lin(down; act(lin(gate; x)) * lin(up; x))`.
 
     Args:
       x: `[T, D]`, float32, bfloat16 or float16. router: `[E, D]`. experts: all experts' weights.

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.errors import InputError
 from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.moe import moe_lora, routed_experts
 from jax_moe_lora.routing import token_slots
@@ -145,8 +146,10 @@ class LoRALinear(nnx.Module):
         return lora_linear(x, self.weight[...], None, pages, plan, self.implementation).astype(x.dtype)
 
 
-def load(module: nnx.Module, change: Callable[[AdapterBank], AdapterBank]) -> None:
+def load(module: "MoELoRA | LoRALinear", change: Callable[[AdapterBank], AdapterBank]) -> None:
     """Replaces a module's bank: `load(layer, lambda bank: insert(bank, 0, adapter))`."""
+    if module.adapters is None:
+        raise InputError("This module has no adapter bank; make it with max_adapters of at least 1.")
     module.adapters.set_value(change(module.adapters.get_value()))
 
 

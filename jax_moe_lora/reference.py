@@ -1,7 +1,8 @@
 """The layer in numpy, token by token: the definition that everything else is compared with.
 
-Imports nothing of the package. Weights are `[E, out, in]`; an adapter is `{module: (A [E, R, in], B [E, out, R], scale)}`
-with modules `router` (E = 1), `gate`, `up` and `down`; a leading axis of 1 is shared by all experts.
+Imports nothing of the package. Weights are `[E, out, in]`. An adapter is `{module: (A, B, scale)}` with
+A `[E, R, in]` and B `[E, out, R]`; modules are `router` (E = 1), `gate`, `up` and `down`, and a leading axis of 1 is
+shared by all experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def moe_lora(
     """Returns `y [T, D]`; `adapters[t]` is token t's adapter, or None."""
     weights = {"router": router[None], "gate": gate, "up": up, "down": down}
     weights = {name: np.asarray(w, dtype) for name, w in weights.items()}
-    y = np.zeros(x.shape, dtype)
+    y: np.ndarray = np.zeros(x.shape, dtype)
     for t, adapter in enumerate(adapters):
         row = np.asarray(x[t], dtype)
         scores = _linear(row, "router", 0, weights, adapter, dtype)

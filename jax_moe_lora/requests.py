@@ -140,7 +140,9 @@ def decode_loop(
     with _bar(progress, steps) as tick:
         for index in range(1, steps + 1):
             # The next step is under way while the host looks at this one's tokens.
-            following = advance(cache, tokens, device_slots, sampling, jnp.int32(index)) if index < steps else (cache, tokens)
+            following = (
+                advance(cache, tokens, device_slots, sampling, jnp.int32(index)) if index < steps else (cache, tokens)
+            )
             _take(np.asarray(tokens), batch.requests, answers, reasons, eos_token_ids, stream)
             tick()
             if None not in reasons:

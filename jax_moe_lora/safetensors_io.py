@@ -41,7 +41,9 @@ def open_tensors(path: Path, error: type[JaxMoELoRAError]) -> Iterator[Any]:
     except (SafetensorError, OSError, TypeError, ValueError) as problem:
         if isinstance(problem, JaxMoELoRAError):
             raise
-        raise error(f"{path} cannot be read as a safetensors file: {problem}; it may be truncated or corrupt.") from problem
+        raise error(
+            f"{path} cannot be read as a safetensors file: {problem}; it may be truncated or corrupt."
+        ) from problem
 
 
 def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:

@@ -25,14 +25,16 @@ class Tokenizer:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise CheckpointError(
-                f"{folder} has no tokenizer.json; install jax-moe-lora[text] to read other tokenizers, or pass token ids."
+                f"{folder} has no tokenizer.json; install jax-moe-lora[text] for other tokenizers, or pass token ids."
             ) from error
         try:
             slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} holds no tokenizer that can be read; pass token ids instead of text.") from error
+            raise CheckpointError(
+                f"{folder} holds no tokenizer that can be read; pass token ids instead of text."
+            ) from error
         self._encode = lambda text: slow(text)["input_ids"]
-        self._decode = lambda ids: slow.decode(list(ids), skip_special_tokens=True)
+        self._decode = lambda ids: str(slow.decode(list(ids), skip_special_tokens=True))
 
     def encode(self, text: str) -> list[int]:
         return list(self._encode(text))

@@ -92,7 +92,7 @@ def make_plan(experts: Int[Array, "T K"], slots: Int[Array, "T"], num_experts: i
 
 
 def tile_rows(rows: int, groups: int) -> int:
-    """Rows a tile holds: near the mean group, a power of two; from static sizes alone, so results never depend on it."""
+    """Rows a tile holds: near the mean group, a power of two; from static sizes alone."""
     mean = -(-rows // max(groups, 1))
     return min(max(MIN_TILE_ROWS, 1 << (mean - 1).bit_length()), MAX_TILE_ROWS, max(rows, 1))
 

@@ -7,8 +7,16 @@ import pytest
 import torch
 
 from jax_moe_lora import Model
-from tests.peft_files import ATTENTION, EXPERTS, load_peft, peft_logits, save_model, save_random_adapter
-from tests.peft_files import split_to_per_expert, tiny_qwen3_moe
+from tests.peft_files import (
+    ATTENTION,
+    EXPERTS,
+    load_peft,
+    peft_logits,
+    save_model,
+    save_random_adapter,
+    split_to_per_expert,
+    tiny_qwen3_moe,
+)
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]
 
@@ -39,10 +47,19 @@ SHAPES = {
 }
 ADAPTERS = {
     "experts": {"r": 4, "lora_alpha": 16, "target_parameters": EXPERTS},
-    "all": {"r": 20, "use_rslora": True, "target_modules": ATTENTION, "target_parameters": [*EXPERTS, "mlp.gate.weight"]},
+    "all": {
+        "r": 20,
+        "use_rslora": True,
+        "target_modules": ATTENTION,
+        "target_parameters": [*EXPERTS, "mlp.gate.weight"],
+    },
     "attention": {"r": 3, "target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2]},
     "down": {"r": 8, "target_parameters": ["mlp.experts.down_proj"], "rank_pattern": {".*layers.2.*": 17}},
-    "gate_up": {"r": 8, "target_parameters": ["mlp.experts.gate_up_proj"], "alpha_pattern": {"layers.2.mlp.experts.gate_up_proj": 3}},
+    "gate_up": {
+        "r": 8,
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+        "alpha_pattern": {"layers.2.mlp.experts.gate_up_proj": 3},
+    },
 }
 
 

@@ -31,7 +31,9 @@ def adapter(sites: dict[str, Site], rank: int, seed: int = 0) -> LoRAAdapter:
 @pytest.fixture
 def layer() -> MoELoRA:
     layer = MoELoRA(CONFIG, max_adapters=4, max_rank=32, rngs=nnx.Rngs(0))
-    load(layer, lambda bank: insert(insert(bank, 0, adapter(moe_sites(CONFIG), 4)), 1, adapter(moe_sites(CONFIG), 20, 1)))
+    load(
+        layer, lambda bank: insert(insert(bank, 0, adapter(moe_sites(CONFIG), 4)), 1, adapter(moe_sites(CONFIG), 20, 1))
+    )
     return layer
 
 

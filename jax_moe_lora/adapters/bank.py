@@ -103,7 +103,7 @@ def create_bank(
     for site in sites.values():
         for width in (site.in_width, site.out_width):
             matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
-    most = num_slots * int(pages_of(max_rank))
+    most = num_slots * -(-max_rank // RANK_PAGE)
     per_rank_page = sum(count * _page_bytes(width, dtype) for width, count in matrices.items())
     share = most if memory is None else min(most, memory / per_rank_page)
     sizes = {width: int(count * share) for width, count in matrices.items()}

@@ -10,9 +10,9 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from pallas_kernels import RANK_PAGE
 
 
-def pages_of(rank: int | np.ndarray) -> int | np.ndarray:
-    """Pages that a matrix of this rank takes."""
-    return -(-rank // RANK_PAGE)
+def pages_of(ranks: np.ndarray) -> np.ndarray:
+    """Pages that a matrix of each rank takes."""
+    return -(-ranks // RANK_PAGE)
 
 
 @dataclass

@@ -37,7 +37,9 @@ class SlotRegistry:
             raise AdapterNameError(f"Adapter name {name!r} is reserved or empty; choose another.")
         with self._lock:
             if name in self._slot_of:
-                raise AdapterNameError(f"An adapter named {name!r} is loaded already; unload it first or choose another name.")
+                raise AdapterNameError(
+                    f"An adapter named {name!r} is loaded already; unload it first or choose another name."
+                )
             free = set(range(len(self._references))) - set(self._slot_of.values())
             if not free:
                 raise BankFullError(
@@ -52,7 +54,9 @@ class SlotRegistry:
         with self._lock:
             slot = self._find(name)
             if self._references[slot]:
-                raise AdapterInUseError(f"Adapter {name!r} is used by {self._references[slot]} running requests; wait for them.")
+                raise AdapterInUseError(
+                    f"Adapter {name!r} is used by {self._references[slot]} running requests; wait for them."
+                )
             return slot
 
     def forget(self, name: str) -> None:

@@ -46,4 +46,4 @@ def _problems(
         with np.errstate(over="ignore"):
             finite = np.isfinite(getattr(weights, side).astype(dtype)).all()
         if not finite:
-            yield f"{side.upper()} holds values that are not finite in {np.dtype(dtype).name}; such weights are never served."
+            yield f"{side.upper()} holds values that are not finite in {np.dtype(dtype).name}, which are never served."

@@ -70,13 +70,17 @@ def run_demo(strings: int = 48, model: Model | None = None) -> Report:
         model.load_adapter(data_folder() / "adapters" / first, adapter_name=first)
         again = answer(adapters)
     answers = [out.text for out in outs]
-    mixed_equals_solo = again == answers and all(
-        solo[name][row] == answers[row] for row, name in enumerate(adapters)
-    ) and _bits_equal(model, prompts[: len(names)], adapters[: len(names)])
+    mixed_equals_solo = (
+        again == answers
+        and all(solo[name][row] == answers[row] for row, name in enumerate(adapters))
+        and _bits_equal(model, prompts[: len(names)], adapters[: len(names)])
+    )
     tokens = sum(len(out.token_ids) + (out.finish_reason == "stop") for out in outs)
     rates = {name: _rates(jobs, answers, name) for name in names}
     summary = {
-        "adapters": {name: {"accuracy": rates[name][name], "other_tasks": _others(rates[name], name)} for name in names if name},
+        "adapters": {
+            name: {"accuracy": rates[name][name], "other_tasks": _others(rates[name], name)} for name in names if name
+        },
         "base_accuracy": rates[None][BASE],
         "mixed_equals_solo": mixed_equals_solo,
         "compilations": count.compilations,

@@ -70,7 +70,9 @@ class Fields:
             if value is not None:
                 found = value if isinstance(value, dict) else {}
                 method = found.get("quant_algo") or found.get("quant_method") or found.get("format") or "unknown"
-                raise self.error(f"{name} says {method!r}: quantised checkpoints are not supported, load the bfloat16 one")
+                raise self.error(
+                    f"{name} says {method!r}: quantised checkpoints are not supported, load the bfloat16 one"
+                )
 
     def token_ids(self, name: str, generation: Mapping[str, Any] | None) -> tuple[int, ...]:
         """An id, a list of ids, or nothing; `generation_config.json` wins."""
@@ -85,4 +87,6 @@ class Fields:
     def refuse_unknown(self) -> None:
         for name, value in self._raw.items():
             if name not in self._seen and value not in (None, False, [], {}):
-                raise self.error(f"the field {name} = {value!r} is not understood and may change what the model computes")
+                raise self.error(
+                    f"the field {name} = {value!r} is not understood and may change what the model computes"
+                )

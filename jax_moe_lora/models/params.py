@@ -1,6 +1,7 @@
 """The parameter tree of a decoder: one abstract spec gives initialisation and checkpoint loading their shapes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class ModelParams:
 def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> ModelParams:
     """The tree with `jax.ShapeDtypeStruct` leaves."""
 
-    def leaf(*shape: int) -> jax.ShapeDtypeStruct:
+    def leaf(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     d, hd = config.hidden_size, config.head_dim
@@ -90,7 +91,9 @@ def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> ModelPa
     e, f, m = config.moe.num_experts, config.moe.expert_width, config.mlp_width
     routed = MoEParams(leaf(e, d), ExpertWeights(leaf(e, f, d), leaf(e, f, d), leaf(e, d, f)))
     dense = DenseMLPParams(leaf(m, d), leaf(m, d), leaf(d, m))
-    layers = tuple(LayerParams(leaf(d), attention, leaf(d), routed if is_moe else dense) for is_moe in config.moe_layers)
+    layers = tuple(
+        LayerParams(leaf(d), attention, leaf(d), routed if is_moe else dense) for is_moe in config.moe_layers
+    )
     head = None if config.tie_embeddings else leaf(config.vocab_size, d)
     return ModelParams(leaf(config.vocab_size, d), layers, leaf(d), head)
 
@@ -99,6 +102,8 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike
     """Random weights, normal with deviation 0.02 (norms are one), made on the device leaf by leaf."""
     leaves, tree = jax.tree.flatten(abstract_params(config, dtype))
     keys = jax.random.split(key, len(leaves))
-    make = jax.jit(lambda key, shape: (0.02 * jax.random.normal(key, shape, dtype)), static_argnums=1)
-    values = [make(k, s.shape) if len(s.shape) > 1 else jnp.ones(s.shape, dtype) for k, s in zip(keys, leaves, strict=True)]
+    make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
+    values = [
+        make(k, s.shape) if len(s.shape) > 1 else jnp.ones(s.shape, dtype) for k, s in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(tree, values)

@@ -27,13 +27,41 @@ ADAPTER_NAMES = AdapterNames(
 
 # Fields that change nothing at inference, or that only repeat what the others say.
 HARMLESS = frozenset(
-    """
-    architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task
-    id2label initializer_range is_encoder_decoder label2id max_window_layers model_type name_or_path _name_or_path
-    output_attentions output_hidden_states output_router_logits pad_token_id problem_type return_dict
-    router_aux_loss_coef sep_token_id task_specific_params tokenizer_class torch_dtype transformers_version use_cache
-    unsloth_version _attn_implementation experts_implementation sliding_window
-    """.split()
+    {
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "finetuning_task",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "max_window_layers",
+        "model_type",
+        "name_or_path",
+        "_name_or_path",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "sep_token_id",
+        "task_specific_params",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "unsloth_version",
+        "_attn_implementation",
+        "experts_implementation",
+        "sliding_window",
+    }
 )
 
 

@@ -48,10 +48,11 @@ def _llama3(config: RopeConfig, base: np.ndarray) -> np.ndarray:
 
 
 def _yarn(config: RopeConfig, base: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
-    assert config.original_max_positions is not None
+    original = config.original_max_positions
+    assert original is not None
 
     def correction_dim(rotations: float) -> float:
-        span = config.original_max_positions / (rotations * 2 * math.pi)
+        span = original / (rotations * 2 * math.pi)
         return head_dim * math.log(span) / (2 * math.log(config.theta))
 
     low, high = correction_dim(config.beta_fast), correction_dim(config.beta_slow)

@@ -19,7 +19,9 @@ from jax_moe_lora.safetensors_io import DTYPES, TensorInfo, open_tensors, tensor
 WEIGHTS = "adapter_model.safetensors"
 # Up to this version PEFT read every 3-D parameter as (E, in, out), and wrote A and B with their roles exchanged.
 LAST_TRANSPOSED = (0, 19, 0)
-_KEY = re.compile(r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?P<path>.+))\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?P<path>.+))\.lora_(?P<side>[AB])\.weight"
+)
 _KNOWN_BAD = {
     "lora_magnitude_vector": "DoRA is not supported",
     "lora_embedding_": "adapters on embeddings are not supported",
@@ -49,7 +51,9 @@ def read_peft(
     config = read_peft_config(folder)
     file = folder / WEIGHTS
     if not file.exists() and (folder / "adapter_model.bin").exists():
-        raise AdapterFormatError(f"{folder} holds adapter_model.bin, a pickle, which is never read; save it as safetensors.")
+        raise AdapterFormatError(
+            f"{folder} holds adapter_model.bin, a pickle, which is never read; save it as safetensors."
+        )
     pairs = _pair_keys(file, tensor_infos(file, AdapterFormatError))
     with open_tensors(file, AdapterFormatError) as tensors:
         reader = _Reader(file, config, sites, names, pairs, tensors)
@@ -67,7 +71,10 @@ def _pair_keys(file: Path, infos: Mapping[str, TensorInfo]) -> dict[tuple[int, s
     for key, info in infos.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            why = next((why for part, why in _KNOWN_BAD.items() if part in key), "expected base_model.model.model.layers.L.….lora_A.weight")
+            why = next(
+                (why for part, why in _KNOWN_BAD.items() if part in key),
+                "expected base_model.model.model.layers.L.….lora_A.weight",
+            )
             raise AdapterFormatError(f"{file}: the key {key} is not understood: {why}.")
         if info.dtype not in DTYPES:
             raise AdapterFormatError(f"{file}: {key} has dtype {info.dtype}; expected one of {', '.join(DTYPES)}.")
@@ -186,8 +193,12 @@ class _Reader:
         """A `[E, R, in]` and B `[E, out, R]` of a 3-D parameter: A is expert-major, B rank-major and expert-minor."""
         rows, columns = pair["A"][1].shape[0], pair["B"][1].shape[1]
         if rows % experts or columns != rows:
-            raise self._error(pair["A"][0], f"A has {rows} rows and B {columns} columns, not one multiple of {experts} experts")
-        rank, scale = self._rank(f"model.layers.{layer}.{self.names.experts_path}.{parameter}", pair, rows // experts, True)
+            raise self._error(
+                pair["A"][0], f"A has {rows} rows and B {columns} columns, not one multiple of {experts} experts"
+            )
+        rank, scale = self._rank(
+            f"model.layers.{layer}.{self.names.experts_path}.{parameter}", pair, rows // experts, True
+        )
         self._check_orientation(pair, in_width, out_width)
         a, b = self._load(pair, (rows, in_width), (out_width, rows))
         return a.reshape(experts, rank, in_width), b.reshape(out_width, rank, experts).transpose(2, 0, 1), scale
@@ -195,7 +206,8 @@ class _Reader:
     def _check_orientation(self, pair: Pair, in_width: int, out_width: int) -> None:
         (key, a), (_, b) = pair["A"], pair["B"]
         version = self.config.peft_version
-        readings = f"in today's orientation it maps {in_width} to {out_width}, in that of peft up to 0.19.0 {out_width} to {in_width}"
+        now, then = f"{in_width} to {out_width}", f"{out_width} to {in_width}"
+        readings = f"as peft writes today it maps {now}, as up to 0.19.0 {then}"
         if in_width == out_width:
             if version is None:
                 raise self._error(key, f"shapes cannot tell its orientation and no peft_version is given: {readings}")
@@ -203,7 +215,10 @@ class _Reader:
         else:
             transposed = (a.shape[1], b.shape[0]) == (out_width, in_width)
         if transposed:
-            raise self._error(key, "it has the transposed orientation of peft up to 0.19.0, which is not read yet; save it with a newer peft")
+            raise self._error(
+                key,
+                "it has the transposed orientation of peft up to 0.19.0, not read yet; save it with a newer peft",
+            )
 
     def _site(self, layer: int, module: str, pair: Pair) -> Site:
         site = self.sites.get(module)

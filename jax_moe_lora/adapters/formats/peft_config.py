@@ -12,16 +12,37 @@ from jax_moe_lora.safetensors_io import read_json
 
 # Every field of peft 0.21's LoraConfig is used by `PeftConfig`, harmless (below), or refused where it is set.
 _HARMLESS = frozenset(
-    """
-    task_type auto_mapping base_model_name_or_path revision inference_mode lora_dropout megatron_core qalora_group_size
-    runtime_config ensure_weight_tying eva_config peft_version peft_type
-    """.split()
+    {
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "peft_version",
+        "peft_type",
+    }
 )
 _USED = frozenset(
-    """
-    r lora_alpha use_rslora rank_pattern alpha_pattern target_modules target_parameters exclude_modules
-    layers_to_transform layers_pattern bias init_lora_weights
-    """.split()
+    {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "bias",
+        "init_lora_weights",
+    }
 )
 _REFUSED = {
     "use_dora": "DoRA is not supported",
@@ -112,7 +133,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if raw.get("bias", "none") not in (None, "none"):
         raise bad(f"bias is {raw['bias']!r}: trained biases are not supported")
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise bad(f"init_lora_weights is {raw['init_lora_weights']!r}: it changes the base weights; convert it to plain LoRA with PEFT")
+        raise bad(
+            f"init_lora_weights is {raw['init_lora_weights']!r}: it changes the base weights; convert it with PEFT"
+        )
     layers = raw.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     return PeftConfig(
@@ -121,7 +144,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
         alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", bad),
         rank_stabilised=bool(raw.get("use_rslora")),
         rank_patterns={k: _whole(_object(raw, "rank_pattern", bad), k, bad) for k in _object(raw, "rank_pattern", bad)},
-        alpha_patterns={k: _number(v, f"alpha_pattern[{k!r}]", bad) for k, v in _object(raw, "alpha_pattern", bad).items()},
+        alpha_patterns={
+            k: _number(v, f"alpha_pattern[{k!r}]", bad) for k, v in _object(raw, "alpha_pattern", bad).items()
+        },
         target_modules=_names(raw, "target_modules", bad),
         target_parameters=_names(raw, "target_parameters", bad, lists_only=True),
         exclude_modules=_names(raw, "exclude_modules", bad),

@@ -1,0 +1,1 @@
+"""Adapters: on the host, in files, and in the bank on the device."""
