@@ -1,13 +1,11 @@
 """Checkpoint folders: the config, and sharded safetensors read tensor by tensor into placed arrays."""
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_moe_lora.config import ModelConfig
@@ -17,8 +15,10 @@ from jax_moe_lora.models.registry import family
 from jax_moe_lora.safetensors_io import DTYPES, TensorInfo, open_tensors, read_json, tensor_infos
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHUNK_BYTES = 32 * 2**20
+# Pages of a mapped shard stay resident while it is open, so it is opened anew after this many bytes.
+MAPPED_BYTES = 8 * 2**20
 ALIGNMENT = 64
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -40,8 +40,8 @@ def load_params(
     """Reads a checkpoint's weights as `dtype`.
 
     All names, shapes and dtypes are checked from the headers before a tensor is read. Tensors are read one at a time
-    into the host array of their leaf, which then becomes the placed array: peak host memory is the arrays, plus the
-    tensor at hand. Values are not checked for being finite.
+    into the host array of their leaf, which on a CPU becomes the placed array without a copy: peak host memory is the
+    arrays, plus a few times `MAPPED_BYTES`. Values are not checked for being finite.
 
     Args:
       sharding: where each array is placed; the default device where None.
@@ -56,13 +56,7 @@ def load_params(
     shapes = {_path_name(path): leaf.shape for path, leaf in leaves}
     files = _locate(folder)
     _check(folder, files, names, shapes, module.unused_names(config))
-    with ExitStack() as stack:
-        shards = {file for file, _ in files.values()}
-        handles = {file: stack.enter_context(open_tensors(file, CheckpointError)) for file in shards}
-        arrays = [
-            _place(_read(names[_path_name(path)], leaf, lambda name: handles[files[name][0]]), sharding)
-            for path, leaf in leaves
-        ]
+    arrays = [_place(_read(names[_path_name(path)], leaf, files), sharding) for path, leaf in leaves]
     return jax.tree_util.tree_unflatten(tree, arrays)
 
 
@@ -133,17 +127,39 @@ def _refuse(folder: Path, what: str, names: list[str]) -> None:
         raise CheckpointError(f"{folder} {what} {', '.join(names[:5])}{more}.")
 
 
-def _read(source: str | list[str], leaf: jax.ShapeDtypeStruct, handle: Callable[[str], Any]) -> np.ndarray:
+def _read(
+    source: str | list[str], leaf: jax.ShapeDtypeStruct, files: Mapping[str, tuple[Path, TensorInfo]]
+) -> np.ndarray:
     """One leaf in host memory, filled some rows at a time and cast on the way."""
     out = _aligned(leaf.shape, np.dtype(leaf.dtype))
-    for index, name in enumerate([source] if isinstance(source, str) else source):
-        target = out if isinstance(source, str) else out[index]
-        part = handle(name).get_slice(name)
-        rows = max(1, CHUNK_BYTES * len(target) // max(target.nbytes, 1))
-        for begin in range(0, len(target), rows):
-            end = min(begin + rows, len(target))
-            target[begin:end] = part[begin:end]
+    targets = {source: out} if isinstance(source, str) else {name: out[index] for index, name in enumerate(source)}
+    for file, pieces in _batches(targets, files):
+        with open_tensors(file, CheckpointError) as tensors:
+            for name, rows in pieces:
+                targets[name][rows] = tensors.get_slice(name)[rows]
     return out
+
+
+def _batches(
+    targets: Mapping[str, np.ndarray], files: Mapping[str, tuple[Path, TensorInfo]]
+) -> Iterator[tuple[Path, list[tuple[str, slice]]]]:
+    """(shard, [(tensor, rows)]): pieces of one shard that come to at most `MAPPED_BYTES`, or to one row."""
+    batch: list[tuple[str, slice]] = []
+    current, total = None, 0
+    for name, target in targets.items():
+        file, info = files[name]
+        row_bytes = math.prod(info.shape[1:]) * ITEM_BYTES[info.dtype]
+        step = max(1, MAPPED_BYTES // row_bytes)
+        for begin in range(0, len(target), step):
+            end = min(begin + step, len(target))
+            size = (end - begin) * row_bytes
+            if current is not None and (file != current or total + size > MAPPED_BYTES):
+                yield current, batch
+                batch, total = [], 0
+            current, total = file, total + size
+            batch.append((name, slice(begin, end)))
+    if current is not None:
+        yield current, batch
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -156,5 +172,5 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     if sharding is None:
-        return jnp.asarray(array)
+        return jax.device_put(array)  # jnp.asarray would copy
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

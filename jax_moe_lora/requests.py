@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import Progress
 
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
@@ -186,6 +185,8 @@ def _bar(show: bool, steps: int) -> Iterator[Callable[[], None]]:
     if not show:
         yield lambda: None
         return
+    from rich.progress import Progress  # not needed where nobody watches
+
     with Progress(transient=True) as bar:
         task = bar.add_task("Generating", total=steps)
         yield lambda: bar.advance(task)

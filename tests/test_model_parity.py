@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from jax_moe_lora import Model
-from tests.peft_files import (
+from networks import (
     ATTENTION,
     EXPERTS,
     load_peft,
@@ -17,6 +15,8 @@ from tests.peft_files import (
     split_to_per_expert,
     tiny_qwen3_moe,
 )
+
+from jax_moe_lora import Model
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]
 

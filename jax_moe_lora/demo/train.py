@@ -12,7 +12,7 @@ The adapters differ on purpose, in form, rank, scale and in what they touch:
 - ``reverse``: rank 16, rsLoRA; attention, the router and the experts' 3-D parameters.
 - ``sort``: rank 24; attention and experts, the experts as one pair of matrices an expert and projection, which is what
   PEFT wrote under transformers 4. It is trained in the 3-D form and split exactly (`split_experts`).
-- ``shift``: rank 4, asked for by the projections' old names. PEFT makes that rank 8 for the fused gate and up, and says
+- ``shift``: rank 6, asked for by the projections' old names. PEFT makes that rank 12 for the fused gate and up, and says
   so only in ``rank_pattern`` and ``alpha_pattern``.
 
 Two runs on one machine with the same versions and threads write the same weights, with ``--only`` too.
@@ -55,7 +55,7 @@ ADAPTERS: dict[str, tuple[dict, int, float]] = {
     "upper": ({"r": 8, "lora_alpha": 16, "target_modules": [], "target_parameters": EXPERTS_3D}, 2000, 8e-3),
     "reverse": ({"r": 16, "lora_alpha": 8, "use_rslora": True} | ATTENTION_ROUTER_EXPERTS, 2500, 3e-3),
     "sort": ({"r": 24, "lora_alpha": 48, "target_modules": ATTENTION, "target_parameters": EXPERTS_3D}, 1000, 2e-3),
-    "shift": ({"r": 4, "lora_alpha": 8, "target_modules": EXPERTS_2D}, 2250, 8e-3),
+    "shift": ({"r": 6, "lora_alpha": 12, "target_modules": EXPERTS_2D}, 2750, 8e-3),
 }
 # What PEFT 0.15 saved for an adapter that uses none of these features (the config of `sort`).
 _UNSET = ["auto_mapping", "corda_config", "eva_config", "exclude_modules", "layer_replication", "layers_pattern"]

@@ -9,6 +9,7 @@ from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.rope_config import read_rope
 
 MODEL_TYPE = "qwen3_moe"
+MOST = 65_536  # layers and experts: a hostile config must not size the lists that are made before a file is opened
 
 ADAPTER_NAMES = AdapterNames(
     dense={
@@ -75,18 +76,17 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     fields.refuse_quantised()
     fields.expect("use_sliding_window", (None, False), "sliding-window attention is not supported")
     layers = fields.size("num_hidden_layers")
+    if layers > MOST:
+        raise fields.error(f"num_hidden_layers is {layers}, at most {MOST} are supported")
     fields.expect_all("layer_types", "full_attention", layers)
-    heads = fields.size("num_attention_heads")
-    kv_heads = fields.size("num_key_value_heads", heads)
     hidden = fields.size("hidden_size")
-    experts = fields.size("num_experts", fields.optional_size("num_local_experts"))
+    heads, kv_heads, head_dim = _read_heads(fields, hidden)
+    experts, top_k = _read_experts(fields)
+    eps = fields.number("rms_norm_eps", 1e-6)
+    if eps <= 0:
+        raise fields.error(f"rms_norm_eps is {eps}, a positive number was expected")
     sparse_step = fields.size("decoder_sparse_step", 1)
     dense = fields.indices("mlp_only_layers", layers)
-    if heads % kv_heads:
-        raise fields.error(f"num_attention_heads is {heads}, no multiple of num_key_value_heads {kv_heads}")
-    top_k = fields.size("num_experts_per_tok")
-    if top_k > experts:
-        raise fields.error(f"num_experts_per_tok is {top_k}, more than the {experts} experts")
     max_positions = fields.size("max_position_embeddings")
     config = ModelConfig(
         model_type=MODEL_TYPE,
@@ -95,7 +95,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=fields.size("head_dim", hidden // heads),
+        head_dim=head_dim,
         mlp_width=fields.size("intermediate_size"),
         moe=MoEConfig(
             hidden_size=hidden,
@@ -108,7 +108,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
         ),
         moe_layers=tuple(layer not in dense and (layer + 1) % sparse_step == 0 for layer in range(layers)),
         rope=read_rope(fields, max_positions),
-        rms_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_eps=eps,
         qk_norm=True,
         attention_bias=fields.flag("attention_bias", False),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
@@ -117,6 +117,33 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     )
     fields.refuse_unknown()
     return config
+
+
+def _read_heads(fields: Fields, hidden: int) -> tuple[int, int, int]:
+    """(query heads, key/value heads, width of a head)."""
+    heads, kv_heads = fields.size("num_attention_heads"), fields.size("num_key_value_heads")
+    if heads % kv_heads:
+        raise fields.error(f"num_attention_heads is {heads}, no multiple of num_key_value_heads {kv_heads}")
+    if fields.get("head_dim") is None and hidden % heads:
+        raise fields.error(f"head_dim is missing, and hidden_size {hidden} is no multiple of {heads} heads")
+    head_dim = fields.size("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise fields.error(f"head_dim is {head_dim}, an even one was expected: rotary embedding turns pairs")
+    return heads, kv_heads, head_dim
+
+
+def _read_experts(fields: Fields) -> tuple[int, int]:
+    """(experts, experts per token); the hub and transformers 5 name the first differently."""
+    hub, local = fields.optional_size("num_experts"), fields.optional_size("num_local_experts")
+    if hub and local and hub != local:
+        raise fields.error(f"num_experts is {hub}, but num_local_experts is {local}")
+    experts = fields.size("num_experts", local)
+    if experts > MOST:
+        raise fields.error(f"num_experts is {experts}, at most {MOST} are supported")
+    top_k = fields.size("num_experts_per_tok")
+    if top_k > experts:
+        raise fields.error(f"num_experts_per_tok is {top_k}, more than the {experts} experts")
+    return experts, top_k
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str | list[str]]:

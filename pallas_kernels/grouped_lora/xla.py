@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_lora.pages import LoRAPages
-from pallas_kernels.grouped_matmul.xla import matmul_t
+from pallas_kernels.grouped_matmul.xla import batched_matmul_t
 from pallas_kernels.plan import RoutingPlan
 from pallas_kernels.tiles import over_tiles
 
@@ -18,21 +18,21 @@ def grouped_lora(
     row_index: Int[Array, "P"] | None,
 ) -> Float[Array, "P out"]:
     tiles = plan.lora_tiles
-    if tiles.expert.shape[0] == 0:
-        return y
 
     def tile(index, rows, old):
         expert, slot = tiles.expert[index], tiles.slot[index]
-        first_a, first_b, count, _ = pages.table[slot, expert]
-        scale = pages.scale[slot, expert]
+        first_a, first_b, count, _ = jnp.moveaxis(pages.table[slot, expert], -1, 0)
+        scale = pages.scale[slot, expert][:, None, None]
         own = x[rows if row_index is None else row_index[rows]]
 
         def add_page(page, total):
-            hidden = scale * matmul_t(own, pages.a[first_a + page])
+            live = page < count
+            hidden = scale * batched_matmul_t(own, pages.a[jnp.where(live, first_a + page, 0)])
             # B is read as float32 so that the float32 hidden row is not rounded to the adapter's dtype.
-            update = lax.dot(hidden, pages.b[first_b + page].astype(jnp.float32), precision=lax.Precision.HIGHEST)
-            return total + update
+            b = pages.b[jnp.where(live, first_b + page, 0)].astype(jnp.float32)
+            update = lax.dot_general(hidden, b, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
+            return jnp.where(live[:, None, None], total + update, total)
 
-        return lax.fori_loop(0, count, add_page, old)
+        return lax.fori_loop(0, count.max(), add_page, old)
 
     return over_tiles(tiles, y, tile)

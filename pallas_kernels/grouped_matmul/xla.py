@@ -1,7 +1,7 @@
 """Grouped matmul through XLA, on any device: a loop over the tiles in use.
 
-The cost follows the routed rows. `jax.lax.ragged_dot` multiplies every row with every expert's weight on these
-backends; `bench.py` compares the two.
+The cost follows the routed rows. `jax.lax.ragged_dot` multiplies every row with every expert's weight where it has no
+kernel of its own; `bench.py` compares the two.
 """
 
 import jax.numpy as jnp
@@ -21,17 +21,28 @@ def grouped_matmul(
     def tile(index, rows, old):
         del old
         own = x[rows if row_index is None else row_index[rows]]
-        return matmul_t(own, weights[tiles.expert[index]])
+        return batched_matmul_t(own, weights[tiles.expert[index]])
 
     return over_tiles(tiles, out, tile)
 
 
 def matmul_t(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
     """`x @ weight.T`, summed in float32; float32 inputs are multiplied as float32 (never TF32)."""
+    return _dot(x, weight, (((1,), (1,)), ((), ())))
+
+
+def batched_matmul_t(
+    x: Float[Array, "chunk rows in"], weights: Float[Array, "chunk out in"]
+) -> Float[Array, "chunk rows out"]:
+    """`matmul_t` of each tile of a chunk with its own weight."""
+    return _dot(x, weights, (((2,), (2,)), ((0,), (0,))))
+
+
+def _dot(x: Array, weight: Array, dimensions: lax.DotDimensionNumbers) -> Array:
     return lax.dot_general(
         x,
         weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
+        dimensions,
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )

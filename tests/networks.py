@@ -1,0 +1,105 @@
+"""Tiny random checkpoints and adapters, written by the real transformers and peft."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+TINY: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 128,
+}
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def tiny_qwen3_moe(seed: int = 0, **overrides: Any) -> Qwen3MoeForCausalLM:
+    """A random model whose matrices are large enough for logits to differ clearly."""
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TINY, **overrides})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def save_model(model: Qwen3MoeForCausalLM, folder: Path, max_shard_size: str = "200KB") -> Path:
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def save_random_adapter(
+    base: Path, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, deviation: float = 0.1, **config: Any
+) -> Path:
+    """A PEFT adapter on a saved model, with random A and B (PEFT's own B begins at zero)."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(Qwen3MoeForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_((deviation * torch.randn_like(parameter)).to(dtype))
+        wrapped.to(dtype)
+        wrapped.save_pretrained(folder)
+    return folder
+
+
+def peft_logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndarray:
+    """Logits of transformers alone, or with one PEFT adapter."""
+    model = load_peft(base, adapter)
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def load_peft(base: Path, adapter: Path | None) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Qwen3MoeForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
+
+
+def split_to_per_expert(source: Path, target: Path, num_experts: int) -> Path:
+    """The per-expert form that PEFT wrote under transformers 4, by an exact split of a saved 3-D adapter."""
+    tensors = load_file(source / "adapter_model.safetensors")
+    config = json.loads((source / "adapter_config.json").read_text())
+    out: dict[str, np.ndarray] = {}
+    for key in list(tensors):
+        if not key.endswith("lora_A.weight") or ".mlp.experts" not in key:
+            continue
+        a = tensors.pop(key)
+        b = tensors.pop(key.replace("lora_A", "lora_B"))
+        prefix = key[: key.index(".mlp.experts")] + ".mlp.experts"
+        a = a.reshape(num_experts, -1, a.shape[1])
+        b = b.reshape(b.shape[0], -1, num_experts).transpose(2, 0, 1)
+        halves = np.split(b, 2, axis=1) if "base_layer" in key else [b]
+        names = ["gate_proj", "up_proj"] if "base_layer" in key else ["down_proj"]
+        for name, half in zip(names, halves, strict=True):
+            for expert in range(num_experts):
+                out[f"{prefix}.{expert}.{name}.lora_A.weight"] = a[expert].copy()
+                out[f"{prefix}.{expert}.{name}.lora_B.weight"] = np.ascontiguousarray(half[expert])
+    target.mkdir(parents=True, exist_ok=True)
+    save_file({**tensors, **out}, target / "adapter_model.safetensors")
+    config["target_modules"] = sorted({*(config["target_modules"] or []), "gate_proj", "up_proj", "down_proj"})
+    config["target_parameters"] = None
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target
