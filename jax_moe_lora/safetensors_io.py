@@ -38,7 +38,8 @@ def open_tensors(path: Path, error: type[JaxMoELoRAError]) -> Iterator[Any]:
     try:
         with safe_open(str(path), framework="numpy") as tensors:
             yield tensors
-    except (SafetensorError, OSError, TypeError, ValueError) as problem:
+    # numpy lacks fp8 by name, which safetensors meets as an AttributeError.
+    except (SafetensorError, OSError, TypeError, ValueError, AttributeError) as problem:
         if isinstance(problem, JaxMoELoRAError):
             raise
         raise error(
@@ -62,7 +63,9 @@ def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:
         raise error(f"{path} has {size} bytes; a JSON file of at most {MAX_JSON_BYTES} was expected.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, OSError) as problem:
+    except (ValueError, RecursionError, OSError) as problem:  # ValueError: also a number of too many digits
+        if isinstance(problem, JaxMoELoRAError):
+            raise
         raise error(f"{path} is not valid JSON: {problem}.") from problem
     if not isinstance(value, dict):
         raise error(f"{path} holds a JSON {type(value).__name__}; expected an object.")

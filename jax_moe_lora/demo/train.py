@@ -12,8 +12,8 @@ The adapters differ on purpose, in form, rank, scale and in what they touch:
 - ``reverse``: rank 16, rsLoRA; attention, the router and the experts' 3-D parameters.
 - ``sort``: rank 24; attention and experts, the experts as one pair of matrices an expert and projection, which is what
   PEFT wrote under transformers 4. It is trained in the 3-D form and split exactly (`split_experts`).
-- ``shift``: rank 6, asked for by the projections' old names. PEFT makes that rank 12 for the fused gate and up, and says
-  so only in ``rank_pattern`` and ``alpha_pattern``.
+- ``shift``: rank 6, asked for by the projections' old names. PEFT makes that rank 12 for the fused gate and up, and
+  says so only in ``rank_pattern`` and ``alpha_pattern``.
 
 Two runs on one machine with the same versions and threads write the same weights, with ``--only`` too.
 """
@@ -104,7 +104,7 @@ def build_model(vocab_size: int) -> Qwen3MoeForCausalLM:
         num_experts_per_tok=2,
         moe_intermediate_size=48,
         norm_topk_prob=True,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         initializer_range=0.06,
         router_aux_loss_coef=0.01,
         pad_token_id=PAD,

@@ -4,7 +4,7 @@ Source of the conventions: peft 0.21, `tuners/lora/layer.py` (ParamWrapper) and 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from jax_moe_lora.safetensors_io import DTYPES, TensorInfo, open_tensors, tensor
 WEIGHTS = "adapter_model.safetensors"
 # Up to this version PEFT read every 3-D parameter as (E, in, out), and wrote A and B with their roles exchanged.
 LAST_TRANSPOSED = (0, 19, 0)
+# One spelling a number: were 0 and 00 both taken, one key would silently replace the other.
+_INDEX = r"0|[1-9][0-9]{0,8}"
 _KEY = re.compile(
-    r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>\d+)\.(?P<path>.+))\.lora_(?P<side>[AB])\.weight"
+    rf"base_model\.model\.(?P<module>model\.layers\.(?P<layer>{_INDEX})\.(?P<path>.+))\.lora_(?P<side>[AB])\.weight"
 )
 _KNOWN_BAD = {
     "lora_magnitude_vector": "DoRA is not supported",
@@ -109,7 +111,7 @@ class _Reader:
     def read(self) -> dict[tuple[int, str], LoRAWeights]:
         weights: dict[tuple[int, str], LoRAWeights] = {}
         experts: dict[tuple[int, str], dict[int, Pair]] = {}
-        per_expert = re.compile(re.escape(self.names.experts_path) + r"\.(\d+)\.([^.]+)")
+        per_expert = re.compile(re.escape(self.names.experts_path) + rf"\.({_INDEX})\.([^.]+)")
         for (layer, path), pair in self.pairs.items():
             match = per_expert.fullmatch(path)
             if path in self.names.dense:
@@ -151,9 +153,9 @@ class _Reader:
             rank, scale = self._rank(f"model.layers.{layer}.{self.names.experts_path}.{expert}.{part}", pair)
             loaded[expert] = self._load(pair, (rank, site.in_width), (site.out_width, rank))
             ranks[expert], scales[expert] = rank, scale
-        largest, dtype = int(ranks.max()), np.result_type(*(a.dtype for a, _ in loaded.values()))
-        a = np.zeros((count, largest, site.in_width), dtype)
-        b = np.zeros((count, site.out_width, largest), dtype)
+        largest = int(ranks.max())
+        a = np.zeros((count, largest, site.in_width), _common(own_a.dtype for own_a, _ in loaded.values()))
+        b = np.zeros((count, site.out_width, largest), _common(own_b.dtype for _, own_b in loaded.values()))
         for expert, (own_a, own_b) in loaded.items():
             a[expert, : ranks[expert]] = own_a
             b[expert, :, : ranks[expert]] = own_b
@@ -210,7 +212,9 @@ class _Reader:
         readings = f"as peft writes today it maps {now}, as up to 0.19.0 {then}"
         if in_width == out_width:
             if version is None:
-                raise self._error(key, f"shapes cannot tell its orientation and no peft_version is given: {readings}")
+                raise self._error(
+                    key, f"shapes cannot tell its orientation and no released peft_version is given: {readings}"
+                )
             transposed = version <= LAST_TRANSPOSED
         else:
             transposed = (a.shape[1], b.shape[0]) == (out_width, in_width)
@@ -245,6 +249,12 @@ class _Reader:
 
     def _error(self, key: str, problem: str) -> AdapterFormatError:
         return AdapterFormatError(f"{self.file}: {key}: {problem}.")
+
+
+def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """The dtype that holds every value: the one that all have, else float32, which holds both half precisions."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
 def _check_targets(config: PeftConfig, names: AdapterNames, used: set[str]) -> None:

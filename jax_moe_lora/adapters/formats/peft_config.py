@@ -54,6 +54,8 @@ _REFUSED = {
     "alora_invocation_tokens": "activated LoRA is not supported",
     "use_qalora": "QA-LoRA pools its inputs and is not supported",
 }
+# Far past any real adapter; within them a rank indexes and a scale stays finite in float32.
+_MAX_RANK, _MAX_ALPHA = 2**20, 1e30
 # Initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -142,7 +144,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         file=file,
         rank=_whole(raw, "r", bad),
         alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", bad),
-        rank_stabilised=bool(raw.get("use_rslora")),
+        rank_stabilised=_flag(raw.get("use_rslora"), "use_rslora", bad),
         rank_patterns={k: _whole(_object(raw, "rank_pattern", bad), k, bad) for k in _object(raw, "rank_pattern", bad)},
         alpha_patterns={
             k: _number(v, f"alpha_pattern[{k!r}]", bad) for k, v in _object(raw, "alpha_pattern", bad).items()
@@ -151,7 +153,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         target_parameters=_names(raw, "target_parameters", bad, lists_only=True),
         exclude_modules=_names(raw, "exclude_modules", bad),
         layers=None if not layers else frozenset(_layers(layers, bad)),
-        layers_patterns=_listed(_names(raw, "layers_pattern", bad)),
+        layers_patterns=_layer_patterns(raw, bad),
         peft_version=_version(raw.get("peft_version")),
         raw=raw,
     )
@@ -171,14 +173,21 @@ def _listed(names: str | Sequence[str]) -> Sequence[str]:
 
 def _whole(raw: Mapping[str, Any], name: str, bad) -> int:
     value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise bad(f"{name} is {value!r}, a whole number of at least 1 was expected")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
+        raise bad(f"{name} is {value!r}, a whole number from 1 to {_MAX_RANK} was expected")
     return value
 
 
+def _flag(value: Any, name: str, bad) -> bool:
+    if not isinstance(value, bool | None):
+        raise bad(f"{name} is {value!r}, true or false was expected")
+    return bool(value)
+
+
 def _number(value: Any, name: str, bad) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise bad(f"{name} is {value!r}, a number was expected")
+    # A comparison, not isfinite: an integer of 400 digits has no float. NaN fails it too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_ALPHA:
+        raise bad(f"{name} is {value!r}, a number of at most {_MAX_ALPHA:g} was expected")
     return float(value)
 
 
@@ -208,6 +217,13 @@ def _compile(pattern: str, name: str, bad) -> None:
         raise bad(f"{name} holds {pattern!r}, which is no regular expression: {error}") from error
 
 
+def _layer_patterns(raw: Mapping[str, Any], bad) -> Sequence[str]:
+    patterns = _listed(_names(raw, "layers_pattern", bad))
+    for pattern in patterns:
+        _compile(pattern, "layers_pattern", bad)
+    return patterns
+
+
 def _layers(values: Any, bad) -> list[int]:
     if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise bad(f"layers_to_transform is {values!r}, a layer or a list of layers was expected")
@@ -215,5 +231,8 @@ def _layers(values: Any, bad) -> list[int]:
 
 
 def _version(text: Any) -> tuple[int, ...] | None:
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(text))
-    return None if match is None else tuple(map(int, match.groups()))
+    """None where it is not known; development versions around the fix may lie on either side of it."""
+    match = re.match(r"([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})", str(text))
+    if match is None or re.match(r"0\.(19\.1|20\.0)\.?dev", str(text)):
+        return None
+    return tuple(map(int, match.groups()))

@@ -1,0 +1,195 @@
+"""Generation: sampling, stopping, streaming, buckets, and no recompilation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_moe_lora import AdapterInUseError, AdapterNameError, BankFullError, InputError, Model, count_compilations
+from jax_moe_lora.demo.run import data_folder, load_demo
+from jax_moe_lora.generate import Sampling, sample
+from jax_moe_lora.requests import Batch, Request
+
+pytestmark = pytest.mark.xdist_group("demo")
+NAMES = [None, "upper", "reverse", "sort"]
+PROMPTS = ["abc>", "hello>", "world>", "zyx>"]
+ANSWERS = ["abc", "HELLO", "dlrow", "xyz"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_demo()
+
+
+def texts(outs) -> list[str]:
+    return [out.text for out in outs]
+
+
+def test_each_request_is_answered_by_its_own_adapter(model):
+    outs = model.generate(PROMPTS, NAMES, max_new_tokens=10)
+    assert texts(outs) == ANSWERS
+    assert [out.adapter_name for out in outs] == NAMES
+    assert {out.finish_reason for out in outs} == {"stop"}
+    assert texts(model.generate(PROMPTS, ["__base__"] * 4, max_new_tokens=10)) == [p[:-1] for p in PROMPTS]
+
+
+def test_prompts_may_be_token_ids(model):
+    ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert texts(model.generate(ids, NAMES, max_new_tokens=10)) == ANSWERS
+
+
+def test_each_request_has_its_own_limit(model):
+    outs = model.generate(PROMPTS, NAMES, max_new_tokens=[1, 2, 3, 10])
+    assert texts(outs) == ["a", "HE", "dlr", "xyz"]
+    assert [out.finish_reason for out in outs] == ["length", "length", "length", "stop"]
+
+
+def test_streaming_gives_the_answer_piece_by_piece(model):
+    pieces = ["", "", "", ""]
+
+    def collect(index: int, token: int, text: str) -> None:
+        assert isinstance(token, int)
+        pieces[index] += text
+
+    model.generate(PROMPTS, NAMES, max_new_tokens=10, callback=collect)
+    assert pieces == ANSWERS
+
+
+def test_sampling_follows_each_requests_seed_alone(model):
+    options = {"max_new_tokens": 6, "temperature": 1.5}
+    first = model.generate(PROMPTS, NAMES, seed=[1, 2, 3, 4], **options)
+    again = model.generate(PROMPTS, NAMES, seed=[1, 2, 3, 4], **options)
+    assert [o.token_ids for o in first] == [o.token_ids for o in again]
+    other = model.generate(PROMPTS, NAMES, seed=[1, 2, 3, 5], **options)
+    assert [o.token_ids for o in other[:3]] == [o.token_ids for o in first[:3]]
+
+
+def test_nothing_compiles_after_the_first_batch_and_load(model):
+    """Contract 5 over the whole process: loads, unloads, slot reuse, other mixes, sampling and ranks."""
+    model.generate(PROMPTS, NAMES, max_new_tokens=10)
+    with count_compilations() as count:
+        model.unload_adapter("sort")  # rank and layout differ from what comes next into this slot
+        model.load_adapter(data_folder() / "adapters" / "reverse", "again")
+        outs = model.generate(PROMPTS, ["again", None, "upper", "again"], max_new_tokens=10, temperature=0.5, top_k=2)
+        model.unload_adapter("again")
+        model.load_adapter(data_folder() / "adapters" / "sort", "sort")
+        assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10)) == ANSWERS
+    assert outs[0].adapter_name == "again"
+    assert count.compilations == 0
+
+
+def test_functional_form_gives_the_same_tokens_under_a_users_own_jit(model):
+    fn = model.functional(batch=4, max_length=32)
+    encoded = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
+    tokens = np.zeros((4, 8), np.int32)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = ids
+    lengths, slots = jnp.asarray([len(ids) for ids in encoded]), model.slots(NAMES)
+    prefill = jax.jit(fn.prefill, donate_argnums=2)
+    decode = jax.jit(fn.decode, donate_argnums=2)
+    cache, logits = prefill(fn.params, fn.bank, fn.init_cache(), jnp.asarray(tokens), lengths, slots)
+    steps = []
+    for _ in range(4):
+        steps.append(jnp.argmax(logits, -1).astype(jnp.int32))
+        cache, logits = decode(fn.params, fn.bank, cache, steps[-1], slots)
+    assert model.tokenizer.decode([int(step[1]) for step in steps]) == "HELL"
+    full = model.logits(tokens, NAMES, [len(ids) for ids in encoded])
+    assert int(jnp.argmax(full[1, len(encoded[1]) - 1])) == int(steps[0][1])
+
+
+def test_names_slots_and_bytes_are_reported(model):
+    infos = model.adapters
+    assert set(infos) >= {"upper", "reverse", "sort"}
+    assert len({info.slot for info in infos.values()}) == len(infos)
+    assert all(info.nbytes > 0 and info.ranks for info in infos.values())
+
+
+def test_unknown_taken_and_reserved_names_are_refused(model):
+    with pytest.raises(AdapterNameError, match=r"'nope' is loaded \(loaded: .*upper"):
+        model.generate(["a>"], ["nope"])
+    with pytest.raises(AdapterNameError, match="'upper' is loaded already"):
+        model.load_adapter(data_folder() / "adapters" / "upper", "upper")
+    with pytest.raises(AdapterNameError, match="reserved"):
+        model.load_adapter(data_folder() / "adapters" / "upper", "__base__")
+
+
+def test_an_adapter_in_use_is_not_unloaded(model):
+    def unload(*_) -> None:
+        with pytest.raises(AdapterInUseError, match="'upper' is used by 1"):
+            model.unload_adapter("upper")
+
+    assert texts(model.generate(["abc>"], ["upper"], max_new_tokens=4, callback=unload)) == ["ABC"]
+
+
+def test_loading_during_generation_leaves_the_running_batch_alone(model):
+    loaded = []
+
+    def load(*_) -> None:
+        if not loaded:
+            loaded.append(model.load_adapter(data_folder() / "adapters" / "sort", "late"))
+
+    assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10, callback=load)) == ANSWERS
+    assert texts(model.generate(["cba>"], ["late"], max_new_tokens=10)) == ["abc"]
+    model.unload_adapter("late")
+
+
+def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
+    model = Model.from_pretrained(data_folder() / "model", dtype="float32", max_adapters=1)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "use_dora": true}')
+    with pytest.raises(ValueError, match="use_dora"):
+        model.load_adapter(tmp_path, "bad")
+    assert model.adapters == {}
+    model.load_adapter(data_folder() / "adapters" / "upper", "upper")
+    with pytest.raises(BankFullError, match="All 1 adapter slots"):
+        model.load_adapter(data_folder() / "adapters" / "sort", "sort")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "abc>"}, "expected a list"),
+        ({"prompts": [""]}, "Prompt 0 is empty"),
+        ({"prompts": ["a>"], "adapter_names": [None, None]}, "2 entries for 1 prompts"),
+        ({"prompts": ["a>"], "max_new_tokens": 0}, "max_new_tokens of prompt 0 is 0"),
+        ({"prompts": ["a>"], "max_new_tokens": 10**6}, "positions"),
+        ({"prompts": ["a>"], "temperature": -1.0}, "temperature"),
+        ({"prompts": ["a>"], "top_p": 0.0}, "top_p"),
+        ({"prompts": ["a>"], "top_k": -1}, "top_k"),
+        ({"prompts": ["a>"], "seed": -1}, "seed"),
+        ({"prompts": ["a>", "b>"], "seed": [1]}, "1 values for 2 prompts"),
+        ({"prompts": [[10**6]]}, "token id outside"),
+        ({"prompts": ["a>"], "pad_to": (1, 1)}, "pad_to"),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_sentence(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        model.generate(**arguments)
+
+
+def test_no_prompts_give_no_answers(model):
+    assert model.generate([]) == []
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]] * 3))
+    drawn = [set(), set(), set()]
+    for index in range(200):
+        sampling = Sampling(jnp.ones(3), jnp.array([2, 0, 0]), jnp.array([1.0, 0.7, 1.0]), jnp.array([1, 2, 3], jnp.uint32))
+        for row, token in enumerate(np.asarray(jax.jit(sample)(logits, sampling, jnp.int32(index)))):
+            drawn[row].add(int(token))
+    assert drawn == [{0, 1}, {0, 1}, {0, 1, 2, 3}]
+
+
+def test_temperature_zero_takes_the_most_probable_beside_sampled_rows():
+    logits = jnp.asarray([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]])
+    sampling = Sampling(jnp.array([0.0, 1.0]), jnp.zeros(2, jnp.int32), jnp.ones(2), jnp.zeros(2, jnp.uint32))
+    assert int(sample(logits, sampling, jnp.int32(0))[0]) == 1
+
+
+def test_batches_of_nearby_sizes_share_a_bucket(model):
+    def shape(prompts: int, length: int, new: int) -> tuple:
+        requests = [Request([1] * length, new, 0.0, 0, 1.0, 0)] * prompts
+        batch = Batch.make(requests, model.config)
+        return batch.tokens.shape, batch.cache_length
+
+    assert shape(5, 17, 9) == shape(8, 32, 9) == ((8, 32), 64)
