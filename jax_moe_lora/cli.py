@@ -15,7 +15,8 @@ from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+# Wide where nobody looks at a terminal, so that tables in logs and pipes keep their words whole.
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 @app.command()

@@ -163,6 +163,14 @@ def test_fields_without_effect_are_passed_over(harmless: dict[str, Any]) -> None
     ("changes", "named"),
     [
         ({"new_gate": 3}, ("new_gate", "3")),
+        ({"new_gate": 0}, ("new_gate", "0")),
+        ({"hidden_act": ["silu"]}, ("hidden_act",)),
+        ({"rope_theta": -1.0}, ("rope_theta", "-1.0")),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, ("rope_theta", "5.0")),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+            ("rope_scaling", "rope_parameters"),
+        ),
         ({"shared_expert_intermediate_size": 512}, ("shared_expert_intermediate_size",)),
         ({"use_sliding_window": True}, ("use_sliding_window",)),
         ({"layer_types": ["full_attention"] * 47 + ["sliding_attention"]}, ("layer_types", "sliding_attention")),
@@ -205,6 +213,9 @@ def test_a_missing_size_is_refused_by_name(field: str) -> None:
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
         ({"type": "longrope"}, "longrope"),
+        ({"type": "linear", "rope_type": "yarn", **YARN}, "linear"),
+        ({"type": "yarn", **YARN, "beta_fast": 0.0}, "beta_fast"),
+        ({"type": "llama3", **LLAMA3, "low_freq_factor": 4.0}, "low_freq_factor"),
         ({"rope_type": "yarn"}, "factor"),
         ({"rope_type": "linear", "factor": 0.5}, "factor"),
         ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),

@@ -174,7 +174,9 @@ def test_top_k_and_top_p_keep_what_they_say():
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]] * 3))
     drawn = [set(), set(), set()]
     for index in range(200):
-        sampling = Sampling(jnp.ones(3), jnp.array([2, 0, 0]), jnp.array([1.0, 0.7, 1.0]), jnp.array([1, 2, 3], jnp.uint32))
+        sampling = Sampling(
+            jnp.ones(3), jnp.array([2, 0, 0]), jnp.array([1.0, 0.7, 1.0]), jnp.array([1, 2, 3], jnp.uint32)
+        )
         for row, token in enumerate(np.asarray(jax.jit(sample)(logits, sampling, jnp.int32(index)))):
             drawn[row].add(int(token))
     assert drawn == [{0, 1}, {0, 1}, {0, 1, 2, 3}]

@@ -163,8 +163,8 @@ def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
     tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
     scales = {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
     # On the host, as in `insert`: nothing is left to compile when the first adapter leaves.
-    owner = {width: np.asarray(ids) for width, ids in bank.owner.items()}
-    owner = {width: jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for width, ids in owner.items()}
+    held = {width: np.asarray(ids) for width, ids in bank.owner.items()}
+    owner = {width: jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for width, ids in held.items()}
     new_tables, new_scales = _set_slot(donate)(bank.tables, bank.scales, slot, tables, scales)
     return replace(bank, owner=owner, tables=new_tables, scales=new_scales)
 

@@ -83,7 +83,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=64,
+        model_max_length=256,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         **SPECIAL_TOKENS,

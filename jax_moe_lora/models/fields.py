@@ -45,7 +45,7 @@ class Fields:
 
     def choice(self, name: str, choices: Mapping[str, Any]) -> Any:
         value = self.get(name)
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise self.error(f"{name} is {value!r}, supported are {', '.join(choices)}")
         return choices[value]
 
@@ -86,7 +86,7 @@ class Fields:
 
     def refuse_unknown(self) -> None:
         for name, value in self._raw.items():
-            if name not in self._seen and value not in (None, False, [], {}):
+            if name not in self._seen and value is not None and value is not False and value not in ([], {}):
                 raise self.error(
                     f"the field {name} = {value!r} is not understood and may change what the model computes"
                 )

@@ -17,13 +17,21 @@ def read_rope(fields: Fields, max_positions: int) -> RopeConfig:
     """
     theta = fields.get("rope_theta")
     scaling, parameters = fields.get("rope_scaling"), fields.get("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        raise fields.error("rope_scaling and rope_parameters differ, and readers disagree on which one holds")
     raw = {**(_object(fields, "rope_scaling", scaling)), **(_object(fields, "rope_parameters", parameters))}
     inner = Fields(raw, fields.source + ", rope")
     kind = inner.get("rope_type", inner.get("type", "default"))
     inner.get("type")
     if kind not in _KINDS:
         raise fields.error(f"rope scaling {kind!r} is not supported, supported are {', '.join(_KINDS)}")
+    if inner.get("type") not in (None, kind):
+        raise inner.error(f"type is {inner.get('type')!r}, but rope_type is {kind!r}")
     base = inner.number("rope_theta", _THETA if theta is None else theta)
+    if theta is not None and base != theta:
+        raise inner.error(f"rope_theta is {base}, but {theta!r} beside it")
+    if base <= 1:
+        raise inner.error(f"rope_theta is {base}, more than 1 was expected")
     if kind == "default":
         inner.get("factor")
         inner.refuse_unknown()
@@ -36,11 +44,17 @@ def read_rope(fields: Fields, max_positions: int) -> RopeConfig:
     extra: dict[str, Any] = {}
     if kind == "yarn":
         extra = {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
+        if min(extra.values()) <= 0:
+            raise inner.error(f"beta_fast and beta_slow are {list(extra.values())}, positive numbers were expected")
         extra["truncate"] = inner.flag("truncate", True)
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             extra[name] = None if inner.get(name) is None else inner.number(name)
     if kind == "llama3":
         extra = {name: inner.number(name) for name in ("low_freq_factor", "high_freq_factor")}
+        if not 0 < extra["low_freq_factor"] < extra["high_freq_factor"]:
+            raise inner.error(
+                f"low_freq_factor and high_freq_factor are {list(extra.values())}, 0 < low < high was expected"
+            )
     inner.refuse_unknown()
     return RopeConfig(**{**config.__dict__, **extra})
 

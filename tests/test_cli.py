@@ -1,0 +1,103 @@
+"""The command line: answers, reports, and one sentence with exit code 2 on bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_moe_lora.demo.run import data_folder
+
+pytestmark = pytest.mark.xdist_group("cli")
+MODEL = str(data_folder() / "model")
+UPPER, SORT = (f"{name}={data_folder() / 'adapters' / name}" for name in ("upper", "sort"))
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jax_moe_lora.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def test_generate_answers_a_file_of_mixed_requests(tmp_path):
+    lines = [
+        {"prompt": "abc>", "adapter": "upper"},
+        {"prompt": "cab>", "adapter": "sort", "max_new_tokens": 2},
+        {"prompt": "dog>"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    out = tmp_path / "out.jsonl"
+    arguments = ["--adapter", UPPER, "--adapter", SORT, "--requests", str(tmp_path / "in.jsonl"), "--out", str(out)]
+    done = run("generate", "--model", MODEL, *arguments, "--dtype", "float32", "--max-new-tokens", "10")
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(a["adapter"], a["text"], a["finish_reason"]) for a in answers] == [
+        ("upper", "ABC", "stop"),
+        ("sort", "ab", "length"),
+        (None, "dog", "stop"),
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_generate_answers_prompts_on_standard_output():
+    arguments = ["--adapter", UPPER, "--prompt", "abc>", "--use", "upper", "--max-new-tokens", "8"]
+    done = run("generate", "--model", MODEL, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["text"] == "ABC"
+
+
+def test_inspect_tells_a_model_and_an_adapter_apart():
+    model = json.loads(run("inspect", MODEL, "--json").stdout)
+    assert (model["kind"], model["model_type"], model["experts"]) == (
+        "model",
+        "qwen3_moe",
+        model["config"]["moe"]["num_experts"],
+    )
+    assert model["parameters"] > 0
+    assert model["shards"] >= 1
+    adapter = json.loads(run("inspect", str(data_folder() / "adapters" / "upper"), "--json").stdout)
+    assert adapter["kind"] == "adapter"
+    assert {m["module"] for m in adapter["modules"]} >= {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    shown = run("inspect", str(data_folder() / "adapters" / "sort")).stdout
+    assert "2-D per expert" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["inspect", "no/such/folder"], "There is no folder no/such/folder"),
+        (["generate", "--model", "no/such/folder/at/all", "--prompt", "a>"], "There is no folder"),
+        (["generate", "--model", MODEL], "Give either --requests"),
+        (["generate", "--model", MODEL, "--prompt", "a>", "--use", "x"], "adapters that are not given: x"),
+        (["generate", "--model", MODEL, "--prompt", "a>", "--adapter", "x"], "is not NAME=DIR"),
+        (["generate", "--model", MODEL, "--prompt", "a>", "--adapter", "x=/no/such"], "There is no folder /no/such"),
+        (["generate", "--model", MODEL, "--prompt", "a>", "--dtype", "int8"], "dtype is 'int8'"),
+        (["generate", "--model", MODEL, "--prompt", "a>", "--adapter-memory", "lots"], "Size 'lots'"),
+        (["generate", "--model", MODEL, "--requests", "/no/such.jsonl"], "cannot be read"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "line 2 is not JSON"),
+        ('{"adapter": "upper"}', 'line 2 has no "prompt" text'),
+        ('{"prompt": "a>", "adaptor": "upper"}', "line 2 has adaptor; known are prompt, adapter"),
+        ('{"prompt": "a>", "temperature": "hot"}', "line 2 has temperature 'hot'"),
+        ('{"prompt": "a>", "adapter": 3}', "line 2 has adapter 3"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number_and_nothing_is_written(tmp_path, line, sentence):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a>"}\n' + line + "\n")
+    out = tmp_path / "out.jsonl"
+    done = run("generate", "--model", MODEL, "--requests", str(tmp_path / "in.jsonl"), "--out", str(out))
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not out.exists()
