@@ -23,6 +23,7 @@ from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import LayerParams, ModelParams, init_params
 from pallas_kernels import LoRAPages
+from pallas_kernels.specs import LAYERS, LayerSpec
 
 
 def scanned_logits(
@@ -51,16 +52,17 @@ def scanned_logits(
     return decoder.head(params, decoder.rms_norm(hidden, params.norm, config.rms_eps))
 
 
-def _config(layers: int, width: int) -> ModelConfig:
-    moe = MoEConfig(width, width // 2, 16, 4, renormalize=True)
+def _config(layers: int, spec: LayerSpec) -> ModelConfig:
+    width = spec.hidden_size
+    moe = MoEConfig(width, spec.expert_width, spec.num_experts, spec.top_k, renormalize=True)
     return ModelConfig("qwen3_moe", 512, layers, width, 8, 2, width // 8, width, moe, (True,) * layers)
 
 
-def measure(layers: int, width: int, batch: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def measure(layers: int, shape: str, dtype: str, batch: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
     """Compile seconds and milliseconds a forward pass, unrolled and scanned."""
-    config = _config(layers, width)
-    params = init_params(config, jax.random.key(0), jnp.float32)
-    bank = create_bank(decoder.adapter_sites(config), 4, 16, None, "float32")
+    config = _config(layers, LAYERS[shape])
+    params = init_params(config, jax.random.key(0), dtype)
+    bank = create_bank(decoder.adapter_sites(config), 4, 16, None, dtype)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers)
     inputs = (
         jax.random.randint(jax.random.key(1), (batch, tokens), 0, 512),
@@ -87,7 +89,8 @@ def measure(layers: int, width: int, batch: int, tokens: int, repeats: int) -> l
         rows.append(
             {
                 "layers": layers,
-                "width": width,
+                "shape": shape,
+                "dtype": dtype,
                 "batch": batch,
                 "tokens": tokens,
                 "form": name,
@@ -103,7 +106,8 @@ def measure(layers: int, width: int, batch: int, tokens: int, repeats: int) -> l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 8, 24])
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--shape", default="small", choices=LAYERS)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -111,7 +115,7 @@ def main() -> None:
         row
         for layers in args.layers
         for batch, tokens in ((8, 1), (8, 32))
-        for row in measure(layers, args.width, batch, tokens, args.repeats)
+        for row in measure(layers, args.shape, args.dtype, batch, tokens, args.repeats)
     ]
     device = jax.devices()[0].device_kind
     report = {

@@ -20,6 +20,6 @@ LAYERS = {
     "gpt-oss-20b": LayerSpec(32, 4, 2880, 2880),
     # Small enough for a CPU to time, with the ratios of the first.
     "qwen3-tiny": LayerSpec(128, 8, 256, 96),
-    "demo": LayerSpec(8, 2, 64, 64),
+    "small": LayerSpec(16, 4, 128, 64),
 }
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
