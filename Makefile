@@ -25,9 +25,9 @@ lint: .venv/full.stamp
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-# The same suite on the newest jax that installs, without the tests that need torch.
+# The suite on the newest jax that installs.
 newest: .venv-newest/full.stamp
-	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not parity and not gpu and not slow"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
 
 format: .venv/full.stamp
 	.venv/bin/ruff check --fix .
@@ -52,5 +52,5 @@ $(UV):
 
 .venv-newest/full.stamp: pyproject.toml | $(UV)
 	test -x .venv-newest/bin/python || $(UV) venv --quiet .venv-newest
-	$(UV) pip install --quiet --upgrade --python .venv-newest/bin/python --editable ".[test,notebooks]"
+	$(UV) pip install --quiet --upgrade --python .venv-newest/bin/python --editable ".[$(EXTRAS)]"
 	touch $@
