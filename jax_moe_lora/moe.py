@@ -63,6 +63,7 @@ def moe_lora(
     weights, chosen = route(scores, config, router_bias)
     if row_mask is not None:
         chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
+        weights = jnp.where(row_mask[:, None], weights, 0.0)  # padding may hold NaN, and NaN times zero is NaN
     return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation)
 
 

@@ -1,7 +1,7 @@
 """Which implementation runs a call, and why not the others."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 
@@ -21,7 +21,7 @@ class Choice:
     why_not: dict[str, str]
 
 
-def choose(implementation: Implementation | None = None) -> Choice:
+def choose(implementation: str | None = None) -> Choice:
     """Picks the implementation of the grouped ops; `None` takes the best that is available.
 
     Raises:
@@ -43,4 +43,6 @@ def choose(implementation: Implementation | None = None) -> Choice:
         raise UnsupportedImplementation(
             f"implementation={implementation!r} cannot run on {platform}: {why_not[implementation]}; use 'xla' or None."
         )
-    return Choice(implementation, {name: why for name, why in why_not.items() if name != implementation})
+    return Choice(
+        cast(Implementation, implementation), {name: why for name, why in why_not.items() if name != implementation}
+    )

@@ -1,0 +1,133 @@
+"""The grouped ops against float64 loops: every pattern of empty groups, mixed ranks, poison where nobody may read."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from layers import assert_close, rounded
+
+from pallas_kernels import (
+    LoRAPages,
+    UnsupportedImplementation,
+    choose,
+    grouped_lora,
+    grouped_matmul,
+    make_plan,
+)
+
+TOLERANCE = {"float32": 1e-6, "float16": 1e-6, "bfloat16": 1e-6}  # sums are float32 whatever the inputs are
+MATMUL = jax.jit(grouped_matmul, static_argnames="implementation")
+LORA = jax.jit(grouped_lora, static_argnames="implementation")
+BACKENDS = ["xla", "reference"]
+
+
+def routing(groups: list[int], top_k: int = 1, seed: int = 0) -> np.ndarray:
+    """Experts `[T, K]` with the given rows an expert, shuffled."""
+    experts = np.repeat(np.arange(len(groups)), groups)
+    return np.random.default_rng(seed).permutation(experts).reshape(-1, top_k).astype(np.int32)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("pattern", list(itertools.product([0, 1], repeat=4))[1:], ids=str)
+def test_matmul_with_every_pattern_of_empty_groups(pattern, dtype, implementation):
+    rng = np.random.default_rng(sum(pattern))
+    groups = [0] * 4
+    for index in range(30):
+        groups[[e for e in range(4) if pattern[e]][index % sum(pattern)]] += 1
+    experts = routing(groups)
+    x, w = rounded(rng.normal(size=(30, 32)), dtype), rounded(rng.normal(size=(4, 16, 32)), dtype)
+    poisoned = np.where(
+        np.asarray(pattern)[:, None, None] == 1, w, np.nan
+    )  # experts without rows are never read into y
+    weights = poisoned if implementation == "xla" else w
+    plan = make_plan(jnp.asarray(experts), jnp.full(30, -1), 4, 0)
+    y = MATMUL(jnp.asarray(x, dtype), jnp.asarray(weights, dtype), plan, plan.token, implementation=implementation)
+    order = np.asarray(plan.order)
+    expected = np.stack([w[experts[p, 0]].astype(np.float64) @ x[p] for p in order])
+    assert y.dtype == jnp.float32
+    assert_close(y, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_skipped_rows_give_zeros(implementation):
+    rng = np.random.default_rng(0)
+    experts = np.asarray([[0, -1], [7, 4], [2, 1]], np.int32)  # of 4: -1, 7 and 4 are skipped
+    x, w = rng.normal(size=(3, 32)).astype(np.float32), rng.normal(size=(4, 16, 32)).astype(np.float32)
+    plan = make_plan(jnp.asarray(experts), jnp.full(3, -1), 4, 0)
+    y = np.asarray(MATMUL(jnp.asarray(x), jnp.asarray(w), plan, plan.token, implementation=implementation))
+    by_pair = y[np.asarray(plan.position)].reshape(3, 2, 16)
+    assert not by_pair[0, 1].any()
+    assert not by_pair[1].any()
+    np.testing.assert_allclose(by_pair[2, 0], w[2] @ x[2], rtol=1e-4, atol=1e-5)
+
+
+def paged(rng, dtype: str, ranks: np.ndarray, in_width: int, out_width: int):
+    """Pages of random matrices for ranks `[S, E]`, everything that nobody owns poisoned; and the matrices."""
+    slots, experts = ranks.shape
+    bound = 2 + int((-(-ranks // 16)).sum()) * 2
+    a, b = np.full((bound, 16, in_width), np.nan), np.full((bound, 16, out_width), np.nan)
+    a[0] = b[0] = 0
+    table = np.zeros((slots, experts, 4), np.int32)
+    matrices, free = {}, 2
+    for s, e in np.ndindex(slots, experts):
+        rank, count = int(ranks[s, e]), int(-(-ranks[s, e] // 16))
+        if rank == 0:
+            continue
+        own_a = np.zeros((count * 16, in_width))
+        own_b = np.zeros((count * 16, out_width))
+        own_a[:rank] = rounded(rng.normal(size=(rank, in_width)) * in_width**-0.5, dtype)
+        own_b[:rank] = rounded(rng.normal(size=(rank, out_width)) * rank**-0.5, dtype)
+        a[free : free + count], b[free : free + count] = own_a.reshape(count, 16, -1), own_b.reshape(count, 16, -1)
+        table[s, e] = free, free, count, rank
+        matrices[s, e] = own_a, own_b
+        free += count + 1  # a poisoned page between any two
+    scale = rng.uniform(0.5, 2, (slots, experts)).astype(np.float32)
+    pages = LoRAPages(jnp.asarray(a, dtype), jnp.asarray(b, dtype), jnp.asarray(table), jnp.asarray(scale))
+    return pages, matrices, scale
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-6), ("bfloat16", 1e-6)])
+def test_lora_of_mixed_ranks_reads_its_own_pages_alone(dtype, tolerance, implementation):
+    rng = np.random.default_rng(1)
+    ranks = rng.choice([0, 4, 8, 16, 17, 64, 128], (5, 4))
+    experts = np.stack([rng.permutation(4)[:2] for _ in range(50)]).astype(np.int32)
+    slots = rng.integers(-1, 5, 50).astype(np.int32)
+    pages, matrices, scale = paged(rng, dtype, ranks, 48, 32)
+    x = rounded(rng.normal(size=(50, 48)), dtype)
+    y = rng.normal(size=(100, 32)).astype(np.float32)
+    plan = make_plan(jnp.asarray(experts), jnp.asarray(slots), 4, 5)
+    actual = np.asarray(
+        LORA(jnp.asarray(y), jnp.asarray(x, dtype), pages, plan, plan.token, implementation=implementation)
+    )
+    expected = y.astype(np.float64)
+    for row, pair in enumerate(np.asarray(plan.order)):
+        s, e = int(slots[pair // 2]), int(experts[pair // 2, pair % 2])
+        if (s, e) in matrices:
+            a, b = matrices[s, e]
+            expected[row] += scale[s, e] * (b.T @ (a @ x[pair // 2]))
+    assert_close(actual, expected, tolerance)
+    base = slots[np.asarray(plan.token)] == -1
+    assert base.any()
+    np.testing.assert_array_equal(actual[base], y[base])
+
+
+def test_an_unknown_implementation_is_refused_with_the_choices():
+    with pytest.raises(UnsupportedImplementation, match="'fast' is unknown; use one of"):
+        choose("fast")
+
+
+@pytest.mark.parametrize("name", ["hopper", "portable"])
+def test_a_backend_that_is_not_here_says_why(name):
+    with pytest.raises(UnsupportedImplementation, match=f"{name!r} cannot run on cpu: its kernels are not written yet"):
+        choose(name)
+
+
+def test_a_call_tells_what_was_picked_and_why_not_the_others():
+    choice = choose()
+    assert choice.picked == "xla"
+    assert set(choice.why_not) == {"hopper", "portable", "reference"}
+    assert all(choice.why_not.values())
