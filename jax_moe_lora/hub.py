@@ -26,7 +26,6 @@ def local_folder(path: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(path), allow_patterns=_PATTERNS))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is no local folder, and the hub did not give it: {str(error).splitlines()[0]}"
-        ) from error
+    except Exception as error:  # the hub's client raises many kinds, some of its HTTP library's own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} is no local folder, and the hub did not give it: {reason}") from error

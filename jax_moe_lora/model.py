@@ -1,6 +1,8 @@
 """The surface that most users touch: a checkpoint, adapters by name, and batches that mix them."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -77,6 +79,8 @@ class Model:
         self.config, self.params, self.implementation = config, params, implementation
         self._bank, self._folder = bank, folder
         self._registry = SlotRegistry(bank.num_slots)
+        self._lock = threading.RLock()  # between taking the bank for a run and replacing it
+        self._bank_is_lent = False  # `functional` gave it away, so its memory is not ours to reuse
         self._ranks: dict[str, dict[str, tuple[int, ...]]] = {}
 
     @classmethod
@@ -117,11 +121,11 @@ class Model:
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
         """The loaded adapters by name."""
-        bank = self._bank
-        return {
-            name: AdapterInfo(name, slot, self._ranks.get(name, {}), bank.slot_nbytes(slot))
-            for name, slot in self._registry.slots.items()
-        }
+        with self._lock:
+            return {
+                name: AdapterInfo(name, slot, self._ranks.get(name, {}), self._bank.slot_nbytes(slot))
+                for name, slot in self._registry.slots.items()
+            }
 
     def load_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> AdapterInfo:
         """Loads a PEFT adapter folder under a name. Nothing recompiles, and a failure leaves everything as it was.
@@ -135,7 +139,8 @@ class Model:
             if not isinstance(adapter, LoRAAdapter):
                 names = family(self.config.model_type).ADAPTER_NAMES
                 adapter = read_peft(local_folder(adapter), decoder.adapter_sites(self.config), names, adapter_name)
-            self._bank = insert(self._bank, slot, adapter, donate=self._registry.idle)
+            loaded = adapter
+            self._change(lambda bank, donate: insert(bank, slot, loaded, donate))
         except BaseException:
             self._registry.forget(adapter_name)
             raise
@@ -147,10 +152,11 @@ class Model:
 
     def unload_adapter(self, adapter_name: str) -> None:
         """Frees an adapter's slot and pages. Raises AdapterInUseError while a running request holds it."""
-        slot = self._registry.check_removable(adapter_name)
-        self._bank = remove(self._bank, slot, donate=self._registry.idle)
-        self._registry.forget(adapter_name)
-        self._ranks.pop(adapter_name, None)
+        with self._lock:
+            slot = self._registry.check_removable(adapter_name)
+            self._change(lambda bank, donate: remove(bank, slot, donate))
+            self._registry.forget(adapter_name)
+            self._ranks.pop(adapter_name, None)
 
     def slots(self, adapter_names: Sequence[str | None]) -> Array:
         """int32 `[B]`: the slots of a batch's adapters, for `functional`."""
@@ -190,8 +196,7 @@ class Model:
             return []
         names = self._names(adapter_names, len(requests))
         batch = Batch.make(requests, self.config, pad_to)
-        with self._registry.hold(names) as slots:
-            bank = self._bank
+        with self._hold(names) as (slots, bank):
             cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)
             static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
             tokens_of = decode_loop(
@@ -228,10 +233,10 @@ class Model:
         real = np.full(rows, width) if lengths is None else np.asarray(lengths)
         if real.shape != (rows,) or real.min() < 0 or real.max() > width:
             raise InputError(f"lengths are {real.tolist()}; expected {rows} values between 0 and {width}.")
-        with self._registry.hold(self._names(adapter_names, rows)) as slots:
+        with self._hold(self._names(adapter_names, rows)) as (slots, bank):
             return _logits(
                 self.params,
-                self._bank,
+                bank,
                 jnp.asarray(tokens, jnp.int32),
                 jnp.asarray(real, jnp.int32),
                 jnp.asarray(slots, jnp.int32),
@@ -240,15 +245,35 @@ class Model:
             )
 
     def functional(self, batch: int, max_length: int) -> Functional:
-        """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each."""
+        """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each.
+
+        The bank is the one of this moment: after loading or unloading an adapter, take the new one.
+        """
+        with self._lock:
+            self._bank_is_lent = True
+            bank = self._bank
         static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
         return Functional(
             params=self.params,
-            bank=self._bank,
+            bank=bank,
             init_cache=partial(decoder.init_cache, self.config, batch, max_length, self._dtype),
             prefill=partial(decoder.prefill, **static),
             decode=partial(decoder.decode, **static),
         )
+
+    @contextmanager
+    def _hold(self, names: Sequence[str | None]) -> Iterator[tuple[list[int], AdapterBank]]:
+        """The slots of a batch and the bank of this moment; neither changes until the block ends."""
+        with ExitStack() as stack:
+            with self._lock:
+                slots, bank = stack.enter_context(self._registry.hold(names)), self._bank
+            yield slots, bank
+
+    def _change(self, change: Callable[[AdapterBank, bool], AdapterBank]) -> None:
+        """Replaces the bank, in place where nobody else holds it."""
+        with self._lock:
+            self._bank = change(self._bank, self._registry.idle and not self._bank_is_lent)
+            self._bank_is_lent = False
 
     @property
     def _dtype(self) -> np.dtype:

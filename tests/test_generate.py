@@ -1,11 +1,21 @@
 """Generation: sampling, stopping, streaming, buckets, and no recompilation."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moe_lora import AdapterInUseError, AdapterNameError, BankFullError, InputError, Model, count_compilations
+from jax_moe_lora import (
+    AdapterInUseError,
+    AdapterNameError,
+    BankFullError,
+    CheckpointError,
+    InputError,
+    Model,
+    count_compilations,
+)
 from jax_moe_lora.demo.run import data_folder, load_demo
 from jax_moe_lora.generate import Sampling, sample
 from jax_moe_lora.requests import Batch, Request
@@ -195,3 +205,35 @@ def test_batches_of_nearby_sizes_share_a_bucket(model):
         return batch.tokens.shape, batch.cache_length
 
     assert shape(5, 17, 9) == shape(8, 32, 9) == ((8, 32), 64)
+
+
+def test_a_lent_bank_survives_later_loads(model):
+    fn = model.functional(batch=1, max_length=16)
+    model.load_adapter(data_folder() / "adapters" / "sort", "later")
+    model.unload_adapter("later")
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(fn.bank))
+
+
+def test_loads_from_one_thread_while_another_generates(model):
+    """Every answer right, whatever the interleaving; the bank that a run holds is never reused under it."""
+    failures = []
+
+    def load_and_unload() -> None:
+        try:
+            for turn in range(8):
+                model.load_adapter(data_folder() / "adapters" / "reverse", f"turn{turn}")
+                model.unload_adapter(f"turn{turn}")
+        except Exception as error:  # shown below; a thread's own exception is lost
+            failures.append(error)
+
+    loader = threading.Thread(target=load_and_unload)
+    loader.start()
+    while loader.is_alive():
+        assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10)) == ANSWERS
+    loader.join()
+    assert failures == []
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_sentence():
+    with pytest.raises(CheckpointError, match="nobody/nothing is no local folder, and the hub did not give it"):
+        Model.from_pretrained("nobody/nothing")
