@@ -1,12 +1,13 @@
 """The pure layer: a Mixture-of-Experts layer whose rows each use their own LoRA adapter."""
 
 from collections.abc import Mapping
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.config import Activation, MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.routing import route, token_slots
@@ -111,6 +112,8 @@ def combine(rows: Float[Array, "P D"], weights: Float[Array, "T K"], plan: Routi
 
 
 def _activate(gate: Float[Array, "P F"], config: MoEConfig) -> Float[Array, "P F"]:
+    if config.activation not in get_args(Activation):
+        raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(get_args(Activation))}.")
     return jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
 
 

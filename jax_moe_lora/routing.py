@@ -1,12 +1,14 @@
 """From router scores to experts and their weights, and from requests to token slots."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.config import MoEConfig, RouterKind
 from jax_moe_lora.errors import InputError
 from pallas_kernels import BASE_SLOT
 
@@ -27,10 +29,12 @@ def route(
     elif config.router == "topk_softmax":
         top, experts = lax.top_k(scores, config.top_k)
         weights = jax.nn.softmax(top, axis=-1)
-    else:
+    elif config.router == "sigmoid_bias":
         sigmoid = jax.nn.sigmoid(scores)
         _, experts = lax.top_k(sigmoid if bias is None else sigmoid + bias[None], config.top_k)
         weights = jnp.take_along_axis(sigmoid, experts, axis=-1)
+    else:
+        raise InputError(f"router is {config.router!r}; expected one of {', '.join(get_args(RouterKind))}.")
     if config.renormalize:
         weights = weights / weights.sum(-1, keepdims=True)
     return weights * config.scaling, experts.astype(jnp.int32)
@@ -79,9 +83,12 @@ def token_slots(
 
 
 def _check(name: str, values: Int[Array, "N"], shape: tuple[int, ...] | None) -> Int[Array, "N"]:
-    values = jnp.asarray(values)
+    if not isinstance(values, jax.Array):
+        values = np.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise InputError(f"{name} has dtype {values.dtype}; expected integers.")
     if values.ndim != 1 or (shape is not None and values.shape != shape):
         raise InputError(f"{name} has shape {list(values.shape)}; expected {list(shape) if shape else '[N]'}.")
-    return values.astype(jnp.int32)
+    if values.dtype.itemsize == 8:  # a cast to 32 bits would wrap around, onto another adapter's slot
+        values = values.clip(-1 if jnp.issubdtype(values.dtype, jnp.signedinteger) else 0, 2**31 - 1)
+    return jnp.asarray(values).astype(jnp.int32)

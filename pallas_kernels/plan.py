@@ -70,9 +70,8 @@ def make_plan(experts: Int[Array, "T K"], slots: Int[Array, "T"], num_experts: i
     """
     tokens, top_k = experts.shape
     rows = tokens * top_k
-    expert = experts.reshape(rows)
-    expert = jnp.where((expert >= 0) & (expert < num_experts), expert, num_experts)
-    slot = jnp.repeat(jnp.where((slots >= 0) & (slots < num_slots), slots, num_slots), top_k)
+    expert = _ids(experts.reshape(rows), num_experts)
+    slot = jnp.repeat(_ids(slots, num_slots), top_k)
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     key = expert * (num_slots + 1) + slot
     order = jnp.argsort(key, stable=True).astype(jnp.int32)
@@ -89,6 +88,12 @@ def make_plan(experts: Int[Array, "T K"], slots: Int[Array, "T"], num_experts: i
         tiles=_expert_tiles(group_sizes, rows),
         lora_tiles=_lora_tiles(segments, rows),
     )
+
+
+def _ids(ids: Int[Array, "N"], count: int) -> Int[Array, "N"]:
+    """The ids as int32, and `count` for all outside `0 .. count - 1`, whatever the integers' width."""
+    wide = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
+    return jnp.where((wide >= 0) & (wide < count), wide, count).astype(jnp.int32)
 
 
 def tile_rows(rows: int, groups: int) -> int:

@@ -6,6 +6,7 @@ ranks and layouts run the program that is compiled already.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def create_bank(
     memory: int | None = None,
     dtype: jax.typing.DTypeLike = "bfloat16",
 ) -> AdapterBank:
-    """An empty bank.
+    """An empty bank. Compiles what loading and unloading run, so that they compile nothing.
 
     Args:
       sites: the projections that adapters may target.
@@ -115,7 +116,7 @@ def create_bank(
         raise InputError(
             f"A bank of {memory} bytes has no room for a page of each kind; give adapter_memory at least {least} bytes."
         )
-    return AdapterBank(
+    bank = AdapterBank(
         pages={width: jnp.zeros((1 + n, RANK_PAGE, width), dtype) for width, n in sizes.items()},
         owner={width: jnp.full(1 + n, FREE, jnp.int32).at[0].set(RESERVED) for width, n in sizes.items()},
         tables={m: jnp.zeros((len(s.layers), num_slots, s.num_experts, 4), jnp.int32) for m, s in sites.items()},
@@ -123,10 +124,12 @@ def create_bank(
         sites=tuple(sites.items()),
         max_rank=max_rank,
     )
+    _compile_updates(bank)
+    return bank
 
 
 def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = False) -> AdapterBank:
-    """A bank that holds `adapter` in `slot`. Nothing is compiled after the first insertion into a bank's shapes.
+    """A bank that holds `adapter` in `slot`. Nothing is compiled: `create_bank` has done it.
 
     Everything is checked before anything is written: when this raises, `bank` is as it was.
 
@@ -160,34 +163,30 @@ def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = Fa
 def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
     """A bank whose `slot` is empty: its rows are base rows at once, its pages are free."""
     _check_slot(bank, slot)
-    tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
-    scales = {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
-    # On the host, as in `insert`: nothing is left to compile when the first adapter leaves.
+    tables, scales = _empty_slot(bank)
     held = {width: np.asarray(ids) for width, ids in bank.owner.items()}
     owner = {width: jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for width, ids in held.items()}
-    new_tables, new_scales = _set_slot(donate)(bank.tables, bank.scales, slot, tables, scales)
+    new_tables, new_scales = _set_slot(*_own((bank.tables, bank.scales), donate), int(slot), tables, scales)
     return replace(bank, owner=owner, tables=new_tables, scales=new_scales)
 
 
 def compact(bank: AdapterBank) -> AdapterBank:
     """The same adapters with their pages moved together, so that all free pages lie side by side."""
-    pages, new_id = {}, {}
-    owner = {}
+    pages, owner, new_id = {}, {}, {}
     for width, ids in bank.owner.items():
-        used = np.flatnonzero(np.asarray(ids) != FREE)
-        rest = np.flatnonzero(np.asarray(ids) == FREE)
-        order = np.concatenate((used, rest)).astype(np.int32)
+        held = np.asarray(ids)
+        order = np.concatenate((np.flatnonzero(held != FREE), np.flatnonzero(held == FREE))).astype(np.int32)
         pages[width] = _permute(bank.pages[width], order)
-        owner[width] = ids[order]
-        new_id[width] = np.zeros(len(order), np.int32)
-        new_id[width][order] = np.arange(len(order), dtype=np.int32)
+        owner[width] = jnp.asarray(held[order])
+        new_id[width] = np.argsort(order).astype(np.int32)
     tables = {}
     for module, site in bank.sites:
-        table = bank.tables[module]
-        a, b = jnp.asarray(new_id[site.in_width])[table[..., 0]], jnp.asarray(new_id[site.out_width])[table[..., 1]]
-        tables[module] = table.at[..., 0].set(a).at[..., 1].set(b)
+        table = np.array(bank.tables[module])
+        for column, width in enumerate((site.in_width, site.out_width)):
+            table[..., column] = new_id[width][table[..., column]]
+        tables[module] = jnp.asarray(table)
     # Nothing is shared with the old bank, so that the new one can be donated.
-    return replace(bank, pages=pages, owner=owner, tables=tables, scales=jax.tree.map(jnp.copy, bank.scales))
+    return replace(bank, pages=pages, owner=owner, tables=tables, scales=_own(bank.scales, donate=False))
 
 
 def _write(
@@ -199,8 +198,7 @@ def _write(
     owner: Mapping[int, np.ndarray],
     donate: bool,
 ) -> AdapterBank:
-    tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
-    scales = {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
+    tables, scales = _empty_slot(bank)
     sites = dict(bank.sites)
     for (layer, module), (runs_a, runs_b, ranks) in packed.entries.items():
         site, row = sites[module], sites[module].layers.index(layer)
@@ -214,50 +212,60 @@ def _write(
     for width, stack in packed.widths.items():
         if stack.runs:
             ids = page_ids(first[width], np.concatenate(stack.runs))
-            pages[width] = _write_pages(pages[width], ids, np.concatenate(stack.pages), donate)
-    new_tables, new_scales = _set_slot(donate)(bank.tables, bank.scales, slot, tables, scales)
+            pages[width] = _write_pages(_own(pages[width], donate), ids, np.concatenate(stack.pages))
+    new_tables, new_scales = _set_slot(*_own((bank.tables, bank.scales), donate), int(slot), tables, scales)
     new_owner = {width: jnp.asarray(ids) for width, ids in owner.items()}
     return replace(bank, pages=pages, owner=new_owner, tables=new_tables, scales=new_scales)
 
 
-def _write_pages(pool: Array, ids: np.ndarray, data: np.ndarray, donate: bool) -> Array:
-    """Writes pages in chunks of one static size, so that adapters of any size share one program."""
-    chunk = max(1, min(pool.shape[0], CHUNK_BYTES // _page_bytes(pool.shape[2], pool.dtype)))
+def _own(arrays, donate: bool):
+    """Arrays to write into: the given ones, or copies. The copy compiles nothing, and one program serves both."""
+    return arrays if donate else jax.device_put(arrays, may_alias=False)
+
+
+def _empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
+    return tables, {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
+
+
+def _write_pages(pool: Array, ids: np.ndarray, data: np.ndarray) -> Array:
+    """Writes pages in chunks of one static size, so that adapters of any size share one program. Donates `pool`."""
+    chunk = _chunk(pool)
     for begin in range(0, len(ids), chunk):
         some_ids = np.full(chunk, pool.shape[0], np.int32)  # past the end: dropped
         some_data = np.zeros((chunk, *pool.shape[1:]), pool.dtype)
         taken = ids[begin : begin + chunk]
         some_ids[: len(taken)] = taken
         some_data[: len(taken)] = data[begin : begin + chunk]
-        pool = _scatter(donate or begin > 0)(pool, some_ids, some_data)
+        pool = _scatter(pool, some_ids, some_data)
     return pool
 
 
-def _scatter(donate: bool):
-    return _scatter_donating if donate else _scatter_copying
+def _chunk(pool: Array) -> int:
+    return max(1, min(pool.shape[0], CHUNK_BYTES // _page_bytes(pool.shape[2], pool.dtype)))
 
 
-def _scatter_pages(pool: Array, ids: Array, data: Array) -> Array:
+def _compile_updates(bank: AdapterBank) -> None:
+    """Fills jit's caches from shapes alone: nothing runs, no memory is taken."""
+    for pool in bank.pages.values():
+        pages, data = (jax.ShapeDtypeStruct((n, *pool.shape[1:]), pool.dtype) for n in (pool.shape[0], _chunk(pool)))
+        _scatter.lower(pages, jax.ShapeDtypeStruct(data.shape[:1], jnp.int32), data).compile()
+        _permute.lower(pages, jax.ShapeDtypeStruct(pages.shape[:1], jnp.int32)).compile()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (bank.tables, bank.scales))
+    _set_slot.lower(*shapes, 0, *_empty_slot(bank)).compile()
+
+
+@partial(jax.jit, donate_argnums=0)
+def _scatter(pool: Array, ids: Array, data: Array) -> Array:
     return pool.at[ids].set(data, mode="drop")
 
 
-_scatter_donating = jax.jit(_scatter_pages, donate_argnums=0)
-_scatter_copying = jax.jit(_scatter_pages)
-
-
-def _set_slot_entries(tables, scales, slot, new_tables, new_scales):
+@partial(jax.jit, donate_argnums=(0, 1))
+def _set_slot(tables, scales, slot, new_tables, new_scales):
     return (
         {m: t.at[:, slot].set(new_tables[m]) for m, t in tables.items()},
         {m: s.at[:, slot].set(new_scales[m]) for m, s in scales.items()},
     )
-
-
-_set_slot_donating = jax.jit(_set_slot_entries, donate_argnums=(0, 1))
-_set_slot_copying = jax.jit(_set_slot_entries)
-
-
-def _set_slot(donate: bool):
-    return _set_slot_donating if donate else _set_slot_copying
 
 
 @jax.jit

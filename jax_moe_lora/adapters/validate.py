@@ -40,8 +40,13 @@ def _problems(
         yield f"ranks lie between {weights.ranks.min()} and {weights.max_rank}; expected 0 to {rank}."
     if weights.max_rank > max_rank:
         yield f"its rank is {weights.max_rank}; the bank takes at most {max_rank} (raise max_rank)."
-    if not np.isfinite(weights.scale).all():
-        yield "its scale is not finite."
+    # Nothing is each expert's own here, so no rank can be either; only a missing expert (rank 0) can be told apart.
+    if weights.a.shape[0] == weights.b.shape[0] == 1 and (own := np.unique(weights.ranks[weights.ranks > 0])).size > 1:
+        yield f"A and B are shared by all experts and their ranks are {own.tolist()}; expected one rank."
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.asarray(weights.scale).astype(np.float32)).all()
+    if not finite:
+        yield "its scale is not finite in float32."
     for side in ("a", "b"):
         with np.errstate(over="ignore"):
             finite = np.isfinite(getattr(weights, side).astype(dtype)).all()
