@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pallas_kernels import Activation
+
 RouterKind = Literal["softmax_topk", "topk_softmax", "sigmoid_bias"]
-Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)

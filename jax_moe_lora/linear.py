@@ -5,7 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation, LoRAPages, RoutingPlan, grouped_lora, make_plan
-from pallas_kernels.grouped_matmul.xla import matmul_t
+from pallas_kernels.dot import matmul_t
 
 
 def dense_plan(slots: Int[Array, "T"], num_slots: int) -> RoutingPlan:

@@ -1,18 +1,17 @@
 """The pure layer: a Mixture-of-Experts layer whose rows each use their own LoRA adapter."""
 
 from collections.abc import Mapping
-from typing import get_args
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_moe_lora.config import Activation, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.routing import route, token_slots
 from jax_moe_lora.types import ExpertWeights
-from pallas_kernels import Implementation, LoRAPages, RoutingPlan, grouped_lora, grouped_matmul, make_plan
+from pallas_kernels import ACTIVATIONS, Implementation, LoRAPages, RoutingPlan, choose, grouped_matmul, make_plan
 
 LayerAdapters = Mapping[str, LoRAPages]
 """One layer's view of a bank: module name -> its pages. A module that is missing has no adapters."""
@@ -84,37 +83,35 @@ def routed_experts(
       weights: float32 `[T, K]`, router weights. chosen: int32 `[T, K]`; an id outside `0 .. E-1` is skipped.
       Others as in `moe_lora`.
     """
+    if config.activation not in ACTIVATIONS:
+        raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
     pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
     num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
-    plan = make_plan(chosen, token_slots(x.shape[0], slots), experts.gate.shape[0], num_slots)
-
-    def project(rows: Float[Array, "M in"], module: str, row_index: Int[Array, "P"] | None) -> Float[Array, "P out"]:
-        y = grouped_matmul(rows, getattr(experts, module), plan, row_index, implementation)
-        if module not in pages:
-            return y
-        return grouped_lora(y, rows, pages[module], plan, row_index, implementation)
-
-    gate = project(x, "gate", plan.token)
-    up = project(x, "up", plan.token)
-    activation = (_activate(gate, config) * up).astype(x.dtype)
-    down = project(activation, "down", None)
+    choice = choose(implementation, dtype=x.dtype, widths=experts.gate.shape[1:])
+    slot_of_token = token_slots(x.shape[0], slots)
+    plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.row_alignment)
+    project = partial(grouped_matmul, plan=plan, dtype=x.dtype, implementation=choice.picked)
+    gated = project(
+        x,
+        (experts.gate, experts.up),
+        row_index=plan.token,
+        adapters=(pages.get("gate"), pages.get("up")),
+        activation=config.activation,
+    )
+    down = project(gated, experts.down, adapters=(pages.get("down"),))
     return combine(down, weights, plan).astype(x.dtype)
 
 
-def combine(rows: Float[Array, "P D"], weights: Float[Array, "T K"], plan: RoutingPlan) -> Float[Array, "T D"]:
-    """Sums each token's rows by router weight, in float32 and in the order of its experts."""
+def combine(rows: Float[Array, "Q D"], weights: Float[Array, "T K"], plan: RoutingPlan) -> Float[Array, "T D"]:
+    """Sums each token's rows by router weight, in float32 and in the order of its experts; skipped pairs give zeros."""
     tokens, top_k = weights.shape
     position = plan.position.reshape(tokens, top_k)
-    total = weights[:, :1] * rows[position[:, 0]]
-    for k in range(1, top_k):
-        total = total + weights[:, k : k + 1] * rows[position[:, k]]
+    routed = position < plan.group_starts[-1] + plan.group_sizes[-1]
+    total = jnp.zeros((tokens, rows.shape[1]), jnp.float32)
+    for k in range(top_k):
+        term = weights[:, k : k + 1] * rows[position[:, k]].astype(jnp.float32)
+        total = total + jnp.where(routed[:, k : k + 1], term, 0.0)
     return total
-
-
-def _activate(gate: Float[Array, "P F"], config: MoEConfig) -> Float[Array, "P F"]:
-    if config.activation not in get_args(Activation):
-        raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(get_args(Activation))}.")
-    return jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
 
 
 def _check_shapes(x: Array, router: Array, experts: ExpertWeights, config: MoEConfig) -> None:

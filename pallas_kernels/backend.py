@@ -1,12 +1,15 @@
 """Which implementation runs a call, and why not the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import jax
+import jax.numpy as jnp
 
 Implementation = Literal["hopper", "portable", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("hopper", "portable", "xla", "reference")
+WIDTH_MULTIPLE = 64  # one ring stage of the kernels
 
 
 class UnsupportedImplementation(ValueError):
@@ -20,29 +23,60 @@ class Choice:
     picked: Implementation
     why_not: dict[str, str]
 
+    @property
+    def row_alignment(self) -> int:
+        """What `make_plan` must align each expert's first row to."""
+        return 8 if self.picked in ("hopper", "portable") else 1
 
-def choose(implementation: str | None = None) -> Choice:
-    """Picks the implementation of the grouped ops; `None` takes the best that is available.
+
+def choose(
+    implementation: str | None = None,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    widths: Sequence[int] = (),
+    result: jax.typing.DTypeLike | None = None,
+) -> Choice:
+    """Picks the implementation of the grouped ops; `None` takes the best that runs this call.
+
+    Args:
+      implementation: a backend by name, or None. dtype: of rows and weights. widths: of the projection's rows, in and
+        out. result: dtype of the result, `dtype` where None.
 
     Raises:
-      UnsupportedImplementation: for a name that is unknown, or known and not available here.
+      UnsupportedImplementation: for a name that is unknown, or known and not able to run the call.
     """
-    platform = jax.default_backend()
     why_not = {
-        "hopper": "its kernels are not written yet",
+        "hopper": _why_not_hopper(jnp.dtype(dtype), widths, jnp.dtype(dtype if result is None else result)),
         "portable": "its kernels are not written yet",
         "reference": "it is written for reading, not for speed: ask for it by name",
     }
     if implementation is None:
-        return Choice("xla", why_not)
+        picked: Implementation = "xla" if why_not["hopper"] else "hopper"
+        why_not["xla"] = "hopper is faster"
+        return Choice(picked, {name: why for name, why in why_not.items() if name != picked})
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedImplementation(
             f"implementation={implementation!r} is unknown; use one of {IMPLEMENTATIONS} or None."
         )
-    if implementation in ("hopper", "portable"):
+    if implementation in ("hopper", "portable") and why_not[implementation]:
         raise UnsupportedImplementation(
-            f"implementation={implementation!r} cannot run on {platform}: {why_not[implementation]}; use 'xla' or None."
+            f"implementation={implementation!r} cannot run this: {why_not[implementation]}; use 'xla' or None."
         )
-    return Choice(
-        cast(Implementation, implementation), {name: why for name, why in why_not.items() if name != implementation}
-    )
+    reasons = {name: why or "another was asked for" for name, why in why_not.items() if name != implementation}
+    return Choice(cast(Implementation, implementation), reasons)
+
+
+def _why_not_hopper(dtype: jnp.dtype, widths: Sequence[int], result: jnp.dtype) -> str:
+    """Empty where the Hopper kernels can run the call."""
+    device = jax.config.jax_default_device or jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    if capability != "9.0":
+        found = device.platform if capability is None else f"compute capability {capability}"
+        return f"it needs a GPU of compute capability 9.0 (H100, H200), this is {found}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its tensor cores multiply bfloat16 and float16, these are {dtype} (float32 would become TF32)"
+    if result != dtype:
+        return f"it returns {dtype}, the call wants {result}"
+    if any(width % WIDTH_MULTIPLE for width in widths):
+        return f"widths must be multiples of {WIDTH_MULTIPLE}, these are {list(widths)}"
+    return ""

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.dot import matmul_t
 from pallas_kernels.grouped_matmul import grouped_matmul
-from pallas_kernels.grouped_matmul.xla import matmul_t
 from pallas_kernels.plan import RoutingPlan, make_plan
 from pallas_kernels.specs import LAYERS, LayerSpec
 
@@ -29,7 +29,7 @@ Expression = Callable[[Array, Array, RoutingPlan], Array]
 
 def tile_loop(x: Float[Array, "P in"], weights: Float[Array, "E out in"], plan: RoutingPlan) -> Float[Array, "P out"]:
     """What the XLA backend does: a loop over the tiles in use."""
-    return grouped_matmul(x, weights, plan, None, "xla")
+    return grouped_matmul(x, weights, plan, implementation="xla")
 
 
 def ragged_dot(x: Float[Array, "P in"], weights: Float[Array, "E out in"], plan: RoutingPlan) -> Float[Array, "P out"]:

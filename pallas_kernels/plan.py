@@ -39,24 +39,34 @@ class Tiles:
 class RoutingPlan:
     """Rows sorted by (expert, slot); base rows last within their expert, skipped rows last of all.
 
+    Each expert's first row is a multiple of the plan's alignment, so there are `Q >= P` sorted rows; the rows between
+    two experts belong to no pair and to no tile.
+
     Attributes:
-      order: int32 `[P]`, sorted row -> pair, where pair `t * K + k` is token t with its k-th expert.
+      order: int32 `[Q]`, sorted row -> pair, where pair `t * K + k` is token t with its k-th expert; P between experts.
       position: int32 `[P]`, pair -> sorted row: the inverse of `order`.
-      token: int32 `[P]`, sorted row -> token.
-      group_sizes: int32 `[E]`, rows of each expert.
+      token: int32 `[Q]`, sorted row -> token; 0 between experts.
+      group_sizes, group_starts: int32 `[E]`, rows of each expert, and its first row.
+      segment_sizes: int32 `[E, S + 1]`, rows of each expert with each slot; base rows last.
       tiles: tiles of one expert each, for the base weights.
       lora_tiles: tiles of one (expert, slot) each, for the adapters; rows without an adapter are in none.
+      alignment: static.
     """
 
-    order: Int[Array, "P"]
+    order: Int[Array, "Q"]
     position: Int[Array, "P"]
-    token: Int[Array, "P"]
+    token: Int[Array, "Q"]
     group_sizes: Int[Array, "E"]
+    group_starts: Int[Array, "E"]
+    segment_sizes: Int[Array, "E segments"]
     tiles: Tiles
     lora_tiles: Tiles
+    alignment: int = field(metadata={"static": True})
 
 
-def make_plan(experts: Int[Array, "T K"], slots: Int[Array, "T"], num_experts: int, num_slots: int) -> RoutingPlan:
+def make_plan(
+    experts: Int[Array, "T K"], slots: Int[Array, "T"], num_experts: int, num_slots: int, alignment: int = 1
+) -> RoutingPlan:
     """Sorts the routed rows and cuts them into tiles.
 
     Args:
@@ -64,30 +74,44 @@ def make_plan(experts: Int[Array, "T K"], slots: Int[Array, "T"], num_experts: i
         say) is skipped: no tile covers it and grouped ops give zeros for it.
       slots: `[T]`, adapter slot of each token; anything outside `0 .. num_slots - 1` means no adapter.
       num_experts, num_slots: E and S. With S = 0 there are no LoRA tiles.
+      alignment: each expert's first row is a multiple of it.
 
     Returns:
-      The plan. All shapes follow from T, K, E and S alone.
+      The plan. All shapes follow from T, K, E, S and the alignment alone.
     """
     tokens, top_k = experts.shape
-    rows = tokens * top_k
-    expert = _ids(experts.reshape(rows), num_experts)
+    pairs = tokens * top_k
+    expert = _ids(experts.reshape(pairs), num_experts)
     slot = jnp.repeat(_ids(slots, num_slots), top_k)
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     key = expert * (num_slots + 1) + slot
-    order = jnp.argsort(key, stable=True).astype(jnp.int32)
-    position = jnp.zeros(rows, jnp.int32).at[order].set(jnp.arange(rows, dtype=jnp.int32))
+    sorted_pairs = jnp.argsort(key, stable=True).astype(jnp.int32)
 
     segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
-    segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
-    group_sizes = segments.sum(1)
+    segments = segments.reshape(num_experts + 1, num_slots + 1)
+    dense = segments.sum(1)
+    starts = _offsets(-(-dense // alignment) * alignment)
+    moved = starts - _offsets(dense)
+    rows = jnp.arange(pairs, dtype=jnp.int32) + moved[expert[sorted_pairs]]
+    bound = aligned_rows(pairs, num_experts, alignment)
+    order = jnp.full(bound, pairs, jnp.int32).at[rows].set(sorted_pairs, unique_indices=True)
+    position = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(rows, unique_indices=True)
     return RoutingPlan(
         order=order,
         position=position,
-        token=order // top_k,
-        group_sizes=group_sizes,
-        tiles=_expert_tiles(group_sizes, rows),
-        lora_tiles=_lora_tiles(segments, rows),
+        token=jnp.where(order < pairs, order // top_k, 0),
+        group_sizes=dense[:num_experts],
+        group_starts=starts[:num_experts],
+        segment_sizes=segments[:num_experts],
+        tiles=cut_groups(dense[:num_experts], starts[:num_experts], pairs, tile_rows(pairs, num_experts)),
+        lora_tiles=_lora_tiles(segments[:num_experts], starts[:num_experts], pairs),
+        alignment=alignment,
     )
+
+
+def aligned_rows(pairs: int, num_experts: int, alignment: int) -> int:
+    """Q: rows that P pairs can take when each expert's first row is a multiple of `alignment`."""
+    return -(-(pairs + (alignment - 1) * min(num_experts, pairs)) // alignment) * alignment
 
 
 def _ids(ids: Int[Array, "N"], count: int) -> Int[Array, "N"]:
@@ -102,21 +126,22 @@ def tile_rows(rows: int, groups: int) -> int:
     return min(max(MIN_TILE_ROWS, 1 << (mean - 1).bit_length()), MAX_TILE_ROWS, max(rows, 1))
 
 
-def _expert_tiles(group_sizes: Int[Array, "E"], rows: int) -> Tiles:
-    num_experts = group_sizes.shape[0]
-    group, start, used, count, size = _cut(group_sizes, _offsets(group_sizes), rows)
-    expert = jnp.minimum(group, num_experts - 1)
+def cut_groups(group_sizes: Int[Array, "E"], starts: Int[Array, "E"], pairs: int, size: int) -> Tiles:
+    """Tiles of at most `size` rows, each of one expert."""
+    group, start, used, count = _cut(group_sizes, starts, pairs, size)
+    expert = jnp.minimum(group, group_sizes.shape[0] - 1)
     return Tiles(expert, jnp.full_like(group, BASE_SLOT), start, used, count, size)
 
 
-def _lora_tiles(segments: Int[Array, "E segments"], rows: int) -> Tiles:
+def _lora_tiles(segments: Int[Array, "E segments"], starts: Int[Array, "E"], pairs: int) -> Tiles:
     num_experts, num_slots = segments.shape[0], segments.shape[1] - 1
     if num_slots == 0:
         none = jnp.zeros(0, jnp.int32)
-        return Tiles(none, none, none, none, jnp.int32(0), tile_rows(rows, num_experts))
-    offsets = _offsets(segments.reshape(-1)).reshape(segments.shape)[:, :num_slots]
-    sizes = segments[:, :num_slots]  # the last column is base rows: nothing to do
-    segment, start, used, count, size = _cut(sizes.reshape(-1), offsets.reshape(-1), rows)
+        return Tiles(none, none, none, none, jnp.int32(0), tile_rows(pairs, num_experts))
+    offsets = starts[:, None] + jnp.cumsum(segments, axis=1) - segments
+    sizes, offsets = segments[:, :num_slots], offsets[:, :num_slots]  # the last column is base rows: nothing to do
+    size = tile_rows(pairs, num_experts * num_slots)
+    segment, start, used, count = _cut(sizes.reshape(-1), offsets.reshape(-1), pairs, size)
     segment = jnp.minimum(segment, num_experts * num_slots - 1)
     return Tiles(segment // num_slots, segment % num_slots, start, used, count, size)
 
@@ -125,29 +150,31 @@ def _offsets(sizes: Int[Array, "G"]) -> Int[Array, "G"]:
     return jnp.cumsum(sizes) - sizes
 
 
-def _cut(sizes: Int[Array, "G"], offsets: Int[Array, "G"], rows: int):
-    """Cuts each group into tiles: `(group [N], start [N], rows [N], count [], tile size)`, N a static bound."""
+def _cut(sizes: Int[Array, "G"], starts: Int[Array, "G"], pairs: int, size: int):
+    """Cuts each group into tiles: `(group [N], start [N], rows [N], count [])`, N a static bound."""
     groups = sizes.shape[0]
-    size = tile_rows(rows, groups)
-    bound = rows // size + min(rows, groups)
+    bound = pairs // size + min(pairs, groups)
     tiles_of_group = -(-sizes // size)
     count = tiles_of_group.sum()
     index = jnp.arange(bound, dtype=jnp.int32)
     group = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), tiles_of_group, total_repeat_length=bound)
     within = (index - _offsets(tiles_of_group)[group]) * size
     live = index < count
-    start = jnp.where(live, offsets[group] + within, 0)
+    start = jnp.where(live, starts[group] + within, 0)
     used = jnp.where(live, jnp.minimum(size, sizes[group] - within), 0)
-    return group, start, used, count, size
+    return group, start, used, count
 
 
-def row_experts(plan: RoutingPlan) -> Int[Array, "P"]:
-    """Expert of each sorted row; E for rows that the plan skips."""
-    ends = jnp.cumsum(plan.group_sizes)
-    return jnp.searchsorted(ends, jnp.arange(plan.order.shape[0]), side="right").astype(jnp.int32)
+def row_experts(plan: RoutingPlan) -> Int[Array, "Q"]:
+    """Expert of each sorted row; E for rows that the plan skips or that lie between experts."""
+    rows = jnp.arange(plan.order.shape[0])
+    expert = jnp.searchsorted(plan.group_starts, rows, side="right").astype(jnp.int32) - 1
+    # Experts without rows begin where the next one does, and `right` finds the last of these: the one with rows.
+    inside = rows < (plan.group_starts + plan.group_sizes)[expert]
+    return jnp.where(inside, expert, plan.group_sizes.shape[0])
 
 
-def row_slots(plan: RoutingPlan) -> Int[Array, "P"]:
+def row_slots(plan: RoutingPlan) -> Int[Array, "Q"]:
     """Slot of each sorted row; `BASE_SLOT` for rows without an adapter."""
     rows = jnp.arange(plan.order.shape[0])[:, None]
     tiles = plan.lora_tiles

@@ -17,9 +17,28 @@ LAYERS = {
     "qwen3-30b-a3b": LayerSpec(128, 8, 2048, 768),
     "olmoe": LayerSpec(64, 8, 2048, 1024),
     "mixtral-8x7b": LayerSpec(8, 2, 4096, 14336),
-    "gpt-oss-20b": LayerSpec(32, 4, 2880, 2880),
+    "gpt-oss-20b-like": LayerSpec(32, 4, 2880, 2880),
     # Small enough for a CPU to time, with the ratios of the first.
     "qwen3-tiny": LayerSpec(128, 8, 256, 96),
     "small": LayerSpec(16, 4, 128, 64),
 }
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Adapters of a benchmark: `slots` of them, of `ranks` in turn; `base_rows` is the part of tokens without one."""
+
+    slots: int = 0
+    ranks: tuple[int, ...] = ()
+    base_rows: float = 0.0
+
+
+ADAPTERS = {
+    "none": AdapterSpec(),
+    "s1r16": AdapterSpec(1, (16,)),
+    "s8r16": AdapterSpec(8, (16,)),
+    "s8r64": AdapterSpec(8, (64,)),
+    "s32r16": AdapterSpec(32, (16,)),
+    "mixed": AdapterSpec(8, (4, 8, 16, 16, 32, 32, 64, 64), 0.5),
+}

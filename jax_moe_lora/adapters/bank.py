@@ -67,6 +67,7 @@ class AdapterBank:
                 b=self.pages[site.out_width],
                 table=self.tables[module][site.layers.index(layer)],
                 scale=self.scales[module][site.layers.index(layer)],
+                max_rank=self.max_rank,
             )
             for module, site in self.sites
             if layer in site.layers

@@ -1,6 +1,6 @@
 """Pages of LoRA matrices and the table that finds them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -20,9 +20,11 @@ class LoRAPages:
       a: `[N_A, 16, in]`, pages of A; b: `[N_B, 16, out]`, pages of B, transposed so that ranks are rows.
       table: int32 `[S, E, 4]`: first page of A, first page of B, number of pages, rank. All zero: no adapter.
       scale: float32 `[S, E]`, the factor on the update.
+      max_rank: static: no adapter here has a larger rank.
     """
 
     a: Float[Array, "N_A 16 in"]
     b: Float[Array, "N_B 16 out"]
     table: Int[Array, "S E 4"]
     scale: Float[Array, "S E"]
+    max_rank: int = field(metadata={"static": True})

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dot import batched_matmul_t
 from pallas_kernels.grouped_lora.pages import LoRAPages
-from pallas_kernels.grouped_matmul.xla import batched_matmul_t
 from pallas_kernels.plan import RoutingPlan
 from pallas_kernels.tiles import over_tiles
 

@@ -1,33 +1,57 @@
 """The contract of the grouped matmul, and its dispatch."""
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.activations import ACTIVATIONS, Activation
 from pallas_kernels.backend import Implementation, choose
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_lora.api import grouped_lora
+from pallas_kernels.grouped_lora.pages import LoRAPages
+from pallas_kernels.grouped_matmul import fused, reference, xla
 from pallas_kernels.plan import RoutingPlan
 
-_BACKENDS = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
+_MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
 
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weights: Float[Array, "E out in"],
+    weights: Float[Array, "E out in"] | tuple[Float[Array, "E out in"], Float[Array, "E out in"]],
     plan: RoutingPlan,
-    row_index: Int[Array, "P"] | None = None,
+    row_index: Int[Array, "Q"] | None = None,
+    *,
+    adapters: tuple[LoRAPages | None, ...] = (),
+    activation: Activation = "silu",
+    dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
-) -> Float[Array, "P out"]:
-    """`y[r] = x[row_index[r]] @ weights[expert of r].T` for each sorted row r of the plan.
+) -> Float[Array, "Q out"]:
+    """`y[r] = lin(W; x[row_index[r]])` for each sorted row r of the plan, or for a pair of weights the gated product
+    `activation(lin(W0; x)) * lin(W1; x)`; `lin(W; x) = x @ W[e].T`, plus the update of the row's adapter.
 
     Args:
-      x: `[M, in]`, the rows. weights: `[E, out, in]`, one matrix an expert, of x's dtype.
-      row_index: int32 `[P]`, the row of x that sorted row r reads (`plan.token` for token rows); None reads row r.
+      x: `[M, in]`, the rows. weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
+      row_index: int32 `[Q]`, the row of x that sorted row r reads (`plan.token` for token rows); None reads row r.
+      adapters: for each weight its adapters, or None; empty for none at all.
+      activation: of the gated product. dtype: of the result; sums are kept in float32.
       implementation: a backend by name, or None for the best that is available.
 
     Returns:
-      float32 `[P, out]` (sums are kept in float32); zeros for rows that the plan skips. A row's bits depend on its
-      own inputs and on static shapes alone, never on the other rows' routing or slots.
+      `[Q, out]`. Rows that the plan skips, or that lie between two experts, hold anything. A row's bits depend on its
+      own inputs, its own adapter and on static shapes alone; rows without an adapter have those of `adapters=()`.
 
     Raises:
       UnsupportedImplementation: see `backend.choose`.
     """
-    return _BACKENDS[choose(implementation).picked](x, weights, plan, row_index)
+    several = weights if isinstance(weights, tuple) else (weights,)
+    pages = adapters or (None,) * len(several)
+    picked = choose(implementation, dtype=x.dtype, widths=several[0].shape[1:], result=dtype).picked
+    if picked == "hopper":
+        return fused.grouped_matmul(x, several, plan, row_index, pages, activation)
+
+    def project(weight: Array, own: LoRAPages | None) -> Array:
+        y = _MATMUL[picked](x, weight, plan, row_index)
+        return y if own is None else grouped_lora(y, x, own, plan, row_index, picked)
+
+    products = [project(weight, own) for weight, own in zip(several, pages, strict=True)]
+    y = products[0] if len(products) == 1 else ACTIVATIONS[activation](products[0]) * products[1]
+    return y.astype(dtype)

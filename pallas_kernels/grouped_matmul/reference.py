@@ -4,15 +4,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.plan import RoutingPlan
+from pallas_kernels.plan import RoutingPlan, row_experts
 
 
 def grouped_matmul(
     x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "P"] | None
 ) -> Float[Array, "P out"]:
     rows = x if row_index is None else x[row_index]
-    ends = jnp.cumsum(plan.group_sizes)
-    expert = jnp.searchsorted(ends, jnp.arange(rows.shape[0]), side="right")  # E for skipped rows
+    expert = row_experts(plan)  # E for skipped rows
     products = jnp.einsum(
         "pi,eoi->epo",
         rows.astype(jnp.float32),

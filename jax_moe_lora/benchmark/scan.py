@@ -1,4 +1,4 @@
-"""Unrolled layers against `lax.scan` over stacked ones: `python -m jax_moe_lora.bench --out results.json`.
+"""Unrolled layers against `lax.scan` over stacked ones: `python -m jax_moe_lora.benchmark.scan --out results.json`.
 
 Times a forward pass of random decoders with adapters on every projection, and its compilation.
 """
@@ -43,7 +43,9 @@ def scanned_logits(
     def body(hidden: Array, xs: tuple[LayerParams, dict, dict]) -> tuple[Array, None]:
         layer, tables, scales = xs
         adapters = {
-            module: LoRAPages(bank.pages[site.in_width], bank.pages[site.out_width], tables[module], scales[module])
+            module: LoRAPages(
+                bank.pages[site.in_width], bank.pages[site.out_width], tables[module], scales[module], bank.max_rank
+            )
             for module, site in sites.items()
         }
         return decoder.run_layer(layer, adapters, hidden, step, lambda k, v: (k, v), mask), None

@@ -1,0 +1,1 @@
+"""Benchmarks: the routed layer (`layer`), and unrolled against scanned layers (`scan`)."""

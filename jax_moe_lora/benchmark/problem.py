@@ -1,0 +1,151 @@
+"""A routed layer with adapters, made on the device for timing: random weights and pages, routing by distribution."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora import reference
+from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.moe import LayerAdapters
+from jax_moe_lora.types import ExpertWeights
+from pallas_kernels import RANK_PAGE, LoRAPages
+from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec, LayerSpec
+
+MODULES = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Inputs of `routed_experts`: x `[T, D]`, router weights and experts `[T, K]`, slots `[T]`, and what they meet."""
+
+    config: MoEConfig
+    x: Float[Array, "T D"]
+    weights: Float[Array, "T K"]
+    chosen: Int[Array, "T K"]
+    slots: Int[Array, "T"]
+    experts: ExpertWeights
+    adapters: LayerAdapters | None
+
+    def with_tokens(self, tokens: int, routing: str, spec: AdapterSpec, seed: int = 0) -> "Problem":
+        """The same weights and adapters with other tokens."""
+        rng = np.random.default_rng(seed)
+        chosen = choose_experts(routing, tokens, self.config.num_experts, self.config.top_k, rng)
+        gates = rng.dirichlet(np.ones(self.config.top_k), tokens).astype(np.float32)
+        slots = rng.integers(0, max(spec.slots, 1), tokens) if spec.slots else np.full(tokens, -1)
+        slots = np.where(rng.random(tokens) < spec.base_rows, -1, slots).astype(np.int32)
+        x = jax.random.normal(jax.random.key(seed), (tokens, self.config.hidden_size), self.x.dtype)
+        return replace(
+            self, x=x, weights=jnp.asarray(gates), chosen=jnp.asarray(chosen, jnp.int32), slots=jnp.asarray(slots)
+        )
+
+    def moved_bytes(self) -> float:
+        """Bytes of the weights and pages that this routing meets, each once."""
+        size, width = self.x.dtype.itemsize, self.config.hidden_size + self.config.expert_width
+        hit = len(np.unique(self.chosen))
+        moved = hit * 3 * self.config.hidden_size * self.config.expert_width * size
+        for pages in (self.adapters or {}).values():
+            counts = np.asarray(pages.table[..., 2])
+            moved += sum(int(counts[s, e]) for s, e in self._pairs()) * RANK_PAGE * width * size
+        return moved
+
+    def flops(self) -> float:
+        """Multiplications and additions of the rows' own products, ranks counted as they are."""
+        width = self.config.hidden_size + self.config.expert_width
+        total = 6.0 * self.chosen.size * self.config.hidden_size * self.config.expert_width
+        slots, chosen = np.asarray(self.slots), np.asarray(self.chosen)
+        for pages in (self.adapters or {}).values():
+            ranks = np.asarray(pages.table[..., 3])
+            own = np.where(slots[:, None] >= 0, ranks[slots[:, None], chosen], 0)
+            total += 2.0 * int(own.sum()) * width
+        return total
+
+    def _pairs(self) -> set[tuple[int, int]]:
+        slots, chosen = np.asarray(self.slots), np.asarray(self.chosen)
+        return {(int(s), int(e)) for s, row in zip(slots, chosen, strict=True) if s >= 0 for e in row}
+
+    def expected(self, tokens: int) -> np.ndarray:
+        """Float32 `[tokens, D]`: the first tokens' rows by the reference's own linear, token by token."""
+        out = np.zeros((tokens, self.config.hidden_size), np.float32)
+        matrices = {m: getattr(self.experts, m) for m in MODULES}
+        x = np.asarray(self.x[:tokens].astype(jnp.float32))
+        for t in range(tokens):
+            for k in range(self.config.top_k):
+                e, s = int(self.chosen[t, k]), int(self.slots[t])
+                w = {m: np.asarray(matrices[m][e].astype(jnp.float32))[None] for m in MODULES}
+                own = None if s < 0 or self.adapters is None else {m: self._matrices(m, s, e) for m in MODULES}
+                linear = lambda row, m, w=w, own=own: reference._linear(row, m, 0, w, own, np.float32)  # noqa: E731
+                gate = linear(x[t], "gate")
+                hidden = gate / (1 + np.exp(-gate)) * linear(x[t], "up")
+                out[t] += float(self.weights[t, k]) * linear(hidden, "down")
+        return out
+
+    def _matrices(self, module: str, slot: int, expert: int) -> tuple[np.ndarray, np.ndarray, float]:
+        pages = (self.adapters or {})[module]
+        first_a, first_b, count, _ = (int(v) for v in pages.table[slot, expert])
+        a = np.asarray(pages.a[first_a : first_a + count].astype(jnp.float32)).reshape(count * RANK_PAGE, -1)
+        b = np.asarray(pages.b[first_b : first_b + count].astype(jnp.float32)).reshape(count * RANK_PAGE, -1)
+        return a[None], b.T[None], float(pages.scale[slot, expert])
+
+
+def make_problem(shape: str, adapters: str, dtype: str = "bfloat16") -> Problem:
+    """Weights and adapters of a named shape; tokens come by `with_tokens`."""
+    if shape not in LAYERS or adapters not in ADAPTERS:
+        raise InputError(
+            f"{shape!r}, {adapters!r}: expected a shape of {list(LAYERS)} and adapters of {list(ADAPTERS)}."
+        )
+    spec, lora = LAYERS[shape], ADAPTERS[adapters]
+    e, d, f = spec.num_experts, spec.hidden_size, spec.expert_width
+    config = MoEConfig(d, f, e, spec.top_k)
+    keys = jax.random.split(jax.random.key(0), 3)
+    experts = ExpertWeights(
+        _normal(keys[0], (e, f, d), d**-0.5, dtype),
+        _normal(keys[1], (e, f, d), d**-0.5, dtype),
+        _normal(keys[2], (e, d, f), f**-0.5, dtype),
+    )
+    none: Any = jnp.zeros((0,), jnp.int32)
+    x = jnp.zeros((0, d), dtype)
+    return Problem(config, x, none, none, none, experts, _adapters(spec, lora, dtype) if lora.slots else None)
+
+
+def _adapters(spec: LayerSpec, lora: AdapterSpec, dtype: str) -> dict[str, LoRAPages]:
+    """Per-expert adapters of the spec's ranks, in one pool a width, as a bank has them."""
+    e, widths = spec.num_experts, {"in": spec.hidden_size, "out": spec.expert_width}
+    ranks = np.resize(np.asarray(lora.ranks, np.int32), lora.slots)
+    counts = -(-ranks // RANK_PAGE)
+    each = int(counts.sum()) * e
+    pools = {}
+    for key, (name, width) in enumerate(widths.items()):
+        scale = width**-0.5 if name == "in" else float(ranks.mean()) ** -0.5
+        pool = _normal(jax.random.key(10 + key), (1 + 3 * each, RANK_PAGE, width), scale, dtype)
+        pools[name] = pool.at[0].set(0)
+    within = (np.cumsum(counts) - counts)[:, None] * e + np.arange(e)[None] * counts[:, None]
+    adapters = {}
+    for index, module in enumerate(MODULES):
+        a, b = (pools["in"], pools["out"]) if module != "down" else (pools["out"], pools["in"])
+        table = np.zeros((lora.slots, e, 4), np.int32)
+        table[..., 0] = table[..., 1] = 1 + index * each + within
+        table[..., 2], table[..., 3] = counts[:, None], ranks[:, None]
+        scale = np.full((lora.slots, e), 0.5, np.float32)
+        adapters[module] = LoRAPages(a, b, jnp.asarray(table), jnp.asarray(scale), int(ranks.max()))
+    return adapters
+
+
+def choose_experts(routing: str, tokens: int, experts: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
+    """Distinct experts of each token `[T, K]`: `uniform`, `zipf` (exponent 1), or `quarter` (of the experts hit)."""
+    weight = {"uniform": np.ones(experts), "zipf": 1 / np.arange(1, experts + 1), "quarter": np.zeros(experts)}
+    if routing not in weight:
+        raise InputError(f"routing is {routing!r}; expected one of {', '.join(weight)}.")
+    weight["quarter"][: max(top_k, experts // 4)] = 1
+    with np.errstate(divide="ignore"):
+        scores = np.log(weight[routing])[None] + rng.gumbel(size=(tokens, experts))
+    return np.argsort(-scores, axis=1)[:, :top_k].astype(np.int32)
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: str) -> Array:
+    make = jax.jit(lambda key: (scale * jax.random.normal(key, shape, dtype)).astype(dtype))
+    return make(key)

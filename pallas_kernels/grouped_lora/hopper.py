@@ -1,0 +1,163 @@
+"""The shrink on Hopper: each tile's rows times the A pages that they need, as masked H tiles for the expand.
+
+A work item is one tile of rows. Two compute warpgroups take two of its LoRA steps at a time (64 ranks each, on wgmma's
+M side; the tile's rows on its N side), so the rows are streamed once for eight pages. A ring stage holds 64 elements of
+K of eight A pages and of the rows. `full[s]` counts nine TMA copies, `empty[s]` the two warpgroups.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels import mosaic
+from pallas_kernels.grouped_lora.pages import RANK_PAGE
+from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, ROW_ALIGNMENT
+from pallas_kernels.plan import Tiles
+from pallas_kernels.steps import PAGES_A_STEP, LoRASteps
+
+RANKS = PAGES_A_STEP * RANK_PAGE
+
+
+def shrink(
+    x: Float[Array, "P in"],
+    pools: tuple[Float[Array, "pages 16 in"], ...],
+    tiles: Tiles,
+    steps: LoRASteps,
+    num_sms: int = 132,
+) -> Float[Array, "N rows 64"]:
+    """H of every LoRA step: `scale * x[r] @ A.T` in each entry's own rows, zeros in the tile's others.
+
+    Args:
+      x: rows in sorted order. pools: the pool of A pages, or one for each of two projections (see `LoRASteps`).
+
+    Returns:
+      `[N, tiles.size, 64]` in x's dtype; steps that are not in use are not written.
+    """
+    width, tile_rows = x.shape[1], tiles.size
+    depth_steps = width // DEPTH
+    stages = _stages(tile_rows)
+
+    def body(start_of, count, step_of, page_of, begin_of, end_of, scale_of, x, pool0, pool1, out, **smem):
+        page_ring, row_ring, out_tile, full, empty = (
+            smem[name] for name in ("page_ring", "row_ring", "out_tile", "full", "empty")
+        )
+        warpgroup = lax.axis_index("wg")
+
+        def copy_page(page, depth, target, barrier):
+            if len(pools) == 1:
+                plgpu.copy_gmem_to_smem(pool0.at[page, :, depth], target, barrier)
+                return
+
+            @pl.when(page >= 0)
+            def _():
+                plgpu.copy_gmem_to_smem(pool0.at[page, :, depth], target, barrier)
+
+            @pl.when(page < 0)
+            def _():
+                plgpu.copy_gmem_to_smem(pool1.at[-1 - page, :, depth], target, barrier)
+
+        def pairs_of(tile):
+            """Pairs of steps: what the two warpgroups take at a time."""
+            first, after = step_of[tile], step_of[tile + 1]
+            return first, after, lax.div(after - first + 1, jnp.int32(2))
+
+        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+        def _memory():
+            plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+
+            def item(tile, done):
+                first, after, pairs = pairs_of(tile)
+                row = pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
+
+                def pair(index, done):
+                    @pl.loop(0, depth_steps)
+                    def _(k):
+                        stage = mosaic.wait_until_empty(empty, done + k, stages)
+                        depth = pl.ds(k * DEPTH, DEPTH)
+                        for half in range(COMPUTE_WARPGROUPS):
+                            # A tile with an odd number of steps reads its last step twice.
+                            step = jnp.minimum(first + 2 * index + half, after - 1)
+                            for q in range(PAGES_A_STEP):
+                                page = page_of[step * PAGES_A_STEP + q]
+                                target = page_ring.at[stage, half, pl.ds(q * RANK_PAGE, RANK_PAGE)]
+                                copy_page(page, depth, target, full.at[stage])
+                        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
+
+                    return done + depth_steps
+
+                return lax.fori_loop(0, pairs, pair, done)
+
+            mosaic.drain(empty, mosaic.over_items(count[0], num_sms, item), stages)
+
+        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+        def _compute():
+            plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+
+            def item(tile, done):
+                first, after, pairs = pairs_of(tile)
+
+                def pair(index, done):
+                    def accumulate(acc):
+                        @pl.loop(0, depth_steps)
+                        def _(k):
+                            stage = mosaic.stage_of(done + k, stages)
+                            plgpu.barrier_wait(full.at[stage])
+                            plgpu.wgmma(acc, page_ring.at[stage, warpgroup], row_ring.at[stage].T)
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(empty.at[stage])
+
+                        return acc[...]
+
+                    acc = pl.run_scoped(accumulate, plgpu.ACC((RANKS, tile_rows)))
+                    step = jnp.minimum(first + 2 * index + warpgroup, after - 1)
+                    entry = lax.div(_iota((RANKS, tile_rows), 0), jnp.int32(RANK_PAGE))
+                    rows = _iota((RANKS, tile_rows), 1)
+
+                    def of_entry(table):
+                        values = [table[step * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
+                        chosen = jnp.full((RANKS, tile_rows), values[0])
+                        for q in range(1, PAGES_A_STEP):
+                            chosen = jnp.where(entry == q, values[q], chosen)
+                        return chosen
+
+                    mine = (rows >= of_entry(begin_of)) & (rows < of_entry(end_of))
+                    result = jnp.where(mine, acc * of_entry(scale_of), 0.0).astype(out.dtype)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    out_tile.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                    plgpu.commit_smem()
+
+                    @pl.when(first + 2 * index + warpgroup < after)
+                    def _():
+                        plgpu.copy_smem_to_gmem(out_tile.at[warpgroup], out.at[step])
+
+                    return done + depth_steps
+
+                return lax.fori_loop(0, pairs, pair, done)
+
+            mosaic.over_items(count[0], num_sms, item)
+            plgpu.wait_smem_to_gmem(0)
+
+    dtype = x.dtype
+    scratch = {
+        "page_ring": mosaic.tile_smem((stages, COMPUTE_WARPGROUPS, RANKS, DEPTH), dtype),
+        "row_ring": mosaic.tile_smem((stages, tile_rows, DEPTH), dtype),
+        "out_tile": mosaic.row_smem((COMPUTE_WARPGROUPS, tile_rows, RANKS), dtype),
+        "full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS * PAGES_A_STEP + 1, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+    }
+    kernel = mosaic.run(body, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)
+    table = (steps.start, steps.pages_a, steps.begin, steps.end, steps.scale)
+    return kernel(tiles.start, tiles.count[None], *table, x, pools[0], pools[-1])
+
+
+def _stages(tile_rows: int) -> int:
+    stage = (COMPUTE_WARPGROUPS * RANKS + tile_rows) * DEPTH * 2
+    out = COMPUTE_WARPGROUPS * tile_rows * RANKS * 2
+    return min(8, (mosaic.SMEM_BYTES - mosaic.BARRIER_BYTES - out) // stage)
+
+
+def _iota(shape: tuple[int, int], dimension: int) -> Array:
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)

@@ -1,0 +1,104 @@
+"""What the Mosaic GPU kernels share: sizes of a ring stage, the walk over work items, stores of part of a tile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
+
+DEPTH = 64  # elements of K that one ring stage holds: one 128-byte swizzle row of a 16-bit type
+PART = 128  # rows of a weight that one ring stage holds, twice: 64 for each of two compute warpgroups
+COMPUTE_WARPGROUPS = 2
+ROW_ALIGNMENT = 8  # of a tile's first row: TMA reads tiles of 8 rows
+# Two warpgroups at 232 registers a thread and one at 40 fill the register file; 240 would hang the GPU silently.
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+SMEM_BYTES = 232_448  # a block's shared memory on sm_90
+BARRIER_BYTES = 1024  # room for barriers and alignment
+
+
+def tile_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory that wgmma and TMA both read: 8-row tiles of 128-byte rows, swizzled."""
+    swizzle = 128
+    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def row_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory of 128-byte rows whose rows TMA stores one by one: swizzled, not tiled."""
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),))
+
+
+def run(
+    body: Callable[..., None],
+    out_type: Any,
+    scratch: dict[str, Any],
+    num_sms: int,
+) -> Callable[..., Any]:
+    """A persistent kernel: one block an SM, two compute warpgroups and one that moves memory."""
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(num_sms,),
+        grid_names=("sm",),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+        ),
+    )
+
+
+def over_items(count: Int[Array, ""], num_sms: int, item: Callable[[Array, Array], Array]) -> Array:
+    """Runs `item(number, ring steps so far) -> ring steps so far` for this block's share of `count` items."""
+    first = lax.axis_index("sm")
+    mine = lax.div(jnp.maximum(count - first + (num_sms - 1), 0), jnp.int32(num_sms))
+    return lax.fori_loop(0, mine, lambda index, done: item(first + index * num_sms, done), jnp.int32(0))
+
+
+def stage_of(step: Array, stages: int) -> Array:
+    return lax.rem(step, jnp.int32(stages))
+
+
+def wait_until_empty(empty: Any, step: Array, stages: int) -> Array:
+    """Memory side: the stage that `step` fills, once its last user has let go of it."""
+    stage = stage_of(step, stages)
+
+    @pl.when(step >= stages)
+    def _():
+        plgpu.barrier_wait(empty.at[stage])
+
+    return stage
+
+
+def drain(empty: Any, steps: Array, stages: int) -> None:
+    """Memory side, at the end: sees every phase of `empty`, so that no barrier is left half way."""
+
+    @pl.loop(jnp.maximum(steps - stages, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(empty.at[stage_of(step, stages)])
+
+
+def store_rows(tile: Any, out: Any, row: Array, count: Array, columns: Any) -> None:
+    """Stores the first `count` rows of `tile` `[rows, width]` to `out[row:, columns]`.
+
+    A TMA store's size is static, so the count is met by a ladder of powers of two.
+    """
+    size = 1 << (tile.shape[0].bit_length() - 1)
+    done: Any = 0
+    while size:
+
+        @pl.when((count & size) != 0)
+        def _(size=size, done=done):
+            plgpu.copy_smem_to_gmem(
+                tile.at[pl.ds(done, size)], out.at[pl.ds(row + done, size), columns], commit_group=False
+            )
+
+        done = done + (count & size)
+        size //= 2
+    plgpu.commit_smem_to_gmem_group()
