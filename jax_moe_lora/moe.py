@@ -94,7 +94,7 @@ def routed_experts(
     gated = project(
         x,
         (experts.gate, experts.up),
-        row_index=plan.token,
+        of_tokens=True,
         adapters=(pages.get("gate"), pages.get("up")),
         activation=config.activation,
     )

@@ -46,11 +46,15 @@ def run(
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-        ),
+        compiler_params=compiler_params(),
+    )
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(
+        approx_math=True,
+        unsafe_no_auto_barriers=True,  # barriers are the kernels' own
+        lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     )
 
 

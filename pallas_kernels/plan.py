@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 BASE_SLOT = -1
 MAX_TILE_ROWS = 128
 MIN_TILE_ROWS = 8
+PAIRWISE = 2048  # pairs up to which ranks by comparing all with all are faster than a sort
 
 
 @jax.tree_util.register_dataclass
@@ -85,17 +86,16 @@ def make_plan(
     slot = jnp.repeat(_ids(slots, num_slots), top_k)
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     key = expert * (num_slots + 1) + slot
-    sorted_pairs = jnp.argsort(key, stable=True).astype(jnp.int32)
+    rank = _ranks(key, (num_experts + 1) * (num_slots + 1))
 
+    before = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
+    dense = before[1:] - before[:-1]
+    starts = _offsets(-(-dense // alignment) * alignment)
+    position = rank + (starts - before[:-1])[expert]
+    bound = aligned_rows(pairs, num_experts, alignment)
+    order = jnp.full(bound, pairs, jnp.int32).at[position].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
     segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
     segments = segments.reshape(num_experts + 1, num_slots + 1)
-    dense = segments.sum(1)
-    starts = _offsets(-(-dense // alignment) * alignment)
-    moved = starts - _offsets(dense)
-    rows = jnp.arange(pairs, dtype=jnp.int32) + moved[expert[sorted_pairs]]
-    bound = aligned_rows(pairs, num_experts, alignment)
-    order = jnp.full(bound, pairs, jnp.int32).at[rows].set(sorted_pairs, unique_indices=True)
-    position = jnp.zeros(pairs, jnp.int32).at[sorted_pairs].set(rows, unique_indices=True)
     return RoutingPlan(
         order=order,
         position=position,
@@ -107,6 +107,23 @@ def make_plan(
         lora_tiles=_lora_tiles(segments[:num_experts], starts[:num_experts], pairs),
         alignment=alignment,
     )
+
+
+def _ranks(key: Int[Array, "P"], bound: int) -> Int[Array, "P"]:
+    """Place of each key in a stable sort."""
+    pairs = key.shape[0]
+    index = jnp.arange(pairs, dtype=jnp.int32)
+    if pairs <= PAIRWISE and bound * pairs < 2**31:
+        unique = key * pairs + index
+        return (unique[None, :] < unique[:, None]).sum(1, dtype=jnp.int32)
+    narrow = key.astype(jnp.uint16) if bound <= 2**16 else key  # half the passes of a radix sort
+    order = jnp.argsort(narrow, stable=True).astype(jnp.int32)
+    return jnp.zeros(pairs, jnp.int32).at[order].set(index, unique_indices=True)
+
+
+def _count_below(values: Int[Array, "P"], bound: int) -> Int[Array, "bound"]:
+    """How many values are lower than 0, 1, .. bound - 1: comparisons in place of a histogram and its sums."""
+    return (values[None, :] < jnp.arange(bound, dtype=jnp.int32)[:, None]).sum(1, dtype=jnp.int32)
 
 
 def aligned_rows(pairs: int, num_experts: int, alignment: int) -> int:
@@ -128,9 +145,8 @@ def tile_rows(rows: int, groups: int) -> int:
 
 def cut_groups(group_sizes: Int[Array, "E"], starts: Int[Array, "E"], pairs: int, size: int) -> Tiles:
     """Tiles of at most `size` rows, each of one expert."""
-    group, start, used, count = _cut(group_sizes, starts, pairs, size)
-    expert = jnp.minimum(group, group_sizes.shape[0] - 1)
-    return Tiles(expert, jnp.full_like(group, BASE_SLOT), start, used, count, size)
+    expert, start, used, count = _cut(group_sizes, starts, pairs, size)
+    return Tiles(expert, jnp.full_like(expert, BASE_SLOT), start, used, count, size)
 
 
 def _lora_tiles(segments: Int[Array, "E segments"], starts: Int[Array, "E"], pairs: int) -> Tiles:
@@ -142,12 +158,16 @@ def _lora_tiles(segments: Int[Array, "E segments"], starts: Int[Array, "E"], pai
     sizes, offsets = segments[:, :num_slots], offsets[:, :num_slots]  # the last column is base rows: nothing to do
     size = tile_rows(pairs, num_experts * num_slots)
     segment, start, used, count = _cut(sizes.reshape(-1), offsets.reshape(-1), pairs, size)
-    segment = jnp.minimum(segment, num_experts * num_slots - 1)
     return Tiles(segment // num_slots, segment % num_slots, start, used, count, size)
 
 
 def _offsets(sizes: Int[Array, "G"]) -> Int[Array, "G"]:
-    return jnp.cumsum(sizes) - sizes
+    """Sum of the sizes before each."""
+    groups = sizes.shape[0]
+    if groups > 1024:
+        return jnp.cumsum(sizes) - sizes
+    index = jnp.arange(groups, dtype=jnp.int32)
+    return jnp.where(index[None, :] < index[:, None], sizes[None, :], 0).sum(1, dtype=jnp.int32)
 
 
 def _cut(sizes: Int[Array, "G"], starts: Int[Array, "G"], pairs: int, size: int):
@@ -155,10 +175,15 @@ def _cut(sizes: Int[Array, "G"], starts: Int[Array, "G"], pairs: int, size: int)
     groups = sizes.shape[0]
     bound = pairs // size + min(pairs, groups)
     tiles_of_group = -(-sizes // size)
+    first = _offsets(tiles_of_group)
     count = tiles_of_group.sum()
     index = jnp.arange(bound, dtype=jnp.int32)
-    group = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), tiles_of_group, total_repeat_length=bound)
-    within = (index - _offsets(tiles_of_group)[group]) * size
+    if bound * groups <= 2**20:
+        group = ((first + tiles_of_group)[None, :] <= index[:, None]).sum(1, dtype=jnp.int32)
+    else:
+        group = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), tiles_of_group, total_repeat_length=bound)
+    group = jnp.minimum(group, groups - 1)
+    within = (index - first[group]) * size
     live = index < count
     start = jnp.where(live, starts[group] + within, 0)
     used = jnp.where(live, jnp.minimum(size, sizes[group] - within), 0)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Int
 
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan import RoutingPlan, Tiles
@@ -28,22 +29,20 @@ class LoRASteps:
 
     Attributes:
       start: int32 `[tiles + 1]`, first step of each tile.
-      pages_a: int32 `[N * 4]`, each entry's page of A; page p of the second pool is `~p`.
-      pages_b: for each projection, int32 `[N * 4]`.
-      begin, end: int32 `[N * 4]`, the rows of the tile that the entry is for. scale: float32 `[N * 4]`.
+      entries: int32 `[N * 4, 6]`, a row an entry: page of A (page p of the second pool is `~p`), page of B for the
+        first projection and for the last, first row and end of the run of the tile's rows, bits of the scale.
     """
 
     start: Int[Array, "tiles_and_1"]
-    pages_a: Int[Array, "N4"]
-    pages_b: tuple[Int[Array, "N4"], ...]
-    begin: Int[Array, "N4"]
-    end: Int[Array, "N4"]
-    scale: Float[Array, "N4"]
+    entries: Int[Array, "N4 6"]
 
     @property
     def bound(self) -> int:
         """N."""
-        return self.pages_a.shape[0] // PAGES_A_STEP
+        return self.entries.shape[0] // PAGES_A_STEP
+
+
+PAGE_A, PAGE_B0, PAGE_B1, BEGIN, END, SCALE = range(6)  # columns of `entries`
 
 
 def make_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) -> LoRASteps:
@@ -88,24 +87,13 @@ def make_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) ->
     page_a = jnp.where(own, first_a[0][..., None], first_a[last][..., None]) + page
     if not one_pool:
         page_a = jnp.where(own, page_a, ~page_a)
-    pages_b = [jnp.where(own, first_b[0][..., None] + page, 0)]
+    page_b0 = page_b1 = jnp.where(own, first_b[0][..., None] + page, 0)
     if len(pages) == 2:
-        serves_second = ~own | aliased[..., None]
-        pages_b.append(jnp.where(serves_second, first_b[1][..., None] + page, 0))
+        page_b1 = jnp.where(~own | aliased[..., None], first_b[1][..., None] + page, 0)
     factor = jnp.where(own, scale[0][..., None], scale[last][..., None])
+    columns = [page_a, page_b0, page_b1, begin[..., None], end[..., None], lax.bitcast_convert_type(factor, jnp.int32)]
     target = jnp.where(index < total[..., None], first[..., None] + index, bound * PAGES_A_STEP)
-
-    def spread(values: Array) -> Array:
-        return jnp.broadcast_to(values, target.shape)
-
-    columns = [page_a, *pages_b, spread(begin[..., None]), spread(end[..., None]), factor]
-    columns[-1] = jax.lax.bitcast_convert_type(columns[-1], jnp.int32)
+    rows = jnp.stack([jnp.broadcast_to(column, target.shape) for column in columns], -1)
     entries = jnp.zeros((bound * PAGES_A_STEP, len(columns)), jnp.int32)
-    entries = entries.at[target.reshape(-1)].set(
-        jnp.stack(columns, -1).reshape(-1, len(columns)), mode="drop", unique_indices=True
-    )
-    page_a, *rest = (entries[:, i] for i in range(len(columns)))
-    *pages_b, begins, ends, bits = rest
-    return LoRASteps(
-        start.astype(jnp.int32), page_a, tuple(pages_b), begins, ends, jax.lax.bitcast_convert_type(bits, jnp.float32)
-    )
+    entries = entries.at[target.reshape(-1)].set(rows.reshape(-1, len(columns)), mode="drop", unique_indices=True)
+    return LoRASteps(start.astype(jnp.int32), entries)

@@ -18,7 +18,7 @@ from pallas_kernels import (
 )
 
 TOLERANCE = {"float32": 1e-6, "float16": 1e-6, "bfloat16": 1e-6}  # sums are float32 whatever the inputs are
-MATMUL = jax.jit(grouped_matmul, static_argnames="implementation")
+MATMUL = jax.jit(grouped_matmul, static_argnames=("of_tokens", "implementation"))
 LORA = jax.jit(grouped_lora, static_argnames="implementation")
 BACKENDS = ["xla", "reference"]
 
@@ -44,7 +44,7 @@ def test_matmul_with_every_pattern_of_empty_groups(pattern, dtype, implementatio
     )  # experts without rows are never read into y
     weights = poisoned if implementation == "xla" else w
     plan = make_plan(jnp.asarray(experts), jnp.full(30, -1), 4, 0)
-    y = MATMUL(jnp.asarray(x, dtype), jnp.asarray(weights, dtype), plan, plan.token, implementation=implementation)
+    y = MATMUL(jnp.asarray(x, dtype), jnp.asarray(weights, dtype), plan, of_tokens=True, implementation=implementation)
     order = np.asarray(plan.order)
     expected = np.stack([w[experts[p, 0]].astype(np.float64) @ x[p] for p in order])
     assert y.dtype == jnp.float32
@@ -57,7 +57,7 @@ def test_skipped_rows_give_zeros(implementation):
     experts = np.asarray([[0, -1], [7, 4], [2, 1]], np.int32)  # of 4: -1, 7 and 4 are skipped
     x, w = rng.normal(size=(3, 32)).astype(np.float32), rng.normal(size=(4, 16, 32)).astype(np.float32)
     plan = make_plan(jnp.asarray(experts), jnp.full(3, -1), 4, 0)
-    y = np.asarray(MATMUL(jnp.asarray(x), jnp.asarray(w), plan, plan.token, implementation=implementation))
+    y = np.asarray(MATMUL(jnp.asarray(x), jnp.asarray(w), plan, of_tokens=True, implementation=implementation))
     by_pair = y[np.asarray(plan.position)].reshape(3, 2, 16)
     assert not by_pair[0, 1].any()
     assert not by_pair[1].any()

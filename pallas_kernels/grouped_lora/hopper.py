@@ -1,8 +1,8 @@
 """The shrink on Hopper: each tile's rows times the A pages that they need, as masked H tiles for the expand.
 
 A work item is one tile of rows. Two compute warpgroups take two of its LoRA steps at a time (64 ranks each, on wgmma's
-M side; the tile's rows on its N side), so the rows are streamed once for eight pages. A ring stage holds 64 elements of
-K of eight A pages and of the rows. `full[s]` counts nine TMA copies, `empty[s]` the two warpgroups.
+M side; the tile's rows on its N side), so the rows are streamed once for eight pages. A ring stage holds 128 or 256
+elements of K of eight A pages and of the rows: few large copies, since all threads of a warpgroup arrive for each. `full[s]` counts nine TMA copies, `empty[s]` the two warpgroups.
 """
 
 import jax
@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
-from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, ROW_ALIGNMENT
+from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps import PAGES_A_STEP, LoRASteps
+from pallas_kernels.steps import BEGIN, END, PAGE_A, PAGES_A_STEP, SCALE, LoRASteps
 
 RANKS = PAGES_A_STEP * RANK_PAGE
 
@@ -37,27 +37,28 @@ def shrink(
       `[N, tiles.size, 64]` in x's dtype; steps that are not in use are not written.
     """
     width, tile_rows = x.shape[1], tiles.size
-    depth_steps = width // DEPTH
-    stages = _stages(tile_rows)
+    depth = 256 if tile_rows <= 32 else 128  # elements of K a stage; past the width TMA reads zeros
+    depth_steps = pl.cdiv(width, depth)
+    stages = _stages(tile_rows, depth)
 
-    def body(start_of, count, step_of, page_of, begin_of, end_of, scale_of, x, pool0, pool1, out, **smem):
+    def body(start_of, count, step_of, entries, x, pool0, pool1, out, **smem):
         page_ring, row_ring, out_tile, full, empty = (
             smem[name] for name in ("page_ring", "row_ring", "out_tile", "full", "empty")
         )
         warpgroup = lax.axis_index("wg")
 
-        def copy_page(page, depth, target, barrier):
+        def copy_page(page, some, target, barrier):
             if len(pools) == 1:
-                plgpu.copy_gmem_to_smem(pool0.at[page, :, depth], target, barrier)
+                plgpu.copy_gmem_to_smem(pool0.at[page, :, some], target, barrier)
                 return
 
             @pl.when(page >= 0)
             def _():
-                plgpu.copy_gmem_to_smem(pool0.at[page, :, depth], target, barrier)
+                plgpu.copy_gmem_to_smem(pool0.at[page, :, some], target, barrier)
 
             @pl.when(page < 0)
             def _():
-                plgpu.copy_gmem_to_smem(pool1.at[-1 - page, :, depth], target, barrier)
+                plgpu.copy_gmem_to_smem(pool1.at[-1 - page, :, some], target, barrier)
 
         def pairs_of(tile):
             """Pairs of steps: what the two warpgroups take at a time."""
@@ -73,18 +74,23 @@ def shrink(
                 row = pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
 
                 def pair(index, done):
+                    # A tile with an odd number of steps reads its last step twice.
+                    pair_steps = [
+                        jnp.minimum(first + 2 * index + half, after - 1) for half in range(COMPUTE_WARPGROUPS)
+                    ]
+                    page_ids = [
+                        entries[step * PAGES_A_STEP + q, PAGE_A] for step in pair_steps for q in range(PAGES_A_STEP)
+                    ]
+
                     @pl.loop(0, depth_steps)
                     def _(k):
                         stage = mosaic.wait_until_empty(empty, done + k, stages)
-                        depth = pl.ds(k * DEPTH, DEPTH)
-                        for half in range(COMPUTE_WARPGROUPS):
-                            # A tile with an odd number of steps reads its last step twice.
-                            step = jnp.minimum(first + 2 * index + half, after - 1)
-                            for q in range(PAGES_A_STEP):
-                                page = page_of[step * PAGES_A_STEP + q]
-                                target = page_ring.at[stage, half, pl.ds(q * RANK_PAGE, RANK_PAGE)]
-                                copy_page(page, depth, target, full.at[stage])
-                        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
+                        some = pl.ds(k * depth, depth)
+                        for index, page in enumerate(page_ids):
+                            half, q = divmod(index, PAGES_A_STEP)
+                            target = page_ring.at[stage, half, pl.ds(q * RANK_PAGE, RANK_PAGE)]
+                            copy_page(page, some, target, full.at[stage])
+                        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), some], row_ring.at[stage], full.at[stage])
 
                     return done + depth_steps
 
@@ -116,15 +122,17 @@ def shrink(
                     entry = lax.div(_iota((RANKS, tile_rows), 0), jnp.int32(RANK_PAGE))
                     rows = _iota((RANKS, tile_rows), 1)
 
-                    def of_entry(table):
-                        values = [table[step * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
+                    def of_entry(field):
+                        values = [entries[step * PAGES_A_STEP + q, field] for q in range(PAGES_A_STEP)]
                         chosen = jnp.full((RANKS, tile_rows), values[0])
                         for q in range(1, PAGES_A_STEP):
                             chosen = jnp.where(entry == q, values[q], chosen)
                         return chosen
 
-                    mine = (rows >= of_entry(begin_of)) & (rows < of_entry(end_of))
-                    result = jnp.where(mine, acc * of_entry(scale_of), 0.0).astype(out.dtype)
+                    mine = (rows >= of_entry(BEGIN)) & (rows < of_entry(END))
+                    result = jnp.where(mine, acc * lax.bitcast_convert_type(of_entry(SCALE), jnp.float32), 0.0).astype(
+                        out.dtype
+                    )
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     out_tile.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.commit_smem()
@@ -142,19 +150,18 @@ def shrink(
 
     dtype = x.dtype
     scratch = {
-        "page_ring": mosaic.tile_smem((stages, COMPUTE_WARPGROUPS, RANKS, DEPTH), dtype),
-        "row_ring": mosaic.tile_smem((stages, tile_rows, DEPTH), dtype),
+        "page_ring": mosaic.tile_smem((stages, COMPUTE_WARPGROUPS, RANKS, depth), dtype),
+        "row_ring": mosaic.tile_smem((stages, tile_rows, depth), dtype),
         "out_tile": mosaic.row_smem((COMPUTE_WARPGROUPS, tile_rows, RANKS), dtype),
         "full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS * PAGES_A_STEP + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)
-    table = (steps.start, steps.pages_a, steps.begin, steps.end, steps.scale)
-    return kernel(tiles.start, tiles.count[None], *table, x, pools[0], pools[-1])
+    return kernel(tiles.start, tiles.count[None], steps.start, steps.entries, x, pools[0], pools[-1])
 
 
-def _stages(tile_rows: int) -> int:
-    stage = (COMPUTE_WARPGROUPS * RANKS + tile_rows) * DEPTH * 2
+def _stages(tile_rows: int, depth: int) -> int:
+    stage = (COMPUTE_WARPGROUPS * RANKS + tile_rows) * depth * 2
     out = COMPUTE_WARPGROUPS * tile_rows * RANKS * 2
     return min(8, (mosaic.SMEM_BYTES - mosaic.BARRIER_BYTES - out) // stage)
 

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.activations import ACTIVATIONS, Activation
 from pallas_kernels.backend import Implementation, choose
@@ -18,19 +18,19 @@ def grouped_matmul(
     x: Float[Array, "M in"],
     weights: Float[Array, "E out in"] | tuple[Float[Array, "E out in"], Float[Array, "E out in"]],
     plan: RoutingPlan,
-    row_index: Int[Array, "Q"] | None = None,
     *,
+    of_tokens: bool = False,
     adapters: tuple[LoRAPages | None, ...] = (),
     activation: Activation = "silu",
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> Float[Array, "Q out"]:
-    """`y[r] = lin(W; x[row_index[r]])` for each sorted row r of the plan, or for a pair of weights the gated product
-    `activation(lin(W0; x)) * lin(W1; x)`; `lin(W; x) = x @ W[e].T`, plus the update of the row's adapter.
+    """`y[r] = lin(W; x[r])` for each sorted row r of the plan, or for a pair of weights the gated product
+    `activation(lin(W0; x[r])) * lin(W1; x[r])`; `lin(W; x) = x @ W[e].T`, plus the update of the row's adapter.
 
     Args:
-      x: `[M, in]`, the rows. weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
-      row_index: int32 `[Q]`, the row of x that sorted row r reads (`plan.token` for token rows); None reads row r.
+      x: `[Q, in]`, sorted rows; or `[T, in]`, a row a token, with `of_tokens`.
+      weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
       adapters: for each weight its adapters, or None; empty for none at all.
       activation: of the gated product. dtype: of the result; sums are kept in float32.
       implementation: a backend by name, or None for the best that is available.
@@ -46,7 +46,8 @@ def grouped_matmul(
     pages = adapters or (None,) * len(several)
     picked = choose(implementation, dtype=x.dtype, widths=several[0].shape[1:], result=dtype).picked
     if picked == "hopper":
-        return fused.grouped_matmul(x, several, plan, row_index, pages, activation)
+        return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation)
+    row_index = plan.token if of_tokens else None
 
     def project(weight: Array, own: LoRAPages | None) -> Array:
         y = _MATMUL[picked](x, weight, plan, row_index)

@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.activations import ACTIVATIONS, Activation
 from pallas_kernels.backend import UnsupportedImplementation
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_lora import hopper as lora
 from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.grouped_matmul import hopper
@@ -22,7 +23,7 @@ def grouped_matmul(
     x: Float[Array, "M in"],
     weights: tuple[Float[Array, "E out in"], ...],
     plan: RoutingPlan,
-    row_index: Int[Array, "Q"] | None,
+    of_tokens: bool,
     adapters: tuple[LoRAPages | None, ...],
     activation: Activation,
     config: hopper.Config | None = None,
@@ -35,7 +36,7 @@ def grouped_matmul(
     pairs, num_experts = plan.position.shape[0], weights[0].shape[0]
     config = config or heuristic(pairs, num_experts)
     tiles = cut_groups(plan.group_sizes, plan.group_starts, pairs, config.tile_rows)
-    rows = x if row_index is None else x[row_index]
+    rows = dispatch(x, plan.position, plan.order.shape[0], config.num_sms) if of_tokens else x
     unit = ACTIVATIONS[activation] if len(weights) == 2 else None
     if all(pages is None for pages in adapters):
         return hopper.grouped_matmul(rows, weights, tiles, config, unit)

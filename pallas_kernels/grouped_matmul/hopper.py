@@ -7,10 +7,11 @@ up of the same 128 columns (gated), or two runs of 128 columns of one weight (pl
 pages of B in place of the weights, and the step's H (see `steps.py`) in place of the rows.
 
     stream form: a warpgroup's accumulators are [64 weight rows, tile rows]: any number of rows a tile, for few rows
-    tensor form: a warpgroup's accumulators are [64 tile rows, 128 weight rows]: for many rows
+    tensor form: a warpgroup's accumulator is [64 tile rows, 256 weight rows]: for many rows
 
-`full[s]` counts the TMA copies into stage s (nine, whichever step it is); `empty[s]` the compute warpgroups that are
-done with it. A stage is let go of one step late, so that the tensor cores always have the next step queued.
+`full[s]` counts the TMA copies of a step of K into stage s, `pages_full[s]` those of a LoRA step; `empty[s]` counts the
+compute warpgroups that are done with it. They let go of a stage one step late, so that the tensor cores always have the
+next step queued.
 """
 
 from collections.abc import Callable
@@ -25,12 +26,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
+from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, PART, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps import PAGES_A_STEP, LoRASteps
+from pallas_kernels.steps import PAGE_B0, PAGE_B1, PAGES_A_STEP, LoRASteps
 
 HALF = PART // COMPUTE_WARPGROUPS
-WEIGHT_COPIES = 4  # copies a part, so that a step of K arrives as often as a LoRA step
+PAGE_COPIES = 2 * PAGES_A_STEP * RANK_PAGE // 8  # of a LoRA step
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,9 @@ def grouped_matmul(
     stream = config.form == "stream"
     with_lora = steps is not None
 
-    def body(expert_of, start_of, rows_of, count, step_of, page0_of, page1_of, x, w0, w1, hidden, b0, b1, out, **smem):
+    def body(expert_of, start_of, rows_of, count, step_of, entries, x, w0, w1, hidden, b0, b1, out, **smem):
         (weight_ring, page_ring), row_ring = smem["ring"], smem["row_ring"]
-        out_tile, full, empty = smem["out_tile"], smem["full"], smem["empty"]
+        out_tile, full, pages_full, empty = (smem[name] for name in ("out_tile", "full", "pages_full", "empty"))
         warpgroup = lax.axis_index("wg")
         items = count[0] * blocks
 
@@ -115,30 +117,36 @@ def grouped_matmul(
                 def _(k):
                     stage = mosaic.wait_until_empty(empty, done + k, stages)
                     depth = pl.ds(k * DEPTH, DEPTH)
-                    some = PART // WEIGHT_COPIES
                     for part, weight in enumerate((w0, w1)):
-                        for copy in range(WEIGHT_COPIES):
-                            plgpu.copy_gmem_to_smem(
-                                weight.at[expert, pl.ds(column(first, part) + copy * some, some), depth],
-                                weight_ring.at[stage, part, pl.ds(copy * some, some)],
-                                full.at[stage],
-                            )
+                        plgpu.copy_gmem_to_smem(
+                            weight.at[expert, pl.ds(column(first, part), PART), depth],
+                            weight_ring.at[stage, pl.ds(part * PART, PART)],
+                            full.at[stage],
+                        )
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
 
                 if with_lora:
 
                     @pl.loop(0, lora_steps)
                     def _(k):
-                        stage = mosaic.wait_until_empty(empty, done + depth_steps + k, stages)
                         step = first_step + k
-                        for part, (pool, page_of) in enumerate(((b0, page0_of), (b1, page1_of))):
-                            for q in range(PAGES_A_STEP):
-                                plgpu.copy_gmem_to_smem(
-                                    pool.at[page_of[step * PAGES_A_STEP + q], :, pl.ds(column(first, part), PART)],
-                                    page_ring.at[stage, part, pl.ds(q * 16, 16)],
-                                    full.at[stage],
-                                )
-                        plgpu.copy_gmem_to_smem(hidden.at[step], row_ring.at[stage], full.at[stage])
+                        # Read before the wait, which hides what the reads take.
+                        page_ids = [
+                            [entries[step * PAGES_A_STEP + q, side] for q in range(PAGES_A_STEP)]
+                            for side in (PAGE_B0, PAGE_B1)
+                        ]
+                        stage = mosaic.wait_until_empty(empty, done + depth_steps + k, stages)
+                        for part, pool in enumerate((b0, b1)):
+                            for q, page in enumerate(page_ids[part]):
+                                for half in range(RANK_PAGE // 8):  # 8 ranks by 128 columns lie side by side
+                                    plgpu.copy_gmem_to_smem(
+                                        pool.at[page, pl.ds(half * 8, 8), pl.ds(column(first, part), PART)],
+                                        page_ring.at[
+                                            stage, pl.ds(q * RANK_PAGE + half * 8, 8), pl.ds(part * PART, PART)
+                                        ],
+                                        pages_full.at[stage],
+                                    )
+                        plgpu.copy_gmem_to_smem(hidden.at[step], row_ring.at[stage], pages_full.at[stage])
 
                 return done + depth_steps + lora_steps
 
@@ -150,48 +158,52 @@ def grouped_matmul(
             plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
             own = pl.ds(warpgroup * HALF, HALF)
 
-            def item(number, done):
-                tile, first, _, lora_steps = place(number)
-
-                def accumulate(acc0, acc1):
-                    def multiply(step, operands):
+            def multiply_and_store(tile, first, lora_steps, done):
+                def accumulate(*accs):
+                    def multiply(step, ready, products):
                         stage = mosaic.stage_of(step, stages)
-                        plgpu.barrier_wait(full.at[stage])
-                        for part, acc in enumerate((acc0, acc1)):
-                            plgpu.wgmma(acc, *operands(stage, part))
-                        plgpu.wgmma_wait(2)  # this step's two are under way, the last step's are done
+                        plgpu.barrier_wait(ready.at[stage])
+                        issued = products(stage)
+                        for product in issued:
+                            plgpu.wgmma(*product)
+                        plgpu.wgmma_wait(len(issued))  # this step is under way, the last one is done
 
                         @pl.when(step > done)
                         def _():
                             plgpu.barrier_arrive(empty.at[mosaic.stage_of(step - 1, stages)])
 
-                    def depth_operands(stage, part):
-                        if stream:
-                            return weight_ring.at[stage, part, own], row_ring.at[stage].T
-                        return row_ring.at[stage, own], weight_ring.at[stage, part].T
+                    def products(stage, weights):
+                        """`weights(rows of this stage's weights)` is the operand of one accumulator."""
+                        rows = row_ring.at[stage]
+                        if not stream:
+                            return [(accs[0], rows.at[own], weights(pl.ds(0, 2 * PART)))]
+                        mine = (pl.ds(part * PART + warpgroup * HALF, HALF) for part in range(2))
+                        return [(acc, weights(some).T, rows.T) for acc, some in zip(accs, mine, strict=True)]
 
-                    def lora_operands(stage, part):
-                        if stream:
-                            return page_ring.at[stage, part, :, own].T, row_ring.at[stage].T
-                        return row_ring.at[stage, own], page_ring.at[stage, part]
+                    def depth_products(stage):
+                        return products(stage, lambda some: weight_ring.at[stage, some].T)
+
+                    def lora_products(stage):
+                        return products(stage, lambda some: page_ring.at[stage, :, some])
 
                     @pl.loop(0, depth_steps)
                     def _(k):
-                        multiply(done + k, depth_operands)
+                        multiply(done + k, full, depth_products)
 
                     if with_lora:
 
                         @pl.loop(0, lora_steps)
                         def _(k):
-                            multiply(done + depth_steps + k, lora_operands)
+                            multiply(done + depth_steps + k, pages_full, lora_products)
 
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(empty.at[mosaic.stage_of(done + depth_steps + lora_steps - 1, stages)])
-                    return acc0[...], acc1[...]
+                    return tuple(acc[...] for acc in accs)
 
-                shape = (HALF, tile_rows) if stream else (HALF, PART)
-                acc0, acc1 = pl.run_scoped(accumulate, plgpu.ACC(shape), plgpu.ACC(shape))
-                results = (activation(acc0) * acc1,) if gated else (acc0, acc1)
+                shapes = [(HALF, tile_rows)] * 2 if stream else [(HALF, 2 * PART)]
+                products = pl.run_scoped(accumulate, *(plgpu.ACC(shape) for shape in shapes))
+                part0, part1 = products if stream else (products[0][:, :PART], products[0][:, PART:])
+                results = (activation(part0) * part1,) if gated else (part0, part1)
                 row, used = start_of[tile], rows_of[tile]
                 if stream:
                     for part, result in enumerate(results):
@@ -211,29 +223,55 @@ def grouped_matmul(
                             plgpu.commit_smem()
                             begin = column(first, part) + half * DEPTH
                             mosaic.store_rows(mine, out, row + warpgroup * HALF, used, pl.ds(begin, DEPTH))
+
+            def let_pass(lora_steps, done):
+                """This warpgroup has no rows in the tile: it only keeps the ring going."""
+
+                @pl.loop(0, depth_steps)
+                def _(k):
+                    stage = mosaic.stage_of(done + k, stages)
+                    plgpu.barrier_wait(full.at[stage])
+                    plgpu.barrier_arrive(empty.at[stage])
+
+                if with_lora:
+
+                    @pl.loop(0, lora_steps)
+                    def _(k):
+                        stage = mosaic.stage_of(done + depth_steps + k, stages)
+                        plgpu.barrier_wait(pages_full.at[stage])
+                        plgpu.barrier_arrive(empty.at[stage])
+
+            def item(number, done):
+                tile, first, _, lora_steps = place(number)
+                if stream:
+                    multiply_and_store(tile, first, lora_steps, done)
+                else:
+                    has_rows = rows_of[tile] > warpgroup * HALF
+                    pl.when(has_rows)(lambda: multiply_and_store(tile, first, lora_steps, done))
+                    pl.when(jnp.logical_not(has_rows))(lambda: let_pass(lora_steps, done))
                 return done + depth_steps + lora_steps
 
             mosaic.over_items(items, num_sms, item)
             plgpu.wait_smem_to_gmem(0)
 
     dtype = x.dtype
-    weight_ring = mosaic.tile_smem((stages, 2, PART, DEPTH), dtype)
-    page_ring = mosaic.tile_smem((stages, 2, PAGES_A_STEP * 16, PART), dtype)  # a stage takes the same bytes
+    weight_ring = mosaic.tile_smem((stages, 2 * PART, DEPTH), dtype)
+    page_ring = mosaic.tile_smem((stages, PAGES_A_STEP * RANK_PAGE, 2 * PART), dtype)  # a stage takes the same bytes
     scratch = {
         "ring": (weight_ring, page_ring) if config.apart else plgpu.RefUnion(weight_ring, page_ring),
         "row_ring": mosaic.tile_smem((stages, tile_rows, DEPTH), dtype),
         "out_tile": mosaic.row_smem(
             (COMPUTE_WARPGROUPS, tile_rows, HALF) if stream else (COMPUTE_WARPGROUPS, 2, HALF, DEPTH), dtype
         ),
-        "full": plgpu.Barrier(num_arrivals=2 * WEIGHT_COPIES + 1, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "pages_full": plgpu.Barrier(num_arrivals=PAGE_COPIES + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
-    none = jnp.zeros(1, jnp.int32)
-    lora = (steps.start, steps.pages_b[0], steps.pages_b[-1]) if steps is not None else (none, none, none)
-    if not with_lora:
-        hidden, pages = jnp.zeros((1, tile_rows, DEPTH), dtype), (jnp.zeros((1, 16, PART), dtype),)
+    if steps is None:
+        steps = LoRASteps(jnp.zeros(1, jnp.int32), jnp.zeros((1, 6), jnp.int32))
+        hidden, pages = jnp.zeros((1, tile_rows, DEPTH), dtype), (jnp.zeros((1, RANK_PAGE, PART), dtype),)
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms)
     return kernel(
-        tiles.expert, tiles.start, tiles.rows, tiles.count[None], *lora,
+        tiles.expert, tiles.start, tiles.rows, tiles.count[None], steps.start, steps.entries,
         x, weights[0], weights[-1], hidden, pages[0], pages[-1],
     )  # fmt: skip
