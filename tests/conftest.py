@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("NPROC", "16")  # the GPU interpreter needs a thread for each warpgroup; read when jax starts
 
 import jax
 from jaxtyping import install_import_hook

@@ -2,7 +2,8 @@
 
 A work item is one tile of rows. Two compute warpgroups take two of its LoRA steps at a time (64 ranks each, on wgmma's
 M side; the tile's rows on its N side), so the rows are streamed once for eight pages. A ring stage holds 128 or 256
-elements of K of eight A pages and of the rows: few large copies, since all threads of a warpgroup arrive for each. `full[s]` counts nine TMA copies, `empty[s]` the two warpgroups.
+elements of K of eight A pages and of the rows: few large copies, since all threads of a warpgroup arrive for each.
+`full[s]` counts nine TMA copies, `empty[s]` the two warpgroups.
 """
 
 import jax

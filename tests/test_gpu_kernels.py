@@ -1,0 +1,126 @@
+"""The Hopper kernels on an H100 or H200: `JAX_PLATFORMS=cuda pytest -m gpu -s tests/test_gpu_kernels.py`.
+
+Fresh random inputs each run, over shapes that nobody tuned. Pages that nobody owns are NaN, and so is the memory that
+results are written to.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from paged import PagedLayer, PagedSpec, draw_layer, replicated
+
+from pallas_kernels import choose
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}
+SPECS = {
+    "one expert": PagedSpec(50, 128, 64, 1, 1),
+    "one token": PagedSpec(1, 256, 192, 8, 2, base_rows=0.0),
+    "float16": PagedSpec(70, 192, 320, 8, 3, dtype="float16"),
+    "gpt-oss widths": PagedSpec(33, 2880, 2880, 8, 4),
+    "64 experts": PagedSpec(301, 512, 448, 64, 6),
+    "128 experts": PagedSpec(130, 2048, 768, 128, 8, slots=8, ranks=(4, 8, 16, 17, 32, 64, 100, 128)),
+    "256 experts": PagedSpec(77, 256, 128, 256, 8),
+    "mixtral widths": PagedSpec(19, 1024, 14336, 4, 2),
+    "all rows on one expert": PagedSpec(200, 256, 192, 8, 2, routing="one"),
+    "empty experts": PagedSpec(90, 256, 192, 16, 4, routing="half"),
+    "one slot": PagedSpec(65, 256, 128, 8, 2, slots=1, ranks=(8,)),
+    "32 slots": PagedSpec(257, 256, 192, 8, 2, slots=32, ranks=(4, 16, 64), empty_slots=3),
+    "256 slots": PagedSpec(1000, 128, 192, 4, 2, slots=256, ranks=(4, 16, 20), empty_slots=11),
+    "many rows": PagedSpec(3001, 320, 192, 4, 2, slots=8),
+    "many rows, float16": PagedSpec(2500, 256, 448, 8, 4, slots=8, dtype="float16"),
+    "many rows, 128 experts": PagedSpec(4100, 512, 320, 128, 8, slots=8),
+    "all base rows": PagedSpec(40, 256, 192, 8, 2, base_rows=1.0),
+    "empty slots": PagedSpec(40, 256, 192, 8, 2, empty_slots=4),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hopper():
+    if jax.default_backend() != "gpu" or choose().picked != "hopper":
+        pytest.skip("needs JAX_PLATFORMS=cuda and a GPU of compute capability 9.0")
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def layer(request) -> PagedLayer:
+    return draw_layer(SPECS[request.param], np.random.default_rng())
+
+
+def poison() -> None:
+    """Fills free device memory with NaN, so that what a kernel does not write shows."""
+    blocks = [jnp.full(2**26, jnp.nan, jnp.float32) for _ in range(4)] + [
+        jnp.full(2**k, jnp.nan, jnp.float32) for k in range(6, 26)
+    ]
+    jax.block_until_ready(blocks)
+
+
+def test_the_layer_equals_the_oracle(layer):
+    poison()
+    y = np.asarray(layer.function("hopper")(layer.slots, layer.adapters).astype(jnp.float32))
+    rows = np.random.default_rng().permutation(layer.spec.tokens)[:48]
+    expected = layer.expected(rows)
+    actual = y[rows]
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    cosine = (actual * expected).sum() / np.linalg.norm(actual) / np.linalg.norm(expected)
+    print(f"\nrelative error {error:.2e}, max abs {np.abs(actual - expected).max():.2e}, cosine {cosine:.7f}")
+    assert np.isfinite(y).all()
+    assert error <= TOLERANCE[layer.spec.dtype]
+
+
+def test_base_rows_are_exact_and_mixed_equals_solo(layer):
+    run = layer.function("hopper")
+    poison()
+    mixed, base = run(layer.slots, layer.adapters), run(layer.slots, None)
+    nobody = layer.slots < 0
+    assert bool((mixed[nobody] == base[nobody]).all()), "base rows changed"
+    for slot in range(min(layer.spec.slots, 8)):
+        own = layer.slots == slot
+        solo = run(jnp.where(own, slot, -1), layer.adapters)
+        assert bool((solo[own] == mixed[own]).all()), f"mixed differs from solo in slot {slot}"
+
+
+def test_an_out_of_range_slot_is_a_base_row(layer):
+    run = layer.function("hopper")
+    base = run(layer.slots, None)
+    for wrong in (layer.spec.slots, 10**9, -7):
+        assert bool((run(jnp.full_like(layer.slots, wrong), layer.adapters) == base).all())
+
+
+@pytest.mark.parametrize("slot", [1, 2])  # fused, shared outer
+@pytest.mark.parametrize("tokens", [40, 3000])
+def test_shared_equals_replicated(slot, tokens):
+    layer = draw_layer(PagedSpec(tokens, 256, 192, 8, 2), np.random.default_rng())
+    copies = replicated(layer, slot)
+    shared = layer.function("hopper")(layer.slots, layer.adapters)
+    assert bool((copies.function("hopper")(layer.slots, copies.adapters) == shared).all())
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_zero_adapters_are_exact(side):
+    layer = draw_layer(PagedSpec(60, 256, 192, 8, 2), np.random.default_rng())
+    run = layer.function("hopper")
+    zero = {m: jax.tree.map(lambda v: v, p) for m, p in layer.adapters.items()}
+    for module, pages in layer.adapters.items():
+        changed = {side: jnp.zeros_like(getattr(pages, side))}
+        zero[module] = type(pages)(
+            **({f: getattr(pages, f) for f in ("a", "b", "table", "scale", "max_rank")} | changed)
+        )
+    assert bool((run(layer.slots, zero) == run(layer.slots, None)).all())
+
+
+@pytest.mark.parametrize("name", ["128 experts", "many rows"])
+def test_a_thousand_replays_have_equal_bits(name):
+    layer = draw_layer(SPECS[name], np.random.default_rng())
+    run = layer.function("hopper")
+    first = run(layer.slots, layer.adapters)
+    same = [(run(layer.slots, layer.adapters) == first).all() for _ in range(1000)]
+    assert bool(jnp.stack(same).all())
+
+
+def test_hopper_and_xla_agree():
+    layer = draw_layer(PagedSpec(100, 256, 192, 8, 2), np.random.default_rng())
+    hopper = layer.function("hopper")(layer.slots, layer.adapters).astype(jnp.float32)
+    xla = layer.function("xla")(layer.slots, layer.adapters).astype(jnp.float32)
+    assert float(jnp.linalg.norm(hopper - xla) / jnp.linalg.norm(xla)) < 1e-2

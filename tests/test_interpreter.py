@@ -1,0 +1,109 @@
+"""The Hopper kernels in jax's GPU interpreter, with race detection, on small shapes. No GPU is needed.
+
+Memory that a kernel has not written reads as NaN there, and so do pages that nobody owns.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from paged import PagedLayer, PagedSpec, draw_layer
+
+from pallas_kernels import make_plan, mosaic
+from pallas_kernels.dispatch import dispatch
+from pallas_kernels.grouped_matmul import fused, hopper
+
+TOLERANCE = 1e-2  # bfloat16
+SPEC = PagedSpec(24, 128, 192, 3, 2, slots=4, ranks=(4, 16, 17, 40))
+CONFIGS = {
+    "stream, 8 rows": hopper.Config("stream", 8, 3, num_sms=2, apart=True),
+    "stream, 24 rows": hopper.Config("stream", 24, 2, num_sms=3, apart=True),
+    "tensor": hopper.Config("tensor", 128, 3, num_sms=2, apart=True),
+}
+
+
+@pytest.fixture(scope="module")
+def layer() -> PagedLayer:
+    return draw_layer(SPEC, np.random.default_rng(0))
+
+
+@pytest.fixture(autouse=True)
+def interpreter(capfd):
+    """Fails where the interpreter reports a race: it prints and goes on."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def run(layer: PagedLayer, modules: tuple[str, ...], config: hopper.Config, slots=None, adapters=None) -> np.ndarray:
+    """One projection's rows by pair `[P, out]`."""
+    spec = layer.spec
+    used = layer.adapters if adapters is None else adapters
+    plan = make_plan(layer.chosen, layer.slots if slots is None else slots, spec.experts, spec.slots, 8)
+    weights = tuple(getattr(layer.experts, m) for m in modules)
+    x = jax.random.normal(jax.random.key(0), (spec.tokens, weights[0].shape[2]), spec.dtype)
+    pages = tuple(used.get(m) for m in modules)
+    rows = fused.grouped_matmul(x, weights, plan, True, pages, "silu", config)
+    return np.asarray(rows.astype(jnp.float32))[np.asarray(plan.position)]
+
+
+def expected(layer: PagedLayer, modules: tuple[str, ...]) -> np.ndarray:
+    spec = layer.spec
+    width = getattr(layer.experts, modules[0]).shape[2]
+    x = np.asarray(
+        jax.random.normal(jax.random.key(0), (spec.tokens, width), spec.dtype).astype(jnp.float32), np.float64
+    )
+    out = []
+    for t, experts in enumerate(np.asarray(layer.chosen)):
+        for expert in experts:
+            values = [layer._linear(x[t], m, int(layer.slots[t]), int(expert)) for m in modules]
+            out.append(values[0] if len(values) == 1 else values[0] / (1 + np.exp(-values[0])) * values[1])
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("modules", [("gate", "up"), ("down",)], ids="+".join)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_matmul_shrink_and_expand_equal_the_oracle_without_races(layer, config, modules):
+    actual, wanted = run(layer, modules, CONFIGS[config]), expected(layer, modules)
+    assert np.linalg.norm(actual - wanted) / np.linalg.norm(wanted) < TOLERANCE
+    base = np.repeat(np.asarray(layer.slots) < 0, layer.spec.top_k)
+    assert base.any()
+    np.testing.assert_array_equal(actual[base], run(layer, modules, CONFIGS[config], adapters={"none": None})[base])
+
+
+def test_a_projection_without_adapters_beside_one_that_has_them(layer):
+    config = CONFIGS["stream, 24 rows"]
+    only_up = {"up": layer.adapters["up"]}
+    own = {key: value for key, value in layer.matrices.items() if key[0] == "up"}
+    actual = run(layer, ("gate", "up"), config, adapters=only_up)
+    wanted = expected(replace(layer, matrices=own), ("gate", "up"))
+    assert np.linalg.norm(actual - wanted) / np.linalg.norm(wanted) < TOLERANCE
+
+
+def test_no_rows_at_all_is_no_hang(layer):
+    """All pairs skipped: no tile, no item, nothing waits."""
+    plan = make_plan(jnp.full_like(layer.chosen, -1), layer.slots, 3, 4, 8)
+    x = jnp.ones((24, 128), "bfloat16")
+    fused.grouped_matmul(x, (layer.experts.gate,), plan, True, (None,), "silu", CONFIGS["stream, 8 rows"])
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "width", "num_sms"), [(5, 2, 128, 2), (37, 3, 64, 3), (40, 1, 192, 2)])
+def test_dispatch_copies_each_row_to_its_places(tokens, top_k, width, num_sms):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(tokens, width)), "bfloat16")
+    position = rng.permutation(tokens * top_k + 9)[: tokens * top_k].astype(np.int32)
+    rows = dispatch(x, jnp.asarray(position), tokens * top_k + 9, num_sms)
+    np.testing.assert_array_equal(np.asarray(rows)[position], np.repeat(np.asarray(x), top_k, 0))
+
+
+def test_every_heuristic_config_fits():
+    for pairs in (1, 7, 64, 1000, 4096, 65536, 10**6):
+        for experts in (1, 8, 64, 128, 256):
+            config = fused.heuristic(pairs, experts)
+            assert config.tile_rows % 8 == 0
+            assert 8 <= config.tile_rows <= 128
+            assert config.stages >= 2
+            assert hopper.smem_bytes(config) + mosaic.BARRIER_BYTES <= mosaic.SMEM_BYTES
