@@ -2,6 +2,7 @@
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 PYTHON := .venv/bin/python
 EXTRAS := text,plots,test,parity,notebooks,bench
+JAX := $(shell sed -n 's/^jax==//p' constraints.txt)
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt
 # One BLAS thread a test worker: two workers share two cores.
 export PYTHONUNBUFFERED := 1
@@ -12,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 demo: .venv/core.stamp
 	.venv/bin/jax-moe-lora demo
 
-test: .venv/full.stamp lint
+test: .venv/full.stamp .venv-cuda13/full.stamp .venv-cuda12/full.stamp lint
 	$(PYTHON) -m pytest -n 2 --dist loadgroup
 	$(MAKE) newest
 
@@ -34,7 +35,7 @@ format: .venv/full.stamp
 	.venv/bin/ruff format .
 
 clean:
-	rm -rf .venv .venv-newest .uv
+	rm -rf .venv .venv-newest .venv-cuda12 .venv-cuda13 .uv
 
 $(UV):
 	python3 -m venv .uv
@@ -53,4 +54,15 @@ $(UV):
 .venv-newest/full.stamp: pyproject.toml | $(UV)
 	test -x .venv-newest/bin/python || $(UV) venv --quiet .venv-newest
 	$(UV) pip install --quiet --upgrade --python .venv-newest/bin/python --editable ".[$(EXTRAS)]"
+	touch $@
+
+# Compile for a GPU without one: jax's plugin and the CUDA compiler, of one CUDA version each.
+.venv-cuda13/full.stamp: CUDA = 'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-runtime==13.0.*' \
+	'nvidia-nvjitlink==13.0.*' 'nvidia-cuda-nvrtc==13.0.*' 'nvidia-cuda-cupti==13.0.*'
+.venv-cuda12/full.stamp: CUDA = nvidia-cuda-nvcc-cu12 nvidia-cuda-runtime-cu12 nvidia-nvjitlink-cu12 \
+	nvidia-cuda-nvrtc-cu12 nvidia-cuda-cupti-cu12
+.venv-cuda%/full.stamp: pyproject.toml constraints.txt | $(UV)
+	test -x .venv-cuda$*/bin/python || $(UV) venv --quiet .venv-cuda$*
+	$(INSTALL) --python .venv-cuda$*/bin/python --editable . $(CUDA) \
+		"jax-cuda$*-plugin==$(JAX)" "jax-cuda$*-pjrt==$(JAX)"
 	touch $@
