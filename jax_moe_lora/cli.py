@@ -1,4 +1,4 @@
-"""`jax-moe-lora`: demo, generate, inspect. Exit code 2 and one sentence on bad input."""
+"""`jax-moe-lora`: demo, generate, inspect, bench. Exit code 2 and one sentence on bad input."""
 
 import json
 import os
@@ -11,12 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jax_moe_lora.benchmark.command import bench
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 # Wide where nobody looks at a terminal, so that tables in logs and pipes keep their words whole.
 console = Console(width=None if sys.stdout.isatty() else 160)
+
+app.command()(bench)
 
 
 @app.command()

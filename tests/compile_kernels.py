@@ -1,4 +1,4 @@
-"""Compiles the kernels to SASS for an H200 on a machine that has no GPU, and prints what ptxas said: a line of JSON each.
+"""Compiles the kernels to SASS for an H200 on a machine without a GPU; prints what ptxas said, a line of JSON each.
 
 Runs in an environment of its own (`make .venv-cuda13/full.stamp`): jax's CUDA plugin and the CUDA compiler packages.
 """
