@@ -89,7 +89,7 @@ def routed_experts(
     num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
     choice = choose(implementation, dtype=x.dtype, widths=experts.gate.shape[1:])
     slot_of_token = token_slots(x.shape[0], slots)
-    plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.row_alignment)
+    plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
     project = partial(grouped_matmul, plan=plan, dtype=x.dtype, implementation=choice.picked)
     gated = project(
         x,

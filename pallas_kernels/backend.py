@@ -23,11 +23,6 @@ class Choice:
     picked: Implementation
     why_not: dict[str, str]
 
-    @property
-    def row_alignment(self) -> int:
-        """What `make_plan` must align each expert's first row to."""
-        return 8 if self.picked in ("hopper", "portable") else 1
-
 
 def choose(
     implementation: str | None = None,

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 DEPTH = 64  # elements of K that one ring stage holds: one 128-byte swizzle row of a 16-bit type
 PART = 128  # rows of a weight that one ring stage holds, twice: 64 for each of two compute warpgroups
 COMPUTE_WARPGROUPS = 2
+HALF = PART // COMPUTE_WARPGROUPS
 ROW_ALIGNMENT = 8  # of a tile's first row: TMA reads tiles of 8 rows
 # Two warpgroups at 232 registers a thread and one at 40 fill the register file; 240 would hang the GPU silently.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40

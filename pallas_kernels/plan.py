@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels import plan_hopper
+from pallas_kernels.backend import Implementation
+from pallas_kernels.mosaic import ROW_ALIGNMENT
+from pallas_kernels.tuning import heuristic
+
 BASE_SLOT = -1
 MAX_TILE_ROWS = 128
 MIN_TILE_ROWS = 8
@@ -24,14 +29,15 @@ class Tiles:
     Attributes:
       expert, slot, start, rows: int32 `[N]`. Tile i covers sorted rows `start[i] .. start[i] + rows[i]`, all of one
         expert; all of one slot too in a table of LoRA tiles (elsewhere `slot` is `BASE_SLOT`).
-      count: int32 scalar, tiles in use. size: static, rows that a tile can hold.
+      count: int32, tiles in use: a scalar, or a vector whose first value it is.
+      size: static, rows that a tile can hold.
     """
 
     expert: Int[Array, "N"]
     slot: Int[Array, "N"]
     start: Int[Array, "N"]
     rows: Int[Array, "N"]
-    count: Int[Array, ""]
+    count: Int[Array, "*vector"]
     size: int = field(metadata={"static": True})
 
 
@@ -66,19 +72,23 @@ class RoutingPlan:
 
 
 def make_plan(
-    experts: Int[Array, "T K"], slots: Int[Array, "T"], num_experts: int, num_slots: int, alignment: int = 1
+    experts: Int[Array, "T K"],
+    slots: Int[Array, "T"],
+    num_experts: int,
+    num_slots: int,
+    implementation: Implementation = "xla",
 ) -> RoutingPlan:
     """Sorts the routed rows and cuts them into tiles.
 
     Args:
       experts: `[T, K]`, expert of each pair. A pair whose expert is outside `0 .. num_experts - 1` (a padding row,
-        say) is skipped: no tile covers it and grouped ops give zeros for it.
+        say) is skipped: no tile covers it.
       slots: `[T]`, adapter slot of each token; anything outside `0 .. num_slots - 1` means no adapter.
       num_experts, num_slots: E and S. With S = 0 there are no LoRA tiles.
-      alignment: each expert's first row is a multiple of it.
+      implementation: the backend that will read the plan: it decides alignment and tile size.
 
     Returns:
-      The plan. All shapes follow from T, K, E, S and the alignment alone.
+      The plan. All shapes follow from T, K, E, S and the backend alone.
     """
     tokens, top_k = experts.shape
     pairs = tokens * top_k
@@ -86,25 +96,37 @@ def make_plan(
     slot = jnp.repeat(_ids(slots, num_slots), top_k)
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     key = expert * (num_slots + 1) + slot
-    rank = _ranks(key, (num_experts + 1) * (num_slots + 1))
-
-    before = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
-    dense = before[1:] - before[:-1]
-    starts = _offsets(-(-dense // alignment) * alignment)
-    position = rank + (starts - before[:-1])[expert]
+    hopper = implementation == "hopper"
+    alignment = ROW_ALIGNMENT if hopper else 1
+    size = heuristic(pairs, num_experts).tile_rows if hopper else tile_rows(pairs, num_experts)
+    if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
+        unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
+        places = plan_hopper.places_and_tiles(
+            unique, (num_slots + 1) * pairs, num_experts, alignment, size, max_tiles(pairs, num_experts, size)
+        )
+        position, dense, starts = places.position, places.sizes, places.starts
+        table = (places.tile_expert, jnp.full_like(places.tile_expert, BASE_SLOT), places.tile_start, places.tile_rows)
+        tiles = Tiles(*table, places.tile_count, size)
+    else:
+        before = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
+        sizes = before[1:] - before[:-1]
+        first = _offsets(-(-sizes // alignment) * alignment)
+        position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - before[:-1])[expert]
+        dense, starts = sizes[:num_experts], first[:num_experts]
+        tiles = cut_groups(dense, starts, pairs, size)
     bound = aligned_rows(pairs, num_experts, alignment)
     order = jnp.full(bound, pairs, jnp.int32).at[position].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
     segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
-    segments = segments.reshape(num_experts + 1, num_slots + 1)
+    segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
     return RoutingPlan(
         order=order,
         position=position,
         token=jnp.where(order < pairs, order // top_k, 0),
-        group_sizes=dense[:num_experts],
-        group_starts=starts[:num_experts],
-        segment_sizes=segments[:num_experts],
-        tiles=cut_groups(dense[:num_experts], starts[:num_experts], pairs, tile_rows(pairs, num_experts)),
-        lora_tiles=_lora_tiles(segments[:num_experts], starts[:num_experts], pairs),
+        group_sizes=dense,
+        group_starts=starts,
+        segment_sizes=segments,
+        tiles=tiles,
+        lora_tiles=_lora_tiles(segments, starts, pairs),
         alignment=alignment,
     )
 
@@ -124,6 +146,11 @@ def _ranks(key: Int[Array, "P"], bound: int) -> Int[Array, "P"]:
 def _count_below(values: Int[Array, "P"], bound: int) -> Int[Array, "bound"]:
     """How many values are lower than 0, 1, .. bound - 1: comparisons in place of a histogram and its sums."""
     return (values[None, :] < jnp.arange(bound, dtype=jnp.int32)[:, None]).sum(1, dtype=jnp.int32)
+
+
+def max_tiles(pairs: int, groups: int, size: int) -> int:
+    """Tiles that P pairs in so many groups can take."""
+    return pairs // size + min(pairs, groups)
 
 
 def aligned_rows(pairs: int, num_experts: int, alignment: int) -> int:
@@ -173,7 +200,7 @@ def _offsets(sizes: Int[Array, "G"]) -> Int[Array, "G"]:
 def _cut(sizes: Int[Array, "G"], starts: Int[Array, "G"], pairs: int, size: int):
     """Cuts each group into tiles: `(group [N], start [N], rows [N], count [])`, N a static bound."""
     groups = sizes.shape[0]
-    bound = pairs // size + min(pairs, groups)
+    bound = max_tiles(pairs, groups, size)
     tiles_of_group = -(-sizes // size)
     first = _offsets(tiles_of_group)
     count = tiles_of_group.sum()

@@ -34,7 +34,7 @@ class LoRASteps:
     """
 
     start: Int[Array, "tiles_and_1"]
-    entries: Int[Array, "N4 6"]
+    entries: Int[Array, "N4 *fields"]
 
     @property
     def bound(self) -> int:
@@ -77,7 +77,8 @@ def make_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) ->
     total = count[0] + second
 
     steps_of = -(-total.sum(1) // PAGES_A_STEP)
-    start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(steps_of)])
+    after = jnp.arange(num_tiles + 1, dtype=jnp.int32)[:, None] > jnp.arange(num_tiles, dtype=jnp.int32)[None]
+    start = jnp.where(after, steps_of[None], 0).sum(1, dtype=jnp.int32)
     first = start[:-1, None] * PAGES_A_STEP + jnp.cumsum(total, axis=1) - total
 
     index = jnp.arange(most, dtype=jnp.int32)[None, None, :]  # [tiles, S, most]
@@ -96,4 +97,4 @@ def make_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) ->
     rows = jnp.stack([jnp.broadcast_to(column, target.shape) for column in columns], -1)
     entries = jnp.zeros((bound * PAGES_A_STEP, len(columns)), jnp.int32)
     entries = entries.at[target.reshape(-1)].set(rows.reshape(-1, len(columns)), mode="drop", unique_indices=True)
-    return LoRASteps(start.astype(jnp.int32), entries)
+    return LoRASteps(start, entries)

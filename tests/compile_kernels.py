@@ -21,9 +21,10 @@ from pallas_kernels import make_plan  # noqa: E402
 from pallas_kernels.activations import ACTIVATIONS  # noqa: E402
 from pallas_kernels.dispatch import dispatch  # noqa: E402
 from pallas_kernels.grouped_lora import hopper as lora  # noqa: E402
-from pallas_kernels.grouped_matmul import fused, hopper  # noqa: E402
+from pallas_kernels.grouped_matmul import hopper  # noqa: E402
 from pallas_kernels.plan import Tiles  # noqa: E402
 from pallas_kernels.steps import LoRASteps  # noqa: E402
+from pallas_kernels.tuning import Config, heuristic  # noqa: E402
 
 H200 = """
 gpu_device_info {
@@ -49,7 +50,7 @@ def tiles(size: int) -> Tiles:
     return Tiles(*[array((72,))] * 4, array(()), size)
 
 
-def matmul(config: hopper.Config, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
+def matmul(config: Config, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
     depth, out = widths
     count = 2 if gated else 1
     weights = (array((8, out, depth), dtype),) * count
@@ -74,12 +75,12 @@ def shrink(rows: int, pools: int, width: int, dtype: str):
 
 def cases():
     for pairs, experts in ((64, 128), (1024, 128), (4096, 128), (16384, 128), (65536, 128)):
-        config = fused.heuristic(pairs, experts)
+        config = heuristic(pairs, experts)
         for gated in (True, False):
             for with_lora in (True, False):
                 name = f"matmul {config.form} {config.tile_rows} gated={gated} lora={with_lora}"
                 yield name, *matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
-    yield "matmul float16, gpt-oss widths", *matmul(fused.heuristic(100, 8), True, True, (2880, 2880), "float16")
+    yield "matmul float16, gpt-oss widths", *matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
     for rows in (8, 56, 128):
         yield f"shrink {rows}", *shrink(rows, 1, 2048, "bfloat16")
     yield "shrink of two pools, float16", *shrink(16, 2, 2880, "float16")
@@ -90,7 +91,12 @@ def cases():
             lambda x, position, rows=rows: dispatch(x, position, rows),
             (array((tokens, width), "bfloat16"), array((tokens * top_k,))),
         )
-    yield "plan", lambda e, s: make_plan(e, s, 128, 8, 8), (array((128, 8)), array((128,)))
+    for tokens, experts in ((8, 128), (128, 128), (200, 256)):
+        yield (
+            f"plan {tokens}",
+            lambda e, s, experts=experts: make_plan(e, s, experts, 8, "hopper"),
+            (array((tokens, 8)), array((tokens,))),
+        )
 
 
 def main() -> None:

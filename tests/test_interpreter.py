@@ -12,16 +12,17 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from paged import PagedLayer, PagedSpec, draw_layer
 
-from pallas_kernels import make_plan, mosaic
+from pallas_kernels import make_plan, mosaic, plan_hopper
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_matmul import fused, hopper
+from pallas_kernels.grouped_matmul import fused
+from pallas_kernels.tuning import Config, heuristic, smem_bytes
 
 TOLERANCE = 1e-2  # bfloat16
-SPEC = PagedSpec(24, 128, 192, 3, 2, slots=4, ranks=(4, 16, 17, 40))
+SPEC = PagedSpec(14, 128, 192, 3, 2, slots=4, ranks=(4, 16, 17, 40))
 CONFIGS = {
-    "stream, 8 rows": hopper.Config("stream", 8, 3, num_sms=2, apart=True),
-    "stream, 24 rows": hopper.Config("stream", 24, 2, num_sms=3, apart=True),
-    "tensor": hopper.Config("tensor", 128, 3, num_sms=2, apart=True),
+    "stream, 8 rows": Config("stream", 8, 3, num_sms=2, apart=True),
+    "stream, 24 rows": Config("stream", 24, 2, num_sms=3, apart=True),
+    "tensor": Config("tensor", 128, 3, num_sms=2, apart=True),
 }
 
 
@@ -38,11 +39,11 @@ def interpreter(capfd):
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def run(layer: PagedLayer, modules: tuple[str, ...], config: hopper.Config, slots=None, adapters=None) -> np.ndarray:
+def run(layer: PagedLayer, modules: tuple[str, ...], config: Config, slots=None, adapters=None) -> np.ndarray:
     """One projection's rows by pair `[P, out]`."""
     spec = layer.spec
     used = layer.adapters if adapters is None else adapters
-    plan = make_plan(layer.chosen, layer.slots if slots is None else slots, spec.experts, spec.slots, 8)
+    plan = make_plan(layer.chosen, layer.slots if slots is None else slots, spec.experts, spec.slots, "hopper")
     weights = tuple(getattr(layer.experts, m) for m in modules)
     x = jax.random.normal(jax.random.key(0), (spec.tokens, weights[0].shape[2]), spec.dtype)
     pages = tuple(used.get(m) for m in modules)
@@ -85,8 +86,8 @@ def test_a_projection_without_adapters_beside_one_that_has_them(layer):
 
 def test_no_rows_at_all_is_no_hang(layer):
     """All pairs skipped: no tile, no item, nothing waits."""
-    plan = make_plan(jnp.full_like(layer.chosen, -1), layer.slots, 3, 4, 8)
-    x = jnp.ones((24, 128), "bfloat16")
+    plan = make_plan(jnp.full_like(layer.chosen, -1), layer.slots, 3, 4, "hopper")
+    x = jnp.ones((14, 128), "bfloat16")
     fused.grouped_matmul(x, (layer.experts.gate,), plan, True, (None,), "silu", CONFIGS["stream, 8 rows"])
 
 
@@ -102,8 +103,32 @@ def test_dispatch_copies_each_row_to_its_places(tokens, top_k, width, num_sms):
 def test_every_heuristic_config_fits():
     for pairs in (1, 7, 64, 1000, 4096, 65536, 10**6):
         for experts in (1, 8, 64, 128, 256):
-            config = fused.heuristic(pairs, experts)
+            config = heuristic(pairs, experts)
             assert config.tile_rows % 8 == 0
             assert 8 <= config.tile_rows <= 128
             assert config.stages >= 2
-            assert hopper.smem_bytes(config) + mosaic.BARRIER_BYTES <= mosaic.SMEM_BYTES
+            assert smem_bytes(config) + mosaic.BARRIER_BYTES <= mosaic.SMEM_BYTES
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "slots"), [(5, 2, 8, 3), (100, 3, 70, 0), (40, 8, 128, 8), (3, 2, 256, 256)]
+)
+def test_the_plan_kernel_equals_the_plan_through_xla(tokens, top_k, experts, slots, monkeypatch):
+    rng = np.random.default_rng(0)
+    chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    chosen[rng.random(chosen.shape) < 0.1] = experts  # skipped
+    of_token = jnp.asarray(rng.integers(-1, max(slots, 1), tokens), jnp.int32)
+    arguments = (jnp.asarray(chosen), of_token, experts, slots, "hopper")
+    assert plan_hopper.runs(tokens * top_k, experts, slots)
+    kernel = make_plan(*arguments)
+    monkeypatch.setattr(plan_hopper, "runs", lambda *sizes: False)
+    xla = make_plan(*arguments)
+    for name in ("order", "position", "token", "group_sizes", "group_starts", "segment_sizes"):
+        np.testing.assert_array_equal(getattr(kernel, name), getattr(xla, name), name)
+    count = int(xla.tiles.count)
+    assert int(kernel.tiles.count[0]) == count
+    assert not np.asarray(kernel.tiles.rows)[count:].any()
+    for name in ("expert", "start", "rows"):
+        np.testing.assert_array_equal(
+            np.asarray(getattr(kernel.tiles, name))[:count], np.asarray(getattr(xla.tiles, name))[:count], name
+        )

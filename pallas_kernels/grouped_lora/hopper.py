@@ -158,7 +158,7 @@ def shrink(
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)
-    return kernel(tiles.start, tiles.count[None], steps.start, steps.entries, x, pools[0], pools[-1])
+    return kernel(tiles.start, tiles.count.reshape(-1), steps.start, steps.entries, x, pools[0], pools[-1])
 
 
 def _stages(tile_rows: int, depth: int) -> int:

@@ -15,8 +15,6 @@ next step queued.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,36 +25,12 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
-from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, PART, ROW_ALIGNMENT
+from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, HALF, PART, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps import PAGE_B0, PAGE_B1, PAGES_A_STEP, LoRASteps
+from pallas_kernels.tuning import Config
 
-HALF = PART // COMPUTE_WARPGROUPS
 PAGE_COPIES = 2 * PAGES_A_STEP * RANK_PAGE // 8  # of a LoRA step
-
-
-@dataclass(frozen=True)
-class Config:
-    """How one call is cut.
-
-    Attributes:
-      form: see the module. tile_rows: rows a tile, a multiple of 8; 128 in the tensor form. stages: of the ring.
-      num_sms: blocks. apart: weights and pages have a ring each; for the interpreter, whose race detector takes two
-        views of one ring for the same memory, whatever the stage.
-    """
-
-    form: Literal["stream", "tensor"]
-    tile_rows: int
-    stages: int
-    num_sms: int = 132
-    apart: bool = False
-
-
-def smem_bytes(config: Config) -> int:
-    """Shared memory that a block takes, barriers aside."""
-    stage = (2 * PART + config.tile_rows) * DEPTH * 2
-    out = COMPUTE_WARPGROUPS * (config.tile_rows * HALF if config.form == "stream" else 2 * HALF * DEPTH) * 2
-    return config.stages * stage + out
 
 
 def grouped_matmul(
@@ -267,11 +241,10 @@ def grouped_matmul(
         "pages_full": plgpu.Barrier(num_arrivals=PAGE_COPIES + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
-    if steps is None:
-        steps = LoRASteps(jnp.zeros(1, jnp.int32), jnp.zeros((1, 6), jnp.int32))
-        hidden, pages = jnp.zeros((1, tile_rows, DEPTH), dtype), (jnp.zeros((1, RANK_PAGE, PART), dtype),)
+    if steps is None:  # never read: arrays that are there already, for no kernel to make others
+        steps, hidden, pages = LoRASteps(tiles.start, tiles.start), x, (x,)
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms)
     return kernel(
-        tiles.expert, tiles.start, tiles.rows, tiles.count[None], steps.start, steps.entries,
+        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), steps.start, steps.entries,
         x, weights[0], weights[-1], hidden, pages[0], pages[-1],
     )  # fmt: skip

@@ -1,0 +1,216 @@
+"""The routing plan's sorted places and tiles in one kernel, by comparing all with all, for few pairs.
+
+A pair's key orders it by expert, slot and pair. Its place is the number of lower keys plus the rows that alignment puts
+between the experts before its own. A tile's expert is the number of experts whose last tile comes before it. Both are
+sums over comparisons, `[64, 64]` at a time and no sort, scatter or atomics.
+
+Every block counts the rows of all experts (four warpgroups, 64 experts each) and exchanges them through shared
+memory; then each warpgroup does 64 pairs, or 64 tiles. `shared` is the barrier of the four warpgroups, `loaded` that of
+the keys.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Int
+
+from pallas_kernels import mosaic
+
+MAX_PAIRS, MAX_EXPERTS = 2048, 256
+BLOCK, WARPGROUPS = 64, 4
+
+
+def runs(pairs: int, num_experts: int, num_slots: int) -> bool:
+    """Whether the kernel serves these sizes: few enough pairs, and keys that fit into 31 bits."""
+    bound = (num_experts + 1) * (num_slots + 1) * pairs
+    return 0 < pairs <= MAX_PAIRS and num_experts <= MAX_EXPERTS and bound < 2**31
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the kernel returns; a count and tables whose lengths are rounded up to 64.
+
+    Attributes:
+      position: int32 `[P]`. sizes, starts: int32 `[E]`, rows of each expert, and its first row.
+      tile_expert, tile_start, tile_rows: int32 `[N]`. tile_count: int32 `[64]`, all the same.
+    """
+
+    position: Int[Array, "P"]
+    sizes: Int[Array, "E"]
+    starts: Int[Array, "E"]
+    tile_expert: Int[Array, "N"]
+    tile_start: Int[Array, "N"]
+    tile_rows: Int[Array, "N"]
+    tile_count: Int[Array, "64"]
+
+
+def places_and_tiles(
+    keys: Int[Array, "P"], keys_an_expert: int, num_experts: int, alignment: int, tile_rows: int, num_tiles: int
+) -> Places:
+    """Places of the pairs, sizes and starts of the experts, and tiles.
+
+    Args:
+      keys: int32 `[P]`, no two alike; expert e has those from `e * keys_an_expert` on, skipped pairs those from
+        `num_experts * keys_an_expert` on.
+      alignment: a power of two. num_tiles: static bound.
+    """
+    pairs = keys.shape[0]
+    chunks = pl.cdiv(pairs, BLOCK)
+    expert_chunks = pl.cdiv(num_experts, BLOCK)
+    pair_jobs = pl.cdiv(pairs, WARPGROUPS * BLOCK)
+    tile_jobs = pl.cdiv(num_tiles, WARPGROUPS * BLOCK)
+    last = jnp.iinfo(jnp.int32).max
+    padded = jnp.full(chunks * BLOCK, last, jnp.int32).at[:pairs].set(keys).reshape(chunks, BLOCK)
+
+    def body(keys, position, *refs):
+        (*group_refs, tile_expert, tile_start, tile_used, tile_count), smem = refs[:6], refs[6:]
+        keys_smem, sizes, starts, tile_ends, loaded, shared = smem
+        job, warpgroup = lax.axis_index("job"), lax.axis_index("wg")
+
+        @pl.when(warpgroup == 0)
+        def _():
+            plgpu.copy_gmem_to_smem(keys, keys_smem, loaded)
+
+        plgpu.barrier_wait(loaded)
+        row, column = (plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), d, layout=plgpu.Layout.WGMMA) for d in (0, 1))
+
+        def across(ref, chunk):
+            """64 values, one a column."""
+            values = plgpu.load(ref.at[chunk], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (1,))
+
+        def down(values):
+            return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (0,))
+
+        def total(count, term):
+            """Sum over the chunks' columns of `term(chunk)`, one value a row."""
+            zero = jnp.zeros((BLOCK, BLOCK), jnp.int32)
+            zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+            return lax.fori_loop(0, count, lambda c, acc: acc + term(c), zero).sum(1)
+
+        def meet():
+            plgpu.barrier_arrive(shared)
+            plgpu.barrier_wait(shared)
+
+        expert = row + warpgroup * BLOCK
+
+        @pl.when(warpgroup < expert_chunks)
+        def _():
+            low = expert * keys_an_expert
+            high = low + keys_an_expert
+
+            def inside(chunk):
+                keys = across(keys_smem, chunk)
+                return ((keys >= low) & (keys < high) & (expert < num_experts)).astype(jnp.int32)
+
+            sizes[warpgroup] = total(chunks, inside)
+
+        meet()
+
+        def expert_of_column(chunk):
+            return column + chunk * BLOCK
+
+        @pl.when(warpgroup < expert_chunks)
+        def _():
+            def rows_before(chunk):
+                size = across(sizes, chunk)
+                size = (size + (alignment - 1)) & ~(alignment - 1)
+                return jnp.where(expert_of_column(chunk) < expert, size, 0)
+
+            def tiles_to(chunk):
+                count = lax.div(across(sizes, chunk) + (tile_rows - 1), jnp.int32(tile_rows))
+                return jnp.where(expert_of_column(chunk) <= expert, count, 0)
+
+            starts[warpgroup] = total(expert_chunks, rows_before)
+            tile_ends[warpgroup] = total(expert_chunks, tiles_to)
+
+        meet()
+
+        @pl.when(job < pair_jobs)
+        def _():
+            chunk = job * WARPGROUPS + warpgroup
+
+            @pl.when(chunk < chunks)
+            def _():
+                mine = down(plgpu.load(keys_smem.at[chunk], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False))
+
+                def lower(c):
+                    return (across(keys_smem, c) < mine).astype(jnp.int32)
+
+                def gaps(c):
+                    gap = -across(sizes, c) & (alignment - 1)
+                    return jnp.where((expert_of_column(c) + 1) * keys_an_expert <= mine, gap, 0)
+
+                position[chunk] = total(chunks, lower) + total(expert_chunks, gaps)
+
+        @pl.when(job >= pair_jobs)
+        def _():
+            chunk = (job - pair_jobs) * WARPGROUPS + warpgroup
+
+            @pl.when((job == pair_jobs) & (warpgroup < expert_chunks))
+            def _():
+                for ref, out in zip((sizes, starts), group_refs, strict=True):
+                    out[warpgroup] = plgpu.load(ref.at[warpgroup], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+            @pl.when((job == pair_jobs) & (warpgroup == 0))
+            def _():
+                def of_last(c):
+                    return jnp.where(expert_of_column(c) == num_experts - 1, across(tile_ends, c), 0)
+
+                tile_count[...] = total(expert_chunks, of_last)
+
+            @pl.when(chunk * BLOCK < num_tiles)
+            def _():
+                index = row + chunk * BLOCK
+                own = total(expert_chunks, lambda c: (across(tile_ends, c) <= index).astype(jnp.int32))
+
+                def of_own(value):
+                    """The value of each tile's own expert; 0 for a tile that is not in use."""
+                    return total(expert_chunks, lambda c: jnp.where(expert_of_column(c) == down(own), value(c), 0))
+
+                size = of_own(lambda c: across(sizes, c))
+                begin = of_own(
+                    lambda c: across(tile_ends, c) - lax.div(across(sizes, c) + (tile_rows - 1), jnp.int32(tile_rows))
+                )
+                start = of_own(lambda c: across(starts, c))
+                number = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+                within = (number + chunk * BLOCK - begin) * tile_rows
+                used = jnp.clip(size - within, 0, tile_rows)
+                tile_expert[chunk] = jnp.where(used > 0, own, 0)
+                tile_start[chunk] = jnp.where(used > 0, start + within, 0)
+                tile_used[chunk] = used
+
+    tile_chunks = pl.cdiv(num_tiles, BLOCK)
+    lengths = (chunks, expert_chunks, expert_chunks, tile_chunks, tile_chunks, tile_chunks)
+    position, sizes, starts, *tables, count = plgpu.kernel(
+        body,
+        out_type=(
+            *[jax.ShapeDtypeStruct((length, BLOCK), jnp.int32) for length in lengths],
+            jax.ShapeDtypeStruct((BLOCK,), jnp.int32),
+        ),
+        grid=(pair_jobs + tile_jobs,),
+        grid_names=("job",),
+        num_threads=WARPGROUPS,
+        thread_name="wg",
+        scratch_types=(
+            plgpu.SMEM((chunks, BLOCK), jnp.int32),
+            *[plgpu.SMEM((expert_chunks, BLOCK), jnp.int32)] * 3,
+            plgpu.Barrier(num_arrivals=1),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
+        ),
+        compiler_params=mosaic.compiler_params(),
+    )(padded)
+    tile_expert, tile_start, tile_used = (table.reshape(-1) for table in tables)
+    return Places(
+        position.reshape(-1)[:pairs],
+        sizes.reshape(-1)[:num_experts],
+        starts.reshape(-1)[:num_experts],
+        tile_expert,
+        tile_start,
+        tile_used,
+        count,
+    )
