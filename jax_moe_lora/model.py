@@ -123,7 +123,7 @@ class Model:
         """The loaded adapters by name."""
         with self._lock:
             return {
-                name: AdapterInfo(name, slot, self._ranks.get(name, {}), self._bank.slot_nbytes(slot))
+                name: AdapterInfo(name, slot, self._ranks[name], self._bank.slot_nbytes(slot))
                 for name, slot in self._registry.slots.items()
             }
 
@@ -139,16 +139,10 @@ class Model:
             if not isinstance(adapter, LoRAAdapter):
                 names = family(self.config.model_type).ADAPTER_NAMES
                 adapter = read_peft(local_folder(adapter), decoder.adapter_sites(self.config), names, adapter_name)
-            loaded = adapter
-            self._change(lambda bank, donate: insert(bank, slot, loaded, donate))
+            return self._insert(adapter, adapter_name, slot)
         except BaseException:
             self._registry.forget(adapter_name)
             raise
-        self._ranks[adapter_name] = {
-            module: tuple(sorted({int(r) for (_, m), w in adapter.weights.items() if m == module for r in w.ranks}))
-            for module in adapter.modules
-        }
-        return self.adapters[adapter_name]
 
     def unload_adapter(self, adapter_name: str) -> None:
         """Frees an adapter's slot and pages. Raises AdapterInUseError while a running request holds it."""
@@ -268,6 +262,17 @@ class Model:
             with self._lock:
                 slots, bank = stack.enter_context(self._registry.hold(names)), self._bank
             yield slots, bank
+
+    def _insert(self, adapter: LoRAAdapter, name: str, slot: int) -> AdapterInfo:
+        """Puts an adapter into its reserved slot; requests find its name once its pages are there."""
+        with self._lock:
+            self._change(lambda bank, donate: insert(bank, slot, adapter, donate))
+            self._ranks[name] = {
+                module: tuple(sorted({int(r) for (_, m), w in adapter.weights.items() if m == module for r in w.ranks}))
+                for module in adapter.modules
+            }
+            self._registry.publish(name)
+            return self.adapters[name]
 
     def _change(self, change: Callable[[AdapterBank, bool], AdapterBank]) -> None:
         """Replaces the bank, in place where nobody else holds it."""

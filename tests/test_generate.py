@@ -16,6 +16,7 @@ from jax_moe_lora import (
     Model,
     count_compilations,
 )
+from jax_moe_lora import model as surface
 from jax_moe_lora.demo.run import data_folder, load_demo
 from jax_moe_lora.generate import Sampling, sample
 from jax_moe_lora.requests import Batch, Request
@@ -141,6 +142,53 @@ def test_loading_during_generation_leaves_the_running_batch_alone(model):
     assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10, callback=load)) == ANSWERS
     assert texts(model.generate(["cba>"], ["late"], max_new_tokens=10)) == ["abc"]
     model.unload_adapter("late")
+
+
+@pytest.fixture
+def during_a_load(model, monkeypatch):
+    """Calls a function while an adapter named "late" loads: its files are read, its pages are not in the bank."""
+
+    def load(check) -> None:
+        real = surface.read_peft
+
+        def read(*arguments):
+            check()
+            return real(*arguments)
+
+        monkeypatch.setattr(surface, "read_peft", read)
+        model.load_adapter(data_folder() / "adapters" / "sort", "late")
+        monkeypatch.undo()
+
+    yield load
+    model.unload_adapter("late")
+
+
+def test_an_adapter_that_is_still_loading_answers_nobody(model, during_a_load):
+    def check() -> None:
+        assert "late" not in model.adapters
+        for use in (lambda: model.generate(["cba>"], ["late"]), lambda: model.slots(["late"])):
+            with pytest.raises(AdapterNameError, match="'late' is still loading"):
+                use()
+        with pytest.raises(AdapterNameError, match="'late' is loading; wait"):
+            model.load_adapter(data_folder() / "adapters" / "sort", "late")
+
+    during_a_load(check)
+    assert texts(model.generate(["cba>"], ["late"], max_new_tokens=10)) == ["abc"]
+
+
+def test_an_adapter_that_is_still_loading_is_not_unloaded(model, during_a_load):
+    def check() -> None:
+        with pytest.raises(AdapterNameError, match="'late' is still loading"):
+            model.unload_adapter("late")
+
+    during_a_load(check)
+    assert model.adapters["late"].nbytes > 0
+
+
+@pytest.mark.parametrize("name", ["__base__", None])
+def test_the_base_model_is_not_unloaded(model, name):
+    with pytest.raises(AdapterNameError, match="is the base model, which is never unloaded"):
+        model.unload_adapter(name)
 
 
 def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
