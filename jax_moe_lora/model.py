@@ -27,7 +27,7 @@ from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.registry import family
 from jax_moe_lora.requests import Batch, Generation, Request, decode_loop
-from jax_moe_lora.text import Tokenizer
+from jax_moe_lora.text import TextStream, Tokenizer
 from jax_moe_lora.units import parse_bytes
 from pallas_kernels import Implementation
 
@@ -175,7 +175,8 @@ class Model:
         Args:
           prompts: texts, or token ids. adapter_names: one for each prompt; `None` and `"__base__"` are the base model.
           max_new_tokens, temperature (0 is greedy), top_k (0 is off), top_p, seed: one value, or one a prompt.
-          callback: called with (prompt's index, token id, new text) as tokens come.
+          callback: called with (prompt's index, token id, new text) as tokens come; the joined texts are the answer.
+            A character of several tokens comes with its last one, the rest of a broken one with the last of all.
           progress: show a progress bar. pad_to: (batch, prompt tokens) to pad to, instead of the smallest bucket: two
             batches padded alike run the same program.
 
@@ -296,9 +297,13 @@ class Model:
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self._folder is None else self.tokenizer.decode(token_ids)
 
-    def _streamer(self, callback: Callable[[int, int, str], None]) -> Callable[[int, list[int]], None]:
-        def stream(index: int, so_far: list[int]) -> None:
-            callback(index, so_far[-1], self._decode(so_far)[len(self._decode(so_far[:-1])) :])
+    def _streamer(self, callback: Callable[[int, int, str], None]) -> Callable[[int, int, list[int], bool], None]:
+        texts = TextStream(self._decode)
+
+        def stream(index: int, token: int, so_far: list[int], last: bool) -> None:
+            new_text = texts.take(index, so_far, last)
+            if new_text or token not in self.config.eos_token_ids:
+                callback(index, token, new_text)
 
         return stream
 

@@ -127,10 +127,14 @@ def decode_loop(
     advance: Callable,
     slots: np.ndarray,
     eos_token_ids: Sequence[int],
-    stream: Callable[[int, list[int]], None] | None,
+    stream: Callable[[int, int, list[int], bool], None] | None,
     progress: bool,
 ) -> list[tuple[list[int], Literal["stop", "length"]]]:
-    """Runs the two programs until every request has stopped; returns each one's new tokens and why it stopped."""
+    """Runs the two programs until every request has stopped; returns each one's new tokens and why it stopped.
+
+    Args:
+      stream: called with (row, token, new tokens so far, whether it was the last), the end-of-sequence token included.
+    """
     answers: list[list[int]] = [[] for _ in batch.requests]
     reasons: list[Literal["stop", "length"] | None] = [None] * len(batch.requests)
     device_slots, sampling = jnp.asarray(slots), batch.sampling
@@ -157,12 +161,11 @@ def _take(tokens, requests, answers, reasons, eos_token_ids, stream) -> None:
         token = int(tokens[row])
         if token in eos_token_ids:
             reasons[row] = "stop"
-            continue
-        answers[row].append(token)
+        else:
+            answers[row].append(token)
+            reasons[row] = "length" if len(answers[row]) == request.max_new_tokens else None
         if stream:
-            stream(row, answers[row])
-        if len(answers[row]) == request.max_new_tokens:
-            reasons[row] = "length"
+            stream(row, token, answers[row], reasons[row] is not None)
 
 
 def _check_fits(index: int, request: Request, config: ModelConfig) -> None:

@@ -1,11 +1,17 @@
 """Generation: sampling, stopping, streaming, buckets, and no recompilation."""
 
 import threading
+from dataclasses import replace
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from jax_moe_lora import (
     AdapterInUseError,
@@ -16,6 +22,7 @@ from jax_moe_lora import (
     Model,
     count_compilations,
 )
+from jax_moe_lora import generate as programs
 from jax_moe_lora import model as surface
 from jax_moe_lora.demo.run import data_folder, load_demo
 from jax_moe_lora.generate import Sampling, sample
@@ -64,6 +71,47 @@ def test_streaming_gives_the_answer_piece_by_piece(model):
 
     model.generate(PROMPTS, NAMES, max_new_tokens=10, callback=collect)
     assert pieces == ANSWERS
+
+
+@pytest.fixture
+def byte_model(model, tmp_path, monkeypatch):
+    """Makes a model whose answers are given, in tokens of one byte each; they end where a list does."""
+
+    def make(*answers: list[int]) -> Model:
+        eos = byte_level_bpe().get_vocab_size()
+        byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+        tokens = iter(zip_longest(*answers, fillvalue=eos))
+
+        def step(params, bank, cache, *arguments, **static):
+            return cache, np.asarray(next(tokens, [eos] * len(answers)), np.int32)
+
+        monkeypatch.setattr(programs, "start", step)
+        monkeypatch.setattr(programs, "advance", step)
+        config = replace(model.config, eos_token_ids=(eos,))
+        return Model(config, model.params, model.functional(1, 16).bank, tmp_path)
+
+    return make
+
+
+def byte_level_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return tokenizer
+
+
+def test_streaming_keeps_characters_of_several_tokens_whole(byte_model):
+    whole, broken = byte_level_bpe().encode("a€\N{CROISSANT}ö").ids, byte_level_bpe().encode("b€").ids[:-1]
+    served = byte_model(whole, broken, broken)
+    pieces: list[list[str]] = [[], [], []]
+    limits = [20, 20, len(broken)]
+    outs = served.generate(
+        [[1]] * 3, max_new_tokens=limits, callback=lambda index, token, text: pieces[index].append(text)
+    )
+    assert texts(outs) == ["a€\N{CROISSANT}ö", "b\ufffd", "b\ufffd"]
+    assert [out.finish_reason for out in outs] == ["stop", "stop", "length"]
+    assert pieces[0] == ["a", "", "", "€", "", "", "", "\N{CROISSANT}", "", "ö"]
+    assert pieces[1] == ["b", "", "", "\ufffd"]  # the last comes with the end-of-sequence token
+    assert pieces[2] == ["b", "", "\ufffd"]
 
 
 def test_sampling_follows_each_requests_seed_alone(model):
