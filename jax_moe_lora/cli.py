@@ -110,6 +110,9 @@ def inspect(
         shown = (module.module, module.form, _ranges(module.layers), str(module.shape_a), str(module.shape_b))
         table.add_row(*shown, ", ".join(map(str, module.ranks)), module.shared, format_bytes(module.nbytes))
     console.print(table)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(summary, field).items():
+            sys.stdout.write(f"{field}: {pattern} has {value:g}\n")
     for key in summary.other_keys:
         console.print(f"Not understood: {key}")
 

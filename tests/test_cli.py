@@ -1,13 +1,17 @@
 """The command line: answers, reports, and one sentence with exit code 2 on bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from jax_moe_lora import AdapterFormatError, InputError
 from jax_moe_lora.demo.run import data_folder
+from jax_moe_lora.inspect import AdapterSummary, inspect_folder
+from jax_moe_lora.units import parse_bytes
 
 pytestmark = pytest.mark.xdist_group("cli")
 MODEL = str(data_folder() / "model")
@@ -62,10 +66,50 @@ def test_inspect_tells_a_model_and_an_adapter_apart():
     assert "2-D per expert" in shown
 
 
+def test_inspect_shows_the_rank_of_each_3d_parameter_and_the_patterns():
+    """The shipped `shift`: gate_up_proj has rank 12 by a pattern, and A of 8 experts; down_proj rank 6."""
+    folder = data_folder() / "adapters" / "shift"
+    summary = inspect_folder(folder)
+    assert isinstance(summary, AdapterSummary)
+    shown = {module.module: (module.ranks, module.shape_a[0]) for module in summary.modules}
+    assert shown == {"mlp.experts.gate_up_proj": ([12], 96), "mlp.experts.down_proj": ([6], 48)}
+    printed = run("inspect", str(folder)).stdout
+    assert r"rank_pattern: .*\.gate_up_proj has 12" in printed
+    assert r"alpha_pattern: .*\.gate_up_proj has 24" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lora_alpha": "big"}, "lora_alpha is 'big', a number of at most 1e"),
+        ({"lora_alpha": 10**400}, "a number of at most 1e"),
+        ({"target_parameters": [1, 2]}, "target_parameters is [1, 2], a list of names was expected"),
+        ({"r": 7, "rank_pattern": {}}, "rank 7, which does not divide its 96 rows"),
+    ],
+)
+def test_inspect_refuses_a_malformed_config_by_its_field(tmp_path, changes, sentence):
+    shutil.copytree(data_folder() / "adapters" / "shift", tmp_path / "bad")
+    config = json.loads((tmp_path / "bad" / "adapter_config.json").read_text())
+    (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(AdapterFormatError) as refused:
+        inspect_folder(tmp_path / "bad")
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "size", ["9" * 400, "9" * 400 + "GiB", pytest.param(-(10**5000), id="5000 digits"), "1e3", None, -1]
+)
+def test_a_size_that_is_no_size_is_refused_in_a_short_sentence(size):
+    with pytest.raises(InputError, match="is not understood") as refused:
+        parse_bytes(size)
+    assert len(str(refused.value)) < 200
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["inspect", "no/such/folder"], "There is no folder no/such/folder"),
+        (["inspect", f"{MODEL}/config.json"], "config.json is a file; give the model or adapter folder"),
         (["generate", "--model", "no/such/folder/at/all", "--prompt", "a>"], "There is no folder"),
         (["generate", "--model", MODEL], "Give either --requests"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--use", "x"], "adapters that are not given: x"),
