@@ -14,7 +14,9 @@ from rich.table import Table
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# click's class, which newer versions of typer hold a copy of and do not export.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 # Wide where nobody looks at a terminal, so that tables in logs and pipes keep their words whole.
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -27,6 +29,7 @@ def demo(
     """Serve the shipped checkpoint: one batch that mixes all adapters and base rows."""
     from jax_moe_lora.demo.run import run_demo
 
+    check_writable(json_file)
     report = run_demo(strings)
     table = Table("prompt", "adapter", "answer", "right", title="One batch, every adapter (first rows)")
     for row in report.rows[: 3 * (1 + len(report.summary["adapters"]))]:
@@ -71,6 +74,7 @@ def generate(
     """Answer prompts, each with its own adapter, in mixed batches."""
     from jax_moe_lora.jobs import Defaults, load_model, read_jobs, run_jobs
 
+    check_writable(out)
     defaults = Defaults(max_new_tokens, temperature, top_k, top_p, seed)
     jobs = read_jobs(requests, prompt or [], use, defaults)
     served = load_model(model, adapter or [], jobs, dtype, max_rank, adapter_memory)
@@ -117,6 +121,18 @@ def inspect(
         console.print(f"Not understood: {key}")
 
 
+def check_writable(path: Path | None) -> None:
+    """Refuses a file that cannot be written, before the work whose result it is to hold."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder; name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: the folder {path.parent} takes no new files.")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -140,12 +156,16 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def main() -> None:
-    """Entry point: the library's own errors become one sentence and exit code 2."""
+    """Entry point: the library's own errors and bad options become one sentence and exit code 2."""
     try:
-        app()
-    except JaxMoELoRAError as error:
-        sys.stderr.write(f"jax-moe-lora: {error}\n")
-        sys.exit(2)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.Abort:
+        code = 1
+    except (JaxMoELoRAError, UsageError) as error:
+        message = str(error) if isinstance(error, JaxMoELoRAError) else error.format_message()  # type: ignore[attr-defined]
+        sys.stderr.write(f"jax-moe-lora: {' '.join(message.split())}\n")
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.registry import family
-from jax_moe_lora.requests import Batch, Generation, Request, decode_loop
+from jax_moe_lora.requests import Batch, Generation, Request, decode_loop, per_prompt
 from jax_moe_lora.text import TextStream, Tokenizer
 from jax_moe_lora.units import parse_bytes
 from pallas_kernels import Implementation
@@ -183,14 +183,17 @@ class Model:
         Raises:
           InputError: a bad argument or a prompt that is empty or too long. AdapterNameError: an unknown adapter.
         """
+        prompts = _sequence("prompts", prompts)
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        columns = {name: per_prompt(name, v, len(prompts)) for name, v in {**options, "seed": seed}.items()}
         requests = [
-            Request.make(i, prompt, len(prompts), self._encode, max_new_tokens, temperature, top_k, top_p, seed)
-            for i, prompt in enumerate(_sequence("prompts", prompts))
+            Request.make(f"Prompt {i}", prompt, self._encode, self.config, **{n: c[i] for n, c in columns.items()})
+            for i, prompt in enumerate(prompts)
         ]
+        names = self._names(adapter_names, len(requests))
         if not requests:
             return []
-        names = self._names(adapter_names, len(requests))
-        batch = Batch.make(requests, self.config, pad_to)
+        batch = Batch.make(requests, pad_to)
         with self._hold(names) as (slots, bank):
             cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)
             static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
@@ -291,8 +294,8 @@ class Model:
             raise InputError(f"adapter_names has {len(names)} entries for {count} prompts; give one for each.")
         return names
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self._folder is None else self.tokenizer.decode(token_ids)
@@ -308,7 +311,9 @@ class Model:
         return stream
 
 
-def _sequence(name: str, values):
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise InputError(f"{name} is a {type(values).__name__}; expected a list.")
+def _sequence(name: str, values: Any) -> Sequence[Any]:
+    if isinstance(values, np.ndarray | Array) and values.ndim:
+        return list(np.asarray(values))
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise InputError(f"{name} is of type {type(values).__name__}; expected a list.")
     return values

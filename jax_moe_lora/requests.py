@@ -1,11 +1,11 @@
 """Requests of one generation: checked, padded to a bucket, and decoded step by step."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +15,7 @@ from jax_moe_lora.generate import Sampling
 from pallas_kernels import BASE_SLOT
 
 MIN_PROMPT_BUCKET = 16
+INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,82 @@ class Request:
     seed: int
 
     @classmethod
-    def make(cls, index: int, prompt: Any, count: int, encode: Callable, *options: Any) -> "Request":
-        """Picks the values of prompt `index` out of options that are one value, or one a prompt; checks them."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        own = {}
-        for name, values in zip(names, options, strict=True):
-            if isinstance(values, Sequence | np.ndarray):
-                if len(values) != count:
-                    raise InputError(f"{name} has {len(values)} values for {count} prompts; give one, or one for each.")
-                values = values[index]
-            own[name] = values
-        request = cls(encode(prompt), **own)
-        request._check(index)
+    def make(
+        cls, where: str, prompt: Any, encode: Callable[[str], list[int]], config: ModelConfig, **options: Any
+    ) -> "Request":
+        """A request whose prompt and options are checked; errors call it `where`.
+
+        Raises:
+          InputError: what is wrong with it, or that it does not fit the model.
+        """
+        for name, lowest, highest in (("max_new_tokens", 1, INT32), ("top_k", 0, INT32), ("seed", 0, 2**32 - 1)):
+            options[name] = whole(f"{where}: {name}", options[name], lowest, highest)
+        for name, holds, expected in (
+            ("temperature", lambda t: 0 <= t <= 1e30, "0 (greedy) to 1e30"),
+            ("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1"),
+        ):
+            options[name] = _number(f"{where}: {name}", options[name], holds, expected)
+        request = cls(_token_ids(where, prompt, encode), **options)
+        request._check_fits(where, config)
         return request
 
-    def _check(self, index: int) -> None:
-        wholes = {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k, "seed": self.seed}
-        for name, value in wholes.items():
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise InputError(f"{name} of prompt {index} is {value!r}; expected a whole number.")
+    def _check_fits(self, where: str, config: ModelConfig) -> None:
         if not self.token_ids:
-            raise InputError(f"Prompt {index} is empty; give at least one token.")
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens of prompt {index} is {self.max_new_tokens}; expected at least 1.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature of prompt {index} is {self.temperature}; expected 0 (greedy) or more.")
-        if self.top_k < 0:
-            raise InputError(f"top_k of prompt {index} is {self.top_k}; expected 0 (off) or more.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p of prompt {index} is {self.top_p}; expected more than 0 and at most 1.")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed of prompt {index} is {self.seed}; expected 0 to 2**32 - 1.")
+            raise InputError(f"{where} is empty; give at least one token.")
+        if min(self.token_ids) < 0 or max(self.token_ids) >= config.vocab_size:
+            raise InputError(f"{where} has a token id outside 0 to {config.vocab_size - 1}.")
+        if len(self.token_ids) + self.max_new_tokens > config.max_positions:
+            raise InputError(
+                f"{where} has {len(self.token_ids)} tokens and asks for {self.max_new_tokens} more; "
+                f"the model has {config.max_positions} positions."
+            )
+
+
+def whole(name: str, value: Any, lowest: int, highest: int = INT32) -> int:
+    """`value` as an int, checked; errors call it `name`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InputError(f"{name} is {value!r}; expected a whole number.")
+    if not lowest <= value <= highest:
+        raise InputError(f"{name} is {_shown(value)}; expected {lowest} to {highest}.")
+    return int(value)
+
+
+def _number(name: str, value: Any, holds: Callable[[float], bool], expected: str) -> float:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not number or not holds(value):  # compared as it came: an integer of 400 digits has no float
+        raise InputError(f"{name} is {_shown(value)}; expected {expected}.")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    """Python refuses to print integers of thousands of digits, and nobody reads hundreds."""
+    return "an endless number" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
+
+
+def per_prompt(name: str, values: Any, count: int) -> list[Any]:
+    """One value for each prompt, out of one for all or a list of them."""
+    if isinstance(values, np.ndarray | jax.Array):
+        values = np.asarray(values).tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise InputError(f"{name} has {len(values)} values for {count} prompts; give one, or one for each.")
+    return list(values)
+
+
+def _token_ids(where: str, prompt: Any, encode: Callable[[str], list[int]]) -> list[int]:
+    if isinstance(prompt, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"{where} holds half of a surrogate pair, which is no text; give valid Unicode.")
+        return encode(prompt)
+    if isinstance(prompt, np.ndarray | jax.Array):
+        prompt = np.asarray(prompt).tolist()
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        raise InputError(f"{where} is of type {type(prompt).__name__}; expected a text or a list of token ids.")
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise InputError(f"{where} holds {token!r}; expected token ids, which are whole numbers.")
+    return [int(token) for token in prompt]
 
 
 @dataclass(frozen=True)
@@ -89,11 +135,12 @@ class Batch:
     cache_length: int
 
     @classmethod
-    def make(cls, requests: list[Request], config: ModelConfig, pad_to: tuple[int, int] | None = None) -> "Batch":
-        for index, request in enumerate(requests):
-            _check_fits(index, request, config)
+    def make(cls, requests: list[Request], pad_to: tuple[int, int] | None = None) -> "Batch":
         longest = max(len(request.token_ids) for request in requests)
+        if pad_to is not None and not (isinstance(pad_to, Sequence) and len(pad_to) == 2):
+            raise InputError(f"pad_to is {pad_to!r}; expected (batch, prompt tokens).")
         rows, width = pad_to or (_bucket(len(requests)), max(MIN_PROMPT_BUCKET, _bucket(longest)))
+        rows, width = whole("pad_to's batch", rows, 1), whole("pad_to's prompt tokens", width, 1)
         if rows < len(requests) or width < longest:
             raise InputError(f"pad_to is {pad_to}; {len(requests)} prompts of up to {longest} tokens need more.")
         tokens = np.zeros((rows, width), np.int32)
@@ -166,17 +213,6 @@ def _take(tokens, requests, answers, reasons, eos_token_ids, stream) -> None:
             reasons[row] = "length" if len(answers[row]) == request.max_new_tokens else None
         if stream:
             stream(row, token, answers[row], reasons[row] is not None)
-
-
-def _check_fits(index: int, request: Request, config: ModelConfig) -> None:
-    if min(request.token_ids) < 0 or max(request.token_ids) >= config.vocab_size:
-        raise InputError(f"Prompt {index} has a token id outside 0 to {config.vocab_size - 1}.")
-    needed = len(request.token_ids) + request.max_new_tokens
-    if needed > config.max_positions:
-        raise InputError(
-            f"Prompt {index} has {len(request.token_ids)} tokens and asks for {request.max_new_tokens} more; "
-            f"the model has {config.max_positions} positions."
-        )
 
 
 def _bucket(size: int) -> int:

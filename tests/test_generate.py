@@ -56,8 +56,15 @@ def test_prompts_may_be_token_ids(model):
     assert texts(model.generate(ids, NAMES, max_new_tokens=10)) == ANSWERS
 
 
-def test_each_request_has_its_own_limit(model):
-    outs = model.generate(PROMPTS, NAMES, max_new_tokens=[1, 2, 3, 10])
+def test_prompts_and_names_may_be_arrays(model):
+    ids = np.asarray([model.tokenizer.encode(prompt) for prompt in ("abc>", "xyz>")])
+    outs = model.generate(ids, np.array(["upper", "reverse"]), max_new_tokens=np.int64(10), temperature=np.float32(0))
+    assert texts(outs) == ["ABC", "zyx"]
+
+
+@pytest.mark.parametrize("limits", [[1, 2, 3, 10], np.array([1, 2, 3, 10]), jnp.array([1, 2, 3, 10])], ids=type)
+def test_each_request_has_its_own_limit(model, limits):
+    outs = model.generate(PROMPTS, NAMES, max_new_tokens=limits)
     assert texts(outs) == ["a", "HE", "dlr", "xyz"]
     assert [out.finish_reason for out in outs] == ["length", "length", "length", "stop"]
 
@@ -256,7 +263,7 @@ def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
         ({"prompts": "abc>"}, "expected a list"),
         ({"prompts": [""]}, "Prompt 0 is empty"),
         ({"prompts": ["a>"], "adapter_names": [None, None]}, "2 entries for 1 prompts"),
-        ({"prompts": ["a>"], "max_new_tokens": 0}, "max_new_tokens of prompt 0 is 0"),
+        ({"prompts": ["a>"], "max_new_tokens": 0}, "Prompt 0: max_new_tokens is 0; expected 1 to"),
         ({"prompts": ["a>"], "max_new_tokens": 10**6}, "positions"),
         ({"prompts": ["a>"], "temperature": -1.0}, "temperature"),
         ({"prompts": ["a>"], "top_p": 0.0}, "top_p"),
@@ -265,6 +272,23 @@ def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
         ({"prompts": ["a>", "b>"], "seed": [1]}, "1 values for 2 prompts"),
         ({"prompts": [[10**6]]}, "token id outside"),
         ({"prompts": ["a>"], "pad_to": (1, 1)}, "pad_to"),
+        ({"prompts": ["a>"], "pad_to": 8}, r"pad_to is 8; expected \(batch, prompt tokens\)"),
+        ({"prompts": ["a>"], "pad_to": (1, None)}, "pad_to's prompt tokens is None; expected a whole number"),
+        ({"prompts": None}, "prompts is of type NoneType; expected a list"),
+        ({"prompts": b"a>"}, "prompts is of type bytes; expected a list"),
+        ({"prompts": ["a>", None]}, "Prompt 1 is of type NoneType; expected a text or a list of token ids"),
+        ({"prompts": [b"a>"]}, "Prompt 0 is of type bytes; expected a text"),
+        ({"prompts": [[1, 2.0]]}, "Prompt 0 holds 2.0; expected token ids"),
+        ({"prompts": [np.array([1.0])]}, "Prompt 0 holds 1.0; expected token ids"),
+        ({"prompts": [["a"]]}, "Prompt 0 holds 'a'; expected token ids"),
+        ({"prompts": ["a\ud800>"]}, "Prompt 0 holds half of a surrogate pair"),
+        ({"prompts": ["a>"], "adapter_names": "upper"}, "adapter_names is of type str; expected a list"),
+        ({"prompts": ["a>"], "max_new_tokens": None}, "max_new_tokens is None; expected a whole number"),
+        ({"prompts": ["a>"], "max_new_tokens": 2.0}, "max_new_tokens is 2.0; expected a whole number"),
+        ({"prompts": ["a>"], "temperature": None}, "temperature is None; expected 0 .greedy. to"),
+        ({"prompts": ["a>"], "temperature": "hot"}, "temperature is 'hot'; expected 0 .greedy. to"),
+        ({"prompts": ["a>"], "temperature": float("nan")}, "temperature is nan; expected 0 .greedy. to"),
+        ({"prompts": ["a>"], "top_p": [None]}, "top_p is None; expected more than 0"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(model, arguments, message):
@@ -297,7 +321,7 @@ def test_temperature_zero_takes_the_most_probable_beside_sampled_rows():
 def test_batches_of_nearby_sizes_share_a_bucket(model):
     def shape(prompts: int, length: int, new: int) -> tuple:
         requests = [Request([1] * length, new, 0.0, 0, 1.0, 0)] * prompts
-        batch = Batch.make(requests, model.config)
+        batch = Batch.make(requests)
         return batch.tokens.shape, batch.cache_length
 
     assert shape(5, 17, 9) == shape(8, 32, 9) == ((8, 32), 64)
