@@ -27,6 +27,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
       ConfigError: a file or field that is missing, malformed, not supported or not understood, by name.
     """
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise ConfigError(f"{folder} holds an adapter, not a model; load it into its base model under a name.")
     raw = read_json(folder / "config.json", ConfigError)
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if generation_file.exists() else None

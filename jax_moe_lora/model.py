@@ -26,10 +26,10 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.registry import family
-from jax_moe_lora.requests import Batch, Generation, Request, decode_loop, per_prompt
+from jax_moe_lora.requests import Batch, Generation, Request, decode_loop, per_prompt, whole
 from jax_moe_lora.text import TextStream, Tokenizer
 from jax_moe_lora.units import parse_bytes
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, UnsupportedImplementation, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 _logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
@@ -107,8 +107,10 @@ class Model:
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
         memory = parse_bytes(adapter_memory)
+        max_adapters, max_rank = whole("max_adapters", max_adapters, 1), whole("max_rank", max_rank, 1)
         folder = local_folder(path)
         config = read_model_config(folder)
+        _check_implementation(implementation, config, dtype)
         bank = create_bank(decoder.adapter_sites(config), max_adapters, max_rank, memory, dtype)
         return cls(config, load_params(folder, config, dtype), bank, folder, implementation)
 
@@ -154,7 +156,7 @@ class Model:
 
     def slots(self, adapter_names: Sequence[str | None]) -> Array:
         """int32 `[B]`: the slots of a batch's adapters, for `functional`."""
-        return jnp.asarray(self._registry.find(adapter_names), jnp.int32)
+        return jnp.asarray(self._registry.find(_sequence("adapter_names", adapter_names)), jnp.int32)
 
     def generate(
         self,
@@ -222,15 +224,19 @@ class Model:
         Args:
           token_ids: integers `[B, T]`. lengths: real tokens of each row, T where None; logits past them mean nothing.
         """
-        tokens = np.asarray(token_ids)
+        tokens = _array("token_ids", token_ids)
         if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise InputError(f"token_ids are {tokens.dtype} {list(tokens.shape)}; expected integers [B, T], not empty.")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise InputError(f"token_ids lie outside 0 to {self.config.vocab_size - 1}.")
         rows, width = tokens.shape
-        real = np.full(rows, width) if lengths is None else np.asarray(lengths)
-        if real.shape != (rows,) or real.min() < 0 or real.max() > width:
-            raise InputError(f"lengths are {real.tolist()}; expected {rows} values between 0 and {width}.")
+        most = self.config.max_positions
+        if width > most:
+            raise InputError(f"token_ids have {width} tokens a row; the model has {most} positions.")
+        real = np.full(rows, width) if lengths is None else _array("lengths", lengths)
+        integers = real.shape == (rows,) and np.issubdtype(real.dtype, np.integer)
+        if not integers or real.min() < 0 or real.max() > width:
+            raise InputError(f"lengths are {real.tolist()}; expected {rows} whole numbers from 0 to {width}.")
         with self._hold(self._names(adapter_names, rows)) as (slots, bank):
             return _logits(
                 self.params,
@@ -246,7 +252,12 @@ class Model:
         """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each.
 
         The bank is the one of this moment: after loading or unloading an adapter, take the new one.
+
+        Raises:
+          InputError: a size that is no whole number, or a length that the model has no positions for.
         """
+        batch = whole("batch", batch, 1)
+        max_length = whole("max_length", max_length, 1, self.config.max_positions)
         with self._lock:
             self._bank_is_lent = True
             bank = self._bank
@@ -317,3 +328,18 @@ def _sequence(name: str, values: Any) -> Sequence[Any]:
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise InputError(f"{name} is of type {type(values).__name__}; expected a list.")
     return values
+
+
+def _array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} is no array; expected rows of one length, padded on the right.") from error
+
+
+def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:
+    """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
+    try:
+        choose(implementation, dtype=dtype, widths=(config.moe.expert_width, config.hidden_size))
+    except UnsupportedImplementation as error:
+        raise InputError(str(error)) from error

@@ -136,6 +136,8 @@ def test_a_size_that_is_no_size_is_refused_in_a_short_sentence(size):
         (["generate", "--model", MODEL, "--prompt", "a>", "--dtype", "int8"], "dtype is 'int8'"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--adapter-memory", "lots"], "Size 'lots'"),
         (["generate", "--model", MODEL, "--requests", "/no/such.jsonl"], "cannot be read"),
+        (["generate", "--model", UPPER.partition("=")[2], "--prompt", "a>"], "holds an adapter, not a model"),
+        (["generate", "--model", MODEL, "--prompt", "a>", "--adapter", f"x={MODEL}"], "holds a model, not an adapter"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--out", "/no/such/out"], "there is no folder /no/such"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--out", MODEL], "it is a folder"),
         (["demo", "--json", "/no/such/report.json"], "there is no folder /no/such"),

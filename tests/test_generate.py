@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax_moe_lora import (
     BankFullError,
     CheckpointError,
     InputError,
+    JaxMoELoRAError,
     Model,
     count_compilations,
 )
@@ -352,6 +354,82 @@ def test_loads_from_one_thread_while_another_generates(model):
         assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10)) == ANSWERS
     loader.join()
     assert failures == []
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./nobody/nothing", r"There is no folder nobody/nothing"),
+        ("a/b/c", "There is no folder a/b/c"),
+        ("here/mistyped", "There is no folder here/mistyped"),  # the folder `here` stands, so it is no hub id
+        (Path("nobody/nothing"), "There is no folder nobody/nothing"),
+        ("x" * 5000, "There is no folder xxx"),
+        (None, "The folder is None; give a path"),
+        ("", "The folder is ''; give a path"),
+    ],
+)
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(JaxMoELoRAError, match=message):
+        Model.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": None}, "dtype is None"),
+        ({"max_rank": 8.5}, "max_rank is 8.5; expected a whole number"),
+        ({"max_adapters": None}, "max_adapters is None; expected a whole number"),
+        ({"max_adapters": 0}, "max_adapters is 0; expected 1 to"),
+        ({"adapter_memory": None}, "Size None is not understood"),
+        ({"implementation": "fast"}, "implementation='fast' is unknown"),
+        ({"implementation": "hopper"}, "implementation='hopper' cannot run this: it needs a GPU"),
+    ],
+)
+def test_bad_arguments_of_loading_are_refused_before_a_weight_is_read(monkeypatch, arguments, message):
+    monkeypatch.setattr(surface, "load_params", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=message):
+        Model.from_pretrained(data_folder() / "model", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"token_ids": None}, "token_ids are object"),
+        ({"token_ids": [[1, 2], [3]]}, "token_ids is no array; expected rows of one length"),
+        ({"token_ids": [[1.0]]}, "token_ids are float64"),
+        ({"token_ids": [[99]]}, "token_ids lie outside 0 to 98"),
+        ({"token_ids": [[1] * 100_000]}, "token_ids have 100000 tokens a row; the model has"),
+        ({"token_ids": [[1, 2]], "lengths": [1.5]}, r"lengths are \[1.5\]; expected 1 whole numbers from 0 to 2"),
+        ({"token_ids": [[1, 2]], "lengths": [3]}, "expected 1 whole numbers from 0 to 2"),
+        ({"token_ids": [[1, 2]], "lengths": 2}, "expected 1 whole numbers from 0 to 2"),
+    ],
+)
+def test_bad_arguments_of_logits_are_refused(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        model.logits(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "message"), [(1, 10**6, "max_length is 1000000; expected 1 to"), (1.0, 8, "batch is 1.0")]
+)
+def test_bad_arguments_of_functional_are_refused(model, batch, length, message):
+    with pytest.raises(InputError, match=message):
+        model.functional(batch, length)
+
+
+@pytest.mark.parametrize("name", [["upper"], 3, b"upper"])
+def test_a_name_that_is_no_text_is_refused(model, name):
+    for use in (
+        lambda: model.slots([name]),
+        lambda: model.unload_adapter(name),
+        lambda: model.generate(["a>"], [name]),
+    ):
+        with pytest.raises(AdapterNameError, match="is no text; give a loaded adapter's name"):
+            use()
+    with pytest.raises(AdapterNameError, match="no text; choose another"):
+        model.load_adapter(data_folder() / "adapters" / "sort", name)
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence():

@@ -21,6 +21,7 @@ from pallas_kernels import RANK_PAGE, LoRAPages
 
 FREE, RESERVED = -1, -2
 CHUNK_BYTES = 16 * 2**20
+MOST = 2**20  # slots and ranks
 
 
 @jax.tree_util.register_dataclass
@@ -96,10 +97,12 @@ def create_bank(
         budget makes the bank larger than that. It is shared out as a per-expert adapter on every site would use it.
 
     Raises:
-      InputError: a size that is not positive, or a budget below one page a pool.
+      InputError: a size that is no positive whole number, or a budget below one page a pool.
     """
-    if num_slots < 1 or max_rank < 1:
-        raise InputError(f"num_slots is {num_slots} and max_rank {max_rank}; expected at least 1 each.")
+    for name, size in (("num_slots", num_slots), ("max_rank", max_rank)):
+        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size <= MOST:
+            raise InputError(f"{name} is {size!r}; expected a whole number from 1 to {MOST}.")
+    num_slots, max_rank = int(num_slots), int(max_rank)
     dtype = np.dtype(jnp.dtype(dtype))
     matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own
     for site in sites.values():

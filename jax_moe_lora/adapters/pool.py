@@ -35,7 +35,7 @@ class SlotRegistry:
     def reserve(self, name: str) -> int:
         """A free slot for a new name, which requests find after `publish`. Call `forget` if it does not get there."""
         if not isinstance(name, str) or not name or name in BASE_NAMES:
-            raise AdapterNameError(f"Adapter name {name!r} is reserved or empty; choose another.")
+            raise AdapterNameError(f"Adapter name {name!r} is reserved, empty or no text; choose another.")
         with self._lock:
             if name in self._slot_of or name in self._loading:
                 state = "loaded already; unload it first" if name in self._slot_of else "loading; wait for it"
@@ -56,7 +56,7 @@ class SlotRegistry:
 
     def check_removable(self, name: str) -> int:
         """The slot of a loaded adapter that no running request holds."""
-        if name in BASE_NAMES:
+        if name is None or name == "__base__":
             raise AdapterNameError(f"{name!r} is the base model, which is never unloaded; name a loaded adapter.")
         with self._lock:
             slot = self._find(name)
@@ -95,6 +95,8 @@ class SlotRegistry:
                 self._references[slot] += change
 
     def _find(self, name: str | None) -> int:
+        if name is not None and not isinstance(name, str):
+            raise AdapterNameError(f"Adapter name {name!r} is no text; give a loaded adapter's name, or None.")
         if name in BASE_NAMES:
             return BASE_SLOT
         if name in self._loading:

@@ -145,6 +145,8 @@ def describe_peft_config(folder: Path) -> PeftConfig:
       AdapterFormatError: it is missing, not of LoRA, or a field of `PeftConfig` is malformed, by name.
     """
     file = folder / "adapter_config.json"
+    if not file.exists() and (folder / "config.json").exists():
+        raise AdapterFormatError(f"{folder} holds a model, not an adapter; give a folder with {file.name}.")
     raw = read_json(file, AdapterFormatError)
 
     def bad(problem: str) -> AdapterFormatError:
