@@ -123,6 +123,19 @@ def test_streaming_keeps_characters_of_several_tokens_whole(byte_model):
     assert pieces[2] == ["b", "", "\ufffd"]
 
 
+def test_generation_stops_at_every_end_token_of_a_list(byte_model):
+    ends = byte_level_bpe().encode("!?").ids
+    texts_and_ends = ["ab!cd", "ab?cd", "ab?!"]
+    served = byte_model(*[byte_level_bpe().encode(text).ids for text in texts_and_ends])
+    served.config = replace(served.config, eos_token_ids=tuple(ends))
+    outs = served.generate([[1]] * 3, max_new_tokens=5)
+    assert [(out.text, out.finish_reason) for out in outs] == [("ab", "stop")] * 3
+
+
+def test_a_progress_bar_changes_no_answer(model):
+    assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10, progress=True)) == ANSWERS
+
+
 def test_sampling_follows_each_requests_seed_alone(model):
     options = {"max_new_tokens": 6, "temperature": 1.5}
     first = model.generate(PROMPTS, NAMES, seed=[1, 2, 3, 4], **options)
