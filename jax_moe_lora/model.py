@@ -18,6 +18,7 @@ from jax_moe_lora.adapters.bank import AdapterBank, create_bank, insert, remove
 from jax_moe_lora.adapters.formats.peft import read_peft
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import SlotRegistry
+from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
@@ -26,7 +27,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.registry import family
-from jax_moe_lora.requests import Batch, Generation, Request, decode_loop, per_prompt, whole
+from jax_moe_lora.requests import Batch, Generation, check_tokens, decode_loop, make_requests
 from jax_moe_lora.text import TextStream, Tokenizer
 from jax_moe_lora.units import parse_bytes
 from pallas_kernels import Implementation, UnsupportedImplementation, choose
@@ -156,7 +157,7 @@ class Model:
 
     def slots(self, adapter_names: Sequence[str | None]) -> Array:
         """int32 `[B]`: the slots of a batch's adapters, for `functional`."""
-        return jnp.asarray(self._registry.find(_sequence("adapter_names", adapter_names)), jnp.int32)
+        return jnp.asarray(self._registry.find(sequence("adapter_names", adapter_names)), jnp.int32)
 
     def generate(
         self,
@@ -185,13 +186,9 @@ class Model:
         Raises:
           InputError: a bad argument or a prompt that is empty or too long. AdapterNameError: an unknown adapter.
         """
-        prompts = _sequence("prompts", prompts)
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        columns = {name: per_prompt(name, v, len(prompts)) for name, v in {**options, "seed": seed}.items()}
-        requests = [
-            Request.make(f"Prompt {i}", prompt, self._encode, self.config, **{n: c[i] for n, c in columns.items()})
-            for i, prompt in enumerate(prompts)
-        ]
+        prompts = sequence("prompts", prompts)
+        requests = make_requests(prompts, self._encode, self.config, **options, seed=seed)
         names = self._names(adapter_names, len(requests))
         if not requests:
             return []
@@ -224,25 +221,13 @@ class Model:
         Args:
           token_ids: integers `[B, T]`. lengths: real tokens of each row, T where None; logits past them mean nothing.
         """
-        tokens = _array("token_ids", token_ids)
-        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError(f"token_ids are {tokens.dtype} {list(tokens.shape)}; expected integers [B, T], not empty.")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise InputError(f"token_ids lie outside 0 to {self.config.vocab_size - 1}.")
-        rows, width = tokens.shape
-        most = self.config.max_positions
-        if width > most:
-            raise InputError(f"token_ids have {width} tokens a row; the model has {most} positions.")
-        real = np.full(rows, width) if lengths is None else _array("lengths", lengths)
-        integers = real.shape == (rows,) and np.issubdtype(real.dtype, np.integer)
-        if not integers or real.min() < 0 or real.max() > width:
-            raise InputError(f"lengths are {real.tolist()}; expected {rows} whole numbers from 0 to {width}.")
-        with self._hold(self._names(adapter_names, rows)) as (slots, bank):
+        tokens, real = check_tokens(token_ids, lengths, self.config)
+        with self._hold(self._names(adapter_names, len(tokens))) as (slots, bank):
             return _logits(
                 self.params,
                 bank,
-                jnp.asarray(tokens, jnp.int32),
-                jnp.asarray(real, jnp.int32),
+                jnp.asarray(tokens),
+                jnp.asarray(real),
                 jnp.asarray(slots, jnp.int32),
                 config=self.config,
                 implementation=self.implementation,
@@ -282,10 +267,7 @@ class Model:
         """Puts an adapter into its reserved slot; requests find its name once its pages are there."""
         with self._lock:
             self._change(lambda bank, donate: insert(bank, slot, adapter, donate))
-            self._ranks[name] = {
-                module: tuple(sorted({int(r) for (_, m), w in adapter.weights.items() if m == module for r in w.ranks}))
-                for module in adapter.modules
-            }
+            self._ranks[name] = adapter.ranks
             self._registry.publish(name)
             return self.adapters[name]
 
@@ -300,7 +282,7 @@ class Model:
         return self.params.embedding.dtype
 
     def _names(self, adapter_names: Sequence[str | None] | None, count: int) -> list[str | None]:
-        names = [None] * count if adapter_names is None else list(_sequence("adapter_names", adapter_names))
+        names = [None] * count if adapter_names is None else list(sequence("adapter_names", adapter_names))
         if len(names) != count:
             raise InputError(f"adapter_names has {len(names)} entries for {count} prompts; give one for each.")
         return names
@@ -320,21 +302,6 @@ class Model:
                 callback(index, token, new_text)
 
         return stream
-
-
-def _sequence(name: str, values: Any) -> Sequence[Any]:
-    if isinstance(values, np.ndarray | Array) and values.ndim:
-        return list(np.asarray(values))
-    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise InputError(f"{name} is of type {type(values).__name__}; expected a list.")
-    return values
-
-
-def _array(name: str, values: Any) -> np.ndarray:
-    try:
-        return np.asarray(values)
-    except ValueError as error:  # rows of different lengths
-        raise InputError(f"{name} is no array; expected rows of one length, padded on the right.") from error
 
 
 def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_moe_lora.arguments import INT32, array, number, per_prompt, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.generate import Sampling
 from pallas_kernels import BASE_SLOT
 
 MIN_PROMPT_BUCKET = 16
-INT32 = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Request:
             ("temperature", lambda t: 0 <= t <= 1e30, "0 (greedy) to 1e30"),
             ("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1"),
         ):
-            options[name] = _number(f"{where}: {name}", options[name], holds, expected)
+            options[name] = number(f"{where}: {name}", options[name], holds, expected)
         request = cls(_token_ids(where, prompt, encode), **options)
         request._check_fits(where, config)
         return request
@@ -71,38 +71,6 @@ class Request:
             )
 
 
-def whole(name: str, value: Any, lowest: int, highest: int = INT32) -> int:
-    """`value` as an int, checked; errors call it `name`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InputError(f"{name} is {value!r}; expected a whole number.")
-    if not lowest <= value <= highest:
-        raise InputError(f"{name} is {_shown(value)}; expected {lowest} to {highest}.")
-    return int(value)
-
-
-def _number(name: str, value: Any, holds: Callable[[float], bool], expected: str) -> float:
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not number or not holds(value):  # compared as it came: an integer of 400 digits has no float
-        raise InputError(f"{name} is {_shown(value)}; expected {expected}.")
-    return float(value)
-
-
-def _shown(value: Any) -> str:
-    """Python refuses to print integers of thousands of digits, and nobody reads hundreds."""
-    return "an endless number" if isinstance(value, int) and abs(value) > 2**64 else repr(value)
-
-
-def per_prompt(name: str, values: Any, count: int) -> list[Any]:
-    """One value for each prompt, out of one for all or a list of them."""
-    if isinstance(values, np.ndarray | jax.Array):
-        values = np.asarray(values).tolist()
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        return [values] * count
-    if len(values) != count:
-        raise InputError(f"{name} has {len(values)} values for {count} prompts; give one, or one for each.")
-    return list(values)
-
-
 def _token_ids(where: str, prompt: Any, encode: Callable[[str], list[int]]) -> list[int]:
     if isinstance(prompt, str):
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
@@ -116,6 +84,34 @@ def _token_ids(where: str, prompt: Any, encode: Callable[[str], list[int]]) -> l
         if isinstance(token, bool) or not isinstance(token, int | np.integer):
             raise InputError(f"{where} holds {token!r}; expected token ids, which are whole numbers.")
     return [int(token) for token in prompt]
+
+
+def make_requests(
+    prompts: Sequence[Any], encode: Callable[[str], list[int]], config: ModelConfig, **options: Any
+) -> list[Request]:
+    """The requests of prompts whose options are one value for all, or one a prompt."""
+    columns = {name: per_prompt(name, values, len(prompts)) for name, values in options.items()}
+    return [
+        Request.make(f"Prompt {i}", prompt, encode, config, **{name: column[i] for name, column in columns.items()})
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def check_tokens(token_ids: Any, lengths: Any, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """int32 `[B, T]` right-padded prompts and int32 `[B]` real tokens of each; all T where `lengths` is None."""
+    tokens = array("token_ids", token_ids)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"token_ids are {tokens.dtype} {list(tokens.shape)}; expected integers [B, T], not empty.")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise InputError(f"token_ids lie outside 0 to {config.vocab_size - 1}.")
+    rows, width = tokens.shape
+    if width > config.max_positions:
+        raise InputError(f"token_ids have {width} tokens a row; the model has {config.max_positions} positions.")
+    real = np.full(rows, width) if lengths is None else array("lengths", lengths)
+    integers = real.shape == (rows,) and np.issubdtype(real.dtype, np.integer)
+    if not integers or real.min() < 0 or real.max() > width:
+        raise InputError(f"lengths are {real.tolist()}; expected {rows} whole numbers from 0 to {width}.")
+    return tokens.astype(np.int32), real.astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -156,5 +156,5 @@ def test_sites_of_other_layers_share_the_pools():
     ("slots", "max_rank", "name"), [(0, 16, "num_slots"), (2, 0, "max_rank"), (2, True, "max_rank")]
 )
 def test_sizes_that_are_no_positive_whole_numbers_are_refused(slots, max_rank, name):
-    with pytest.raises(InputError, match=f"{name} is .*; expected a whole number from 1"):
+    with pytest.raises(InputError, match=f"{name} is .*; expected"):
         bank(slots, max_rank)

@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.adapters.packing import PackedAdapter, allocate, pack, page_ids, pages_of
 from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import BankFullError, InputError
 from pallas_kernels import RANK_PAGE, LoRAPages
 
 FREE, RESERVED = -1, -2
 CHUNK_BYTES = 16 * 2**20
-MOST = 2**20  # slots and ranks
 
 
 @jax.tree_util.register_dataclass
@@ -99,10 +99,7 @@ def create_bank(
     Raises:
       InputError: a size that is no positive whole number, or a budget below one page a pool.
     """
-    for name, size in (("num_slots", num_slots), ("max_rank", max_rank)):
-        if isinstance(size, bool) or not isinstance(size, int | np.integer) or not 1 <= size <= MOST:
-            raise InputError(f"{name} is {size!r}; expected a whole number from 1 to {MOST}.")
-    num_slots, max_rank = int(num_slots), int(max_rank)
+    num_slots, max_rank = whole("num_slots", num_slots, 1), whole("max_rank", max_rank, 1)
     dtype = np.dtype(jnp.dtype(dtype))
     matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own
     for site in sites.values():
