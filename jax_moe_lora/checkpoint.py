@@ -27,6 +27,8 @@ def read_model_config(folder: Path) -> ModelConfig:
     Raises:
       ConfigError: a file or field that is missing, malformed, not supported or not understood, by name.
     """
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise ConfigError(f"{folder} holds an adapter, not a model; load it into its base model under a name.")
     raw = read_json(folder / "config.json", ConfigError)
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if generation_file.exists() else None
@@ -41,14 +43,14 @@ def load_params(
 
     All names, shapes and dtypes are checked from the headers before a tensor is read. Tensors are read one at a time
     into the host array of their leaf, which on a CPU becomes the placed array without a copy: peak host memory is the
-    arrays, plus a few times `MAPPED_BYTES`. Values are not checked for being finite.
+    arrays, plus a few times `MAPPED_BYTES`.
 
     Args:
       sharding: where each array is placed; the default device where None.
 
     Raises:
-      CheckpointError: a missing or surplus tensor, a wrong shape, a dtype that is not float32, float16 or bfloat16, a
-      shard that is missing, corrupt or outside the folder, by name.
+      CheckpointError: a missing or surplus tensor, a wrong shape, a dtype that is not float32, float16 or bfloat16,
+      values that are not finite (also after the cast), a shard that is missing, corrupt or outside the folder, by name.
     """
     module = family(config.model_type)
     names: dict[str, str | list[str]] = module.tensor_names(config)
@@ -136,7 +138,12 @@ def _read(
     for file, pieces in _batches(targets, files):
         with open_tensors(file, CheckpointError) as tensors:
             for name, rows in pieces:
-                targets[name][rows] = tensors.get_slice(name)[rows]
+                with np.errstate(over="ignore", invalid="ignore"):
+                    targets[name][rows] = tensors.get_slice(name)[rows]
+                if not np.isfinite(targets[name][rows]).all():
+                    raise CheckpointError(
+                        f"{name} in {file} holds values that are not finite in {out.dtype}, which are never served."
+                    )
     return out
 
 

@@ -15,7 +15,9 @@ from jax_moe_lora.benchmark.command import bench
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+# click's class, which newer versions of typer hold a copy of and do not export.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 # Wide where nobody looks at a terminal, so that tables in logs and pipes keep their words whole.
 console = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -30,6 +32,7 @@ def demo(
     """Serve the shipped checkpoint: one batch that mixes all adapters and base rows."""
     from jax_moe_lora.demo.run import run_demo
 
+    check_writable(json_file)
     report = run_demo(strings)
     table = Table("prompt", "adapter", "answer", "right", title="One batch, every adapter (first rows)")
     for row in report.rows[: 3 * (1 + len(report.summary["adapters"]))]:
@@ -74,6 +77,7 @@ def generate(
     """Answer prompts, each with its own adapter, in mixed batches."""
     from jax_moe_lora.jobs import Defaults, load_model, read_jobs, run_jobs
 
+    check_writable(out)
     defaults = Defaults(max_new_tokens, temperature, top_k, top_p, seed)
     jobs = read_jobs(requests, prompt or [], use, defaults)
     served = load_model(model, adapter or [], jobs, dtype, max_rank, adapter_memory)
@@ -113,8 +117,23 @@ def inspect(
         shown = (module.module, module.form, _ranges(module.layers), str(module.shape_a), str(module.shape_b))
         table.add_row(*shown, ", ".join(map(str, module.ranks)), module.shared, format_bytes(module.nbytes))
     console.print(table)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in getattr(summary, field).items():
+            sys.stdout.write(f"{field}: {pattern} has {value:g}\n")
     for key in summary.other_keys:
         console.print(f"Not understood: {key}")
+
+
+def check_writable(path: Path | None) -> None:
+    """Refuses a file that cannot be written, before the work whose result it is to hold."""
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder; name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: the folder {path.parent} takes no new files.")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -140,12 +159,16 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def main() -> None:
-    """Entry point: the library's own errors become one sentence and exit code 2."""
+    """Entry point: the library's own errors and bad options become one sentence and exit code 2."""
     try:
-        app()
-    except JaxMoELoRAError as error:
-        sys.stderr.write(f"jax-moe-lora: {error}\n")
-        sys.exit(2)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.Abort:
+        code = 1
+    except (JaxMoELoRAError, UsageError) as error:
+        message = str(error) if isinstance(error, JaxMoELoRAError) else error.format_message()  # type: ignore[attr-defined]
+        sys.stderr.write(f"jax-moe-lora: {' '.join(message.split())}\n")
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":

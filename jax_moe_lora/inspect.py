@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_moe_lora.adapters.formats.peft_config import PeftConfig, describe_peft_config
 from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError
-from jax_moe_lora.safetensors_io import TensorInfo, read_json, tensor_infos
+from jax_moe_lora.safetensors_io import TensorInfo, tensor_infos
 
 _ITEM_BYTES = {
     "F64": 8,
@@ -23,7 +24,7 @@ _ITEM_BYTES = {
     "F8_E5M2": 1,
 }
 _LORA_KEY = re.compile(
-    r"base_model\.model\.(?:model\.)?layers\.(?P<layer>\d+)\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
+    r"base_model\.model\.(?:model\.)?layers\.(?P<layer>\d{1,9})\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -52,7 +53,8 @@ class ModuleSummary:
     """One kind of projection that an adapter targets.
 
     Attributes:
-      form: `2-D`, `2-D per expert` or `3-D parameter`. shared: sides that several projections use as one matrix.
+      form: `2-D`, `2-D per expert` or `3-D parameter`, whose A and B hold rank * E rows and columns.
+      shared: sides that several projections use as one matrix.
     """
 
     module: str
@@ -67,11 +69,13 @@ class ModuleSummary:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """A PEFT adapter folder."""
+    """A PEFT adapter folder; the patterns are what its config sets apart from `rank` and `alpha`."""
 
     kind: str
     rank: int
     alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
     rank_stabilised: bool
     layers: list[int]
     modules: list[ModuleSummary]
@@ -86,6 +90,8 @@ def inspect_folder(folder: str | Path) -> ModelSummary | AdapterSummary:
       CheckpointError: neither a model nor an adapter, or files that cannot be read.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; give the model or adapter folder that holds it.")
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}; give a model or adapter folder.")
     if (folder / "adapter_config.json").is_file():
@@ -119,57 +125,70 @@ def inspect_model(folder: Path) -> ModelSummary:
 
 
 def inspect_adapter(folder: Path) -> AdapterSummary:
-    raw = read_json(folder / "adapter_config.json", AdapterFormatError)
+    config = describe_peft_config(folder)
     infos = tensor_infos(folder / "adapter_model.safetensors", AdapterFormatError)
-    rank = int(raw["r"]) if isinstance(raw.get("r"), int) and raw["r"] > 0 else 1
-    groups: dict[str, dict[tuple[int, str, str], TensorInfo]] = {}
-    other = []
-    for key, info in infos.items():
-        match = _LORA_KEY.fullmatch(key)
-        if match is None or len(info.shape) != 2:
-            other.append(key)
-            continue
-        module = _EXPERT.sub(".experts.*.", f".{match['path']}.").strip(".")
-        groups.setdefault(module, {})[int(match["layer"]), match["path"], match["side"]] = info
-    modules = [_module(name, group, rank, raw.get("target_parameters") or []) for name, group in sorted(groups.items())]
+    keys = {key: match for key, info in infos.items() if (match := _LORA_KEY.fullmatch(key)) and len(info.shape) == 2}
+    paths = {(int(match["layer"]), match["path"]) for match in keys.values()}
+    groups: dict[str, list[_Matrix]] = {}
+    for key, match in keys.items():
+        layer, path = int(match["layer"]), match["path"]
+        parameter = _parameter(layer, path, paths, config)
+        module = parameter or _EXPERT.sub(".experts.*.", f".{path}.").strip(".")
+        rank, _ = config.rank_and_scale(f"model.layers.{layer}.{module}")
+        if parameter and match["side"] == "A" and infos[key].shape[0] % rank:
+            raise config.error(f"it gives {key} rank {rank}, which does not divide its {infos[key].shape[0]} rows")
+        own_rank = rank if parameter else infos[key].shape[0]
+        groups.setdefault(module, []).append(_Matrix(layer, match["side"], infos[key], own_rank, bool(parameter)))
+    modules = [_module(name, group) for name, group in sorted(groups.items())]
     return AdapterSummary(
         kind="adapter",
-        rank=rank,
-        alpha=float(raw.get("lora_alpha") or rank),
-        rank_stabilised=bool(raw.get("use_rslora")),
+        rank=config.rank,
+        alpha=config.alpha,
+        rank_pattern=dict(config.rank_patterns),
+        alpha_pattern=dict(config.alpha_patterns),
+        rank_stabilised=config.rank_stabilised,
         layers=sorted({layer for module in modules for layer in module.layers}),
         modules=modules,
-        other_keys=other,
+        other_keys=[key for key in infos if key not in keys],
         nbytes=sum(_nbytes(info) for info in infos.values()),
     )
 
 
-def _module(
-    name: str, group: dict[tuple[int, str, str], TensorInfo], rank: int, parameters: list[str]
-) -> ModuleSummary:
-    wrapper = name.removesuffix(".base_layer").endswith("experts")
-    inner = name.endswith(".base_layer")
-    shapes = {side: next(list(i.shape) for (_, _, s), i in group.items() if s == side) for _, _, side in group}
-    own_ranks = sorted({info.shape[0] for (_, _, side), info in group.items() if side == "A"})
-    if wrapper:
-        targets = [p for p in parameters if p.endswith("gate_up_proj") == (inner or len(parameters) == 1)]
-        shown = (
-            targets[0] if len(parameters) == 1 else ("mlp.experts.gate_up_proj" if inner else "mlp.experts.down_proj")
-        )
-        fused = shown.endswith("gate_up_proj")
-        form, shared, own_ranks = "3-D parameter", "A of gate and up" if fused else "", [rank]
+@dataclass(frozen=True)
+class _Matrix:
+    """One A or B of a file. `rank` is that of its A side; `parameter`: it belongs to a 3-D parameter."""
+
+    layer: int
+    side: str
+    info: TensorInfo
+    rank: int
+    parameter: bool
+
+
+def _parameter(layer: int, path: str, paths: set[tuple[int, str]], config: PeftConfig) -> str | None:
+    """The 3-D parameter that a wrapper belongs to: of two, the inner one is `gate_up_proj`; alone, the config says."""
+    experts = path.removesuffix(".base_layer")
+    if not experts.endswith("experts"):
+        return None
+    if (layer, f"{experts}.base_layer") in paths:
+        fused = path != experts
     else:
-        shown, shared = name, ""
-        form = "2-D per expert" if ".experts.*." in name else "2-D"
+        fused = config.targets_parameter(f"model.layers.{layer}.{experts}.gate_up_proj")
+    return f"{experts}.{'gate_up_proj' if fused else 'down_proj'}"
+
+
+def _module(name: str, group: list[_Matrix]) -> ModuleSummary:
+    form = "3-D parameter" if group[0].parameter else "2-D per expert" if ".experts.*." in name else "2-D"
+    shapes = {matrix.side: list(matrix.info.shape) for matrix in reversed(group)}
     return ModuleSummary(
-        module=shown,
+        module=name,
         form=form,
-        layers=sorted({layer for layer, _, _ in group}),
+        layers=sorted({matrix.layer for matrix in group}),
         shape_a=shapes.get("A", []),
         shape_b=shapes.get("B", []),
-        ranks=own_ranks,
-        shared=shared,
-        nbytes=sum(_nbytes(info) for info in group.values()),
+        ranks=sorted({matrix.rank for matrix in group if matrix.side == "A"}),
+        shared="A of gate and up" if form == "3-D parameter" and name.endswith("gate_up_proj") else "",
+        nbytes=sum(_nbytes(matrix.info) for matrix in group),
     )
 
 

@@ -1,6 +1,5 @@
 """Requests of the command line: read from JSONL, run in mixed batches."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.model import Model
+from jax_moe_lora.requests import Request
+from jax_moe_lora.safetensors_io import parse_json
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Job:
-    """One line: a prompt, its adapter, and how to sample."""
+    """One line: a prompt, its adapter, and how to sample. `where` is what errors call it."""
 
+    where: str
     prompt: str
     adapter: str | None
     options: dict[str, Any]
@@ -39,11 +41,11 @@ def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaul
     if (file is None) == (not prompts):
         raise InputError("Give either --requests FILE.jsonl or at least one --prompt.")
     if file is None:
-        return [Job(prompt, use, asdict(defaults)) for prompt in prompts]
+        return [Job(f"--prompt {n}", prompt, use, asdict(defaults)) for n, prompt in enumerate(prompts, 1)]
     if use is not None:
         raise InputError("--use goes with --prompt; in --requests each line names its own adapter.")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_bytes().decode("utf-8").split("\n")  # splitlines would also split at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as UTF-8 text: {error}.") from error
     jobs = [_job(f"{file}, line {number}", line, defaults) for number, line in enumerate(lines, 1) if line.strip()]
@@ -53,11 +55,8 @@ def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaul
 
 
 def _job(where: str, line: str, defaults: Defaults) -> Job:
-    try:
-        raw = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("prompt"), str):
+    raw = parse_json(line, where, InputError)
+    if not isinstance(raw.get("prompt"), str):
         raise InputError(
             f'{where} has no "prompt" text; expected an object such as {{"prompt": "...", "adapter": "sql"}}.'
         )
@@ -73,7 +72,7 @@ def _job(where: str, line: str, defaults: Defaults) -> Job:
         if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else int | float):
             raise InputError(f"{where} has {name} {value!r}; expected a number like {default}.")
         options[name] = value
-    return Job(raw["prompt"], adapter, options)
+    return Job(where, raw["prompt"], adapter, options)
 
 
 def load_model(
@@ -102,15 +101,20 @@ def load_model(
 
 
 def run_jobs(model: Model, jobs: Sequence[Job], batch_size: int, progress: bool = False) -> Iterator[dict[str, Any]]:
-    """The answers in the order of the jobs; requests of nearby lengths run together, whatever their adapters are."""
-    lengths = [len(model.tokenizer.encode(job.prompt)) for job in jobs]
-    order = sorted(range(len(jobs)), key=lambda index: lengths[index])
+    """The answers in the order of the jobs; requests of nearby lengths run together, whatever their adapters are.
+
+    Raises:
+      InputError: a request that the model cannot answer, by its line; nothing has run then.
+    """
+    requests = [Request.make(j.where, j.prompt, model.tokenizer.encode, model.config, **j.options) for j in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: len(requests[index].token_ids))
     answers: dict[int, dict[str, Any]] = {}
     for begin in range(0, len(order), batch_size):
         some = order[begin : begin + batch_size]
         batch = [jobs[index] for index in some]
         options: dict[str, Any] = {name: [job.options[name] for job in batch] for name in batch[0].options}
-        outs = model.generate([j.prompt for j in batch], [j.adapter for j in batch], progress=progress, **options)
+        prompts = [requests[index].token_ids for index in some]
+        outs = model.generate(prompts, [j.adapter for j in batch], progress=progress, **options)
         for index, job, out in zip(some, batch, outs, strict=True):
             answers[index] = {
                 "prompt": job.prompt,

@@ -18,6 +18,7 @@ from jax_moe_lora.adapters.bank import AdapterBank, create_bank, insert, remove
 from jax_moe_lora.adapters.formats.peft import read_peft
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import SlotRegistry
+from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
@@ -26,10 +27,10 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.registry import family
-from jax_moe_lora.requests import Batch, Generation, Request, decode_loop
-from jax_moe_lora.text import Tokenizer
+from jax_moe_lora.requests import Batch, Generation, check_tokens, decode_loop, make_requests
+from jax_moe_lora.text import TextStream, Tokenizer
 from jax_moe_lora.units import parse_bytes
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, UnsupportedImplementation, choose
 
 DTYPES = ("float32", "bfloat16", "float16")
 _logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
@@ -107,8 +108,10 @@ class Model:
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
         memory = parse_bytes(adapter_memory)
+        max_adapters, max_rank = whole("max_adapters", max_adapters, 1), whole("max_rank", max_rank, 1)
         folder = local_folder(path)
         config = read_model_config(folder)
+        _check_implementation(implementation, config, dtype)
         bank = create_bank(decoder.adapter_sites(config), max_adapters, max_rank, memory, dtype)
         return cls(config, load_params(folder, config, dtype), bank, folder, implementation)
 
@@ -123,7 +126,7 @@ class Model:
         """The loaded adapters by name."""
         with self._lock:
             return {
-                name: AdapterInfo(name, slot, self._ranks.get(name, {}), self._bank.slot_nbytes(slot))
+                name: AdapterInfo(name, slot, self._ranks[name], self._bank.slot_nbytes(slot))
                 for name, slot in self._registry.slots.items()
             }
 
@@ -139,16 +142,10 @@ class Model:
             if not isinstance(adapter, LoRAAdapter):
                 names = family(self.config.model_type).ADAPTER_NAMES
                 adapter = read_peft(local_folder(adapter), decoder.adapter_sites(self.config), names, adapter_name)
-            loaded = adapter
-            self._change(lambda bank, donate: insert(bank, slot, loaded, donate))
+            return self._insert(adapter, adapter_name, slot)
         except BaseException:
             self._registry.forget(adapter_name)
             raise
-        self._ranks[adapter_name] = {
-            module: tuple(sorted({int(r) for (_, m), w in adapter.weights.items() if m == module for r in w.ranks}))
-            for module in adapter.modules
-        }
-        return self.adapters[adapter_name]
 
     def unload_adapter(self, adapter_name: str) -> None:
         """Frees an adapter's slot and pages. Raises AdapterInUseError while a running request holds it."""
@@ -160,7 +157,7 @@ class Model:
 
     def slots(self, adapter_names: Sequence[str | None]) -> Array:
         """int32 `[B]`: the slots of a batch's adapters, for `functional`."""
-        return jnp.asarray(self._registry.find(adapter_names), jnp.int32)
+        return jnp.asarray(self._registry.find(sequence("adapter_names", adapter_names)), jnp.int32)
 
     def generate(
         self,
@@ -181,21 +178,21 @@ class Model:
         Args:
           prompts: texts, or token ids. adapter_names: one for each prompt; `None` and `"__base__"` are the base model.
           max_new_tokens, temperature (0 is greedy), top_k (0 is off), top_p, seed: one value, or one a prompt.
-          callback: called with (prompt's index, token id, new text) as tokens come.
+          callback: called with (prompt's index, token id, new text) as tokens come; the joined texts are the answer.
+            A character of several tokens comes with its last one, the rest of a broken one with the last of all.
           progress: show a progress bar. pad_to: (batch, prompt tokens) to pad to, instead of the smallest bucket: two
             batches padded alike run the same program.
 
         Raises:
           InputError: a bad argument or a prompt that is empty or too long. AdapterNameError: an unknown adapter.
         """
-        requests = [
-            Request.make(i, prompt, len(prompts), self._encode, max_new_tokens, temperature, top_k, top_p, seed)
-            for i, prompt in enumerate(_sequence("prompts", prompts))
-        ]
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        prompts = sequence("prompts", prompts)
+        requests = make_requests(prompts, self._encode, self.config, **options, seed=seed)
+        names = self._names(adapter_names, len(requests))
         if not requests:
             return []
-        names = self._names(adapter_names, len(requests))
-        batch = Batch.make(requests, self.config, pad_to)
+        batch = Batch.make(requests, pad_to)
         with self._hold(names) as (slots, bank):
             cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)
             static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
@@ -224,21 +221,13 @@ class Model:
         Args:
           token_ids: integers `[B, T]`. lengths: real tokens of each row, T where None; logits past them mean nothing.
         """
-        tokens = np.asarray(token_ids)
-        if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise InputError(f"token_ids are {tokens.dtype} {list(tokens.shape)}; expected integers [B, T], not empty.")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise InputError(f"token_ids lie outside 0 to {self.config.vocab_size - 1}.")
-        rows, width = tokens.shape
-        real = np.full(rows, width) if lengths is None else np.asarray(lengths)
-        if real.shape != (rows,) or real.min() < 0 or real.max() > width:
-            raise InputError(f"lengths are {real.tolist()}; expected {rows} values between 0 and {width}.")
-        with self._hold(self._names(adapter_names, rows)) as (slots, bank):
+        tokens, real = check_tokens(token_ids, lengths, self.config)
+        with self._hold(self._names(adapter_names, len(tokens))) as (slots, bank):
             return _logits(
                 self.params,
                 bank,
-                jnp.asarray(tokens, jnp.int32),
-                jnp.asarray(real, jnp.int32),
+                jnp.asarray(tokens),
+                jnp.asarray(real),
                 jnp.asarray(slots, jnp.int32),
                 config=self.config,
                 implementation=self.implementation,
@@ -248,7 +237,12 @@ class Model:
         """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each.
 
         The bank is the one of this moment: after loading or unloading an adapter, take the new one.
+
+        Raises:
+          InputError: a size that is no whole number, or a length that the model has no positions for.
         """
+        batch = whole("batch", batch, 1)
+        max_length = whole("max_length", max_length, 1, self.config.max_positions)
         with self._lock:
             self._bank_is_lent = True
             bank = self._bank
@@ -269,6 +263,14 @@ class Model:
                 slots, bank = stack.enter_context(self._registry.hold(names)), self._bank
             yield slots, bank
 
+    def _insert(self, adapter: LoRAAdapter, name: str, slot: int) -> AdapterInfo:
+        """Puts an adapter into its reserved slot; requests find its name once its pages are there."""
+        with self._lock:
+            self._change(lambda bank, donate: insert(bank, slot, adapter, donate))
+            self._ranks[name] = adapter.ranks
+            self._registry.publish(name)
+            return self.adapters[name]
+
     def _change(self, change: Callable[[AdapterBank, bool], AdapterBank]) -> None:
         """Replaces the bank, in place where nobody else holds it."""
         with self._lock:
@@ -280,25 +282,31 @@ class Model:
         return self.params.embedding.dtype
 
     def _names(self, adapter_names: Sequence[str | None] | None, count: int) -> list[str | None]:
-        names = [None] * count if adapter_names is None else list(_sequence("adapter_names", adapter_names))
+        names = [None] * count if adapter_names is None else list(sequence("adapter_names", adapter_names))
         if len(names) != count:
             raise InputError(f"adapter_names has {len(names)} entries for {count} prompts; give one for each.")
         return names
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return "" if self._folder is None else self.tokenizer.decode(token_ids)
 
-    def _streamer(self, callback: Callable[[int, int, str], None]) -> Callable[[int, list[int]], None]:
-        def stream(index: int, so_far: list[int]) -> None:
-            callback(index, so_far[-1], self._decode(so_far)[len(self._decode(so_far[:-1])) :])
+    def _streamer(self, callback: Callable[[int, int, str], None]) -> Callable[[int, int, list[int], bool], None]:
+        texts = TextStream(self._decode)
+
+        def stream(index: int, token: int, so_far: list[int], last: bool) -> None:
+            new_text = texts.take(index, so_far, last)
+            if new_text or token not in self.config.eos_token_ids:
+                callback(index, token, new_text)
 
         return stream
 
 
-def _sequence(name: str, values):
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise InputError(f"{name} is a {type(values).__name__}; expected a list.")
-    return values
+def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:
+    """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
+    try:
+        choose(implementation, dtype=dtype, widths=(config.moe.expert_width, config.hidden_size))
+    except UnsupportedImplementation as error:
+        raise InputError(str(error)) from error

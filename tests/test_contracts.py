@@ -1,5 +1,6 @@
 """The promises of the layer, one by one; the numbers are those of the design."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layers import LAYER, Problem, Spec, assert_close, draw
+from safetensors.numpy import load_file, save_file
 
-from jax_moe_lora import InputError, count_compilations
+from jax_moe_lora import AdapterFormatError, InputError, count_compilations
 from jax_moe_lora.adapters.bank import insert, remove
+from jax_moe_lora.adapters.formats.peft import read_peft
 from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.demo.run import data_folder
+from jax_moe_lora.models.decoder import adapter_sites
+from jax_moe_lora.models.qwen3_moe import ADAPTER_NAMES
 from jax_moe_lora.moe import moe_lora
 from jax_moe_lora.reference import moe_lora as oracle
 from jax_moe_lora.types import ExpertWeights
@@ -129,6 +136,38 @@ def test_6_unused_pages_reach_nobody():
     }
     assert any(bool(jnp.isnan(pool).any()) for pool in poisoned.values())
     assert equal_bits(problem.run(bank=replace(bank, pages=poisoned)), problem.run(bank=bank))
+
+
+NOT_UNDERSTOOD = {
+    "unknown": ("layers.0.mlp.experts.lora_C.weight", "is not understood: expected"),
+    "DoRA": ("layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA is not supported"),
+    "a layer too many": ("layers.99.self_attn.q_proj.lora_A.weight", "no q projection in layer 99"),
+    "not targeted": ("layers.0.self_attn.q_proj.lora_A.weight", "does not target"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_UNDERSTOOD)
+def test_7_nothing_is_silent(tmp_path, case):
+    """A key more in the shipped adapter `upper`: nothing is loaded, and the error names the key, its file and why."""
+    end, why = NOT_UNDERSTOOD[case]
+    key = f"base_model.model.model.{end}"
+    shutil.copytree(data_folder() / "adapters" / "upper", tmp_path / "upper")
+    file = tmp_path / "upper" / "adapter_model.safetensors"
+    extra = {key: np.zeros((4, 64), np.float32)}
+    if "lora_A" in key:
+        extra[key.replace("lora_A", "lora_B")] = np.zeros((64, 4), np.float32)
+    save_file({**load_file(file), **extra}, file)
+    model_config = read_model_config(data_folder() / "model")
+    with pytest.raises(AdapterFormatError) as refused:
+        read_peft(tmp_path / "upper", adapter_sites(model_config), ADAPTER_NAMES)
+    assert all(part in str(refused.value) for part in (key, str(file), why)), refused.value
+
+
+def test_7_a_projection_that_the_model_lacks_is_never_dropped():
+    problem = draw(Spec())
+    weights = {**problem.adapters[0].weights, (0, "nose"): problem.adapters[0].weights[0, "gate"]}
+    with pytest.raises(AdapterFormatError, match="'both', layer 0, nose: the model has no such projection; it has"):
+        insert(remove(problem.bank, 0), 0, LoRAAdapter("both", weights))
 
 
 def test_7_both_forms_of_slots_give_equal_bits_and_never_mix():

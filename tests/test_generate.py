@@ -1,11 +1,18 @@
 """Generation: sampling, stopping, streaming, buckets, and no recompilation."""
 
 import threading
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from jax_moe_lora import (
     AdapterInUseError,
@@ -13,9 +20,12 @@ from jax_moe_lora import (
     BankFullError,
     CheckpointError,
     InputError,
+    JaxMoELoRAError,
     Model,
     count_compilations,
 )
+from jax_moe_lora import generate as programs
+from jax_moe_lora import model as surface
 from jax_moe_lora.demo.run import data_folder, load_demo
 from jax_moe_lora.generate import Sampling, sample
 from jax_moe_lora.requests import Batch, Request
@@ -48,8 +58,15 @@ def test_prompts_may_be_token_ids(model):
     assert texts(model.generate(ids, NAMES, max_new_tokens=10)) == ANSWERS
 
 
-def test_each_request_has_its_own_limit(model):
-    outs = model.generate(PROMPTS, NAMES, max_new_tokens=[1, 2, 3, 10])
+def test_prompts_and_names_may_be_arrays(model):
+    ids = np.asarray([model.tokenizer.encode(prompt) for prompt in ("abc>", "xyz>")])
+    outs = model.generate(ids, np.array(["upper", "reverse"]), max_new_tokens=np.int64(10), temperature=np.float32(0))
+    assert texts(outs) == ["ABC", "zyx"]
+
+
+@pytest.mark.parametrize("limits", [[1, 2, 3, 10], np.array([1, 2, 3, 10]), jnp.array([1, 2, 3, 10])], ids=type)
+def test_each_request_has_its_own_limit(model, limits):
+    outs = model.generate(PROMPTS, NAMES, max_new_tokens=limits)
     assert texts(outs) == ["a", "HE", "dlr", "xyz"]
     assert [out.finish_reason for out in outs] == ["length", "length", "length", "stop"]
 
@@ -63,6 +80,60 @@ def test_streaming_gives_the_answer_piece_by_piece(model):
 
     model.generate(PROMPTS, NAMES, max_new_tokens=10, callback=collect)
     assert pieces == ANSWERS
+
+
+@pytest.fixture
+def byte_model(model, tmp_path, monkeypatch):
+    """Makes a model whose answers are given, in tokens of one byte each; they end where a list does."""
+
+    def make(*answers: list[int]) -> Model:
+        eos = byte_level_bpe().get_vocab_size()
+        byte_level_bpe().save(str(tmp_path / "tokenizer.json"))
+        tokens = iter(zip_longest(*answers, fillvalue=eos))
+
+        def step(params, bank, cache, *arguments, **static):
+            return cache, np.asarray(next(tokens, [eos] * len(answers)), np.int32)
+
+        monkeypatch.setattr(programs, "start", step)
+        monkeypatch.setattr(programs, "advance", step)
+        config = replace(model.config, eos_token_ids=(eos,))
+        return Model(config, model.params, model.functional(1, 16).bank, tmp_path)
+
+    return make
+
+
+def byte_level_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(BPE({letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    return tokenizer
+
+
+def test_streaming_keeps_characters_of_several_tokens_whole(byte_model):
+    whole, broken = byte_level_bpe().encode("a€\N{CROISSANT}ö").ids, byte_level_bpe().encode("b€").ids[:-1]
+    served = byte_model(whole, broken, broken)
+    pieces: list[list[str]] = [[], [], []]
+    limits = [20, 20, len(broken)]
+    outs = served.generate(
+        [[1]] * 3, max_new_tokens=limits, callback=lambda index, token, text: pieces[index].append(text)
+    )
+    assert texts(outs) == ["a€\N{CROISSANT}ö", "b\ufffd", "b\ufffd"]
+    assert [out.finish_reason for out in outs] == ["stop", "stop", "length"]
+    assert pieces[0] == ["a", "", "", "€", "", "", "", "\N{CROISSANT}", "", "ö"]
+    assert pieces[1] == ["b", "", "", "\ufffd"]  # the last comes with the end-of-sequence token
+    assert pieces[2] == ["b", "", "\ufffd"]
+
+
+def test_generation_stops_at_every_end_token_of_a_list(byte_model):
+    ends = byte_level_bpe().encode("!?").ids
+    texts_and_ends = ["ab!cd", "ab?cd", "ab?!"]
+    served = byte_model(*[byte_level_bpe().encode(text).ids for text in texts_and_ends])
+    served.config = replace(served.config, eos_token_ids=tuple(ends))
+    outs = served.generate([[1]] * 3, max_new_tokens=5)
+    assert [(out.text, out.finish_reason) for out in outs] == [("ab", "stop")] * 3
+
+
+def test_a_progress_bar_changes_no_answer(model):
+    assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10, progress=True)) == ANSWERS
 
 
 def test_sampling_follows_each_requests_seed_alone(model):
@@ -143,6 +214,53 @@ def test_loading_during_generation_leaves_the_running_batch_alone(model):
     model.unload_adapter("late")
 
 
+@pytest.fixture
+def during_a_load(model, monkeypatch):
+    """Calls a function while an adapter named "late" loads: its files are read, its pages are not in the bank."""
+
+    def load(check) -> None:
+        real = surface.read_peft
+
+        def read(*arguments):
+            check()
+            return real(*arguments)
+
+        monkeypatch.setattr(surface, "read_peft", read)
+        model.load_adapter(data_folder() / "adapters" / "sort", "late")
+        monkeypatch.undo()
+
+    yield load
+    model.unload_adapter("late")
+
+
+def test_an_adapter_that_is_still_loading_answers_nobody(model, during_a_load):
+    def check() -> None:
+        assert "late" not in model.adapters
+        for use in (lambda: model.generate(["cba>"], ["late"]), lambda: model.slots(["late"])):
+            with pytest.raises(AdapterNameError, match="'late' is still loading"):
+                use()
+        with pytest.raises(AdapterNameError, match="'late' is loading; wait"):
+            model.load_adapter(data_folder() / "adapters" / "sort", "late")
+
+    during_a_load(check)
+    assert texts(model.generate(["cba>"], ["late"], max_new_tokens=10)) == ["abc"]
+
+
+def test_an_adapter_that_is_still_loading_is_not_unloaded(model, during_a_load):
+    def check() -> None:
+        with pytest.raises(AdapterNameError, match="'late' is still loading"):
+            model.unload_adapter("late")
+
+    during_a_load(check)
+    assert model.adapters["late"].nbytes > 0
+
+
+@pytest.mark.parametrize("name", ["__base__", None])
+def test_the_base_model_is_not_unloaded(model, name):
+    with pytest.raises(AdapterNameError, match="is the base model, which is never unloaded"):
+        model.unload_adapter(name)
+
+
 def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
     model = Model.from_pretrained(data_folder() / "model", dtype="float32", max_adapters=1)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "use_dora": true}')
@@ -160,7 +278,7 @@ def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
         ({"prompts": "abc>"}, "expected a list"),
         ({"prompts": [""]}, "Prompt 0 is empty"),
         ({"prompts": ["a>"], "adapter_names": [None, None]}, "2 entries for 1 prompts"),
-        ({"prompts": ["a>"], "max_new_tokens": 0}, "max_new_tokens of prompt 0 is 0"),
+        ({"prompts": ["a>"], "max_new_tokens": 0}, "Prompt 0: max_new_tokens is 0; expected 1 to"),
         ({"prompts": ["a>"], "max_new_tokens": 10**6}, "positions"),
         ({"prompts": ["a>"], "temperature": -1.0}, "temperature"),
         ({"prompts": ["a>"], "top_p": 0.0}, "top_p"),
@@ -169,6 +287,23 @@ def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
         ({"prompts": ["a>", "b>"], "seed": [1]}, "1 values for 2 prompts"),
         ({"prompts": [[10**6]]}, "token id outside"),
         ({"prompts": ["a>"], "pad_to": (1, 1)}, "pad_to"),
+        ({"prompts": ["a>"], "pad_to": 8}, r"pad_to is 8; expected \(batch, prompt tokens\)"),
+        ({"prompts": ["a>"], "pad_to": (1, None)}, "pad_to's prompt tokens is None; expected a whole number"),
+        ({"prompts": None}, "prompts is of type NoneType; expected a list"),
+        ({"prompts": b"a>"}, "prompts is of type bytes; expected a list"),
+        ({"prompts": ["a>", None]}, "Prompt 1 is of type NoneType; expected a text or a list of token ids"),
+        ({"prompts": [b"a>"]}, "Prompt 0 is of type bytes; expected a text"),
+        ({"prompts": [[1, 2.0]]}, "Prompt 0 holds 2.0; expected token ids"),
+        ({"prompts": [np.array([1.0])]}, "Prompt 0 holds 1.0; expected token ids"),
+        ({"prompts": [["a"]]}, "Prompt 0 holds 'a'; expected token ids"),
+        ({"prompts": ["a\ud800>"]}, "Prompt 0 holds half of a surrogate pair"),
+        ({"prompts": ["a>"], "adapter_names": "upper"}, "adapter_names is of type str; expected a list"),
+        ({"prompts": ["a>"], "max_new_tokens": None}, "max_new_tokens is None; expected a whole number"),
+        ({"prompts": ["a>"], "max_new_tokens": 2.0}, "max_new_tokens is 2.0; expected a whole number"),
+        ({"prompts": ["a>"], "temperature": None}, "temperature is None; expected 0 .greedy. to"),
+        ({"prompts": ["a>"], "temperature": "hot"}, "temperature is 'hot'; expected 0 .greedy. to"),
+        ({"prompts": ["a>"], "temperature": float("nan")}, "temperature is nan; expected 0 .greedy. to"),
+        ({"prompts": ["a>"], "top_p": [None]}, "top_p is None; expected more than 0"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(model, arguments, message):
@@ -201,7 +336,7 @@ def test_temperature_zero_takes_the_most_probable_beside_sampled_rows():
 def test_batches_of_nearby_sizes_share_a_bucket(model):
     def shape(prompts: int, length: int, new: int) -> tuple:
         requests = [Request([1] * length, new, 0.0, 0, 1.0, 0)] * prompts
-        batch = Batch.make(requests, model.config)
+        batch = Batch.make(requests)
         return batch.tokens.shape, batch.cache_length
 
     assert shape(5, 17, 9) == shape(8, 32, 9) == ((8, 32), 64)
@@ -232,6 +367,82 @@ def test_loads_from_one_thread_while_another_generates(model):
         assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10)) == ANSWERS
     loader.join()
     assert failures == []
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./nobody/nothing", r"There is no folder nobody/nothing"),
+        ("a/b/c", "There is no folder a/b/c"),
+        ("here/mistyped", "There is no folder here/mistyped"),  # the folder `here` stands, so it is no hub id
+        (Path("nobody/nothing"), "There is no folder nobody/nothing"),
+        ("x" * 5000, "There is no folder xxx"),
+        (None, "The folder is None; give a path"),
+        ("", "The folder is ''; give a path"),
+    ],
+)
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(JaxMoELoRAError, match=message):
+        Model.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": None}, "dtype is None"),
+        ({"max_rank": 8.5}, "max_rank is 8.5; expected a whole number"),
+        ({"max_adapters": None}, "max_adapters is None; expected a whole number"),
+        ({"max_adapters": 0}, "max_adapters is 0; expected 1 to"),
+        ({"adapter_memory": None}, "Size None is not understood"),
+        ({"implementation": "fast"}, "implementation='fast' is unknown"),
+        ({"implementation": "hopper"}, "implementation='hopper' cannot run this: it needs a GPU"),
+    ],
+)
+def test_bad_arguments_of_loading_are_refused_before_a_weight_is_read(monkeypatch, arguments, message):
+    monkeypatch.setattr(surface, "load_params", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(InputError, match=message):
+        Model.from_pretrained(data_folder() / "model", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"token_ids": None}, "token_ids are object"),
+        ({"token_ids": [[1, 2], [3]]}, "token_ids is no array; expected rows of one length"),
+        ({"token_ids": [[1.0]]}, "token_ids are float64"),
+        ({"token_ids": [[99]]}, "token_ids lie outside 0 to 98"),
+        ({"token_ids": [[1] * 100_000]}, "token_ids have 100000 tokens a row; the model has"),
+        ({"token_ids": [[1, 2]], "lengths": [1.5]}, r"lengths are \[1.5\]; expected 1 whole numbers from 0 to 2"),
+        ({"token_ids": [[1, 2]], "lengths": [3]}, "expected 1 whole numbers from 0 to 2"),
+        ({"token_ids": [[1, 2]], "lengths": 2}, "expected 1 whole numbers from 0 to 2"),
+    ],
+)
+def test_bad_arguments_of_logits_are_refused(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        model.logits(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "message"), [(1, 10**6, "max_length is 1000000; expected 1 to"), (1.0, 8, "batch is 1.0")]
+)
+def test_bad_arguments_of_functional_are_refused(model, batch, length, message):
+    with pytest.raises(InputError, match=message):
+        model.functional(batch, length)
+
+
+@pytest.mark.parametrize("name", [["upper"], 3, b"upper"])
+def test_a_name_that_is_no_text_is_refused(model, name):
+    for use in (
+        lambda: model.slots([name]),
+        lambda: model.unload_adapter(name),
+        lambda: model.generate(["a>"], [name]),
+    ):
+        with pytest.raises(AdapterNameError, match="is no text; give a loaded adapter's name"):
+            use()
+    with pytest.raises(AdapterNameError, match="no text; choose another"):
+        model.load_adapter(data_folder() / "adapters" / "sort", name)
 
 
 def test_a_hub_id_that_cannot_be_had_is_one_sentence():

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.adapters.packing import PackedAdapter, allocate, pack, page_ids, pages_of
 from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import BankFullError, InputError
 from pallas_kernels import RANK_PAGE, LoRAPages
 
@@ -96,10 +97,9 @@ def create_bank(
         budget makes the bank larger than that. It is shared out as a per-expert adapter on every site would use it.
 
     Raises:
-      InputError: a size that is not positive, or a budget below one page a pool.
+      InputError: a size that is no positive whole number, or a budget below one page a pool.
     """
-    if num_slots < 1 or max_rank < 1:
-        raise InputError(f"num_slots is {num_slots} and max_rank {max_rank}; expected at least 1 each.")
+    num_slots, max_rank = whole("num_slots", num_slots, 1), whole("max_rank", max_rank, 1)
     dtype = np.dtype(jnp.dtype(dtype))
     matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own
     for site in sites.values():

@@ -76,6 +76,14 @@ class LoRAAdapter:
     def modules(self) -> tuple[str, ...]:
         return tuple(sorted({module for _, module in self.weights}))
 
+    @property
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """Module -> the ranks that occur in it."""
+        return {
+            module: tuple(sorted({int(r) for (_, m), w in self.weights.items() if m == module for r in w.ranks}))
+            for module in self.modules
+        }
+
 
 def uniform(a: np.ndarray, b: np.ndarray, scale: float, num_experts: int) -> LoRAWeights:
     """`LoRAWeights` whose experts all have one rank and one scale.

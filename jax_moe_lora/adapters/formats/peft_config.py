@@ -84,6 +84,9 @@ class PeftConfig:
     peft_version: tuple[int, ...] | None
     raw: Mapping[str, Any]
 
+    def error(self, problem: str) -> AdapterFormatError:
+        return AdapterFormatError(f"{self.file}: {problem}.")
+
     def rank_and_scale(self, key: str) -> tuple[int, float]:
         """Rank of a module (or `module.parameter`) by its full name, and the factor on its update."""
         rank = self.rank_patterns.get(_first_match(self.rank_patterns, key), self.rank)
@@ -120,14 +123,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     Raises:
       AdapterFormatError: it is missing, malformed, not of LoRA, or sets a field that is not supported, by name.
     """
-    file = folder / "adapter_config.json"
-    raw = read_json(file, AdapterFormatError)
-
-    def bad(problem: str) -> AdapterFormatError:
-        return AdapterFormatError(f"{file}: {problem}.")
-
-    if str(raw.get("peft_type", "LORA")).upper() != "LORA":
-        raise bad(f"peft_type is {raw['peft_type']!r}, only LORA is supported")
+    config = describe_peft_config(folder)
+    raw, bad = config.raw, config.error
     for name, value in raw.items():
         if name in _HARMLESS or name in _USED or value in (None, False, [], {}, ""):
             continue
@@ -138,6 +135,25 @@ def read_peft_config(folder: Path) -> PeftConfig:
         raise bad(
             f"init_lora_weights is {raw['init_lora_weights']!r}: it changes the base weights; convert it with PEFT"
         )
+    return config
+
+
+def describe_peft_config(folder: Path) -> PeftConfig:
+    """Reads `adapter_config.json` without refusing what is only not supported: to look at, not to serve.
+
+    Raises:
+      AdapterFormatError: it is missing, not of LoRA, or a field of `PeftConfig` is malformed, by name.
+    """
+    file = folder / "adapter_config.json"
+    if not file.exists() and (folder / "config.json").exists():
+        raise AdapterFormatError(f"{folder} holds a model, not an adapter; give a folder with {file.name}.")
+    raw = read_json(file, AdapterFormatError)
+
+    def bad(problem: str) -> AdapterFormatError:
+        return AdapterFormatError(f"{file}: {problem}.")
+
+    if str(raw.get("peft_type", "LORA")).upper() != "LORA":
+        raise bad(f"peft_type is {raw['peft_type']!r}, only LORA is supported")
     layers = raw.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     return PeftConfig(

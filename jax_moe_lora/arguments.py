@@ -1,0 +1,60 @@
+"""Checks of what callers give: each returns the value in the form that the library uses, or raises an InputError."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_moe_lora.errors import InputError
+
+INT32 = 2**31 - 1
+
+
+def whole(name: str, value: Any, lowest: int, highest: int = INT32) -> int:
+    """A whole number within bounds; errors call it `name`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise InputError(f"{name} is {value!r}; expected a whole number.")
+    if not lowest <= value <= highest:
+        raise InputError(f"{name} is {_shown(value)}; expected {lowest} to {highest}.")
+    return int(value)
+
+
+def number(name: str, value: Any, holds: Callable[[float], bool], expected: str) -> float:
+    """A number for which `holds` is true, which errors put in words as `expected`."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number or not holds(value):  # compared as it came: an integer of 400 digits has no float
+        raise InputError(f"{name} is {_shown(value)}; expected {expected}.")
+    return float(value)
+
+
+def sequence(name: str, values: Any) -> Sequence[Any]:
+    """A list, a tuple or an array along its first axis; a text or bytes are none."""
+    if isinstance(values, np.ndarray | jax.Array) and values.ndim:
+        return list(np.asarray(values))
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence):
+        raise InputError(f"{name} is of type {type(values).__name__}; expected a list.")
+    return values
+
+
+def per_prompt(name: str, values: Any, count: int) -> list[Any]:
+    """One value for each prompt, out of one for all or a list of them."""
+    if isinstance(values, np.ndarray | jax.Array):
+        values = np.asarray(values).tolist()
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise InputError(f"{name} has {len(values)} values for {count} prompts; give one, or one for each.")
+    return list(values)
+
+
+def array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} is no array; expected rows of one length, padded on the right.") from error
+
+
+def _shown(value: Any) -> str:
+    """Python refuses to print integers of thousands of digits, and nobody reads hundreds."""
+    return "an endless number" if isinstance(value, int) and abs(value) > 2**64 else repr(value)

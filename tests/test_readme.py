@@ -1,0 +1,19 @@
+"""The README's Python runs as it stands, and prints what it says."""
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=[code.splitlines()[0] for code in SNIPPETS])
+def test_a_snippet_runs_and_prints_what_its_comment_says(code, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with jax.numpy_dtype_promotion("standard"):  # as a user runs it: jax's own attention promotes bfloat16
+        exec(code, {})
+    printed = [line.rpartition("#")[2].strip() for line in code.splitlines() if line.startswith("print(")]
+    assert capsys.readouterr().out.splitlines() == printed
