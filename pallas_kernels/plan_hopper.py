@@ -4,9 +4,9 @@ A pair's key orders it by expert, slot and pair. Its place is the number of lowe
 between the experts before its own. A tile's expert is the number of experts whose last tile comes before it. Both are
 sums over comparisons, `[64, 64]` at a time and no sort, scatter or atomics.
 
-Every block counts the rows of all experts (four warpgroups, 64 experts each) and exchanges them through shared
-memory; then each warpgroup does 64 pairs, or 64 tiles. `shared` is the barrier of the four warpgroups, `loaded` that of
-the keys.
+Every block counts the rows of all experts, a quarter of the keys a warpgroup, and adds the parts up through shared
+memory; then its four warpgroups do 64 pairs together, or 64 tiles each. `shared` is the barrier of the four warpgroups,
+`loaded` that of the keys.
 """
 
 from dataclasses import dataclass
@@ -61,14 +61,14 @@ def places_and_tiles(
     pairs = keys.shape[0]
     chunks = pl.cdiv(pairs, BLOCK)
     expert_chunks = pl.cdiv(num_experts, BLOCK)
-    pair_jobs = pl.cdiv(pairs, WARPGROUPS * BLOCK)
+    pair_jobs = chunks
     tile_jobs = pl.cdiv(num_tiles, WARPGROUPS * BLOCK)
     last = jnp.iinfo(jnp.int32).max
     padded = jnp.full(chunks * BLOCK, last, jnp.int32).at[:pairs].set(keys).reshape(chunks, BLOCK)
 
     def body(keys, position, *refs):
         (*group_refs, tile_expert, tile_start, tile_used, tile_count), smem = refs[:6], refs[6:]
-        keys_smem, sizes, starts, tile_ends, loaded, shared = smem
+        keys_smem, parts, sizes, starts, tile_ends, loaded, shared = smem
         job, warpgroup = lax.axis_index("job"), lax.axis_index("wg")
 
         @pl.when(warpgroup == 0)
@@ -86,30 +86,43 @@ def places_and_tiles(
         def down(values):
             return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (0,))
 
-        def total(count, term):
-            """Sum over the chunks' columns of `term(chunk)`, one value a row."""
-            zero = jnp.zeros((BLOCK, BLOCK), jnp.int32)
-            zero = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-            return lax.fori_loop(0, count, lambda c, acc: acc + term(c), zero).sum(1)
+        def total(count, term, first=0, stride=1):
+            """Sum over the columns of every `stride`-th chunk of `term(chunk)`, one value a row."""
+            zero = plgpu.layout_cast(jnp.zeros((BLOCK, BLOCK), jnp.int32), plgpu.Layout.WGMMA)
+            rounds = lax.div(count - first + (stride - 1), jnp.int32(stride))
+            return lax.fori_loop(0, rounds, lambda i, acc: acc + term(first + i * stride), zero).sum(1)
+
+        def leave_part(place, count, term):
+            """This warpgroup's part of a total, for `sum_of_parts` after the next `meet`."""
+            parts[place * WARPGROUPS + warpgroup] = total(count, term, warpgroup, WARPGROUPS)
+
+        def rows_of(ref, index):
+            return plgpu.load(ref.at[index], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+        def sum_of_parts(place):
+            return sum(rows_of(parts, place * WARPGROUPS + part) for part in range(WARPGROUPS))
+
+        def store(ref, index, values):
+            ref[index] = values
 
         def meet():
             plgpu.barrier_arrive(shared)
             plgpu.barrier_wait(shared)
 
-        expert = row + warpgroup * BLOCK
+        for block in range(expert_chunks):
+            low = (row + block * BLOCK) * keys_an_expert
+            high = jnp.where(row + block * BLOCK < num_experts, low + keys_an_expert, low)
 
-        @pl.when(warpgroup < expert_chunks)
-        def _():
-            low = expert * keys_an_expert
-            high = low + keys_an_expert
-
-            def inside(chunk):
+            def inside(chunk, low=low, high=high):
                 keys = across(keys_smem, chunk)
-                return ((keys >= low) & (keys < high) & (expert < num_experts)).astype(jnp.int32)
+                return ((keys >= low) & (keys < high)).astype(jnp.int32)
 
-            sizes[warpgroup] = total(chunks, inside)
+            leave_part(block, chunks, inside)
 
         meet()
+        pl.when(warpgroup < expert_chunks)(lambda: store(sizes, warpgroup, sum_of_parts(warpgroup)))
+        meet()
+        expert = row + warpgroup * BLOCK
 
         def expert_of_column(chunk):
             return column + chunk * BLOCK
@@ -132,20 +145,15 @@ def places_and_tiles(
 
         @pl.when(job < pair_jobs)
         def _():
-            chunk = job * WARPGROUPS + warpgroup
+            mine = down(rows_of(keys_smem, job))
+            leave_part(0, chunks, lambda c: (across(keys_smem, c) < mine).astype(jnp.int32))
+            meet()
 
-            @pl.when(chunk < chunks)
-            def _():
-                mine = down(plgpu.load(keys_smem.at[chunk], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False))
+            def gaps(c):
+                gap = -across(sizes, c) & (alignment - 1)
+                return jnp.where((expert_of_column(c) + 1) * keys_an_expert <= mine, gap, 0)
 
-                def lower(c):
-                    return (across(keys_smem, c) < mine).astype(jnp.int32)
-
-                def gaps(c):
-                    gap = -across(sizes, c) & (alignment - 1)
-                    return jnp.where((expert_of_column(c) + 1) * keys_an_expert <= mine, gap, 0)
-
-                position[chunk] = total(chunks, lower) + total(expert_chunks, gaps)
+            pl.when(warpgroup == 0)(lambda: store(position, job, sum_of_parts(0) + total(expert_chunks, gaps)))
 
         @pl.when(job >= pair_jobs)
         def _():
@@ -154,7 +162,7 @@ def places_and_tiles(
             @pl.when((job == pair_jobs) & (warpgroup < expert_chunks))
             def _():
                 for ref, out in zip((sizes, starts), group_refs, strict=True):
-                    out[warpgroup] = plgpu.load(ref.at[warpgroup], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                    out[warpgroup] = rows_of(ref, warpgroup)
 
             @pl.when((job == pair_jobs) & (warpgroup == 0))
             def _():
@@ -198,6 +206,7 @@ def places_and_tiles(
         thread_name="wg",
         scratch_types=(
             plgpu.SMEM((chunks, BLOCK), jnp.int32),
+            plgpu.SMEM((expert_chunks * WARPGROUPS, BLOCK), jnp.int32),
             *[plgpu.SMEM((expert_chunks, BLOCK), jnp.int32)] * 3,
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=WARPGROUPS),

@@ -21,6 +21,7 @@ def bench(
     routing: Annotated[str, typer.Option(help="uniform, zipf, or quarter (of the experts are hit).")] = "uniform",
     implementation: Annotated[str | None, typer.Option(help="A backend by name; the best one if not given.")] = None,
     repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
+    loop: Annotated[bool, typer.Option(help="Time a loop of dependent layers too, and count the smaller.")] = True,
     out: Annotated[Path | None, typer.Option(help="Writes OUT.csv and OUT.json, and OUT.png with --plot.")] = None,
     peers: Annotated[Path | None, typer.Option(help=f"CSV with these columns; {PEER} is shown beside.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Needs the plots extra.")] = False,
@@ -34,7 +35,7 @@ def bench(
     known = report.read_peers(peers, PEER) if peers else {}
     rows: list[dict[str, Any]] = []
     shapes, names, counts = shape or ["qwen3-30b-a3b"], adapters or ["none", "s8r16"], tokens or list(TOKENS)
-    for row in sweep(shapes, names, counts, routing, implementation, repeats):  # type: ignore[arg-type]
+    for row in sweep(shapes, names, counts, routing, implementation, repeats, loop):  # type: ignore[arg-type]
         rows.append(row)
         sys.stderr.write(f"{row}\n")
         if out is not None:  # after each row: a sweep that is cut off keeps what it has

@@ -48,12 +48,12 @@ class Programs:
     problem: Problem
     arguments: tuple[Any, ...]
     single: Callable[..., Array]
-    loop: Callable[..., Array]
+    loop: Callable[..., Array] | None
     compile_s: float
 
 
-def compile_layer(problem: Problem, implementation: Implementation | None) -> Programs:
-    """Compiles both programs; may run in a thread of its own."""
+def compile_layer(problem: Problem, implementation: Implementation | None, with_loop: bool) -> Programs:
+    """Compiles the programs; may run in a thread of its own."""
     layer = run_layer(problem, implementation)
     arguments = (problem.x, problem.weights, problem.chosen, problem.slots, problem.experts, problem.adapters)
 
@@ -66,7 +66,7 @@ def compile_layer(problem: Problem, implementation: Implementation | None) -> Pr
 
         return lax.fori_loop(0, LOOP, step, x)
 
-    looped = jax.jit(loop).lower(*arguments).compile()
+    looped = jax.jit(loop).lower(*arguments).compile() if with_loop else None
     began = time.perf_counter()
     single = jax.jit(layer).lower(*arguments).compile()
     return Programs(problem, arguments, single, looped, time.perf_counter() - began)
@@ -78,7 +78,6 @@ def measure(programs: Programs, repeats: int) -> dict[str, Any]:
     checked = min(CHECKED_TOKENS, problem.x.shape[0])
     y = np.asarray(programs.single(*arguments)[:checked].astype(jnp.float32))
     expected = problem.expected(checked)
-    looped = [t / LOOP for t in _times(lambda: programs.loop(*arguments), repeats)]
 
     def dispatches():
         for _ in range(LOOP - 1):
@@ -86,15 +85,18 @@ def measure(programs: Programs, repeats: int) -> dict[str, Any]:
         return programs.single(*arguments)
 
     queued = [t / LOOP for t in _times(dispatches, repeats)]
-    best = min((looped, queued), key=statistics.median)
-    return {
+    best, loop = queued, programs.loop
+    figures = {"queue_us": round(statistics.median(queued) * 1e6, 1)}
+    if loop is not None:
+        looped = [t / LOOP for t in _times(lambda: loop(*arguments), repeats)]
+        figures["loop_us"] = round(statistics.median(looped) * 1e6, 1)
+        best = min((looped, queued), key=statistics.median)
+    return figures | {
         "layer_us": round(statistics.median(best) * 1e6, 1),
         "floor_us": round(floor_us(problem), 1),
         "rel_err": float(f"{np.linalg.norm(y - expected) / np.linalg.norm(expected):.4g}"),
         "min_us": round(min(best) * 1e6, 1),
         "max_us": round(max(best) * 1e6, 1),
-        "loop_us": round(statistics.median(looped) * 1e6, 1),
-        "queue_us": round(statistics.median(queued) * 1e6, 1),
         "compile_s": round(programs.compile_s, 2),
     }
 
@@ -116,6 +118,7 @@ def sweep(
     routing: str = "uniform",
     implementation: Implementation | None = None,
     repeats: int = 20,
+    with_loop: bool = True,
 ) -> Iterator[dict[str, Any]]:
     """Measures every combination, a row each. The token counts of one problem are compiled side by side."""
     for shape in shapes:
@@ -123,7 +126,7 @@ def sweep(
             problem = make_problem(shape, name)
             drawn = [problem.with_tokens(count, routing, ADAPTERS[name]) for count in tokens]
             with ThreadPoolExecutor(max_workers=8) as pool:
-                compiled = list(pool.map(lambda one: compile_layer(one, implementation), drawn))
+                compiled = list(pool.map(lambda one: compile_layer(one, implementation, with_loop), drawn))
             for count, programs in zip(tokens, compiled, strict=True):
                 cell = {"shape": shape, "tokens": count, "adapters": name, "engine": "jax_moe_lora"}
                 yield cell | measure(programs, repeats) | {"routing": routing}
