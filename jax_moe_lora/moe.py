@@ -85,6 +85,8 @@ def routed_experts(
     """
     if config.activation not in ACTIVATIONS:
         raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
+    if x.shape[0] == 0:
+        return x
     pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
     num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
     choice = choose(implementation, dtype=x.dtype, widths=experts.gate.shape[1:])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 Implementation = Literal["hopper", "portable", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("hopper", "portable", "xla", "reference")
 WIDTH_MULTIPLE = 64  # one ring stage of the kernels
+MAX_WIDTH = 256 * 64  # a row in one TMA box
 
 
 class UnsupportedImplementation(ValueError):
@@ -72,6 +73,6 @@ def _why_not_hopper(dtype: jnp.dtype, widths: Sequence[int], result: jnp.dtype) 
         return f"its tensor cores multiply bfloat16 and float16, these are {dtype} (float32 would become TF32)"
     if result != dtype:
         return f"it returns {dtype}, the call wants {result}"
-    if any(width % WIDTH_MULTIPLE for width in widths):
-        return f"widths must be multiples of {WIDTH_MULTIPLE}, these are {list(widths)}"
+    if any(width % WIDTH_MULTIPLE or width > MAX_WIDTH for width in widths):
+        return f"widths must be multiples of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, these are {list(widths)}"
     return ""

@@ -1,5 +1,6 @@
 """`jax-moe-lora bench`: the routed layer, over named shapes, adapters and token counts."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +42,7 @@ def bench(
         if out is not None:  # after each row: a sweep that is cut off keeps what it has
             out.parent.mkdir(parents=True, exist_ok=True)
             out.with_suffix(".csv").write_text(report.write_csv(rows))
-            out.with_suffix(".json").write_text(report.write_json(rows, " ".join(["jax-moe-lora", *sys.argv[1:]])))
+            out.with_suffix(".json").write_text(report.write_json(rows, _command()))
     table = Table("shape", "adapters", "tokens", "us", "floor", "of floor", "error", PEER, title="One layer")
     for row in rows:
         peer = known.get((row["shape"], row["tokens"], row["adapters"]))
@@ -51,3 +52,8 @@ def bench(
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if plot and out is not None:
         report.plot(rows, out.with_suffix(".png"))
+
+
+def _command() -> str:
+    """What was typed, without the folders of the machine that it was typed on."""
+    return " ".join(["jax-moe-lora", *(Path(word).name if os.sep in word else word for word in sys.argv[1:])])
