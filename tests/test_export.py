@@ -1,0 +1,53 @@
+"""The exported decode step runs in a process that has never heard of this library, and gives the same bits."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_moe_lora.demo.run import load_demo
+from jax_moe_lora.export import decode_arguments, export_decode
+
+pytestmark = pytest.mark.xdist_group("demo")
+
+ELSEWHERE = """
+import sys
+import jax.export
+import numpy as np
+
+folder = sys.argv[1]
+with open(folder + "/step.bin", "rb") as file:
+    step = jax.export.deserialize(bytearray(file.read()))
+with np.load(folder + "/inputs.npz") as saved:
+    outputs = step.call(*[saved[name] for name in sorted(saved.files)])
+np.savez(folder + "/outputs.npz", **{f"{index:05d}": array for index, array in enumerate(outputs)})
+assert "jax_moe_lora" not in sys.modules and "pallas_kernels" not in sys.modules
+"""
+
+
+def test_an_exported_step_gives_the_same_bits_without_the_library(tmp_path):
+    model = load_demo()
+    fn = model.functional(batch=3, max_length=8)
+    slots = model.slots(["upper", None, "sort"])
+    prompt = jnp.asarray([model.tokenizer.encode("abc>")] * 3, jnp.int32)
+    lengths = jnp.full(3, prompt.shape[1], jnp.int32)
+    cache, _ = jax.jit(fn.prefill)(fn.params, fn.bank, fn.init_cache(), prompt, lengths, slots)
+    arrays = decode_arguments(fn, cache, prompt[:, 0], slots)
+
+    step = export_decode(fn)
+    assert len(step.inputs) == len(arrays)
+    assert step.inputs[-2:] == ("tokens", "slots")
+    assert step.outputs[-1] == "logits"
+    expected = jax.tree.leaves(jax.jit(fn.decode)(fn.params, fn.bank, cache, prompt[:, 0], slots))
+
+    (tmp_path / "step.bin").write_bytes(step.program)
+    np.savez(tmp_path / "inputs.npz", **{f"{i:05d}": np.asarray(array) for i, array in enumerate(arrays)})
+    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, tmp_path], check=True, timeout=300)
+    with np.load(tmp_path / "outputs.npz") as saved:
+        outputs = [saved[name] for name in sorted(saved.files)]
+    assert len(outputs) == len(expected) == len(step.outputs)
+    for name, found, wanted in zip(step.outputs, outputs, expected, strict=True):
+        np.testing.assert_array_equal(found, wanted, name)
