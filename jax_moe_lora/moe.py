@@ -11,7 +11,7 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.routing import route, token_slots
 from jax_moe_lora.types import ExpertWeights
-from pallas_kernels import ACTIVATIONS, Implementation, LoRAPages, RoutingPlan, choose, grouped_matmul, make_plan
+from pallas_kernels import ACTIVATIONS, Implementation, LoRAPages, RoutingPlan, choose_for, grouped_matmul, make_plan
 
 LayerAdapters = Mapping[str, LoRAPages]
 """One layer's view of a bank: module name -> its pages. A module that is missing has no adapters."""
@@ -44,8 +44,8 @@ def moe_lora(
       adapters: the layer's adapters, from `AdapterBank.layer`; None serves the base model.
       slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none; or, per request,
         request_lengths and request_slots: int32 `[N]`.
-      router_bias: `[E]`, for the `sigmoid_bias` router. row_mask: `[T]`, False for padding: such rows cost nothing
-        and give zeros.
+      router_bias: `[E]`, for the `sigmoid_bias` router. row_mask: `[T]`, False for padding: such rows are
+        multiplied with no expert and give zeros.
       implementation: a backend of the grouped ops by name, or None for the best available.
 
     Returns:
@@ -89,7 +89,8 @@ def routed_experts(
         return x
     pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
     num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
-    choice = choose(implementation, dtype=x.dtype, widths=experts.gate.shape[1:])
+    matrices = [getattr(experts, name) for name in EXPERT_MODULES]
+    choice = choose_for(x, matrices, pages.values(), x.dtype, implementation)
     slot_of_token = token_slots(x.shape[0], slots)
     plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
     project = partial(grouped_matmul, plan=plan, dtype=x.dtype, implementation=choice.picked)

@@ -29,20 +29,22 @@ def choose(
     implementation: str | None = None,
     *,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    operands: Sequence[jax.typing.DTypeLike] = (),
     widths: Sequence[int] = (),
     result: jax.typing.DTypeLike | None = None,
 ) -> Choice:
     """Picks the implementation of the grouped ops; `None` takes the best that runs this call.
 
     Args:
-      implementation: a backend by name, or None. dtype: of rows and weights. widths: of the projection's rows, in and
-        out. result: dtype of the result, `dtype` where None.
+      implementation: a backend by name, or None.
+      dtype: of the rows. operands: dtypes of weights and pages. widths: of the projection's rows, in and out.
+      result: dtype of the result, `dtype` where None.
 
     Raises:
       UnsupportedImplementation: for a name that is unknown, or known and not able to run the call.
     """
     why_not = {
-        "hopper": _why_not_hopper(jnp.dtype(dtype), widths, jnp.dtype(dtype if result is None else result)),
+        "hopper": _why_not_hopper(jnp.dtype(dtype), operands, widths, jnp.dtype(dtype if result is None else result)),
         "portable": "its kernels are not written yet",
         "reference": "it is written for reading, not for speed: ask for it by name",
     }
@@ -58,19 +60,26 @@ def choose(
         raise UnsupportedImplementation(
             f"implementation={implementation!r} cannot run this: {why_not[implementation]}; use 'xla' or None."
         )
-    reasons = {name: why or "another was asked for" for name, why in why_not.items() if name != implementation}
+    reasons = {str(name): why_not.get(name) or "another was asked for" for name in IMPLEMENTATIONS}
+    del reasons[implementation]
     return Choice(cast(Implementation, implementation), reasons)
 
 
-def _why_not_hopper(dtype: jnp.dtype, widths: Sequence[int], result: jnp.dtype) -> str:
+def _why_not_hopper(
+    dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], widths: Sequence[int], result: jnp.dtype
+) -> str:
     """Empty where the Hopper kernels can run the call."""
-    device = jax.config.jax_default_device or jax.devices()[0]
+    default = jax.config.jax_default_device  # a device, a platform's name, or None
+    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
     capability = getattr(device, "compute_capability", None)
     if capability != "9.0":
         found = device.platform if capability is None else f"compute capability {capability}"
         return f"it needs a GPU of compute capability 9.0 (H100, H200), this is {found}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"its tensor cores multiply bfloat16 and float16, these are {dtype} (float32 would become TF32)"
+    others = {str(jnp.dtype(operand)) for operand in operands} - {str(dtype)}
+    if others:
+        return f"rows, weights and pages must have one dtype, these are {dtype} and {', '.join(sorted(others))}"
     if result != dtype:
         return f"it returns {dtype}, the call wants {result}"
     if any(width % WIDTH_MULTIPLE or width > MAX_WIDTH for width in widths):

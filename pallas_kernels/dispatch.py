@@ -19,7 +19,7 @@ BUFFER_BYTES = 64 * 2**10
 
 
 def dispatch(
-    x: Float[Array, "T width"], position: Int[Array, "P"], num_rows: int, num_sms: int = 132
+    x: Float[Array, "T width"], position: Int[Array, "P"], num_rows: int, num_sms: int = mosaic.NUM_SMS
 ) -> Float[Array, "Q width"]:
     """`rows[position[t * K + k]] = x[t]`; the other rows are not written.
 

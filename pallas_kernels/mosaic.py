@@ -16,6 +16,7 @@ HALF = PART // COMPUTE_WARPGROUPS
 ROW_ALIGNMENT = 8  # of a tile's first row: TMA reads tiles of 8 rows
 # Two warpgroups at 232 registers a thread and one at 40 fill the register file; 240 would hang the GPU silently.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+NUM_SMS = 132  # of an H100 or H200
 SMEM_BYTES = 232_448  # a block's shared memory on sm_90
 BARRIER_BYTES = 1024  # room for barriers and alignment
 

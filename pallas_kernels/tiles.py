@@ -45,7 +45,7 @@ def _one_by_one(tiles: Tiles, tile_rows: TileFunction, out: Float[Array, "P N"])
         new = tile_rows(index[None], rows[None], old[None])[0]
         return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], new, old), start, 0)
 
-    return lax.fori_loop(0, tiles.count, step, out)
+    return lax.fori_loop(0, tiles.count.reshape(-1)[0], step, out)
 
 
 def _in_chunks(tiles: Tiles, tile_rows: TileFunction, chunk: int, out: Float[Array, "P N"]) -> Float[Array, "P N"]:
@@ -61,4 +61,4 @@ def _in_chunks(tiles: Tiles, tile_rows: TileFunction, chunk: int, out: Float[Arr
         new = tile_rows(index, rows, out[rows])
         return out.at[jnp.where(mine, rows, total)].set(new, mode="drop")
 
-    return lax.fori_loop(0, -(-tiles.count // chunk), step, out)
+    return lax.fori_loop(0, -(-tiles.count.reshape(-1)[0] // chunk), step, out)

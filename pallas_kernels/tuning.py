@@ -1,9 +1,9 @@
 """How the Hopper kernels cut a call: a frozen config, from static sizes alone."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from pallas_kernels.mosaic import BARRIER_BYTES, COMPUTE_WARPGROUPS, DEPTH, HALF, PART, SMEM_BYTES
+from pallas_kernels.mosaic import BARRIER_BYTES, COMPUTE_WARPGROUPS, DEPTH, HALF, NUM_SMS, PART, SMEM_BYTES
 
 TENSOR_ROWS = 256  # mean rows an expert from which the tensor form is the faster one
 MAX_STREAM_ROWS = 128
@@ -14,7 +14,8 @@ class Config:
     """How one call is cut.
 
     Attributes:
-      form: see the module. tile_rows: rows a tile, a multiple of 8; 128 in the tensor form. stages: of the ring.
+      form: see `grouped_matmul/hopper.py`. tile_rows: rows a tile, a multiple of 8; 128 in the tensor form.
+      stages: of the ring.
       num_sms: blocks. apart: weights and pages have a ring each; for the interpreter, whose race detector takes two
         views of one ring for the same memory, whatever the stage.
     """
@@ -22,7 +23,7 @@ class Config:
     form: Literal["stream", "tensor"]
     tile_rows: int
     stages: int
-    num_sms: int = 132
+    num_sms: int = NUM_SMS
     apart: bool = False
 
 
@@ -36,18 +37,9 @@ def smem_bytes(config: Config) -> int:
 def heuristic(pairs: int, num_experts: int) -> Config:
     """A config that is valid for every shape; from static sizes alone, so that a row's bits are."""
     mean = pairs / num_experts
-    if mean >= TENSOR_ROWS:
-        form: Any = "tensor"
-        rows = PART
-    else:
-        form = "stream"
-        likely = mean + 3 * mean**0.5  # rows of all but one expert in a thousand, under uniform routing
-        rows = min(max(8, -(-int(likely) // 8) * 8), MAX_STREAM_ROWS)
-    config = Config(form, rows, 2)
-    while smem_bytes(larger := _with_stages(config, config.stages + 1)) <= SMEM_BYTES - BARRIER_BYTES:
+    likely = mean + 3 * mean**0.5  # rows of all but one expert in a thousand, under uniform routing
+    rows = min(max(8, -(-int(likely) // 8) * 8), MAX_STREAM_ROWS)
+    config = Config("tensor", PART, 2) if mean >= TENSOR_ROWS else Config("stream", rows, 2)
+    while smem_bytes(larger := replace(config, stages=config.stages + 1)) <= SMEM_BYTES - BARRIER_BYTES:
         config = larger
     return config
-
-
-def _with_stages(config: Config, stages: int) -> Config:
-    return Config(config.form, config.tile_rows, stages, config.num_sms)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_moe_lora.benchmark.problem import Pooled
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.moe import routed_experts
 from jax_moe_lora.types import ExpertWeights
@@ -59,12 +60,17 @@ class PagedLayer:
 
     def function(self, implementation: str | None):
         """`f(slots, adapters) -> y`, jitted."""
-        run = jax.jit(
-            lambda x, gates, chosen, slots, experts, adapters: routed_experts(
-                x, gates, chosen, experts, self.config, adapters, slots, implementation
-            )
-        )
-        return lambda slots, adapters: run(self.x, self.gates, self.chosen, slots, self.experts, adapters)
+
+        @jax.jit
+        def run(x, gates, chosen, slots, experts, pooled):
+            adapters = None if pooled is None else pooled.layer()
+            return routed_experts(x, gates, chosen, experts, self.config, adapters, slots, implementation)
+
+        def call(slots: jax.Array, adapters: dict[str, LoRAPages] | None) -> jax.Array:
+            pooled = None if adapters is None else Pooled.of(adapters)
+            return run(self.x, self.gates, self.chosen, slots, self.experts, pooled)
+
+        return call
 
     def expected(self, tokens: np.ndarray) -> np.ndarray:
         """Rows of the given tokens, in float64."""

@@ -134,3 +134,23 @@ def test_a_call_tells_what_was_picked_and_why_not_the_others():
     assert choice.picked == "xla"
     assert set(choice.why_not) == {"hopper", "portable", "reference"}
     assert all(choice.why_not.values())
+
+
+def test_adapters_and_weights_must_match():
+    plan = make_plan(jnp.zeros((4, 1), jnp.int32), jnp.full(4, -1), 2, 0)
+    x, weight = jnp.ones((4, 8)), jnp.ones((2, 6, 8))
+    with pytest.raises(ValueError, match="Got 2 adapters for weights of shapes"):
+        grouped_matmul(x, weight, plan, of_tokens=True, adapters=(None, None))
+    with pytest.raises(ValueError, match="expected one .or None. a weight"):
+        grouped_matmul(x, (weight, weight), plan, of_tokens=True, adapters=(None,))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_no_rows_give_no_rows(implementation):
+    plan = make_plan(jnp.zeros((0, 2), jnp.int32), jnp.zeros(0, jnp.int32), 4, 3)
+    y = grouped_matmul(jnp.ones((0, 8)), jnp.ones((4, 6, 8)), plan, of_tokens=True, implementation=implementation)
+    assert y.shape == (0, 6)
+
+
+def test_an_explicit_choice_says_why_not_each_other():
+    assert set(choose("reference").why_not) == {"hopper", "portable", "xla"}

@@ -12,7 +12,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from paged import PagedLayer, PagedSpec, draw_layer
 
-from pallas_kernels import make_plan, mosaic, plan_hopper
+from pallas_kernels import grouped_matmul, make_plan, mosaic, plan_hopper
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.tuning import Config, heuristic, smem_bytes
@@ -72,7 +72,7 @@ def test_matmul_shrink_and_expand_equal_the_oracle_without_races(layer, config, 
     assert np.linalg.norm(actual - wanted) / np.linalg.norm(wanted) < TOLERANCE
     base = np.repeat(np.asarray(layer.slots) < 0, layer.spec.top_k)
     assert base.any()
-    np.testing.assert_array_equal(actual[base], run(layer, modules, CONFIGS[config], adapters={"none": None})[base])
+    np.testing.assert_array_equal(actual[base], run(layer, modules, CONFIGS[config], adapters={})[base])
 
 
 def test_a_projection_without_adapters_beside_one_that_has_them(layer):
@@ -132,3 +132,16 @@ def test_the_plan_kernel_equals_the_plan_through_xla(tokens, top_k, experts, slo
         np.testing.assert_array_equal(
             np.asarray(getattr(kernel.tiles, name))[:count], np.asarray(getattr(xla.tiles, name))[:count], name
         )
+
+
+def test_xla_reads_a_plan_that_was_made_for_hopper(layer):
+    spec = layer.spec
+    plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
+    own = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots)
+    x = jnp.ones((spec.tokens, spec.hidden), spec.dtype)
+    rows = [
+        grouped_matmul(x, layer.experts.up, p, of_tokens=True, adapters=(layer.adapters["up"],), implementation="xla")
+        for p in (plan, own)
+    ]
+    by_pair = [np.asarray(y)[np.asarray(p.position)] for y, p in zip(rows, (plan, own), strict=True)]
+    np.testing.assert_array_equal(*by_pair)

@@ -1,6 +1,6 @@
 """A routed layer with adapters, made on the device for timing: random weights and pages, routing by distribution."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -17,6 +17,32 @@ from pallas_kernels import RANK_PAGE, LoRAPages
 from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec, LayerSpec
 
 MODULES = ("gate", "up", "down")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pooled:
+    """A layer's adapters as an argument of a jitted function, each pool once: aliases are seen, as in a bank.
+
+    Attributes:
+      pools: the page pools. tables: module -> table and scale. where: static, (module, its pool of A, its pool of B).
+    """
+
+    pools: tuple[Float[Array, "_pages 16 _width"], ...]
+    tables: dict[str, tuple[Int[Array, "S E 4"], Float[Array, "S E"]]]
+    where: tuple[tuple[str, int, int], ...] = field(metadata={"static": True})
+    max_rank: int = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, adapters: LayerAdapters) -> "Pooled":
+        pools = {id(pool): pool for pages in adapters.values() for pool in (pages.a, pages.b)}
+        number = {key: index for index, key in enumerate(pools)}
+        where = tuple((module, number[id(pages.a)], number[id(pages.b)]) for module, pages in adapters.items())
+        tables = {module: (pages.table, pages.scale) for module, pages in adapters.items()}
+        return cls(tuple(pools.values()), tables, where, max(pages.max_rank for pages in adapters.values()))
+
+    def layer(self) -> dict[str, LoRAPages]:
+        return {m: LoRAPages(self.pools[a], self.pools[b], *self.tables[m], self.max_rank) for m, a, b in self.where}
 
 
 @dataclass(frozen=True)
@@ -118,11 +144,15 @@ def _adapters(spec: LayerSpec, lora: AdapterSpec, dtype: str) -> dict[str, LoRAP
     ranks = np.resize(np.asarray(lora.ranks, np.int32), lora.slots)
     counts = -(-ranks // RANK_PAGE)
     each = int(counts.sum()) * e
+    # Ranks in use of each page, in the order in which the pages are given out below.
+    of_slot = [np.arange(count * RANK_PAGE) < rank for count, rank in zip(counts, ranks, strict=True)]
+    marks = [np.zeros(RANK_PAGE, bool), *[np.tile(own, e) for own in of_slot] * len(MODULES)]
+    in_use = np.concatenate(marks).reshape(-1, RANK_PAGE)
     pools = {}
     for key, (name, width) in enumerate(widths.items()):
         scale = width**-0.5 if name == "in" else float(ranks.mean()) ** -0.5
         pool = _normal(jax.random.key(10 + key), (1 + 3 * each, RANK_PAGE, width), scale, dtype)
-        pools[name] = pool.at[0].set(0)
+        pools[name] = jnp.where(jnp.asarray(in_use)[:, :, None], pool, 0)
     within = (np.cumsum(counts) - counts)[:, None] * e + np.arange(e)[None] * counts[:, None]
     adapters = {}
     for index, module in enumerate(MODULES):

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Implementation
+from pallas_kernels.backend import IMPLEMENTATIONS, Implementation, choose
 from pallas_kernels.grouped_lora import reference, xla
 from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.plan import RoutingPlan
@@ -11,24 +11,27 @@ _BACKENDS = {"xla": xla.grouped_lora, "reference": reference.grouped_lora}
 
 
 def grouped_lora(
-    y: Float[Array, "P out"],
+    y: Float[Array, "Q out"],
     x: Float[Array, "M in"],
     pages: LoRAPages,
     plan: RoutingPlan,
-    row_index: Int[Array, "P"] | None = None,
+    row_index: Int[Array, "Q"] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "P out"]:
+) -> Float[Array, "Q out"]:
     """`y[r] + scale[s, e] * (x[row_index[r]] @ A[s, e].T) @ B[s, e].T` for each sorted row r with expert e and slot s.
 
     The Hopper kernels have this inside `grouped_matmul`; on its own the op runs through XLA.
 
     Args:
-      y: float32 `[P, out]`, the base projection in sorted order. x, row_index: as in `grouped_matmul`.
+      y: float32 `[Q, out]`, the base projection in sorted order. x: `[M, in]`.
+      row_index: int32 `[Q]`, the row of x that sorted row r reads; None reads row r.
       pages: the projection's adapters; the plan must have been made with its number of slots.
 
     Returns:
-      float32 `[P, out]`. Rows without an adapter keep the bits of y. A row's bits depend on its own inputs, its own
+      float32 `[Q, out]`. Rows without an adapter keep the bits of y. A row's bits depend on its own inputs, its own
       adapter and on static shapes alone; an adapter costs the pages it has, whatever the largest rank is.
     """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        choose(implementation)  # raises
     backend = _BACKENDS["reference" if implementation == "reference" else "xla"]
     return backend(y, x, pages, plan, row_index)

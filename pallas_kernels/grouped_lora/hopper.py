@@ -23,11 +23,11 @@ RANKS = PAGES_A_STEP * RANK_PAGE
 
 
 def shrink(
-    x: Float[Array, "P in"],
+    x: Float[Array, "Q in"],
     pools: tuple[Float[Array, "pages 16 in"], ...],
     tiles: Tiles,
     steps: LoRASteps,
-    num_sms: int = 132,
+    num_sms: int = mosaic.NUM_SMS,
 ) -> Float[Array, "N rows 64"]:
     """H of every LoRA step: `scale * x[r] @ A.T` in each entry's own rows, zeros in the tile's others.
 

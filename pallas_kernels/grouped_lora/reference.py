@@ -9,12 +9,12 @@ from pallas_kernels.plan import RoutingPlan, row_experts, row_slots
 
 
 def grouped_lora(
-    y: Float[Array, "P out"],
+    y: Float[Array, "Q out"],
     x: Float[Array, "M in"],
     pages: LoRAPages,
     plan: RoutingPlan,
-    row_index: Int[Array, "P"] | None,
-) -> Float[Array, "P out"]:
+    row_index: Int[Array, "Q"] | None,
+) -> Float[Array, "Q out"]:
     rows = (x if row_index is None else x[row_index]).astype(jnp.float32)
     expert, slot = row_experts(plan), row_slots(plan)
     adapted = (slot >= 0) & (expert < pages.table.shape[1])

@@ -11,12 +11,12 @@ from pallas_kernels.tiles import over_tiles
 
 
 def grouped_lora(
-    y: Float[Array, "P out"],
+    y: Float[Array, "Q out"],
     x: Float[Array, "M in"],
     pages: LoRAPages,
     plan: RoutingPlan,
-    row_index: Int[Array, "P"] | None,
-) -> Float[Array, "P out"]:
+    row_index: Int[Array, "Q"] | None,
+) -> Float[Array, "Q out"]:
     tiles = plan.lora_tiles
 
     def tile(index, rows, old):

@@ -1,14 +1,17 @@
 """The contract of the grouped matmul, and its dispatch."""
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import ACTIVATIONS, Activation
-from pallas_kernels.backend import Implementation, choose
+from pallas_kernels.backend import Choice, Implementation, choose
 from pallas_kernels.grouped_lora.api import grouped_lora
 from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.grouped_matmul import fused, reference, xla
+from pallas_kernels.mosaic import ROW_ALIGNMENT
 from pallas_kernels.plan import RoutingPlan
 
 _MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
@@ -31,6 +34,7 @@ def grouped_matmul(
     Args:
       x: `[Q, in]`, sorted rows; or `[T, in]`, a row a token, with `of_tokens`.
       weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
+      plan: made for the same backend (`make_plan(..., implementation)`).
       adapters: for each weight its adapters, or None; empty for none at all.
       activation: of the gated product. dtype: of the result; sums are kept in float32.
       implementation: a backend by name, or None for the best that is available.
@@ -40,11 +44,21 @@ def grouped_matmul(
       own inputs, its own adapter and on static shapes alone; rows without an adapter have those of `adapters=()`.
 
     Raises:
-      UnsupportedImplementation: see `backend.choose`.
+      UnsupportedImplementation: see `backend.choose`; or a plan made for another backend.
+      ValueError: adapters and weights that do not match in number, or a pair of two shapes.
     """
     several = weights if isinstance(weights, tuple) else (weights,)
     pages = adapters or (None,) * len(several)
-    picked = choose(implementation, dtype=x.dtype, widths=several[0].shape[1:], result=dtype).picked
+    if len(pages) != len(several) or len({weight.shape for weight in several}) != 1:
+        raise ValueError(
+            f"Got {len(pages)} adapters for weights of shapes {[list(weight.shape) for weight in several]}; "
+            "expected one (or None) a weight, and a pair of one shape."
+        )
+    if plan.position.shape[0] == 0:
+        return jnp.zeros((plan.order.shape[0], several[0].shape[1]), dtype)
+    picked = choose_for(x, several, pages, dtype, implementation).picked
+    if picked == "hopper" and implementation is None and plan.alignment % ROW_ALIGNMENT:
+        picked = "xla"  # the plan was made for it
     if picked == "hopper":
         return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation)
     row_index = plan.token if of_tokens else None
@@ -56,3 +70,16 @@ def grouped_matmul(
     products = [project(weight, own) for weight, own in zip(several, pages, strict=True)]
     y = products[0] if len(products) == 1 else ACTIVATIONS[activation](products[0]) * products[1]
     return y.astype(dtype)
+
+
+def choose_for(
+    x: Float[Array, "M in"],
+    weights: Iterable[Float[Array, "E _out _in"]],
+    adapters: Iterable[LoRAPages | None],
+    dtype: jax.typing.DTypeLike,
+    implementation: Implementation | None = None,
+) -> Choice:
+    """The backend that a `grouped_matmul` of these operands gets: `backend.choose` with their dtypes and widths."""
+    several = list(weights)
+    operands = [weight.dtype for weight in several] + [pages.a.dtype for pages in adapters if pages is not None]
+    return choose(implementation, dtype=x.dtype, operands=operands, widths=several[0].shape[1:], result=dtype)

@@ -24,6 +24,7 @@ def grouped_matmul(
     activation: Activation,
     config: Config | None = None,
 ) -> Float[Array, "Q out"]:
+    """What `api.grouped_matmul` promises, by the Hopper kernels. `config`: how to cut; `tuning.heuristic`'s if None."""
     if plan.alignment % mosaic.ROW_ALIGNMENT:
         raise UnsupportedImplementation(
             f"The plan aligns experts to {plan.alignment} rows, hopper needs {mosaic.ROW_ALIGNMENT}; "

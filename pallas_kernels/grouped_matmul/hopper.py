@@ -34,7 +34,7 @@ PAGE_COPIES = 2 * PAGES_A_STEP * RANK_PAGE // 8  # of a LoRA step
 
 
 def grouped_matmul(
-    x: Float[Array, "P in"],
+    x: Float[Array, "Q in"],
     weights: tuple[Float[Array, "E out in"], ...],
     tiles: Tiles,
     config: Config,
@@ -42,7 +42,7 @@ def grouped_matmul(
     steps: LoRASteps | None = None,
     hidden: Float[Array, "N rows 64"] | None = None,
     pages: tuple[Float[Array, "pages 16 out"], ...] = (),
-) -> Float[Array, "P out"]:
+) -> Float[Array, "Q out"]:
     """`x[r] @ W[e].T`, or `activation(x[r] @ W0[e].T) * (x[r] @ W1[e].T)`, for the rows of each tile.
 
     Args:
@@ -51,7 +51,7 @@ def grouped_matmul(
         each weight.
 
     Returns:
-      `[P, out]` in x's dtype; rows that no tile covers are not written.
+      `[Q, out]` in x's dtype; rows that no tile covers are not written.
     """
     rows, width = x.shape
     gated = len(weights) == 2

@@ -8,8 +8,8 @@ from pallas_kernels.plan import RoutingPlan, row_experts
 
 
 def grouped_matmul(
-    x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "P"] | None
-) -> Float[Array, "P out"]:
+    x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "Q"] | None
+) -> Float[Array, "Q out"]:
     rows = x if row_index is None else x[row_index]
     expert = row_experts(plan)  # E for skipped rows
     products = jnp.einsum(

@@ -13,8 +13,8 @@ from pallas_kernels.tiles import over_tiles
 
 
 def grouped_matmul(
-    x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "P"] | None
-) -> Float[Array, "P out"]:
+    x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "Q"] | None
+) -> Float[Array, "Q out"]:
     tiles = plan.tiles
     out = jnp.zeros((plan.order.shape[0], weights.shape[1]), jnp.float32)
 
