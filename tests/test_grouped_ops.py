@@ -141,7 +141,7 @@ def test_adapters_and_weights_must_match():
     x, weight = jnp.ones((4, 8)), jnp.ones((2, 6, 8))
     with pytest.raises(ValueError, match="Got 2 adapters for weights of shapes"):
         grouped_matmul(x, weight, plan, of_tokens=True, adapters=(None, None))
-    with pytest.raises(ValueError, match="expected one .or None. a weight"):
+    with pytest.raises(ValueError, match=r"expected one \(or None\) a weight"):
         grouped_matmul(x, (weight, weight), plan, of_tokens=True, adapters=(None,))
 
 

@@ -65,6 +65,7 @@ def expected(layer: PagedLayer, modules: tuple[str, ...]) -> np.ndarray:
     return np.stack(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [("gate", "up"), ("down",)], ids="+".join)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_matmul_shrink_and_expand_equal_the_oracle_without_races(layer, config, modules):
