@@ -18,7 +18,7 @@ test: .venv/full.stamp .venv-cuda13/full.stamp .venv-cuda12/full.stamp lint
 	$(MAKE) newest
 
 check: .venv/full.stamp lint
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not long and not gpu"
 
 lint: .venv/full.stamp
 	.venv/bin/ruff check .

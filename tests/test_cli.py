@@ -41,6 +41,7 @@ def refusal(monkeypatch, capsys):
     return refuse
 
 
+@pytest.mark.long
 def test_generate_answers_a_file_of_mixed_requests(tmp_path):
     lines = [
         {"prompt": "abc>", "adapter": "upper"},
@@ -61,6 +62,7 @@ def test_generate_answers_a_file_of_mixed_requests(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
+@pytest.mark.long
 def test_generate_answers_prompts_on_standard_output():
     arguments = ["--adapter", UPPER, "--prompt", "abc>", "--use", "upper", "--max-new-tokens", "8"]
     done = run("generate", "--model", MODEL, *arguments)

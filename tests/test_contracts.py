@@ -194,6 +194,7 @@ def test_7_both_forms_of_slots_give_equal_bits_and_never_mix():
         run(request_lengths=jnp.array([30, 30]), request_slots=jnp.array([0, 1]))
 
 
+@pytest.mark.long
 def test_8_the_same_bits_run_after_run_and_process_after_process():
     problem = draw(Spec())
     assert equal_bits(problem.run(), problem.run())

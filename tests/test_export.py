@@ -11,7 +11,7 @@ import pytest
 from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.export import decode_arguments, export_decode
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.long]
 
 ELSEWHERE = """
 import sys

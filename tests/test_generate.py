@@ -159,6 +159,7 @@ def test_nothing_compiles_after_the_first_batch_and_load(model):
     assert count.compilations == 0
 
 
+@pytest.mark.long
 def test_functional_form_gives_the_same_tokens_under_a_users_own_jit(model):
     fn = model.functional(batch=4, max_length=32)
     encoded = [model.tokenizer.encode(prompt) for prompt in PROMPTS]

@@ -76,6 +76,7 @@ def test_matmul_shrink_and_expand_equal_the_oracle_without_races(layer, config, 
     np.testing.assert_array_equal(actual[base], run(layer, modules, CONFIGS[config], adapters={})[base])
 
 
+@pytest.mark.long
 def test_a_projection_without_adapters_beside_one_that_has_them(layer):
     config = CONFIGS["stream, 24 rows"]
     only_up = {"up": layer.adapters["up"]}

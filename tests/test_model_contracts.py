@@ -14,7 +14,7 @@ from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.generate import Sampling
 from jax_moe_lora.models import decoder
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.long]
 PROMPTS = ["abc>", "hello>", "world>", "zyx>", "same>"]
 MIXED = [None, "upper", "reverse", "sort", None]
 STEPS = 3

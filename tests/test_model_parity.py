@@ -101,6 +101,7 @@ def test_mixed_batch_equals_each_adapters_own_peft_run(served):
     assert relative_error(mixed[1, :7], base_row) > 1e-3, "the adapters change nothing, so this proves nothing"
 
 
+@pytest.mark.long
 def test_greedy_text_is_that_of_peft(served):
     base, adapters, model = served
     rng = np.random.default_rng(1)

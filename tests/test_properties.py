@@ -2,6 +2,7 @@
 
 import chex
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import LAYOUTS, Spec, assert_close, draw
@@ -26,6 +27,7 @@ def specs(draw_value) -> Spec:
     )
 
 
+@pytest.mark.long
 @given(spec=specs(), one_slot=st.booleans())
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_any_layer_with_any_mix_equals_the_oracle(spec, one_slot):
