@@ -51,17 +51,13 @@ def make_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) ->
     Two projections have one pool of A where it is the same array (as `AdapterBank.layer` gives it); only there can a
     page be one that both alias.
     """
-    sizes = plan.segment_sizes[:, :-1]
-    num_experts, num_slots = sizes.shape
+    num_experts, num_slots = plan.segment_sizes.shape[0], plan.segment_sizes.shape[1] - 1
     num_tiles = tiles.expert.shape[0]
     most = sum(-(-p.max_rank // RANK_PAGE) for p in pages)  # entries of one slot in one tile
     runs = min(plan.position.shape[0], num_experts * num_slots + num_tiles)
     bound = num_tiles + -(-runs * most // PAGES_A_STEP)
 
-    # Rows of each slot in each tile, as a range within the tile: [tiles, S].
-    starts = plan.group_starts[:, None] + jnp.cumsum(sizes, axis=1) - sizes
-    begin, size = starts[tiles.expert] - tiles.start[:, None], sizes[tiles.expert]
-    begin, end = (jnp.clip(edge, 0, tiles.rows[:, None]) for edge in (begin, begin + size))
+    begin, end = _slot_rows(plan, tiles)
     present = end > begin
 
     # [projection, tiles, S]: first page of A and of B, number of pages; scale.
@@ -94,7 +90,20 @@ def make_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) ->
     factor = jnp.where(own, scale[0][..., None], scale[last][..., None])
     columns = [page_a, page_b0, page_b1, begin[..., None], end[..., None], lax.bitcast_convert_type(factor, jnp.int32)]
     target = jnp.where(index < total[..., None], first[..., None] + index, bound * PAGES_A_STEP)
+    return LoRASteps(start, _scatter_rows(columns, target, bound * PAGES_A_STEP))
+
+
+def _slot_rows(plan: RoutingPlan, tiles: Tiles) -> tuple[Int[Array, "N S"], Int[Array, "N S"]]:
+    """First row and end of each slot's rows in each tile, counted from the tile's first row."""
+    sizes = plan.segment_sizes[:, :-1]
+    starts = plan.group_starts[:, None] + jnp.cumsum(sizes, axis=1) - sizes
+    begin = starts[tiles.expert] - tiles.start[:, None]
+    end = begin + sizes[tiles.expert]
+    return jnp.clip(begin, 0, tiles.rows[:, None]), jnp.clip(end, 0, tiles.rows[:, None])
+
+
+def _scatter_rows(columns: list[Array], target: Int[Array, "N S most"], count: int) -> Int[Array, "count fields"]:
+    """A table of `count` rows, each of the columns' values put where `target` says; outside it, dropped."""
     rows = jnp.stack([jnp.broadcast_to(column, target.shape) for column in columns], -1)
-    entries = jnp.zeros((bound * PAGES_A_STEP, len(columns)), jnp.int32)
-    entries = entries.at[target.reshape(-1)].set(rows.reshape(-1, len(columns)), mode="drop", unique_indices=True)
-    return LoRASteps(start, entries)
+    table = jnp.zeros((count, len(columns)), jnp.int32)
+    return table.at[target.reshape(-1)].set(rows.reshape(-1, len(columns)), mode="drop", unique_indices=True)
