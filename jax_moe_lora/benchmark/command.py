@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_moe_lora.errors import InputError
+from pallas_kernels import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
 PEER = "vllm-0.33.0-triton"
@@ -33,6 +34,12 @@ def bench(
 
     if plot and out is None:
         raise InputError("--plot came without --out; give the name that the files start with.")
+    if peers is not None and not peers.is_file():
+        raise InputError(f"There is no file {peers}; give a CSV with the columns {', '.join(report.COLUMNS)}.")
+    try:
+        choose(implementation)
+    except UnsupportedImplementation as error:
+        raise InputError(str(error)) from error
     known = report.read_peers(peers, PEER) if peers else {}
     rows: list[dict[str, Any]] = []
     shapes, names, counts = shape or ["qwen3-30b-a3b"], adapters or ["none", "s8r16"], tokens or list(TOKENS)
