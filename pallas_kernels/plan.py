@@ -18,6 +18,7 @@ from pallas_kernels.tuning import heuristic
 BASE_SLOT = -1
 MAX_TILE_ROWS = 128
 MIN_TILE_ROWS = 8
+READABLE = 64  # entries past the end of `before`
 PAIRWISE = 2048  # pairs up to which ranks by comparing all with all are faster than a sort
 
 
@@ -55,6 +56,8 @@ class RoutingPlan:
       token: int32 `[Q]`, sorted row -> token; 0 between experts.
       group_sizes, group_starts: int32 `[E]`, rows of each expert, and its first row.
       segment_sizes: int32 `[E, S + 1]`, rows of each expert with each slot; base rows last.
+      before: int32, for each (expert, slot) in this order the pairs of lower ones: `before[e * (S + 1) + s]`; 64 more
+        than these can be read.
       tiles: tiles of one expert each, for the base weights.
       lora_tiles: tiles of one (expert, slot) each, for the adapters; rows without an adapter are in none.
       alignment: static.
@@ -66,6 +69,7 @@ class RoutingPlan:
     group_sizes: Int[Array, "E"]
     group_starts: Int[Array, "E"]
     segment_sizes: Int[Array, "E segments"]
+    before: Int[Array, "before"]
     tiles: Tiles
     lora_tiles: Tiles
     alignment: int = field(metadata={"static": True})
@@ -102,22 +106,25 @@ def make_plan(
     if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
         unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
         places = plan_hopper.places_and_tiles(
-            unique, (num_slots + 1) * pairs, num_experts, alignment, size, max_tiles(pairs, num_experts, size)
+            unique, num_slots + 1, num_experts, alignment, size, max_tiles(pairs, num_experts, size)
         )
-        position, dense, starts = places.position, places.sizes, places.starts
+        position, dense, starts, before = places.position, places.sizes, places.starts, places.before
+        bounds = before[: num_experts * (num_slots + 1) + 1]
+        segments = (bounds[1:] - bounds[:-1]).reshape(num_experts, num_slots + 1)
         table = (places.tile_expert, jnp.full_like(places.tile_expert, BASE_SLOT), places.tile_start, places.tile_rows)
         tiles = Tiles(*table, places.tile_count, size)
     else:
-        before = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
-        sizes = before[1:] - before[:-1]
+        lower = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
+        sizes = lower[1:] - lower[:-1]
         first = _offsets(-(-sizes // alignment) * alignment)
-        position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - before[:-1])[expert]
+        position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
         dense, starts = sizes[:num_experts], first[:num_experts]
         tiles = cut_groups(dense, starts, pairs, size)
+        segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
+        before = _offsets(jnp.pad(segments, (0, READABLE)))
+        segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
     bound = aligned_rows(pairs, num_experts, alignment)
     order = jnp.full(bound, pairs, jnp.int32).at[position].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
-    segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
-    segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
     return RoutingPlan(
         order=order,
         position=position,
@@ -125,6 +132,7 @@ def make_plan(
         group_sizes=dense,
         group_starts=starts,
         segment_sizes=segments,
+        before=before,
         tiles=tiles,
         lora_tiles=_lora_tiles(segments, starts, pairs),
         alignment=alignment,

@@ -5,8 +5,8 @@ between the experts before its own. A tile's expert is the number of experts who
 sums over comparisons, `[64, 64]` at a time and no sort, scatter or atomics.
 
 Every block counts the rows of all experts, a quarter of the keys a warpgroup, and adds the parts up through shared
-memory; then its four warpgroups do 64 pairs together, or 64 tiles each. `shared` is the barrier of the four warpgroups,
-`loaded` that of the keys.
+memory; then its four warpgroups do 64 pairs together, or 64 tiles or 64 segments (an expert's rows of one slot) each.
+`shared` is the barrier of the four warpgroups, `loaded` that of the keys.
 """
 
 from dataclasses import dataclass
@@ -36,12 +36,14 @@ class Places:
 
     Attributes:
       position: int32 `[P]`. sizes, starts: int32 `[E]`, rows of each expert, and its first row.
+      before: int32, pairs of a lower (expert, slot) for each, from (0, 0) on; at least `E * (S + 1) + 64` of them.
       tile_expert, tile_start, tile_rows: int32 `[N]`. tile_count: int32 `[64]`, all the same.
     """
 
     position: Int[Array, "P"]
     sizes: Int[Array, "E"]
     starts: Int[Array, "E"]
+    before: Int[Array, "segments"]
     tile_expert: Int[Array, "N"]
     tile_start: Int[Array, "N"]
     tile_rows: Int[Array, "N"]
@@ -49,25 +51,28 @@ class Places:
 
 
 def places_and_tiles(
-    keys: Int[Array, "P"], keys_an_expert: int, num_experts: int, alignment: int, tile_rows: int, num_tiles: int
+    keys: Int[Array, "P"], segments: int, num_experts: int, alignment: int, tile_rows: int, num_tiles: int
 ) -> Places:
     """Places of the pairs, sizes and starts of the experts, and tiles.
 
     Args:
-      keys: int32 `[P]`, no two alike; expert e has those from `e * keys_an_expert` on, skipped pairs those from
-        `num_experts * keys_an_expert` on.
+      keys: int32 `[P]`, `(expert * segments + slot) * P + pair`; skipped pairs have `num_experts` for their expert.
+      segments: an expert's slots, and one more for base rows.
       alignment: a power of two. num_tiles: static bound.
     """
     pairs = keys.shape[0]
+    keys_an_expert = segments * pairs
     chunks = pl.cdiv(pairs, BLOCK)
     expert_chunks = pl.cdiv(num_experts, BLOCK)
     pair_jobs = chunks
     tile_jobs = pl.cdiv(num_tiles, WARPGROUPS * BLOCK)
+    segment_chunks = pl.cdiv(num_experts * segments, BLOCK) + 1  # one more, so that 64 can be read from anywhere
+    segment_jobs = pl.cdiv(segment_chunks, WARPGROUPS)
     last = jnp.iinfo(jnp.int32).max
     padded = jnp.full(chunks * BLOCK, last, jnp.int32).at[:pairs].set(keys).reshape(chunks, BLOCK)
 
     def body(keys, position, *refs):
-        (*group_refs, tile_expert, tile_start, tile_used, tile_count), smem = refs[:6], refs[6:]
+        (*group_refs, before, tile_expert, tile_start, tile_used, tile_count), smem = refs[:7], refs[7:]
         keys_smem, parts, sizes, starts, tile_ends, loaded, shared = smem
         job, warpgroup = lax.axis_index("job"), lax.axis_index("wg")
 
@@ -155,7 +160,16 @@ def places_and_tiles(
 
             pl.when(warpgroup == 0)(lambda: store(position, job, sum_of_parts(0) + total(expert_chunks, gaps)))
 
-        @pl.when(job >= pair_jobs)
+        @pl.when(job >= pair_jobs + tile_jobs)
+        def _():
+            chunk = (job - pair_jobs - tile_jobs) * WARPGROUPS + warpgroup
+
+            @pl.when(chunk < segment_chunks)
+            def _():
+                first = (row + jnp.minimum(chunk * BLOCK, num_experts * segments)) * pairs
+                before[chunk] = total(chunks, lambda c: (across(keys_smem, c) < first).astype(jnp.int32))
+
+        @pl.when((job >= pair_jobs) & (job < pair_jobs + tile_jobs))
         def _():
             chunk = (job - pair_jobs) * WARPGROUPS + warpgroup
 
@@ -193,14 +207,14 @@ def places_and_tiles(
                 tile_used[chunk] = used
 
     tile_chunks = pl.cdiv(num_tiles, BLOCK)
-    lengths = (chunks, expert_chunks, expert_chunks, tile_chunks, tile_chunks, tile_chunks)
-    position, sizes, starts, *tables, count = plgpu.kernel(
+    lengths = (chunks, expert_chunks, expert_chunks, segment_chunks, tile_chunks, tile_chunks, tile_chunks)
+    position, sizes, starts, before, *tables, count = plgpu.kernel(
         body,
         out_type=(
             *[jax.ShapeDtypeStruct((length, BLOCK), jnp.int32) for length in lengths],
             jax.ShapeDtypeStruct((BLOCK,), jnp.int32),
         ),
-        grid=(pair_jobs + tile_jobs,),
+        grid=(pair_jobs + tile_jobs + segment_jobs,),
         grid_names=("job",),
         num_threads=WARPGROUPS,
         thread_name="wg",
@@ -218,6 +232,7 @@ def places_and_tiles(
         position.reshape(-1)[:pairs],
         sizes.reshape(-1)[:num_experts],
         starts.reshape(-1)[:num_experts],
+        before.reshape(-1),
         tile_expert,
         tile_start,
         tile_used,

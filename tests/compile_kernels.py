@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 DUMP = Path(tempfile.mkdtemp())
@@ -17,13 +18,13 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from pallas_kernels import make_plan  # noqa: E402
+from pallas_kernels import LoRAPages, make_plan  # noqa: E402
 from pallas_kernels.activations import ACTIVATIONS  # noqa: E402
 from pallas_kernels.dispatch import dispatch  # noqa: E402
 from pallas_kernels.grouped_lora import hopper as lora  # noqa: E402
 from pallas_kernels.grouped_matmul import hopper  # noqa: E402
 from pallas_kernels.plan import Tiles  # noqa: E402
-from pallas_kernels.steps import LoRASteps  # noqa: E402
+from pallas_kernels.steps import LoRASteps, make_steps  # noqa: E402
 from pallas_kernels.tuning import Config, heuristic  # noqa: E402
 
 H200 = """
@@ -50,11 +51,28 @@ def tiles(size: int) -> Tiles:
     return Tiles(*[array((72,))] * 4, array(()), size)
 
 
+def lora_steps(rows: int) -> LoRASteps:
+    return LoRASteps(array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows)
+
+
+def steps(slots: int, one_pool: bool):
+    """The lists of a gated projection and of a plain one."""
+    a, b = array((100, 16, 128), "bfloat16"), array((100, 16, 64), "bfloat16")
+    pages = LoRAPages(a, b, array((slots, 8, 4)), array((slots, 8), "float32"), 40)
+
+    def call(experts, of_token, pages, other_pool):
+        other = replace(pages, a=pages.a if one_pool else other_pool)
+        plan = make_plan(experts, of_token, 8, slots, "hopper")
+        return make_steps(plan, ((pages, other), (pages,)))
+
+    return call, (array((40, 2)), array((40,)), pages, a)
+
+
 def matmul(config: Config, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
     depth, out = widths
     count = 2 if gated else 1
     weights = (array((8, out, depth), dtype),) * count
-    steps = LoRASteps(array((73,)), array((200, 6))) if with_lora else None
+    steps = lora_steps(config.tile_rows) if with_lora else None
     hidden = array((50, config.tile_rows, 64), dtype) if with_lora else None
     pages = (array((100, 16, out), dtype),) * count if with_lora else ()
     unit = ACTIVATIONS["silu"] if gated else None
@@ -69,7 +87,7 @@ def shrink(rows: int, pools: int, width: int, dtype: str):
     def call(x, pools, tiles, steps):
         return lora.shrink(x, pools, tiles, steps)
 
-    steps = LoRASteps(array((73,)), array((200, 6)))
+    steps = lora_steps(rows)
     return call, (array((1024, width), dtype), (array((100, 16, width), dtype),) * pools, tiles(rows), steps)
 
 
@@ -84,6 +102,8 @@ def cases():
     for rows in (8, 56, 128):
         yield f"shrink {rows}", *shrink(rows, 1, 2048, "bfloat16")
     yield "shrink of two pools, float16", *shrink(16, 2, 2880, "float16")
+    for slots, one_pool in ((8, True), (32, False), (256, True)):
+        yield f"steps of {slots} slots", *steps(slots, one_pool)
     for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168)):
         rows = tokens * top_k + 64
         yield (
@@ -104,6 +124,8 @@ def main() -> None:
     sharding = jax.sharding.SingleDeviceSharding(device)
     seen: set[Path] = set()
     for name, call, arguments in cases():
+        if not all(word in name for word in sys.argv[1:]):
+            continue
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
         line = {"name": name, "error": None, "ptxas": []}
         try:

@@ -18,7 +18,7 @@ from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.tuning import Config, heuristic, smem_bytes
 
 TOLERANCE = 1e-2  # bfloat16
-SPEC = PagedSpec(14, 128, 192, 3, 2, slots=4, ranks=(4, 16, 17, 40))
+SPEC = PagedSpec(14, 192, 192, 3, 2, slots=4, ranks=(4, 16, 17, 40))
 CONFIGS = {
     "stream, 8 rows": Config("stream", 8, 3, num_sms=2, apart=True),
     "stream, 24 rows": Config("stream", 24, 2, num_sms=3, apart=True),
@@ -47,7 +47,7 @@ def run(layer: PagedLayer, modules: tuple[str, ...], config: Config, slots=None,
     weights = tuple(getattr(layer.experts, m) for m in modules)
     x = jax.random.normal(jax.random.key(0), (spec.tokens, weights[0].shape[2]), spec.dtype)
     pages = tuple(used.get(m) for m in modules)
-    rows = fused.grouped_matmul(x, weights, plan, True, pages, "silu", config)
+    rows = fused.grouped_matmul(x, weights, plan, True, pages, "silu", config=config)
     return np.asarray(rows.astype(jnp.float32))[np.asarray(plan.position)]
 
 
@@ -89,8 +89,8 @@ def test_a_projection_without_adapters_beside_one_that_has_them(layer):
 def test_no_rows_at_all_is_no_hang(layer):
     """All pairs skipped: no tile, no item, nothing waits."""
     plan = make_plan(jnp.full_like(layer.chosen, -1), layer.slots, 3, 4, "hopper")
-    x = jnp.ones((14, 128), "bfloat16")
-    fused.grouped_matmul(x, (layer.experts.gate,), plan, True, (None,), "silu", CONFIGS["stream, 8 rows"])
+    x = jnp.ones((layer.spec.tokens, layer.spec.hidden), "bfloat16")
+    fused.grouped_matmul(x, (layer.experts.gate,), plan, True, (None,), "silu", config=CONFIGS["stream, 8 rows"])
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "width", "num_sms"), [(5, 2, 128, 2), (37, 3, 64, 3), (40, 1, 192, 2)])

@@ -17,7 +17,8 @@ from pallas_kernels import mosaic
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps import BEGIN, END, PAGE_A, PAGES_A_STEP, SCALE, LoRASteps
+from pallas_kernels.steps import LoRASteps
+from pallas_kernels.steps_hopper import BEGIN, END, PAGE_A, PAGES_A_STEP, SCALE
 
 RANKS = PAGES_A_STEP * RANK_PAGE
 
@@ -42,7 +43,7 @@ def shrink(
     depth_steps = pl.cdiv(width, depth)
     stages = _stages(tile_rows, depth)
 
-    def body(start_of, count, step_of, entries, x, pool0, pool1, out, **smem):
+    def body(start_of, count, first_of, steps_of, entries, x, pool0, pool1, out, **smem):
         page_ring, row_ring, out_tile, full, empty = (
             smem[name] for name in ("page_ring", "row_ring", "out_tile", "full", "empty")
         )
@@ -62,25 +63,25 @@ def shrink(
                 plgpu.copy_gmem_to_smem(pool1.at[-1 - page, :, some], target, barrier)
 
         def pairs_of(tile):
-            """Pairs of steps: what the two warpgroups take at a time."""
-            first, after = step_of[tile], step_of[tile + 1]
-            return first, after, lax.div(after - first + 1, jnp.int32(2))
+            """The tile's steps, and their pairs: what the two warpgroups take at a time."""
+            steps = steps_of[tile, 0]
+            return steps, lax.div(steps + 1, jnp.int32(2))
 
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _memory():
             plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
 
             def item(tile, done):
-                first, after, pairs = pairs_of(tile)
+                steps, pairs = pairs_of(tile)
                 row = pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
 
                 def pair(index, done):
                     # A tile with an odd number of steps reads its last step twice.
-                    pair_steps = [
-                        jnp.minimum(first + 2 * index + half, after - 1) for half in range(COMPUTE_WARPGROUPS)
-                    ]
+                    pair_steps = [jnp.minimum(2 * index + half, steps - 1) for half in range(COMPUTE_WARPGROUPS)]
                     page_ids = [
-                        entries[step * PAGES_A_STEP + q, PAGE_A] for step in pair_steps for q in range(PAGES_A_STEP)
+                        entries[PAGE_A, tile, step * PAGES_A_STEP + q]
+                        for step in pair_steps
+                        for q in range(PAGES_A_STEP)
                     ]
 
                     @pl.loop(0, depth_steps)
@@ -104,7 +105,8 @@ def shrink(
             plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
 
             def item(tile, done):
-                first, after, pairs = pairs_of(tile)
+                steps, pairs = pairs_of(tile)
+                first = first_of[tile, 0]
 
                 def pair(index, done):
                     def accumulate(acc):
@@ -119,12 +121,12 @@ def shrink(
                         return acc[...]
 
                     acc = pl.run_scoped(accumulate, plgpu.ACC((RANKS, tile_rows)))
-                    step = jnp.minimum(first + 2 * index + warpgroup, after - 1)
+                    step = jnp.minimum(2 * index + warpgroup, steps - 1)
                     entry = lax.div(_iota((RANKS, tile_rows), 0), jnp.int32(RANK_PAGE))
                     rows = _iota((RANKS, tile_rows), 1)
 
                     def of_entry(field):
-                        values = [entries[step * PAGES_A_STEP + q, field] for q in range(PAGES_A_STEP)]
+                        values = [entries[field, tile, step * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
                         chosen = jnp.full((RANKS, tile_rows), values[0])
                         for q in range(1, PAGES_A_STEP):
                             chosen = jnp.where(entry == q, values[q], chosen)
@@ -138,9 +140,9 @@ def shrink(
                     out_tile.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.commit_smem()
 
-                    @pl.when(first + 2 * index + warpgroup < after)
+                    @pl.when(2 * index + warpgroup < steps)
                     def _():
-                        plgpu.copy_smem_to_gmem(out_tile.at[warpgroup], out.at[step])
+                        plgpu.copy_smem_to_gmem(out_tile.at[warpgroup], out.at[first + step])
 
                     return done + depth_steps
 
@@ -158,7 +160,7 @@ def shrink(
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)
-    return kernel(tiles.start, tiles.count.reshape(-1), steps.start, steps.entries, x, pools[0], pools[-1])
+    return kernel(tiles.start, tiles.count.reshape(-1), steps.first, steps.count, steps.entries, x, pools[0], pools[-1])
 
 
 def _stages(tile_rows: int, depth: int) -> int:

@@ -27,7 +27,8 @@ from pallas_kernels import mosaic
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, HALF, PART, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps import PAGE_B0, PAGE_B1, PAGES_A_STEP, LoRASteps
+from pallas_kernels.steps import LoRASteps
+from pallas_kernels.steps_hopper import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.tuning import Config
 
 PAGE_COPIES = 2 * PAGES_A_STEP * RANK_PAGE // 8  # of a LoRA step
@@ -63,7 +64,7 @@ def grouped_matmul(
     stream = config.form == "stream"
     with_lora = steps is not None
 
-    def body(expert_of, start_of, rows_of, count, step_of, entries, x, w0, w1, hidden, b0, b1, out, **smem):
+    def body(expert_of, start_of, rows_of, count, first_of, steps_of, entries, x, w0, w1, hidden, b0, b1, out, **smem):
         (weight_ring, page_ring), row_ring = smem["ring"], smem["row_ring"]
         out_tile, full, pages_full, empty = (smem[name] for name in ("out_tile", "full", "pages_full", "empty"))
         warpgroup = lax.axis_index("wg")
@@ -72,9 +73,7 @@ def grouped_matmul(
         def place(number):
             """Tile and first columns of an item; consecutive items share a tile, so its rows come from L2."""
             tile, block = lax.div(number, jnp.int32(blocks)), lax.rem(number, jnp.int32(blocks))
-            first_step = step_of[tile] if with_lora else 0
-            lora_steps = step_of[tile + 1] - first_step if with_lora else 0
-            return tile, block * columns, first_step, lora_steps
+            return tile, block * columns, steps_of[tile, 0] if with_lora else 0
 
         def column(first, part):
             return first + (0 if gated else part * PART)
@@ -84,7 +83,7 @@ def grouped_matmul(
             plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
 
             def item(number, done):
-                tile, first, first_step, lora_steps = place(number)
+                tile, first, lora_steps = place(number)
                 expert, row = expert_of[tile], pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
 
                 @pl.loop(0, depth_steps)
@@ -100,13 +99,13 @@ def grouped_matmul(
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
 
                 if with_lora:
+                    first_step = first_of[tile, 0]
 
                     @pl.loop(0, lora_steps)
                     def _(k):
-                        step = first_step + k
                         # Read before the wait, which hides what the reads take.
                         page_ids = [
-                            [entries[step * PAGES_A_STEP + q, side] for q in range(PAGES_A_STEP)]
+                            [entries[side, tile, k * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
                             for side in (PAGE_B0, PAGE_B1)
                         ]
                         stage = mosaic.wait_until_empty(empty, done + depth_steps + k, stages)
@@ -120,7 +119,7 @@ def grouped_matmul(
                                         ],
                                         pages_full.at[stage],
                                     )
-                        plgpu.copy_gmem_to_smem(hidden.at[step], row_ring.at[stage], pages_full.at[stage])
+                        plgpu.copy_gmem_to_smem(hidden.at[first_step + k], row_ring.at[stage], pages_full.at[stage])
 
                 return done + depth_steps + lora_steps
 
@@ -216,7 +215,7 @@ def grouped_matmul(
                         plgpu.barrier_arrive(empty.at[stage])
 
             def item(number, done):
-                tile, first, _, lora_steps = place(number)
+                tile, first, lora_steps = place(number)
                 if stream:
                     multiply_and_store(tile, first, lora_steps, done)
                 else:
@@ -242,9 +241,9 @@ def grouped_matmul(
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
     if steps is None:  # never read: arrays that are there already, for no kernel to make others
-        steps, hidden, pages = LoRASteps(tiles.start, tiles.start), x, (x,)
+        steps, hidden, pages = LoRASteps(tiles.start, tiles.start, tiles.start, 0, tile_rows), x, (x,)
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms)
     return kernel(
-        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), steps.start, steps.entries,
+        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), steps.first, steps.count, steps.entries,
         x, weights[0], weights[-1], hidden, pages[0], pages[-1],
     )  # fmt: skip
