@@ -71,7 +71,7 @@ def places_and_tiles(
     last = jnp.iinfo(jnp.int32).max
     padded = jnp.full(chunks * BLOCK, last, jnp.int32).at[:pairs].set(keys).reshape(chunks, BLOCK)
 
-    def body(keys, position, *refs):
+    def plan_rows(keys, position, *refs):
         (*group_refs, before, tile_expert, tile_start, tile_used, tile_count), smem = refs[:7], refs[7:]
         keys_smem, parts, sizes, starts, tile_ends, loaded, shared = smem
         job, warpgroup = lax.axis_index("job"), lax.axis_index("wg")
@@ -209,7 +209,7 @@ def places_and_tiles(
     tile_chunks = pl.cdiv(num_tiles, BLOCK)
     lengths = (chunks, expert_chunks, expert_chunks, segment_chunks, tile_chunks, tile_chunks, tile_chunks)
     position, sizes, starts, before, *tables, count = plgpu.kernel(
-        body,
+        plan_rows,
         out_type=(
             *[jax.ShapeDtypeStruct((length, BLOCK), jnp.int32) for length in lengths],
             jax.ShapeDtypeStruct((BLOCK,), jnp.int32),

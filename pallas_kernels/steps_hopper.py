@@ -60,7 +60,7 @@ def lists(
     num_tiles, chunks = tiles.expert.shape[0], packed.shape[3]
     segments = num_slots + 1
 
-    def body(expert_of, start_of, rows_of, starts, before, packed, *refs):
+    def list_steps(expert_of, start_of, rows_of, starts, before, packed, *refs):
         *outs, facts = refs
         warpgroup = lax.axis_index("wg")
         job = lax.axis_index("job") * WARPGROUPS + warpgroup
@@ -179,7 +179,7 @@ def lists(
             module += of.projections
 
     kernel = plgpu.kernel(
-        body,
+        list_steps,
         out_type=[
             jax.ShapeDtypeStruct(shape, jnp.int32)
             for of in cut

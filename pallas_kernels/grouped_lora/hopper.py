@@ -43,7 +43,7 @@ def shrink(
     depth_steps = pl.cdiv(width, depth)
     stages = _stages(tile_rows, depth)
 
-    def body(start_of, count, first_of, steps_of, entries, x, pool0, pool1, out, **smem):
+    def shrink_rows(start_of, count, first_of, steps_of, entries, x, pool0, pool1, out, **smem):
         page_ring, row_ring, out_tile, full, empty = (
             smem[name] for name in ("page_ring", "row_ring", "out_tile", "full", "empty")
         )
@@ -159,7 +159,7 @@ def shrink(
         "full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS * PAGES_A_STEP + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
-    kernel = mosaic.run(body, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)
+    kernel = mosaic.run(shrink_rows, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)
     return kernel(tiles.start, tiles.count.reshape(-1), steps.first, steps.count, steps.entries, x, pools[0], pools[-1])
 
 

@@ -242,6 +242,7 @@ def grouped_matmul(
     }
     if steps is None:  # never read: arrays that are there already, for no kernel to make others
         steps, hidden, pages = LoRASteps(tiles.start, tiles.start, tiles.start, 0, tile_rows), x, (x,)
+    body.__name__ = f"{'gated_' if gated else ''}matmul_{config.form}"  # what profilers show
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms)
     return kernel(
         tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), steps.first, steps.count, steps.entries,
