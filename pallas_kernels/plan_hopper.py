@@ -4,8 +4,8 @@ A pair's key orders it by expert, slot and pair. Its place is the number of lowe
 between the experts before its own. A tile's expert is the number of experts whose last tile comes before it. Both are
 sums over comparisons, `[64, 64]` at a time and no sort, scatter or atomics.
 
-Every block counts the rows of all experts, a quarter of the keys a warpgroup, and adds the parts up through shared
-memory; then its four warpgroups do 64 pairs together, or 64 tiles or 64 segments (an expert's rows of one slot) each.
+A block does 64 pairs, or 64 tiles a warpgroup, for which it counts the rows of all experts first; or 64 segments (an
+expert's rows of one slot). Each of its four warpgroups counts a quarter of the keys; parts meet in shared memory.
 `shared` is the barrier of the four warpgroups, `loaded` that of the keys.
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import mosaic
 
-MAX_PAIRS, MAX_EXPERTS = 2048, 256
+MAX_PAIRS, MAX_EXPERTS = 4096, 256
 BLOCK, WARPGROUPS = 64, 4
 
 
@@ -67,13 +67,14 @@ def places_and_tiles(
     pair_jobs = chunks
     tile_jobs = pl.cdiv(num_tiles, WARPGROUPS * BLOCK)
     segment_chunks = pl.cdiv(num_experts * segments, BLOCK) + 1  # one more, so that 64 can be read from anywhere
-    segment_jobs = pl.cdiv(segment_chunks, WARPGROUPS)
+    together = segment_chunks <= mosaic.NUM_SMS  # the warpgroups of a block count for the same 64 segments
+    segment_jobs = segment_chunks if together else pl.cdiv(segment_chunks, WARPGROUPS)
     last = jnp.iinfo(jnp.int32).max
     padded = jnp.full(chunks * BLOCK, last, jnp.int32).at[:pairs].set(keys).reshape(chunks, BLOCK)
 
     def plan_rows(keys, position, *refs):
         (*group_refs, before, tile_expert, tile_start, tile_used, tile_count), smem = refs[:7], refs[7:]
-        keys_smem, parts, sizes, starts, tile_ends, loaded, shared = smem
+        keys_smem, parts, ends, sizes, starts, tile_ends, loaded, shared = smem
         job, warpgroup = lax.axis_index("job"), lax.axis_index("wg")
 
         @pl.when(warpgroup == 0)
@@ -114,26 +115,25 @@ def places_and_tiles(
             plgpu.barrier_arrive(shared)
             plgpu.barrier_wait(shared)
 
-        for block in range(expert_chunks):
-            low = (row + block * BLOCK) * keys_an_expert
-            high = jnp.where(row + block * BLOCK < num_experts, low + keys_an_expert, low)
-
-            def inside(chunk, low=low, high=high):
-                keys = across(keys_smem, chunk)
-                return ((keys >= low) & (keys < high)).astype(jnp.int32)
-
-            leave_part(block, chunks, inside)
-
-        meet()
-        pl.when(warpgroup < expert_chunks)(lambda: store(sizes, warpgroup, sum_of_parts(warpgroup)))
-        meet()
-        expert = row + warpgroup * BLOCK
-
         def expert_of_column(chunk):
             return column + chunk * BLOCK
 
-        @pl.when(warpgroup < expert_chunks)
-        def _():
+        def count_experts():
+            for block in range(expert_chunks):
+                end = jnp.minimum(row + (block * BLOCK + 1), num_experts) * keys_an_expert
+                leave_part(block, chunks, lambda c, end=end: (across(keys_smem, c) < end).astype(jnp.int32))
+            meet()
+            mine = warpgroup < expert_chunks
+            expert = row + warpgroup * BLOCK
+            pl.when(mine)(lambda: store(ends, warpgroup, sum_of_parts(warpgroup)))
+            meet()
+
+            def end_before(chunk):
+                return jnp.where(expert_of_column(chunk) == expert - 1, across(ends, chunk), 0)
+
+            pl.when(mine)(lambda: store(sizes, warpgroup, rows_of(ends, warpgroup) - total(expert_chunks, end_before)))
+            meet()
+
             def rows_before(chunk):
                 size = across(sizes, chunk)
                 size = (size + (alignment - 1)) & ~(alignment - 1)
@@ -143,10 +143,14 @@ def places_and_tiles(
                 count = lax.div(across(sizes, chunk) + (tile_rows - 1), jnp.int32(tile_rows))
                 return jnp.where(expert_of_column(chunk) <= expert, count, 0)
 
-            starts[warpgroup] = total(expert_chunks, rows_before)
-            tile_ends[warpgroup] = total(expert_chunks, tiles_to)
+            @pl.when(mine)
+            def _():
+                starts[warpgroup] = total(expert_chunks, rows_before)
+                tile_ends[warpgroup] = total(expert_chunks, tiles_to)
 
-        meet()
+            meet()
+
+        pl.when(job < pair_jobs + tile_jobs)(count_experts)
 
         @pl.when(job < pair_jobs)
         def _():
@@ -162,12 +166,19 @@ def places_and_tiles(
 
         @pl.when(job >= pair_jobs + tile_jobs)
         def _():
-            chunk = (job - pair_jobs - tile_jobs) * WARPGROUPS + warpgroup
+            number = job - pair_jobs - tile_jobs
 
-            @pl.when(chunk < segment_chunks)
-            def _():
+            def lower(chunk):
                 first = (row + jnp.minimum(chunk * BLOCK, num_experts * segments)) * pairs
-                before[chunk] = total(chunks, lambda c: (across(keys_smem, c) < first).astype(jnp.int32))
+                return lambda c: (across(keys_smem, c) < first).astype(jnp.int32)
+
+            if together:
+                leave_part(0, chunks, lower(number))
+                meet()
+                pl.when(warpgroup == 0)(lambda: store(before, number, sum_of_parts(0)))
+            else:
+                chunk = number * WARPGROUPS + warpgroup
+                pl.when(chunk < segment_chunks)(lambda: store(before, chunk, total(chunks, lower(chunk))))
 
         @pl.when((job >= pair_jobs) & (job < pair_jobs + tile_jobs))
         def _():
@@ -221,7 +232,7 @@ def places_and_tiles(
         scratch_types=(
             plgpu.SMEM((chunks, BLOCK), jnp.int32),
             plgpu.SMEM((expert_chunks * WARPGROUPS, BLOCK), jnp.int32),
-            *[plgpu.SMEM((expert_chunks, BLOCK), jnp.int32)] * 3,
+            *[plgpu.SMEM((expert_chunks, BLOCK), jnp.int32)] * 4,
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
