@@ -116,7 +116,7 @@ def make_plan(
     else:
         lower = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
         sizes = lower[1:] - lower[:-1]
-        first = _offsets(-(-sizes // alignment) * alignment)
+        first = group_start(lower[:-1], jnp.arange(num_experts + 1, dtype=jnp.int32), alignment)
         position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
         dense, starts = sizes[:num_experts], first[:num_experts]
         tiles = cut_groups(dense, starts, pairs, size)
@@ -161,9 +161,14 @@ def max_tiles(pairs: int, groups: int, size: int) -> int:
     return pairs // size + min(pairs, groups)
 
 
+def group_start(lower: Int[Array, "N"], expert: Int[Array, "N"], alignment: int) -> Int[Array, "N"]:
+    """First row of an expert that comes after `lower` pairs: aligned, and known without the other experts' sizes."""
+    return -(-(lower + (alignment - 1) * expert) // alignment) * alignment
+
+
 def aligned_rows(pairs: int, num_experts: int, alignment: int) -> int:
-    """Q: rows that P pairs can take when each expert's first row is a multiple of `alignment`."""
-    return -(-(pairs + (alignment - 1) * min(num_experts, pairs)) // alignment) * alignment
+    """Q: rows that P pairs can take."""
+    return -(-(pairs + (alignment - 1) * (num_experts + 1)) // alignment) * alignment
 
 
 def _ids(ids: Int[Array, "N"], count: int) -> Int[Array, "N"]:

@@ -1,11 +1,11 @@
 """The routing plan's sorted places and tiles in one kernel, by comparing all with all, for few pairs.
 
-A pair's key orders it by expert, slot and pair. Its place is the number of lower keys plus the rows that alignment puts
-between the experts before its own. A tile's expert is the number of experts whose last tile comes before it. Both are
-sums over comparisons, `[64, 64]` at a time and no sort, scatter or atomics.
+A pair's key orders it by expert, slot and pair. Its place follows from the number of lower keys and of those of lower
+experts; a tile's expert is the number of experts whose last tile comes before it. All are sums over comparisons,
+`[64, 64]` at a time: no sort, scatter or atomics.
 
-A block does 64 pairs, or 64 tiles a warpgroup, for which it counts the rows of all experts first; or 64 segments (an
-expert's rows of one slot). Each of its four warpgroups counts a quarter of the keys; parts meet in shared memory.
+A block does 64 pairs; or 64 tiles a warpgroup, for which it counts the rows of all experts; or 64 segments (an expert's
+rows of one slot). Each of its four warpgroups counts a quarter of the keys; parts meet in shared memory.
 `shared` is the barrier of the four warpgroups, `loaded` that of the keys.
 """
 
@@ -115,6 +115,11 @@ def places_and_tiles(
             plgpu.barrier_arrive(shared)
             plgpu.barrier_wait(shared)
 
+        lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
+
+        def start_of(lower, expert):
+            return (lower + expert * (alignment - 1) + (alignment - 1)) & ~(alignment - 1)
+
         def expert_of_column(chunk):
             return column + chunk * BLOCK
 
@@ -134,35 +139,32 @@ def places_and_tiles(
             pl.when(mine)(lambda: store(sizes, warpgroup, rows_of(ends, warpgroup) - total(expert_chunks, end_before)))
             meet()
 
-            def rows_before(chunk):
-                size = across(sizes, chunk)
-                size = (size + (alignment - 1)) & ~(alignment - 1)
-                return jnp.where(expert_of_column(chunk) < expert, size, 0)
-
             def tiles_to(chunk):
                 count = lax.div(across(sizes, chunk) + (tile_rows - 1), jnp.int32(tile_rows))
                 return jnp.where(expert_of_column(chunk) <= expert, count, 0)
 
             @pl.when(mine)
             def _():
-                starts[warpgroup] = total(expert_chunks, rows_before)
+                lower = rows_of(ends, warpgroup) - rows_of(sizes, warpgroup)
+                starts[warpgroup] = start_of(lower, lane + warpgroup * BLOCK)
                 tile_ends[warpgroup] = total(expert_chunks, tiles_to)
 
             meet()
 
-        pl.when(job < pair_jobs + tile_jobs)(count_experts)
+        pl.when((job >= pair_jobs) & (job < pair_jobs + tile_jobs))(count_experts)
 
         @pl.when(job < pair_jobs)
         def _():
-            mine = down(rows_of(keys_smem, job))
-            leave_part(0, chunks, lambda c: (across(keys_smem, c) < mine).astype(jnp.int32))
+            mine = rows_of(keys_smem, job)
+            expert = lax.div(mine, jnp.int32(keys_an_expert))
+            for place, bound in enumerate((down(mine), down(expert * keys_an_expert))):
+                leave_part(place, chunks, lambda c, bound=bound: (across(keys_smem, c) < bound).astype(jnp.int32))
             meet()
 
-            def gaps(c):
-                gap = -across(sizes, c) & (alignment - 1)
-                return jnp.where((expert_of_column(c) + 1) * keys_an_expert <= mine, gap, 0)
-
-            pl.when(warpgroup == 0)(lambda: store(position, job, sum_of_parts(0) + total(expert_chunks, gaps)))
+            @pl.when(warpgroup == 0)
+            def _():
+                lower = sum_of_parts(1)
+                position[job] = sum_of_parts(0) - lower + start_of(lower, expert)
 
         @pl.when(job >= pair_jobs + tile_jobs)
         def _():
@@ -210,8 +212,7 @@ def places_and_tiles(
                     lambda c: across(tile_ends, c) - lax.div(across(sizes, c) + (tile_rows - 1), jnp.int32(tile_rows))
                 )
                 start = of_own(lambda c: across(starts, c))
-                number = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-                within = (number + chunk * BLOCK - begin) * tile_rows
+                within = (lane + chunk * BLOCK - begin) * tile_rows
                 used = jnp.clip(size - within, 0, tile_rows)
                 tile_expert[chunk] = jnp.where(used > 0, own, 0)
                 tile_start[chunk] = jnp.where(used > 0, start + within, 0)
@@ -231,7 +232,7 @@ def places_and_tiles(
         thread_name="wg",
         scratch_types=(
             plgpu.SMEM((chunks, BLOCK), jnp.int32),
-            plgpu.SMEM((expert_chunks * WARPGROUPS, BLOCK), jnp.int32),
+            plgpu.SMEM((max(expert_chunks, 2) * WARPGROUPS, BLOCK), jnp.int32),
             *[plgpu.SMEM((expert_chunks, BLOCK), jnp.int32)] * 4,
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=WARPGROUPS),

@@ -24,7 +24,7 @@ SPECS = {
     "gpt-oss widths": PagedSpec(33, 2880, 2880, 8, 4),
     "64 experts": PagedSpec(301, 512, 448, 64, 6),
     "128 experts": PagedSpec(130, 2048, 768, 128, 8, slots=8, ranks=(4, 8, 16, 17, 32, 64, 100, 128)),
-    "256 experts": PagedSpec(77, 256, 128, 256, 8),
+    "256 experts": PagedSpec(500, 256, 128, 256, 8),
     "mixtral widths": PagedSpec(19, 1024, 14336, 4, 2),
     "all rows on one expert": PagedSpec(200, 256, 192, 8, 2, routing="one"),
     "empty experts": PagedSpec(90, 256, 192, 16, 4, routing="half"),

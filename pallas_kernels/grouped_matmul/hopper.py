@@ -241,10 +241,12 @@ def grouped_matmul(
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
     if steps is None:  # never read: arrays that are there already, for no kernel to make others
-        steps, hidden, pages = LoRASteps(tiles.start, tiles.start, tiles.start, 0, tile_rows), x, (x,)
+        lists, hidden, pages = (tiles.start,) * 3, x, (x,)
+    else:
+        lists = (steps.first, steps.count, steps.entries)
     body.__name__ = f"{'gated_' if gated else ''}matmul_{config.form}"  # what profilers show
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms)
     return kernel(
-        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), steps.first, steps.count, steps.entries,
+        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), *lists,
         x, weights[0], weights[-1], hidden, pages[0], pages[-1],
     )  # fmt: skip
