@@ -3,7 +3,8 @@
 A work item is one tile of rows. Two compute warpgroups take two of its LoRA steps at a time (64 ranks each, on wgmma's
 M side; the tile's rows on its N side), so the rows are streamed once for eight pages. A ring stage holds 128 or 256
 elements of K of eight A pages and of the rows: few large copies, since all threads of a warpgroup arrive for each.
-`full[s]` counts nine TMA copies, `empty[s]` the two warpgroups.
+`full[s]` counts nine TMA copies; `half_full[s]` five, where a last step is alone and one warpgroup has nothing to do;
+`empty[s]` the two warpgroups.
 """
 
 import jax
@@ -44,8 +45,8 @@ def shrink(
     stages = _stages(tile_rows, depth)
 
     def shrink_rows(start_of, count, first_of, steps_of, entries, x, pool0, pool1, out, **smem):
-        page_ring, row_ring, out_tile, full, empty = (
-            smem[name] for name in ("page_ring", "row_ring", "out_tile", "full", "empty")
+        page_ring, row_ring, out_tile, full, half_full, empty = (
+            smem[name] for name in ("page_ring", "row_ring", "out_tile", "full", "half_full", "empty")
         )
         warpgroup = lax.axis_index("wg")
 
@@ -76,24 +77,28 @@ def shrink(
                 row = pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
 
                 def pair(index, done):
-                    # A tile with an odd number of steps reads its last step twice.
-                    pair_steps = [jnp.minimum(2 * index + half, steps - 1) for half in range(COMPUTE_WARPGROUPS)]
+                    both = 2 * index + 1 < steps
                     page_ids = [
-                        entries[PAGE_A, tile, step * PAGES_A_STEP + q]
-                        for step in pair_steps
+                        entries[PAGE_A, tile, jnp.minimum(2 * index + half, steps - 1) * PAGES_A_STEP + q]
+                        for half in range(COMPUTE_WARPGROUPS)
                         for q in range(PAGES_A_STEP)
                     ]
 
-                    @pl.loop(0, depth_steps)
-                    def _(k):
+                    def copy(k, page_ids, barriers):
                         stage = mosaic.wait_until_empty(empty, done + k, stages)
                         some = pl.ds(k * depth, depth)
-                        for index, page in enumerate(page_ids):
-                            half, q = divmod(index, PAGES_A_STEP)
+                        for number, page in enumerate(page_ids):
+                            half, q = divmod(number, PAGES_A_STEP)
                             target = page_ring.at[stage, half, pl.ds(q * RANK_PAGE, RANK_PAGE)]
-                            copy_page(page, some, target, full.at[stage])
-                        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), some], row_ring.at[stage], full.at[stage])
+                            copy_page(page, some, target, barriers.at[stage])
+                        plgpu.copy_gmem_to_smem(
+                            x.at[pl.ds(row, tile_rows), some], row_ring.at[stage], barriers.at[stage]
+                        )
 
+                    pl.when(both)(lambda: pl.loop(0, depth_steps)(lambda k: copy(k, page_ids, full)))
+                    pl.when(jnp.logical_not(both))(
+                        lambda: pl.loop(0, depth_steps)(lambda k: copy(k, page_ids[:PAGES_A_STEP], half_full))
+                    )
                     return done + depth_steps
 
                 return lax.fori_loop(0, pairs, pair, done)
@@ -109,41 +114,53 @@ def shrink(
                 first = first_of[tile, 0]
 
                 def pair(index, done):
-                    def accumulate(acc):
+                    def multiply(barriers):
+                        def accumulate(acc):
+                            @pl.loop(0, depth_steps)
+                            def _(k):
+                                stage = mosaic.stage_of(done + k, stages)
+                                plgpu.barrier_wait(barriers.at[stage])
+                                plgpu.wgmma(acc, page_ring.at[stage, warpgroup], row_ring.at[stage].T)
+                                plgpu.wgmma_wait(0)
+                                plgpu.barrier_arrive(empty.at[stage])
+
+                            return acc[...]
+
+                        acc = pl.run_scoped(accumulate, plgpu.ACC((RANKS, tile_rows)))
+                        step = 2 * index + warpgroup
+                        entry = lax.div(_iota((RANKS, tile_rows), 0), jnp.int32(RANK_PAGE))
+                        rows = _iota((RANKS, tile_rows), 1)
+
+                        def of_entry(field):
+                            values = [entries[field, tile, step * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
+                            chosen = jnp.full((RANKS, tile_rows), values[0])
+                            for q in range(1, PAGES_A_STEP):
+                                chosen = jnp.where(entry == q, values[q], chosen)
+                            return chosen
+
+                        mine = (rows >= of_entry(BEGIN)) & (rows < of_entry(END))
+                        result = jnp.where(
+                            mine, acc * lax.bitcast_convert_type(of_entry(SCALE), jnp.float32), 0.0
+                        ).astype(out.dtype)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        out_tile.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                        plgpu.commit_smem()
+                        plgpu.copy_smem_to_gmem(out_tile.at[warpgroup], out.at[first + step])
+
+                    def let_pass():
+                        """No step for this warpgroup: it only keeps the ring going."""
+
                         @pl.loop(0, depth_steps)
                         def _(k):
                             stage = mosaic.stage_of(done + k, stages)
-                            plgpu.barrier_wait(full.at[stage])
-                            plgpu.wgmma(acc, page_ring.at[stage, warpgroup], row_ring.at[stage].T)
-                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_wait(half_full.at[stage])
                             plgpu.barrier_arrive(empty.at[stage])
 
-                        return acc[...]
-
-                    acc = pl.run_scoped(accumulate, plgpu.ACC((RANKS, tile_rows)))
-                    step = jnp.minimum(2 * index + warpgroup, steps - 1)
-                    entry = lax.div(_iota((RANKS, tile_rows), 0), jnp.int32(RANK_PAGE))
-                    rows = _iota((RANKS, tile_rows), 1)
-
-                    def of_entry(field):
-                        values = [entries[field, tile, step * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
-                        chosen = jnp.full((RANKS, tile_rows), values[0])
-                        for q in range(1, PAGES_A_STEP):
-                            chosen = jnp.where(entry == q, values[q], chosen)
-                        return chosen
-
-                    mine = (rows >= of_entry(BEGIN)) & (rows < of_entry(END))
-                    result = jnp.where(mine, acc * lax.bitcast_convert_type(of_entry(SCALE), jnp.float32), 0.0).astype(
-                        out.dtype
-                    )
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out_tile.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
-                    plgpu.commit_smem()
-
-                    @pl.when(2 * index + warpgroup < steps)
-                    def _():
-                        plgpu.copy_smem_to_gmem(out_tile.at[warpgroup], out.at[first + step])
-
+                    both = 2 * index + 1 < steps
+                    alone = jnp.logical_not(both)
+                    pl.when(both)(lambda: multiply(full))
+                    pl.when(alone & (warpgroup == 0))(lambda: multiply(half_full))
+                    pl.when(alone & (warpgroup == 1))(let_pass)
                     return done + depth_steps
 
                 return lax.fori_loop(0, pairs, pair, done)
@@ -157,6 +174,7 @@ def shrink(
         "row_ring": mosaic.tile_smem((stages, tile_rows, depth), dtype),
         "out_tile": mosaic.row_smem((COMPUTE_WARPGROUPS, tile_rows, RANKS), dtype),
         "full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS * PAGES_A_STEP + 1, num_barriers=stages),
+        "half_full": plgpu.Barrier(num_arrivals=PAGES_A_STEP + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
     kernel = mosaic.run(shrink_rows, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)

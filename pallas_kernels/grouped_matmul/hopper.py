@@ -7,7 +7,7 @@ up of the same 128 columns (gated), or two runs of 128 columns of one weight (pl
 pages of B in place of the weights, and the step's H (see `steps.py`) in place of the rows.
 
     stream form: a warpgroup's accumulators are [64 weight rows, tile rows]: any number of rows a tile, for few rows
-    tensor form: a warpgroup's accumulator is [64 tile rows, 256 weight rows]: for many rows
+    tensor form: a warpgroup's accumulators are [64 tile rows, 128 weight rows]: for many rows
 
 `full[s]` counts the TMA copies of a step of K into stage s, `pages_full[s]` those of a LoRA step; `empty[s]` counts the
 compute warpgroups that are done with it. They let go of a stage one step late, so that the tensor cores always have the
@@ -31,7 +31,7 @@ from pallas_kernels.steps import LoRASteps
 from pallas_kernels.steps_hopper import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.tuning import Config
 
-PAGE_COPIES = 2 * PAGES_A_STEP * RANK_PAGE // 8  # of a LoRA step
+PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
 
 
 def grouped_matmul(
@@ -111,14 +111,11 @@ def grouped_matmul(
                         stage = mosaic.wait_until_empty(empty, done + depth_steps + k, stages)
                         for part, pool in enumerate((b0, b1)):
                             for q, page in enumerate(page_ids[part]):
-                                for half in range(RANK_PAGE // 8):  # 8 ranks by 128 columns lie side by side
-                                    plgpu.copy_gmem_to_smem(
-                                        pool.at[page, pl.ds(half * 8, 8), pl.ds(column(first, part), PART)],
-                                        page_ring.at[
-                                            stage, pl.ds(q * RANK_PAGE + half * 8, 8), pl.ds(part * PART, PART)
-                                        ],
-                                        pages_full.at[stage],
-                                    )
+                                plgpu.copy_gmem_to_smem(
+                                    pool.at[page, :, pl.ds(column(first, part), PART)],
+                                    page_ring.at[stage, part, pl.ds(q * RANK_PAGE, RANK_PAGE)],
+                                    pages_full.at[stage],
+                                )
                         plgpu.copy_gmem_to_smem(hidden.at[first_step + k], row_ring.at[stage], pages_full.at[stage])
 
                 return done + depth_steps + lora_steps
@@ -136,28 +133,29 @@ def grouped_matmul(
                     def multiply(step, ready, products):
                         stage = mosaic.stage_of(step, stages)
                         plgpu.barrier_wait(ready.at[stage])
-                        issued = products(stage)
-                        for product in issued:
+                        for product in products(stage):
                             plgpu.wgmma(*product)
-                        plgpu.wgmma_wait(len(issued))  # this step is under way, the last one is done
+                        plgpu.wgmma_wait(len(accs))  # this step is under way, the last one is done
 
                         @pl.when(step > done)
                         def _():
                             plgpu.barrier_arrive(empty.at[mosaic.stage_of(step - 1, stages)])
 
-                    def products(stage, weights):
-                        """`weights(rows of this stage's weights)` is the operand of one accumulator."""
+                    def products(stage, operand):
+                        """`operand(part)`: this stage's 64 of K by this warpgroup's rows of that part's weights."""
                         rows = row_ring.at[stage]
-                        if not stream:
-                            return [(accs[0], rows.at[own], weights(pl.ds(0, 2 * PART)))]
-                        mine = (pl.ds(part * PART + warpgroup * HALF, HALF) for part in range(2))
-                        return [(acc, weights(some).T, rows.T) for acc, some in zip(accs, mine, strict=True)]
+                        for part, acc in enumerate(accs):
+                            yield (acc, operand(part).T, rows.T) if stream else (acc, rows.at[own], operand(part))
 
                     def depth_products(stage):
-                        return products(stage, lambda some: weight_ring.at[stage, some].T)
+                        begin, count = (warpgroup * HALF, HALF) if stream else (0, PART)
+                        yield from products(
+                            stage, lambda part: weight_ring.at[stage, pl.ds(part * PART + begin, count)].T
+                        )
 
                     def lora_products(stage):
-                        return products(stage, lambda some: page_ring.at[stage, :, some])
+                        some = own if stream else slice(None)
+                        yield from products(stage, lambda part: page_ring.at[stage, part, :, some])
 
                     @pl.loop(0, depth_steps)
                     def _(k):
@@ -173,9 +171,8 @@ def grouped_matmul(
                     plgpu.barrier_arrive(empty.at[mosaic.stage_of(done + depth_steps + lora_steps - 1, stages)])
                     return tuple(acc[...] for acc in accs)
 
-                shapes = [(HALF, tile_rows)] * 2 if stream else [(HALF, 2 * PART)]
-                products = pl.run_scoped(accumulate, *(plgpu.ACC(shape) for shape in shapes))
-                part0, part1 = products if stream else (products[0][:, :PART], products[0][:, PART:])
+                shape = (HALF, tile_rows) if stream else (HALF, PART)
+                part0, part1 = pl.run_scoped(accumulate, *[plgpu.ACC(shape)] * 2)
                 results = (activation(part0) * part1,) if gated else (part0, part1)
                 row, used = start_of[tile], rows_of[tile]
                 if stream:
@@ -229,7 +226,7 @@ def grouped_matmul(
 
     dtype = x.dtype
     weight_ring = mosaic.tile_smem((stages, 2 * PART, DEPTH), dtype)
-    page_ring = mosaic.tile_smem((stages, PAGES_A_STEP * RANK_PAGE, 2 * PART), dtype)  # a stage takes the same bytes
+    page_ring = mosaic.tile_smem((stages, 2, PAGES_A_STEP * RANK_PAGE, PART), dtype)  # a stage takes the same bytes
     scratch = {
         "ring": (weight_ring, page_ring) if config.apart else plgpu.RefUnion(weight_ring, page_ring),
         "row_ring": mosaic.tile_smem((stages, tile_rows, DEPTH), dtype),
