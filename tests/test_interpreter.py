@@ -22,6 +22,7 @@ TOLERANCE = 1e-2  # bfloat16
 SPEC = PagedSpec(14, 192, 192, 3, 2, slots=4, ranks=(4, 16, 17, 40))
 CONFIGS = {
     "stream, 8 rows": Config("stream", 8, 3, num_sms=2, apart=True),
+    "stream, one warpgroup": Config("stream", 16, 4, 1, num_sms=3, apart=True),
     "stream, 24 rows": Config("stream", 24, 2, num_sms=3, apart=True),
     "tensor": Config("tensor", 128, 3, num_sms=2, apart=True),
 }

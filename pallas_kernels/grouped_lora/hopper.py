@@ -70,7 +70,7 @@ def shrink(
 
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _memory():
-            plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+            mosaic.give_registers(COMPUTE_WARPGROUPS)
 
             def item(tile, done):
                 steps, pairs = pairs_of(tile)
@@ -107,7 +107,7 @@ def shrink(
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _compute():
-            plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+            mosaic.take_registers(COMPUTE_WARPGROUPS)
 
             def item(tile, done):
                 steps, pairs = pairs_of(tile)

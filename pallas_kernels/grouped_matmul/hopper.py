@@ -2,9 +2,10 @@
 
 A work item is one tile of rows (all of one expert) times one block of output columns. Each block of threads walks its
 share of the items; its memory warpgroup streams stages of 64 elements of K through a ring in shared memory, two compute
-warpgroups multiply them. A stage holds two 128-row parts of the weights and the tile's rows: part 0 and 1 are gate and
-up of the same 128 columns (gated), or two runs of 128 columns of one weight (plain). After K come the LoRA steps: four
-pages of B in place of the weights, and the step's H (see `steps.py`) in place of the rows.
+warpgroups (or one, where few items would leave SMs idle) multiply them. A stage holds two parts of the weights, 64 rows
+a warpgroup each, and the tile's rows: part 0 and 1 are gate and up of the same columns (gated), or two runs of columns
+of one weight (plain). After K come the LoRA steps: four pages of B in place of the weights, and the step's H (see
+`steps.py`) in place of the rows.
 
     stream form: a warpgroup's accumulators are [64 weight rows, tile rows]: any number of rows a tile, for few rows
     tensor form: a warpgroup's accumulators are [64 tile rows, 128 weight rows]: for many rows
@@ -25,7 +26,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
-from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, HALF, PART, ROW_ALIGNMENT
+from pallas_kernels.mosaic import DEPTH, HALF, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps import LoRASteps
 from pallas_kernels.steps_hopper import PAGE_B0, PAGE_B1, PAGES_A_STEP
@@ -57,7 +58,9 @@ def grouped_matmul(
     rows, width = x.shape
     gated = len(weights) == 2
     out_width = weights[0].shape[1]
-    columns = PART if gated else 2 * PART
+    warpgroups = config.warpgroups
+    part_rows = HALF * warpgroups
+    columns = part_rows if gated else 2 * part_rows
     blocks = pl.cdiv(out_width, columns)
     depth_steps = width // DEPTH
     stages, tile_rows, num_sms = config.stages, config.tile_rows, config.num_sms
@@ -76,11 +79,11 @@ def grouped_matmul(
             return tile, block * columns, steps_of[tile, 0] if with_lora else 0
 
         def column(first, part):
-            return first + (0 if gated else part * PART)
+            return first + (0 if gated else part * part_rows)
 
-        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup == warpgroups)
         def _memory():
-            plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+            mosaic.give_registers(warpgroups)
 
             def item(number, done):
                 tile, first, lora_steps = place(number)
@@ -92,8 +95,8 @@ def grouped_matmul(
                     depth = pl.ds(k * DEPTH, DEPTH)
                     for part, weight in enumerate((w0, w1)):
                         plgpu.copy_gmem_to_smem(
-                            weight.at[expert, pl.ds(column(first, part), PART), depth],
-                            weight_ring.at[stage, pl.ds(part * PART, PART)],
+                            weight.at[expert, pl.ds(column(first, part), part_rows), depth],
+                            weight_ring.at[stage, pl.ds(part * part_rows, part_rows)],
                             full.at[stage],
                         )
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
@@ -112,7 +115,7 @@ def grouped_matmul(
                         for part, pool in enumerate((b0, b1)):
                             for q, page in enumerate(page_ids[part]):
                                 plgpu.copy_gmem_to_smem(
-                                    pool.at[page, :, pl.ds(column(first, part), PART)],
+                                    pool.at[page, :, pl.ds(column(first, part), part_rows)],
                                     page_ring.at[stage, part, pl.ds(q * RANK_PAGE, RANK_PAGE)],
                                     pages_full.at[stage],
                                 )
@@ -123,9 +126,9 @@ def grouped_matmul(
             steps_done = mosaic.over_items(items, num_sms, item)
             mosaic.drain(empty, steps_done, stages)
 
-        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup < warpgroups)
         def _compute():
-            plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+            mosaic.take_registers(warpgroups)
             own = pl.ds(warpgroup * HALF, HALF)
 
             def multiply_and_store(tile, first, lora_steps, done):
@@ -148,9 +151,9 @@ def grouped_matmul(
                             yield (acc, operand(part).T, rows.T) if stream else (acc, rows.at[own], operand(part))
 
                     def depth_products(stage):
-                        begin, count = (warpgroup * HALF, HALF) if stream else (0, PART)
+                        begin, count = (warpgroup * HALF, HALF) if stream else (0, part_rows)
                         yield from products(
-                            stage, lambda part: weight_ring.at[stage, pl.ds(part * PART + begin, count)].T
+                            stage, lambda part: weight_ring.at[stage, pl.ds(part * part_rows + begin, count)].T
                         )
 
                     def lora_products(stage):
@@ -171,7 +174,7 @@ def grouped_matmul(
                     plgpu.barrier_arrive(empty.at[mosaic.stage_of(done + depth_steps + lora_steps - 1, stages)])
                     return tuple(acc[...] for acc in accs)
 
-                shape = (HALF, tile_rows) if stream else (HALF, PART)
+                shape = (HALF, tile_rows) if stream else (HALF, part_rows)
                 part0, part1 = pl.run_scoped(accumulate, *[plgpu.ACC(shape)] * 2)
                 results = (activation(part0) * part1,) if gated else (part0, part1)
                 row, used = start_of[tile], rows_of[tile]
@@ -225,24 +228,24 @@ def grouped_matmul(
             plgpu.wait_smem_to_gmem(0)
 
     dtype = x.dtype
-    weight_ring = mosaic.tile_smem((stages, 2 * PART, DEPTH), dtype)
-    page_ring = mosaic.tile_smem((stages, 2, PAGES_A_STEP * RANK_PAGE, PART), dtype)  # a stage takes the same bytes
+    weight_ring = mosaic.tile_smem((stages, 2 * part_rows, DEPTH), dtype)
+    page_ring = mosaic.tile_smem(
+        (stages, 2, PAGES_A_STEP * RANK_PAGE, part_rows), dtype
+    )  # a stage takes the same bytes
     scratch = {
         "ring": (weight_ring, page_ring) if config.apart else plgpu.RefUnion(weight_ring, page_ring),
         "row_ring": mosaic.tile_smem((stages, tile_rows, DEPTH), dtype),
-        "out_tile": mosaic.row_smem(
-            (COMPUTE_WARPGROUPS, tile_rows, HALF) if stream else (COMPUTE_WARPGROUPS, 2, HALF, DEPTH), dtype
-        ),
+        "out_tile": mosaic.row_smem((warpgroups, tile_rows, HALF) if stream else (warpgroups, 2, HALF, DEPTH), dtype),
         "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "pages_full": plgpu.Barrier(num_arrivals=PAGE_COPIES + 1, num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if steps is None:  # never read: arrays that are there already, for no kernel to make others
         lists, hidden, pages = (tiles.start,) * 3, x, (x,)
     else:
         lists = (steps.first, steps.count, steps.entries)
     body.__name__ = f"{'gated_' if gated else ''}matmul_{config.form}"  # what profilers show
-    kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms)
+    kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms, warpgroups)
     return kernel(
         tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), *lists,
         x, weights[0], weights[-1], hidden, pages[0], pages[-1],
