@@ -37,7 +37,7 @@ class LoRASteps:
         of the second pool is `~p`), page of B for the first projection and for the last, first row and end of the run
         of the tile's rows, bits of the scale.
       bound: static; all steps have lower numbers.
-      tile_rows: static, of the tiles.
+      tile_rows, max_steps: static, of one tile.
     """
 
     first: Int[Array, "N 64"]
@@ -45,6 +45,7 @@ class LoRASteps:
     entries: Int[Array, "fields N J"]
     bound: int = field(metadata={"static": True})
     tile_rows: int = field(metadata={"static": True})
+    max_steps: int = field(metadata={"static": True})
 
 
 Adapters = tuple[LoRAPages | None, ...]
@@ -82,7 +83,12 @@ def make_steps(
     lists = steps_hopper.lists(tiles, plan.group_starts, plan.before, packed, num_slots, tuple(cut))
     runs = pairs if by_rows else num_experts * num_slots + num_tiles
     made = iter(
-        LoRASteps(*arrays, runs * of.most // PAGES_A_STEP + num_tiles, tiles.size)
+        LoRASteps(
+            *arrays,
+            bound=runs * of.most // PAGES_A_STEP + num_tiles,
+            tile_rows=tiles.size,
+            max_steps=-(-min(num_slots, tiles.size) * of.most // PAGES_A_STEP),
+        )
         for of, arrays in zip(cut, lists, strict=True)
     )
     return [next(made) if any(pages is not None for pages in own) else None for own in projections]

@@ -52,7 +52,7 @@ def tiles(size: int) -> Tiles:
 
 
 def lora_steps(rows: int) -> LoRASteps:
-    return LoRASteps(array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows)
+    return LoRASteps(array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows, 16)
 
 
 def steps(slots: int, one_pool: bool):

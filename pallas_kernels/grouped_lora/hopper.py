@@ -1,8 +1,9 @@
 """The shrink on Hopper: each tile's rows times the A pages that they need, as masked H tiles for the expand.
 
-A work item is one tile of rows. Two compute warpgroups take two of its LoRA steps at a time (64 ranks each, on wgmma's
-M side; the tile's rows on its N side), so the rows are streamed once for eight pages. A ring stage holds 128 or 256
-elements of K of eight A pages and of the rows: few large copies, since all threads of a warpgroup arrive for each.
+A work item is a share of one tile's LoRA steps: few tiles with many steps would not fill the SMs. Two compute
+warpgroups take two steps at a time (64 ranks each, on wgmma's M side; the tile's rows on its N side), so the rows are
+streamed once for eight pages. A ring stage holds 128 or 256 elements of K of eight A pages and of the rows: few large
+copies, since all threads of a warpgroup arrive for each.
 `full[s]` counts nine TMA copies; `half_full[s]` five, where a last step is alone and one warpgroup has nothing to do;
 `empty[s]` the two warpgroups.
 """
@@ -22,6 +23,7 @@ from pallas_kernels.steps import LoRASteps
 from pallas_kernels.steps_hopper import BEGIN, END, PAGE_A, PAGES_A_STEP, SCALE
 
 RANKS = PAGES_A_STEP * RANK_PAGE
+MAX_SHARES = 8  # items that a tile's steps are shared out among
 
 
 def shrink(
@@ -43,6 +45,8 @@ def shrink(
     depth = 256 if tile_rows <= 32 else 128  # elements of K a stage; past the width TMA reads zeros
     depth_steps = pl.cdiv(width, depth)
     stages = _stages(tile_rows, depth)
+    # Tiles of few rows seldom have all the steps that they could: their shares would mostly be empty.
+    shares = max(1, min(MAX_SHARES, steps.max_steps // (4 if tile_rows <= 32 else 2)))
 
     def shrink_rows(start_of, count, first_of, steps_of, entries, x, pool0, pool1, out, **smem):
         page_ring, row_ring, out_tile, full, half_full, empty = (
@@ -63,20 +67,23 @@ def shrink(
             def _():
                 plgpu.copy_gmem_to_smem(pool1.at[-1 - page, :, some], target, barrier)
 
-        def pairs_of(tile):
-            """The tile's steps, and their pairs: what the two warpgroups take at a time."""
+        def share_of(number):
+            """An item's tile, the tile's steps, and the pairs of steps that are the item's: its first, and how many."""
+            share, tile = lax.div(number, count[0]), lax.rem(number, count[0])
             steps = steps_of[tile, 0]
-            return steps, lax.div(steps + 1, jnp.int32(2))
+            pairs = lax.div(steps + 1, jnp.int32(2))
+            return tile, steps, share, lax.div(jnp.maximum(pairs - share + (shares - 1), 0), jnp.int32(shares))
 
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _memory():
             mosaic.give_registers(COMPUTE_WARPGROUPS)
 
-            def item(tile, done):
-                steps, pairs = pairs_of(tile)
+            def item(number, done):
+                tile, steps, share, pairs = share_of(number)
                 row = pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
 
-                def pair(index, done):
+                def pair(turn, done):
+                    index = share + turn * shares
                     both = 2 * index + 1 < steps
                     page_ids = [
                         entries[PAGE_A, tile, jnp.minimum(2 * index + half, steps - 1) * PAGES_A_STEP + q]
@@ -103,17 +110,19 @@ def shrink(
 
                 return lax.fori_loop(0, pairs, pair, done)
 
-            mosaic.drain(empty, mosaic.over_items(count[0], num_sms, item), stages)
+            mosaic.drain(empty, mosaic.over_items(count[0] * shares, num_sms, item), stages)
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _compute():
             mosaic.take_registers(COMPUTE_WARPGROUPS)
 
-            def item(tile, done):
-                steps, pairs = pairs_of(tile)
+            def item(number, done):
+                tile, steps, share, pairs = share_of(number)
                 first = first_of[tile, 0]
 
-                def pair(index, done):
+                def pair(turn, done):
+                    index = share + turn * shares
+
                     def multiply(barriers):
                         def accumulate(acc):
                             @pl.loop(0, depth_steps)
@@ -165,7 +174,7 @@ def shrink(
 
                 return lax.fori_loop(0, pairs, pair, done)
 
-            mosaic.over_items(count[0], num_sms, item)
+            mosaic.over_items(count[0] * shares, num_sms, item)
             plgpu.wait_smem_to_gmem(0)
 
     dtype = x.dtype
