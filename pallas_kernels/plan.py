@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import plan_hopper
+from pallas_kernels import plan_hopper, tuning_portable
 from pallas_kernels.backend import Implementation
 from pallas_kernels.mosaic import ROW_ALIGNMENT
 from pallas_kernels.tuning import heuristic
@@ -99,6 +99,8 @@ def make_plan(
     hopper = implementation == "hopper"
     alignment = ROW_ALIGNMENT if hopper else 1
     size = heuristic(pairs, num_experts).tile_rows if hopper else tile_rows(pairs, num_experts)
+    if implementation == "portable":  # reads and writes whole tiles
+        alignment = size = tuning_portable.tile_rows(pairs, num_experts)
     if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
         unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
         places = plan_hopper.places_and_tiles(
