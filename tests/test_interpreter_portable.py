@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.primitives import mma_p
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters import mlir
 from paged import PagedLayer, PagedSpec, draw_layer, replicated
@@ -31,7 +30,9 @@ def multiply_on_cpu(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return acc
 
 
-mlir.register_lowering(mma_p, mlir.lower_fun(multiply_on_cpu, multiple_results=False), platform="cpu")
+OPERANDS = jnp.zeros((16, 8)), jnp.zeros((16, 16), "bfloat16"), jnp.zeros((16, 8), "bfloat16")
+MMA = jax.make_jaxpr(plgpu.mma)(*OPERANDS).eqns[0].primitive  # jax exports the function alone
+mlir.register_lowering(MMA, mlir.lower_fun(multiply_on_cpu, multiple_results=False), platform="cpu")
 
 
 @pytest.fixture(scope="module")
