@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import plan_hopper
+from pallas_kernels import plan_hopper, tuning_portable
 from pallas_kernels.backend import Implementation
 from pallas_kernels.mosaic import ROW_ALIGNMENT
 from pallas_kernels.tuning import heuristic
@@ -103,6 +103,8 @@ def make_plan(
     hopper = implementation == "hopper"
     alignment = ROW_ALIGNMENT if hopper else 1
     size = heuristic(pairs, num_experts).tile_rows if hopper else tile_rows(pairs, num_experts)
+    if implementation == "portable":  # reads and writes whole tiles
+        alignment = size = tuning_portable.tile_rows(pairs, num_experts)
     if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
         unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
         places = plan_hopper.places_and_tiles(
@@ -116,14 +118,17 @@ def make_plan(
     else:
         lower = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
         sizes = lower[1:] - lower[:-1]
-        first = group_start(lower[:-1], jnp.arange(num_experts + 1, dtype=jnp.int32), alignment)
+        experts_and_none = jnp.arange(num_experts + 1, dtype=jnp.int32)
+        aligned = -(-sizes // alignment) * alignment
+        first = group_start(lower[:-1], experts_and_none, alignment) if hopper else _offsets(aligned)
         position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
         dense, starts = sizes[:num_experts], first[:num_experts]
         tiles = cut_groups(dense, starts, pairs, size)
         segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
         before = _offsets(jnp.pad(segments, (0, READABLE)))
         segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
-    bound = aligned_rows(pairs, num_experts, alignment)
+    gaps = num_experts + 1 if hopper else min(num_experts, pairs)
+    bound = -(-(pairs + (alignment - 1) * gaps) // alignment) * alignment
     order = jnp.full(bound, pairs, jnp.int32).at[position].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
     return RoutingPlan(
         order=order,
@@ -164,11 +169,6 @@ def max_tiles(pairs: int, groups: int, size: int) -> int:
 def group_start(lower: Int[Array, "N"], expert: Int[Array, "N"], alignment: int) -> Int[Array, "N"]:
     """First row of an expert that comes after `lower` pairs: aligned, and known without the other experts' sizes."""
     return -(-(lower + (alignment - 1) * expert) // alignment) * alignment
-
-
-def aligned_rows(pairs: int, num_experts: int, alignment: int) -> int:
-    """Q: rows that P pairs can take."""
-    return -(-(pairs + (alignment - 1) * (num_experts + 1)) // alignment) * alignment
 
 
 def _ids(ids: Int[Array, "N"], count: int) -> Int[Array, "N"]:

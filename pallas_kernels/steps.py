@@ -97,9 +97,7 @@ def make_steps(
 def with_nothing(adapters: Adapters) -> tuple[LoRAPages, ...]:
     """The adapters, where a projection without any has the other one's pools and no slot in use."""
     other = next(pages for pages in adapters if pages is not None)
-    tables = jnp.zeros_like(other.table), jnp.zeros_like(other.scale)
-    nothing = LoRAPages(other.a, other.b, *tables, other.max_rank)
-    return tuple(nothing if pages is None else pages for pages in adapters)
+    return tuple(other.without_slots() if pages is None else pages for pages in adapters)
 
 
 def _packed(projections: list[LoRAPages]) -> Int[Array, "M E 4 C 64"]:

@@ -10,7 +10,7 @@ from pallas_kernels.activations import ACTIVATIONS, Activation
 from pallas_kernels.backend import Choice, Implementation, choose
 from pallas_kernels.grouped_lora.api import grouped_lora
 from pallas_kernels.grouped_lora.pages import LoRAPages
-from pallas_kernels.grouped_matmul import fused, reference, xla
+from pallas_kernels.grouped_matmul import fused, fused_portable, reference, xla
 from pallas_kernels.mosaic import ROW_ALIGNMENT
 from pallas_kernels.plan import RoutingPlan
 from pallas_kernels.steps import Adapters, LoRASteps, make_steps
@@ -62,8 +62,12 @@ def grouped_matmul(
     picked = choose_for(x, several, pages, dtype, implementation).picked
     if picked == "hopper" and implementation is None and plan.alignment % ROW_ALIGNMENT:
         picked = "xla"  # the plan was made for it
+    if picked == "portable" and implementation is None and not fused_portable.reads(plan):
+        picked = "xla"
     if picked == "hopper":
         return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation, steps)
+    if picked == "portable":
+        return fused_portable.grouped_matmul(x, several, plan, of_tokens, pages, activation)
     row_index = plan.token if of_tokens else None
 
     def project(weight: Array, own: LoRAPages | None) -> Array:
@@ -76,12 +80,12 @@ def grouped_matmul(
 
 
 def lora_steps(plan: RoutingPlan, projections: Sequence[Adapters]) -> list[LoRASteps | None]:
-    """For each projection what `grouped_matmul` takes as `steps`, made in one go; None where its backend needs none.
+    """For each projection what `grouped_matmul` takes as `steps`, made in one go; None unless the plan is hopper's.
 
     Args:
       projections: the `adapters` of each call.
     """
-    return make_steps(plan, projections) if plan.alignment % ROW_ALIGNMENT == 0 else [None] * len(projections)
+    return make_steps(plan, projections) if plan.alignment == ROW_ALIGNMENT else [None] * len(projections)
 
 
 def choose_for(
