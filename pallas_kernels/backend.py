@@ -65,12 +65,17 @@ def choose(
     return Choice(cast(Implementation, implementation), reasons)
 
 
+def default_device() -> jax.Device:
+    """The device that a call runs on unless it is placed elsewhere."""
+    default = jax.config.jax_default_device  # a device, a platform's name, or None
+    return jax.devices(default)[0] if default is None or isinstance(default, str) else default
+
+
 def _why_not_hopper(
     dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], widths: Sequence[int], result: jnp.dtype
 ) -> str:
     """Empty where the Hopper kernels can run the call."""
-    default = jax.config.jax_default_device  # a device, a platform's name, or None
-    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
+    device = default_device()
     capability = getattr(device, "compute_capability", None)
     if capability != "9.0":
         found = device.platform if capability is None else f"compute capability {capability}"
