@@ -199,8 +199,8 @@ def parse(content: dict[str, Any], name: str) -> Tuned:
 
 
 def _check_fields(entry: Any, expected: set[str], name: str) -> None:
-    """`us`, `before_us` and `adapters`, where they are there, say what was measured."""
-    known = expected | {"us", "before_us", "adapters"}
+    """`us` and `heuristic_us`, where they are there, say what was measured."""
+    known = expected | {"us", "heuristic_us"}
     if not isinstance(entry, dict) or not expected <= entry.keys() <= known:
         raise TunedFileError(f"{name}: entry {entry} has other fields than {', '.join(sorted(expected))}.")
     for field in expected & {"experts", "pairs", "in_width", "out_width"}:
