@@ -1,4 +1,4 @@
-"""`jax-moe-lora`: demo, generate, inspect, bench. Exit code 2 and one sentence on bad input."""
+"""`jax-moe-lora`: demo, generate, inspect, bench, tune. Exit code 2 and one sentence on bad input."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jax_moe_lora.benchmark.command import bench
+from jax_moe_lora.benchmark.command import bench, tune
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
 
@@ -22,6 +22,7 @@ app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=F
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 app.command()(bench)
+app.command()(tune)
 
 
 @app.command()
