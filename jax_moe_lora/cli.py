@@ -14,6 +14,7 @@ from rich.table import Table
 from jax_moe_lora.benchmark.command import bench, tune
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
+from pallas_kernels.tuning import TunedFileError
 
 # click's class, which newer versions of typer hold a copy of and do not export.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -165,8 +166,9 @@ def main() -> None:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Abort:
         code = 1
-    except (JaxMoELoRAError, UsageError) as error:
-        message = str(error) if isinstance(error, JaxMoELoRAError) else error.format_message()  # type: ignore[attr-defined]
+    except (JaxMoELoRAError, TunedFileError, UsageError) as error:
+        own = isinstance(error, JaxMoELoRAError | TunedFileError)
+        message = str(error) if own else error.format_message()  # type: ignore[attr-defined]
         sys.stderr.write(f"jax-moe-lora: {' '.join(message.split())}\n")
         code = 2
     sys.exit(code)

@@ -187,7 +187,7 @@ def test_slots_are_distributed_as_asked():
 )
 def test_a_peers_layer_equals_the_oracle(name, adapters):
     said: list[str] = []
-    (peer,) = find_peers([name], said.append)
+    (peer,) = find_peers([name], [adapters], said.append)
     assert not said
     assert peer.why_not(adapters) == ""
     assert peer.why_not("s8r16")
@@ -199,8 +199,11 @@ def test_a_peers_layer_equals_the_oracle(name, adapters):
 def test_a_peer_that_is_not_installed_is_left_out_in_a_sentence(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     said: list[str] = []
-    assert find_peers(["tokamax", "ragged_dot"], said.append) == [PEERS["ragged_dot"]]
-    assert said == ["tokamax is left out: tokamax is not installed."]
+    assert find_peers(["tokamax", "ragged_dot"], ["none", "s8r16"], said.append) == [PEERS["ragged_dot"]]
+    assert said == [
+        "tokamax is left out: tokamax is not installed.",
+        "ragged_dot is left out of the cells with s8r16: it takes no adapters.",
+    ]
 
 
 def test_shapes_and_adapters_are_called_as_the_peers_call_them():

@@ -40,22 +40,14 @@ def bench(
     from jax_moe_lora.benchmark.peers import find_peers
     from jax_moe_lora.benchmark.sweep import Cells, Ours, sweep
 
-    if (plot or keep) and out is None:
-        raise InputError(f"--{'plot' if plot else 'keep'} came without --out; give the name that the files start with.")
-    if method not in ("both", "loop", "queue"):
-        raise InputError(f"--method is {method!r}; expected both, loop or queue.")
-    if peers is not None and not peers.is_file():
-        raise InputError(f"There is no file {peers}; give a CSV with the columns {', '.join(report.PEER_COLUMNS)}.")
-    try:
-        choose(implementation)
-    except UnsupportedImplementation as error:
-        raise InputError(str(error)) from error
+    _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
     known = report.read_peers(peers) if peers else {}
     old, commands = report.read_rows(out.with_suffix(".json")) if keep and out else ([], [])
     head = report.about([*commands, typed()])
-    others = find_peers(peer or [], lambda said: sys.stderr.write(f"{said}\n"))
+    names = adapters or ["none", "s8r16"]
+    others = find_peers(peer or [], names, lambda said: sys.stderr.write(f"{said}\n"))
     head["versions"] |= report.versions(*(package for other in others for package in other.packages))
-    cells = Cells(shape or ["qwen3-30b-a3b"], adapters or ["none", "s8r16"], tokens or list(TOKENS), routing, slots)
+    cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
     rows: list[dict[str, Any]] = []
     for row in sweep(cells, [Ours(implementation), *others], repeats, method):  # type: ignore[arg-type]
         rows.append(row)
@@ -75,6 +67,23 @@ def bench(
         plots.roofline(alike, title, out.with_suffix(".png"))
     if any("error" in row for row in rows):
         raise typer.Exit(1)
+
+
+def _check(
+    out: Path | None, need_out: dict[str, bool], method: str, peers: Path | None, implementation: str | None
+) -> None:
+    """Refuses options that cannot be, before the work."""
+    for name, given in need_out.items():
+        if given and out is None:
+            raise InputError(f"--{name} came without --out; give the name that the files start with.")
+    if method not in ("both", "loop", "queue"):
+        raise InputError(f"--method is {method!r}; expected both, loop or queue.")
+    if peers is not None and not peers.is_file():
+        raise InputError(f"There is no file {peers}; give a CSV with the columns of bench's own.")
+    try:
+        choose(implementation)
+    except UnsupportedImplementation as error:
+        raise InputError(str(error)) from error
 
 
 def _table(rows: list[dict[str, Any]], known: Any) -> Table:

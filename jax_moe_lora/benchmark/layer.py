@@ -27,7 +27,7 @@ METHOD = (
     f"loop: calls of a jitted loop of {LAYERS_A_CALL} dependent layers; queue: {LAYERS_A_CALL} dispatches of a jitted "
     f"layer, in turn; both: the smaller. Expert ids are shifted for each layer, so that the L2 does not answer. Calls "
     f"of {ENOUGH_S * 1e3:g} ms, {MOST_CALLS} at most, are queued before one block. Per layer, median of the repeats. "
-    " Checked against the float32 oracle after the last layer. compile_s: trace to executable, beside others"
+    "Checked against the float32 oracle after the last layer. compile_s: trace to executable, beside others"
 )
 
 

@@ -26,7 +26,6 @@ from pallas_kernels import RANK_PAGE
 from pallas_kernels.specs import ADAPTERS
 
 Measure = Callable[[int], dict[str, Any]]
-ONE_ADAPTER = "it serves one adapter at a time"
 
 
 class OneLayout:
@@ -88,7 +87,9 @@ class TorchLayer:
     layout: OneLayout = field(default_factory=OneLayout)
 
     def why_not(self, adapters: str) -> str:
-        return "" if ADAPTERS[adapters].slots <= self.most_slots else ONE_ADAPTER if self.most_slots else "no adapters"
+        if ADAPTERS[adapters].slots <= self.most_slots:
+            return ""
+        return "it serves one adapter at a time" if self.most_slots else "it takes no adapters"
 
     def prepare(self, problem: Problem, method: Method) -> Measure:
         return lambda repeats: self._measure(problem, method, repeats)
@@ -113,10 +114,16 @@ class TorchLayer:
         with torch.no_grad():
             y = layer(x, chosen[0], weights)
             error = relative_error(jnp.asarray(y.float().cpu().numpy()), problem)
-            calls = {"queue": layers} if method != "loop" or not x.is_cuda else {}
+            calls, notes = {"queue": layers}, {}
             if method != "queue" and x.is_cuda:
-                calls["loop"] = _graph(layers)
-            return figures(problem, {name: timings(call, wait, repeats) for name, call in calls.items()}, error)
+                try:
+                    calls["loop"] = _graph(layers)
+                except RuntimeError as failed:  # it synchronises somewhere: eager figures are worth having
+                    notes["note"] = f"no CUDA graph: {' '.join(str(failed).split())[:200]}"
+            if method == "loop" and "loop" in calls:
+                del calls["queue"]
+            timed = {name: timings(call, wait, repeats) for name, call in calls.items()}
+            return figures(problem, timed, error) | notes
 
 
 def _graph(layers: Callable[[], None]) -> Callable[[], None]:
@@ -241,8 +248,8 @@ PEERS: dict[str, RaggedDot | TorchLayer] = {
 }
 
 
-def find_peers(names: list[str], tell: Callable[[str], Any]) -> list[RaggedDot | TorchLayer]:
-    """The peers of these names that can run here; `tell` gets a sentence about each that cannot."""
+def find_peers(names: list[str], adapters: list[str], tell: Callable[[str], Any]) -> list[RaggedDot | TorchLayer]:
+    """The peers of these names that can run here; `tell` gets a sentence about what cannot: a peer, or its cells."""
     found = []
     for name in names:
         if name not in PEERS:
@@ -255,6 +262,9 @@ def find_peers(names: list[str], tell: Callable[[str], Any]) -> list[RaggedDot |
             tell(f"{name} is left out: this torch has no CUDA device.")
         else:
             found.append(peer)
+            for some in adapters:
+                if some in ADAPTERS and (why := peer.why_not(some)):
+                    tell(f"{name} is left out of the cells with {some}: {why}.")
     return found
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from jax_moe_lora.errors import InputError
 
+MARKERS = "os^Dvx"  # an engine each
+
 
 def roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
     """Microseconds a layer over tokens beside the floor, and the part of the floor's speed; a column a shape.
@@ -20,7 +22,6 @@ def roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         raise InputError("--plot needs matplotlib; install jax-moe-lora[plots].") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.lines import Line2D
 
     rows = [row for row in rows if "error" not in row]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
@@ -35,14 +36,8 @@ def roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         for name in names:
             for engine in engines:
                 cells = [row for row in rows if (row["shape"], row["adapters"], row["engine"]) == (shape, name, engine)]
-                cells.sort(key=lambda row: row["tokens"])
-                tokens, reached = [row["tokens"] for row in cells], [row["layer_us"] for row in cells]
-                floor = [row["floor_us"] for row in cells]
-                style = {"color": f"C{names.index(name)}", "marker": "os^Dvx"[engines.index(engine) % 6], "ms": 4}
-                times.plot(tokens, reached, **style)
-                parts.plot(tokens, [f / r for f, r in zip(floor, reached, strict=True)], **style)
-                if engine == engines[0]:
-                    times.plot(tokens, floor, color=style["color"], ls=":")
+                marker = MARKERS[engines.index(engine) % len(MARKERS)]
+                _lines(times, parts, cells, f"C{names.index(name)}", marker, engine == engines[0])
         times.set(title=shape, xscale="log", yscale="log")
         times.set_xscale("log", base=2)
         ticks = sorted({row["tokens"] for row in rows if row["shape"] == shape})
@@ -52,19 +47,35 @@ def roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
             axis.grid(alpha=0.3, which="major")
     axes[0][0].set_ylabel("microseconds a layer")
     axes[1][0].set_ylabel("floor / reached")
-    keys = [Line2D([], [], color=f"C{index}", label=name) for index, name in enumerate(names)]
-    keys.append(Line2D([], [], color="0.3", ls=":", label="floor"))
-    if len(engines) > 1:
-        keys += [
-            Line2D([], [], color="0.3", marker="os^Dvx"[index % 6], ms=4, label=engine)
-            for index, engine in enumerate(engines)
-        ]
+    keys = _keys(names, engines)
     figure.suptitle(title, fontsize=10)
     columns = min(len(keys), 2 + 2 * len(shapes))
     figure.tight_layout(rect=(0, 0.045 * -(-len(keys) // columns), 1, 1))
     figure.legend(handles=keys, loc="lower center", ncols=columns, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _lines(times: Any, parts: Any, cells: list[dict[str, Any]], color: str, marker: str, with_floor: bool) -> None:
+    cells = sorted(cells, key=lambda row: row["tokens"])
+    tokens, reached = [row["tokens"] for row in cells], [row["layer_us"] for row in cells]
+    floor = [row["floor_us"] for row in cells]
+    times.plot(tokens, reached, color=color, marker=marker, ms=4)
+    parts.plot(tokens, [f / r for f, r in zip(floor, reached, strict=True)], color=color, marker=marker, ms=4)
+    if with_floor:
+        times.plot(tokens, floor, color=color, ls=":")
+
+
+def _keys(names: Sequence[str], engines: Sequence[str]) -> list[Any]:
+    """Of the legend: a colour an adapter set, a marker an engine where there are several."""
+    from matplotlib.lines import Line2D
+
+    keys = [Line2D([], [], color=f"C{index}", label=name) for index, name in enumerate(names)]
+    keys.append(Line2D([], [], color="0.3", ls=":", label="floor"))
+    if len(engines) > 1:
+        for engine, marker in zip(engines, MARKERS * len(engines), strict=False):
+            keys.append(Line2D([], [], color="0.3", marker=marker, ms=4, label=engine))
+    return keys
 
 
 def _short(tokens: int) -> str:
