@@ -1,4 +1,4 @@
-"""`jax-moe-lora`: demo, generate, inspect, bench. Exit code 2 and one sentence on bad input."""
+"""`jax-moe-lora`: demo, generate, inspect, bench, tune. Exit code 2 and one sentence on bad input."""
 
 import json
 import os
@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jax_moe_lora.benchmark.command import bench
+from jax_moe_lora.benchmark.command import bench, tune
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
+from pallas_kernels.tuning import TunedFileError
 
 # click's class, which newer versions of typer hold a copy of and do not export.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -22,6 +23,7 @@ app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=F
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 app.command()(bench)
+app.command()(tune)
 
 
 @app.command()
@@ -164,8 +166,9 @@ def main() -> None:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Abort:
         code = 1
-    except (JaxMoELoRAError, UsageError) as error:
-        message = str(error) if isinstance(error, JaxMoELoRAError) else error.format_message()  # type: ignore[attr-defined]
+    except (JaxMoELoRAError, TunedFileError, UsageError) as error:
+        own = isinstance(error, JaxMoELoRAError | TunedFileError)
+        message = str(error) if own else error.format_message()  # type: ignore[attr-defined]
         sys.stderr.write(f"jax-moe-lora: {' '.join(message.split())}\n")
         code = 2
     sys.exit(code)

@@ -68,10 +68,15 @@ def choose(
     return Choice(cast(Implementation, implementation), reasons)
 
 
+def default_device() -> jax.Device:
+    """The device that a call runs on unless it is placed elsewhere."""
+    default = jax.config.jax_default_device  # a device, a platform's name, or None
+    return jax.devices(default)[0] if default is None or isinstance(default, str) else default
+
+
 def device_capability() -> tuple[tuple[int, ...] | None, str]:
     """Compute capability of the default device, None where it is no NVIDIA GPU; and what to call it."""
-    default = jax.config.jax_default_device  # a device, a platform's name, or None
-    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
+    device = default_device()
     capability = getattr(device, "compute_capability", None)
     if capability is None or not capability.replace(".", "").isdecimal():  # ROCm says gfx942, say
         return None, device.platform

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import plan_hopper, tuning_portable
+from pallas_kernels import plan_hopper, tuning, tuning_portable
 from pallas_kernels.backend import Implementation
 from pallas_kernels.mosaic import ROW_ALIGNMENT
-from pallas_kernels.tuning import heuristic
 
 BASE_SLOT = -1
 MAX_TILE_ROWS = 128
@@ -81,6 +80,7 @@ def make_plan(
     num_experts: int,
     num_slots: int,
     implementation: Implementation = "xla",
+    rows_per_tile: int | None = None,
 ) -> RoutingPlan:
     """Sorts the routed rows and cuts them into tiles.
 
@@ -90,9 +90,10 @@ def make_plan(
       slots: `[T]`, adapter slot of each token; anything outside `0 .. num_slots - 1` means no adapter.
       num_experts, num_slots: E and S. With S = 0 there are no LoRA tiles.
       implementation: the backend that will read the plan: it decides alignment and tile size.
+      rows_per_tile: another tile size than the backend's.
 
     Returns:
-      The plan. All shapes follow from T, K, E, S and the backend alone.
+      The plan. All shapes follow from T, K, E, S, the backend and its tuned file alone.
     """
     tokens, top_k = experts.shape
     pairs = tokens * top_k
@@ -102,9 +103,9 @@ def make_plan(
     key = expert * (num_slots + 1) + slot
     hopper = implementation == "hopper"
     alignment = ROW_ALIGNMENT if hopper else 1
-    size = heuristic(pairs, num_experts).tile_rows if hopper else tile_rows(pairs, num_experts)
+    size = rows_per_tile or (tuning.tile_rows if hopper else tile_rows)(pairs, num_experts)
     if implementation == "portable":  # reads and writes whole tiles
-        alignment = size = tuning_portable.tile_rows(pairs, num_experts)
+        alignment = size = rows_per_tile or tuning_portable.tile_rows(pairs, num_experts)
     if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
         unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
         places = plan_hopper.places_and_tiles(

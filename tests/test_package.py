@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def test_the_wheel_runs_the_demo_outside_the_clone(tmp_path):
     run(UV, "build", "--quiet", "--wheel", "--out-dir", str(tmp_path), cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.stat().st_size < 12 * 2**20
+    tuned = {str(path.relative_to(ROOT)) for path in (ROOT / "pallas_kernels" / "tuned").iterdir()}
+    assert tuned <= set(zipfile.ZipFile(wheel).namelist())
     run(UV, "venv", "--quiet", "--python", sys.executable, "fresh", cwd=tmp_path)
     python = str(tmp_path / "fresh" / "bin" / "python")
     constraints = str(ROOT / "constraints.txt")

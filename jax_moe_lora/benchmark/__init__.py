@@ -1,1 +1,1 @@
-"""Benchmarks: the routed layer (`layer`), and unrolled against scanned layers (`scan`)."""
+"""Benchmarks: the routed layer and peers (`sweep`), its configs (`tune`), unrolled and scanned layers (`scan`)."""

@@ -1,4 +1,4 @@
-"""`jax-moe-lora bench`: the routed layer, over named shapes, adapters and token counts."""
+"""`jax-moe-lora bench` and `tune`: the routed layer, over named shapes, adapters and token counts."""
 
 import os
 import sys
@@ -13,7 +13,8 @@ from jax_moe_lora.errors import InputError
 from pallas_kernels import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
-PEER = "vllm-0.33.0-triton"
+VLLM = "vllm-0.33.0-triton"  # as the peers' CSV calls it
+PEERS = ("ragged_dot", "tokamax", "torch_grouped_mm", "transformers_peft")
 
 
 def bench(
@@ -21,46 +22,111 @@ def bench(
     adapters: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ADAPTERS)}; repeat for more.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeat for more.", min=1)] = None,
     routing: Annotated[str, typer.Option(help="uniform, zipf, or quarter (of the experts are hit).")] = "uniform",
+    slots: Annotated[str, typer.Option(help="uniform, one (for all tokens), or half-base.")] = "uniform",
     implementation: Annotated[str | None, typer.Option(help="A backend by name; the best one if not given.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Time it too: of {', '.join(PEERS)}; repeat.")] = None,
+    method: Annotated[str, typer.Option(help="loop, queue, or both (twice the compilations): the smaller.")] = "both",
     repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
-    loop: Annotated[bool, typer.Option(help="Time a loop of dependent layers too, and count the smaller.")] = True,
     out: Annotated[Path | None, typer.Option(help="Writes OUT.csv and OUT.json, and OUT.png with --plot.")] = None,
-    peers: Annotated[Path | None, typer.Option(help=f"CSV with these columns; {PEER} is shown beside.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the other cells that OUT.json has already.")] = False,
+    peers: Annotated[Path | None, typer.Option(help="CSV with these columns, to compare with.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Needs the plots extra.")] = False,
 ) -> None:
-    """Time the layer with adapters: from x, router weights and expert ids to y, beside its floor."""
-    from jax_moe_lora.benchmark import report
-    from jax_moe_lora.benchmark.layer import sweep
+    """Time the layer with adapters: from x, router weights and expert ids to y, beside its floor.
 
-    if plot and out is None:
-        raise InputError("--plot came without --out; give the name that the files start with.")
+    A cell that fails is named in the table and in OUT.json, the others are measured, and the exit code is 1.
+    """
+    from jax_moe_lora.benchmark import plots, report
+    from jax_moe_lora.benchmark.peers import find_peers
+    from jax_moe_lora.benchmark.sweep import Cells, Ours, sweep
+
+    _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
+    known = report.read_peers(peers) if peers else {}
+    old, commands = report.read_rows(out.with_suffix(".json")) if keep and out else ([], [])
+    head = report.about([*commands, typed()])
+    names = adapters or ["none", "s8r16"]
+    others = find_peers(peer or [], names, lambda said: sys.stderr.write(f"{said}\n"))
+    head["versions"] |= report.versions(*(package for other in others for package in other.packages))
+    cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
+    rows: list[dict[str, Any]] = []
+    for row in sweep(cells, [Ours(implementation), *others], repeats, method):  # type: ignore[arg-type]
+        rows.append(row)
+        sys.stderr.write(f"{row}\n")
+        if out is not None:  # after each row: a sweep that is cut off keeps what it has
+            all_rows = report.merge(old, rows)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.with_suffix(".csv").write_text(report.write_csv(all_rows))
+            out.with_suffix(".json").write_text(report.write_json(all_rows, head))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(_table(rows, known))
+    for line in report.summary(rows, known, VLLM):
+        console.print(line)
+    if plot and out is not None:
+        alike = [row for row in report.merge(old, rows) if (row["routing"], row["slots"]) == (routing, slots)]
+        title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"
+        plots.roofline(alike, title, out.with_suffix(".png"))
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+
+
+def _check(
+    out: Path | None, need_out: dict[str, bool], method: str, peers: Path | None, implementation: str | None
+) -> None:
+    """Refuses options that cannot be, before the work."""
+    for name, given in need_out.items():
+        if given and out is None:
+            raise InputError(f"--{name} came without --out; give the name that the files start with.")
+    if method not in ("both", "loop", "queue"):
+        raise InputError(f"--method is {method!r}; expected both, loop or queue.")
     if peers is not None and not peers.is_file():
-        raise InputError(f"There is no file {peers}; give a CSV with the columns {', '.join(report.COLUMNS)}.")
+        raise InputError(f"There is no file {peers}; give a CSV with the columns of bench's own.")
     try:
         choose(implementation)
     except UnsupportedImplementation as error:
         raise InputError(str(error)) from error
-    known = report.read_peers(peers, PEER) if peers else {}
-    rows: list[dict[str, Any]] = []
-    shapes, names, counts = shape or ["qwen3-30b-a3b"], adapters or ["none", "s8r16"], tokens or list(TOKENS)
-    for row in sweep(shapes, names, counts, routing, implementation, repeats, loop):  # type: ignore[arg-type]
-        rows.append(row)
-        sys.stderr.write(f"{row}\n")
-        if out is not None:  # after each row: a sweep that is cut off keeps what it has
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.with_suffix(".csv").write_text(report.write_csv(rows))
-            out.with_suffix(".json").write_text(report.write_json(rows, _command()))
-    table = Table("shape", "adapters", "tokens", "us", "floor", "of floor", "error", PEER, title="One layer")
+
+
+def _table(rows: list[dict[str, Any]], known: Any) -> Table:
+    """`times as fast`: the best peer's time over ours."""
+    from jax_moe_lora.benchmark.report import peers_of
+
+    table = Table("shape", "adapters", "tokens", "engine", "us", "floor", "of floor", "error", title="One layer")
+    for title in ("best peer", "its us", "times as fast"):
+        table.add_column(title)
     for row in rows:
-        peer = known.get((row["shape"], row["tokens"], row["adapters"]))
-        cells = [row["shape"], row["adapters"], row["tokens"], row["layer_us"], row["floor_us"]]
-        cells += [f"{row['floor_us'] / row['layer_us']:.2f}", f"{row['rel_err']:.1e}", peer or ""]
+        cells = [row["shape"], row["adapters"], row["tokens"], row["engine"]]
+        if "error" in row:
+            table.add_row(*map(str, cells), "failed", "", "", row["error"])
+            continue
+        cells += [row["layer_us"], row["floor_us"], f"{row['floor_us'] / row['layer_us']:.2f}", f"{row['rel_err']:.1e}"]
+        if peers := peers_of(row, known):
+            best = min(peers, key=lambda name: peers[name])
+            cells += [best, peers[best], f"{peers[best] / row['layer_us']:.2f}"]
         table.add_row(*map(str, cells))
+    return table
+
+
+def tune(
+    out: Annotated[Path, typer.Option(help="The tuned file; entries of other cells that it has are kept.")],
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(LAYERS)}; repeat for more.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeat for more.", min=1)] = None,
+    adapters: Annotated[list[str] | None, typer.Option(help="All of them count alike; repeat for more.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
+    tiles_only: Annotated[bool, typer.Option("--tiles-only", help="Only rows a tile: half the time.")] = False,
+) -> None:
+    """Find configs of the kernels that are faster on this GPU than the heuristic's; each is checked, then timed."""
+    from jax_moe_lora.benchmark.tune import tune as tune_cells
+
+    table = Table("shape", "tokens", "gate_up, down", "us", "heuristic's", "gain", title="Tuned configs")
+    cells = shape or ["qwen3-30b-a3b"], tokens or list(TOKENS), adapters or ["none", "s8r16"]
+    tell = lambda said: sys.stderr.write(f"{said}\n")  # noqa: E731
+    for row in tune_cells(*cells, repeats, tiles_only, out, typed(), tell):
+        times = [", ".join(map(str, row[name].values())) for name in ("us", "heuristic_us")]
+        table.add_row(row["shape"], str(row["tokens"]), str(row["best"]), *times, f"{row['gain']:.1%}")
+        tell({**row, "best": str(row["best"])})
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    if plot and out is not None:
-        report.plot(rows, out.with_suffix(".png"))
 
 
-def _command() -> str:
+def typed() -> str:
     """What was typed, without the folders of the machine that it was typed on."""
     return " ".join(["jax-moe-lora", *(Path(word).name if os.sep in word else word for word in sys.argv[1:])])

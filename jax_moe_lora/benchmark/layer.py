@@ -1,29 +1,33 @@
-"""Times the routed layer with adapters: from x, router weights and expert ids to y."""
+"""Times a routed layer with adapters: from x, router weights and expert ids to y."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jax_moe_lora.benchmark.problem import Pooled, Problem, make_problem
+from jax_moe_lora.benchmark.oracle import relative_error
+from jax_moe_lora.benchmark.problem import Pooled, Problem
 from jax_moe_lora.moe import routed_experts
 from pallas_kernels import Implementation
-from pallas_kernels.specs import ADAPTERS
 
 PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # measured on an H200: bf16 matmul, device copy
-LOOP = 8  # dependent layers in one call
-CHECKED_TOKENS = 4  # tokens that are compared with the oracle
+LAYERS_A_CALL = 8
+MOST_CALLS, ENOUGH_S = 8, 2e-3  # calls are queued until they take this long, so that starting them does not count
+Method = Literal["both", "loop", "queue"]
+Layer = Callable[..., Array]
+"""`f(x, weights, chosen, slots, experts, adapters) -> y`; adapters are `Pooled`, or None."""
 METHOD = (
-    "smaller of (a) a jitted loop of dependent layers and (b) as many dispatches then one block, the expert ids "
-    "shifted each time; per layer, median of the repeats; compile_s beside up to seven other compilations"
+    f"loop: calls of a jitted loop of {LAYERS_A_CALL} dependent layers; queue: {LAYERS_A_CALL} dispatches of a jitted "
+    f"layer, in turn; both: the smaller. Expert ids are shifted for each layer, so that the L2 does not answer. Calls "
+    f"of {ENOUGH_S * 1e3:g} ms, {MOST_CALLS} at most, are queued before one block. Per layer, median of the repeats. "
+    "Checked against the float32 oracle after the last layer. compile_s: trace to executable, beside others"
 )
 
 
@@ -32,8 +36,8 @@ def floor_us(problem: Problem) -> float:
     return max(problem.moved_bytes() / PEAK_BYTES, problem.flops() / PEAK_FLOPS) * 1e6
 
 
-def run_layer(problem: Problem, implementation: Implementation | None) -> Callable[..., Array]:
-    """`f(x, weights, chosen, slots, experts, adapters) -> y`, for jit; adapters are `Pooled`, or None."""
+def own_layer(problem: Problem, implementation: Implementation | None) -> Layer:
+    """The library's layer."""
 
     def layer(x, weights, chosen, slots, experts, adapters):
         own = None if adapters is None else adapters.layer()
@@ -42,94 +46,80 @@ def run_layer(problem: Problem, implementation: Implementation | None) -> Callab
     return layer
 
 
-@dataclass(frozen=True)
-class Programs:
-    """One compiled call, and a compiled loop of dependent ones. `arguments` are theirs."""
-
-    problem: Problem
-    arguments: tuple[Any, ...]
-    single: Callable[..., Array]
-    loop: Callable[..., Array] | None
-    compile_s: float
+def shifted(chosen: Array, nth: Any, num_experts: int) -> Array:
+    """Other experts for each of the dependent layers."""
+    return (chosen + nth * 37) % num_experts
 
 
-def compile_layer(problem: Problem, implementation: Implementation | None, with_loop: bool) -> Programs:
-    """Compiles the programs; may run in a thread of its own."""
-    layer = run_layer(problem, implementation)
+def compile_layer(
+    problem: Problem, layer: Layer, method: Method = "both", experts: Any = None
+) -> Callable[[int], dict[str, Any]]:
+    """Compiles the programs, in a thread of its own if need be; the result measures them, given the repeats.
+
+    Args:
+      layer: what is timed. experts: its weights, where it wants another layout than the problem's.
+    """
     adapters = None if problem.adapters is None else Pooled.of(problem.adapters)
-    arguments = (problem.x, problem.weights, problem.chosen, problem.slots, problem.experts, adapters)
+    weights = problem.experts if experts is None else experts
+    arguments = (problem.x, problem.weights, problem.chosen, problem.slots, weights, adapters)
+    one = jax.jit(layer)  # traced once for both programs
+    num_experts = problem.config.num_experts
 
     def loop(x, weights, chosen, slots, experts, adapters):
         def step(i, carry):
-            # Other experts each time, so that the L2 does not answer; the last result, so that nothing is hoisted.
-            shifted = lax.rem(chosen + i * 37, jnp.int32(problem.config.num_experts))
-            y = layer(carry, weights, shifted, slots, experts, adapters)
-            return carry + y * jnp.asarray(1e-3, y.dtype)
+            x, y = carry
+            x = x + y * jnp.asarray(1e-3, y.dtype)  # reads the last result, so that nothing is hoisted or dropped
+            return x, one(x, weights, shifted(chosen, i, num_experts), slots, experts, adapters)
 
-        return lax.fori_loop(0, LOOP, step, x)
+        return lax.fori_loop(0, LAYERS_A_CALL, step, (x, jnp.zeros_like(x)))
 
-    looped = jax.jit(loop).lower(*arguments).compile() if with_loop else None
-    began = time.perf_counter()
-    single = jax.jit(layer).lower(*arguments).compile()
-    return Programs(problem, arguments, single, looped, time.perf_counter() - began)
+    programs, seconds = {}, 0.0
+    for name, function in (("loop", jax.jit(loop)), ("queue", one)):
+        if method in (name, "both"):
+            began = time.perf_counter()
+            programs[name] = function.lower(*arguments).compile()
+            seconds = time.perf_counter() - began
+    return lambda repeats: _measure(problem, programs, arguments, repeats) | {"compile_s": round(seconds, 2)}
 
 
-def measure(programs: Programs, repeats: int) -> dict[str, Any]:
-    """Microseconds a layer, their spread, seconds of compilation, and the relative error of the first tokens."""
-    problem, arguments = programs.problem, programs.arguments
-    checked = min(CHECKED_TOKENS, problem.x.shape[0])
-    y = np.asarray(programs.single(*arguments)[:checked].astype(jnp.float32))
-    expected = problem.expected(checked)
-
+def _measure(problem: Problem, programs: dict[str, Any], arguments: tuple[Any, ...], repeats: int) -> dict[str, Any]:
     x, weights, chosen, *rest = arguments
-    others = [(chosen + i * 37) % problem.config.num_experts for i in range(LOOP)]  # as in the loop
+    ids = [shifted(chosen, i, problem.config.num_experts) for i in range(LAYERS_A_CALL)]
+    calls: dict[str, Callable[[], Any]] = {}
+    if "queue" in programs:
+        y = programs["queue"](*arguments)
+        error = relative_error(y, problem)
+        calls["queue"] = lambda: [programs["queue"](x, weights, each, *rest) for each in ids]
+    if "loop" in programs:
+        last_x, y = programs["loop"](*arguments)  # y is the layer of last_x with the last ids
+        error = relative_error(y, replace(problem, x=last_x, chosen=ids[-1]))
+        calls["loop"] = lambda: programs["loop"](*arguments)
+    timed = {name: timings(call, jax.block_until_ready, repeats) for name, call in calls.items()}
+    return figures(problem, timed, error)
 
-    def dispatches():
-        return [programs.single(x, weights, ids, *rest) for ids in others]
 
-    queued = [t / LOOP for t in _times(dispatches, repeats)]
-    best, loop = queued, programs.loop
-    figures = {"queue_us": round(statistics.median(queued) * 1e6, 1)}
-    if loop is not None:
-        looped = [t / LOOP for t in _times(lambda: loop(*arguments), repeats)]
-        figures["loop_us"] = round(statistics.median(looped) * 1e6, 1)
-        best = min((looped, queued), key=statistics.median)
-    return figures | {
+def figures(problem: Problem, timed: dict[str, list[float]], error: float) -> dict[str, Any]:
+    """Microseconds a layer and their spread, from the seconds of each method; the smaller median counts."""
+    best = min(timed.values(), key=statistics.median)
+    by_method = {f"{name}_us": round(statistics.median(times) * 1e6, 1) for name, times in timed.items()}
+    return by_method | {
         "layer_us": round(statistics.median(best) * 1e6, 1),
         "floor_us": round(floor_us(problem), 1),
-        "rel_err": float(f"{np.linalg.norm(y - expected) / np.linalg.norm(expected):.4g}"),
+        "rel_err": float(f"{error:.4g}"),
         "min_us": round(min(best) * 1e6, 1),
         "max_us": round(max(best) * 1e6, 1),
-        "compile_s": round(programs.compile_s, 2),
     }
 
 
-def _times(call: Callable[[], Any], repeats: int) -> list[float]:
-    jax.block_until_ready(call())
+def timings(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> list[float]:
+    """Seconds a layer of each repeat of `call`, which starts `LAYERS_A_CALL` layers; `wait` is for their results."""
+    wait(call())
+    began = time.perf_counter()
+    wait(call())
+    together = min(max(math.ceil(ENOUGH_S / (time.perf_counter() - began)), 1), MOST_CALLS)
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
+        wait([call() for _ in range(together)])
+        times.append((time.perf_counter() - began) / together / LAYERS_A_CALL)
     return times
-
-
-def sweep(
-    shapes: Sequence[str],
-    adapters: Sequence[str],
-    tokens: Sequence[int],
-    routing: str = "uniform",
-    implementation: Implementation | None = None,
-    repeats: int = 20,
-    with_loop: bool = True,
-) -> Iterator[dict[str, Any]]:
-    """Measures every combination, a row each. The token counts of one problem are compiled side by side."""
-    for shape in shapes:
-        for name in adapters:
-            problem = make_problem(shape, name)
-            drawn = [problem.with_tokens(count, routing, ADAPTERS[name]) for count in tokens]
-            with ThreadPoolExecutor(max_workers=8) as pool:
-                compiled = list(pool.map(lambda one: compile_layer(one, implementation, with_loop), drawn))
-            for count, programs in zip(tokens, compiled, strict=True):
-                cell = {"shape": shape, "tokens": count, "adapters": name, "engine": "jax_moe_lora"}
-                yield cell | measure(programs, repeats) | {"routing": routing}

@@ -1,6 +1,7 @@
 """A routed layer with adapters, made on the device for timing: random weights and pages, routing by distribution."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora import reference
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.moe import LayerAdapters
 from jax_moe_lora.types import ExpertWeights
 from pallas_kernels import RANK_PAGE, LoRAPages
-from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec, LayerSpec
+from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
 
 MODULES = ("gate", "up", "down")
 
@@ -57,16 +57,25 @@ class Problem:
     experts: ExpertWeights
     adapters: LayerAdapters | None
 
-    def with_tokens(self, tokens: int, routing: str, spec: AdapterSpec, seed: int = 0) -> "Problem":
-        """The same weights and adapters with other tokens."""
+    def with_adapters(self, name: str) -> "Problem":
+        """The same weights with the adapters of `specs.ADAPTERS`."""
+        if name not in ADAPTERS:
+            raise InputError(f"adapters are {name!r}; expected one of {', '.join(ADAPTERS)}.")
+        spec, size = ADAPTERS[name], self.config
+        made = _adapters(size.num_experts, size.hidden_size, size.expert_width, spec, self.x.dtype.name)
+        return replace(self, adapters=made if spec.slots else None)
+
+    def with_tokens(
+        self, tokens: int, routing: str, spec: AdapterSpec, slots: str = "uniform", seed: int = 0
+    ) -> "Problem":
+        """The same weights and adapters with other tokens, drawn as `choose_experts` and `choose_slots` say."""
         rng = np.random.default_rng(seed)
         chosen = choose_experts(routing, tokens, self.config.num_experts, self.config.top_k, rng)
         gates = rng.dirichlet(np.ones(self.config.top_k), tokens).astype(np.float32)
-        slots = rng.integers(0, max(spec.slots, 1), tokens) if spec.slots else np.full(tokens, -1)
-        slots = np.where(rng.random(tokens) < spec.base_rows, -1, slots).astype(np.int32)
+        of_token = choose_slots(slots, tokens, spec, rng)
         x = jax.random.normal(jax.random.key(seed), (tokens, self.config.hidden_size), self.x.dtype)
         return replace(
-            self, x=x, weights=jnp.asarray(gates), chosen=jnp.asarray(chosen, jnp.int32), slots=jnp.asarray(slots)
+            self, x=x, weights=jnp.asarray(gates), chosen=jnp.asarray(chosen, jnp.int32), slots=jnp.asarray(of_token)
         )
 
     def moved_bytes(self) -> float:
@@ -94,37 +103,12 @@ class Problem:
         slots, chosen = np.asarray(self.slots), np.asarray(self.chosen)
         return {(int(s), int(e)) for s, row in zip(slots, chosen, strict=True) if s >= 0 for e in row}
 
-    def expected(self, tokens: int) -> np.ndarray:
-        """Float32 `[tokens, D]`: the first tokens' rows by the reference's own linear, token by token."""
-        out = np.zeros((tokens, self.config.hidden_size), np.float32)
-        matrices = {m: getattr(self.experts, m) for m in MODULES}
-        x = np.asarray(self.x[:tokens].astype(jnp.float32))
-        for t in range(tokens):
-            for k in range(self.config.top_k):
-                e, s = int(self.chosen[t, k]), int(self.slots[t])
-                w = {m: np.asarray(matrices[m][e].astype(jnp.float32))[None] for m in MODULES}
-                own = None if s < 0 or self.adapters is None else {m: self._matrices(m, s, e) for m in MODULES}
-                linear = lambda row, m, w=w, own=own: reference._linear(row, m, 0, w, own, np.float32)  # noqa: E731
-                gate = linear(x[t], "gate")
-                hidden = gate / (1 + np.exp(-gate)) * linear(x[t], "up")
-                out[t] += float(self.weights[t, k]) * linear(hidden, "down")
-        return out
 
-    def _matrices(self, module: str, slot: int, expert: int) -> tuple[np.ndarray, np.ndarray, float]:
-        pages = (self.adapters or {})[module]
-        first_a, first_b, count, _ = (int(v) for v in pages.table[slot, expert])
-        a = np.asarray(pages.a[first_a : first_a + count].astype(jnp.float32)).reshape(count * RANK_PAGE, -1)
-        b = np.asarray(pages.b[first_b : first_b + count].astype(jnp.float32)).reshape(count * RANK_PAGE, -1)
-        return a[None], b.T[None], float(pages.scale[slot, expert])
-
-
-def make_problem(shape: str, adapters: str, dtype: str = "bfloat16") -> Problem:
+def make_problem(shape: str, adapters: str = "none", dtype: str = "bfloat16") -> Problem:
     """Weights and adapters of a named shape; tokens come by `with_tokens`."""
-    if shape not in LAYERS or adapters not in ADAPTERS:
-        raise InputError(
-            f"{shape!r}, {adapters!r}: expected a shape of {list(LAYERS)} and adapters of {list(ADAPTERS)}."
-        )
-    spec, lora = LAYERS[shape], ADAPTERS[adapters]
+    if shape not in LAYERS:
+        raise InputError(f"shape is {shape!r}; expected one of {', '.join(LAYERS)}.")
+    spec = LAYERS[shape]
     e, d, f = spec.num_experts, spec.hidden_size, spec.expert_width
     config = MoEConfig(d, f, e, spec.top_k)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -135,12 +119,14 @@ def make_problem(shape: str, adapters: str, dtype: str = "bfloat16") -> Problem:
     )
     none: Any = jnp.zeros((0,), jnp.int32)
     x = jnp.zeros((0, d), dtype)
-    return Problem(config, x, none, none, none, experts, _adapters(spec, lora, dtype) if lora.slots else None)
+    return Problem(config, x, none, none, none, experts, None).with_adapters(adapters)
 
 
-def _adapters(spec: LayerSpec, lora: AdapterSpec, dtype: str) -> dict[str, LoRAPages]:
+def _adapters(e: int, hidden: int, inner: int, lora: AdapterSpec, dtype: str) -> dict[str, LoRAPages]:
     """Per-expert adapters of the spec's ranks, in one pool a width, as a bank has them."""
-    e, widths = spec.num_experts, {"in": spec.hidden_size, "out": spec.expert_width}
+    if not lora.slots:
+        return {}
+    widths = {"in": hidden, "out": inner}
     ranks = np.resize(np.asarray(lora.ranks, np.int32), lora.slots)
     counts = -(-ranks // RANK_PAGE)
     each = int(counts.sum()) * e
@@ -176,6 +162,16 @@ def choose_experts(routing: str, tokens: int, experts: int, top_k: int, rng: np.
     return np.argsort(-scores, axis=1)[:, :top_k].astype(np.int32)
 
 
+def choose_slots(slots: str, tokens: int, spec: AdapterSpec, rng: np.random.Generator) -> np.ndarray:
+    """Slot of each token `[T]`: `uniform`, `one` (all tokens use slot 0) or `half-base` (half of them none)."""
+    base_rows = {"uniform": spec.base_rows, "one": spec.base_rows, "half-base": max(spec.base_rows, 0.5)}
+    if slots not in base_rows:
+        raise InputError(f"slots are {slots!r}; expected one of {', '.join(base_rows)}.")
+    drawn = rng.integers(0, max(spec.slots, 1), tokens)
+    adapted = (rng.random(tokens) >= base_rows[slots]) & (spec.slots > 0)
+    return np.where(adapted, 0 if slots == "one" else drawn, -1).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames=("shape", "scale", "dtype"))  # compiled once a shape, whatever the adapters
 def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: str) -> Array:
-    make = jax.jit(lambda key: (scale * jax.random.normal(key, shape, dtype)).astype(dtype))
-    return make(key)
+    return (scale * jax.random.normal(key, shape, dtype)).astype(dtype)

@@ -1,65 +1,137 @@
-"""What a benchmark writes: a CSV with the peers' columns, a JSON with where and how, a plot."""
+"""What a benchmark writes: a CSV with the peers' columns, a JSON with where and how, a plot, a comparison."""
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jax_moe_lora.benchmark.layer import METHOD, PEAK_BYTES, PEAK_FLOPS
+from jax_moe_lora.errors import InputError
+from pallas_kernels import tuning
 
-COLUMNS = ("shape", "tokens", "adapters", "engine", "layer_us", "floor_us", "rel_err")
+PEER_COLUMNS = ("shape", "tokens", "adapters", "engine", "layer_us", "floor_us", "rel_err")
+COLUMNS = (*PEER_COLUMNS, "min_us", "max_us", "compile_s", "routing", "slots")
+CELL = ("shape", "tokens", "adapters", "engine", "routing", "slots")
 Row = dict[str, Any]
+Peers = dict[tuple[str, int, str], dict[str, float]]
+"""(shape, tokens, adapters) -> engine -> microseconds."""
 
 
 def write_csv(rows: Sequence[Row]) -> str:
+    """The rows that have figures."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(row for row in rows if "error" not in row)
     return out.getvalue()
 
 
-def write_json(rows: Sequence[Row], command: str) -> str:
-    about = {
+def about(commands: Sequence[str]) -> dict[str, Any]:
+    """Where, when and how it was measured."""
+    return {
         "device": jax.devices()[0].device_kind,
         "date": date.today().isoformat(),
-        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
-        "command": command,
+        "versions": versions("jax", "jaxlib"),
+        "commands": list(commands),
+        "tuned": tuning.source(),
         "method": METHOD,
         "ceilings": {"bytes_per_s": PEAK_BYTES, "bf16_flop_per_s": PEAK_FLOPS},
     }
-    return json.dumps(about | {"rows": list(rows)}, indent=1) + "\n"
 
 
-def read_peers(path: Path, engine: str) -> dict[tuple[str, int, str], float]:
-    """Microseconds of one engine of a CSV with these columns, by (shape, tokens, adapters)."""
+def versions(*packages: str) -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_json(rows: Sequence[Row], head: dict[str, Any]) -> str:
+    return json.dumps(head | {"rows": list(rows)}, indent=1) + "\n"
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """Rows and commands of a JSON that an earlier run wrote, on this device; nothing where there is none yet."""
+    if not path.exists():
+        return [], []
+    try:
+        content = json.loads(path.read_text())
+        device, rows, commands = content["device"], content["rows"], content["commands"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no results of this command ({error!r}); leave out --keep.") from error
+    if device != (own := jax.devices()[0].device_kind):
+        raise InputError(f"{path} was measured on {device}, this is {own}; give another --out.")
+    return rows, commands
+
+
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The old rows without the cells that were measured again, then the new ones."""
+    again = {tuple(row.get(name) for name in CELL) for row in new}
+    return [row for row in old if tuple(row.get(name) for name in CELL) not in again] + list(new)
+
+
+def read_peers(path: Path) -> Peers:
+    """Microseconds of each engine of a CSV with the peers' columns."""
+    found: Peers = {}
     with path.open(newline="") as file:
-        cells = [row for row in csv.DictReader(file) if row["engine"] == engine]
-    return {(row["shape"], int(row["tokens"]), row["adapters"]): float(row["layer_us"]) for row in cells}
+        reader = csv.DictReader(file)
+        if missing := set(PEER_COLUMNS[:5]) - set(reader.fieldnames or ()):
+            raise InputError(f"{path} has no column {', '.join(sorted(missing))}; expected {', '.join(PEER_COLUMNS)}.")
+        for row in reader:
+            key = row["shape"], int(row["tokens"]), row["adapters"]
+            found.setdefault(key, {})[row["engine"]] = float(row["layer_us"])
+    return found
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Time over tokens beside the floor, a panel a shape. Needs the `plots` extra."""
-    import matplotlib
+def peers_of(row: Row, peers: Peers) -> dict[str, float]:
+    """The peers of a row; they were measured with uniform routing and slots alone."""
+    if (row["routing"], row["slots"]) != ("uniform", "uniform"):
+        return {}
+    return peers.get((row["shape"], row["tokens"], row["adapters"]), {})
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(shapes), figsize=(5 * len(shapes), 4), squeeze=False)
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        for color, name in enumerate(dict.fromkeys(row["adapters"] for row in rows if row["shape"] == shape)):
-            cells = [row for row in rows if row["shape"] == shape and row["adapters"] == name]
-            tokens = [row["tokens"] for row in cells]
-            axis.loglog(tokens, [row["layer_us"] for row in cells], f"C{color}o-", label=name)
-            axis.loglog(tokens, [row["floor_us"] for row in cells], f"C{color}:")
-        axis.set(title=shape, xlabel="tokens", ylabel="microseconds a layer (dotted: floor)")
-        axis.legend(title="adapters")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def summary(rows: Iterable[Row], peers: Peers, engine: str) -> list[str]:
+    """Sentences: how near the floor, and how the rows compare with one engine of the peers."""
+    measured = [row for row in rows if "error" not in row and row["engine"] == "jax_moe_lora"]
+    if not measured:
+        return []
+    reached = _geometric_mean(row["floor_us"] / row["layer_us"] for row in measured)
+    worst = min(measured, key=lambda row: row["floor_us"] / row["layer_us"])
+    lines = [
+        f"{reached:.2f} of the floor's speed (geometric mean of {len(measured)} cells); "
+        f"least {worst['floor_us'] / worst['layer_us']:.2f}: {_cell(worst)}."
+    ]
+    both = [(peers_of(row, peers)[engine] / row["layer_us"], row) for row in measured if engine in peers_of(row, peers)]
+    for what, some in (
+        ("without adapters", [pair for pair in both if pair[1]["adapters"] == "none"]),
+        ("with adapters", [pair for pair in both if pair[1]["adapters"] != "none"]),
+    ):
+        if some:
+            slower = [
+                f"{_cell(row)} ({ratio:.2f})" for ratio, row in sorted(some, key=lambda pair: pair[0]) if ratio < 1
+            ]
+            lines.append(
+                f"{_geometric_mean(ratio for ratio, _ in some):.2f} times as fast as {engine} {what} (geometric mean "
+                f"of {len(some)} cells); slower in {len(slower)}{': ' + ', '.join(slower) if slower else ''}."
+            )
+    return lines
+
+
+def _cell(row: Row) -> str:
+    return f"{row['shape']} {row['adapters']} T={row['tokens']}"
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs))

@@ -10,7 +10,7 @@ from pallas_kernels.grouped_lora import hopper as lora
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.plan import RoutingPlan, cut_groups
 from pallas_kernels.steps import Adapters, LoRASteps, make_steps, with_nothing
-from pallas_kernels.tuning import Config, heuristic
+from pallas_kernels.tuning import Config, Matmul, config_for
 
 
 def grouped_matmul(
@@ -23,14 +23,14 @@ def grouped_matmul(
     steps: LoRASteps | None = None,
     config: Config | None = None,
 ) -> Float[Array, "Q out"]:
-    """What `api.grouped_matmul` promises, by the Hopper kernels. `config`: how to cut; `tuning.heuristic`'s if None."""
+    """What `api.grouped_matmul` promises, by the Hopper kernels. `config`: `tuning.config_for`'s where None."""
     if plan.alignment % mosaic.ROW_ALIGNMENT:
         raise UnsupportedImplementation(
             f"The plan aligns experts to {plan.alignment} rows, hopper needs {mosaic.ROW_ALIGNMENT}; "
             "give make_plan implementation='hopper'."
         )
-    pairs, num_experts = plan.position.shape[0], weights[0].shape[0]
-    config = config or heuristic(pairs, num_experts)
+    pairs = plan.position.shape[0]
+    config = config or config_for(Matmul.of(weights, pairs), plan.tiles.size)
     tiles = plan.tiles
     if tiles.size != config.tile_rows:
         tiles = cut_groups(plan.group_sizes, plan.group_starts, pairs, config.tile_rows)

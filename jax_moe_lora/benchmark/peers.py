@@ -1,0 +1,274 @@
+"""Other libraries' routed layers, timed on the same problems: what a user would write with each today.
+
+Each gets the weights in the layout that it likes best, gate and up side by side, and sorts, gathers and combines as its
+own documentation does. `ragged_dot` and `tokamax` run in the same jitted programs as ours, torch's from CUDA graphs
+(`loop`) and eagerly (`queue`). None of them takes several adapters in a batch: with adapters there is PEFT, with one.
+"""
+
+import importlib.util
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from jax_moe_lora.benchmark.layer import LAYERS_A_CALL, Method, compile_layer, figures, shifted, timings
+from jax_moe_lora.benchmark.oracle import relative_error
+from jax_moe_lora.benchmark.problem import Problem
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.types import ExpertWeights
+from pallas_kernels import RANK_PAGE
+from pallas_kernels.specs import ADAPTERS
+
+Measure = Callable[[int], dict[str, Any]]
+
+
+class OneLayout:
+    """The weights of the last problem in another layout: made once for all its cells, which are prepared in threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[ExpertWeights, Any] | None = None
+
+    def of(self, experts: ExpertWeights, make: Callable[[ExpertWeights], Any]) -> Any:
+        with self._lock:
+            if self._last is None or self._last[0] is not experts:
+                self._last = None  # let go of before the next is made
+                self._last = experts, make(experts)
+            return self._last[1]
+
+
+@dataclass(frozen=True)
+class RaggedDot:
+    """`dot(rows [P, in], weights [E, in, out], group_sizes [E])` between a sort and its inverse, under jit."""
+
+    name: str
+    dot: Callable[[Array, Array, Array], Array]
+    packages: tuple[str, ...] = ()
+    layout: OneLayout = field(default_factory=OneLayout)
+
+    def why_not(self, adapters: str) -> str:
+        return "it takes no adapters" if ADAPTERS[adapters].slots else ""
+
+    def prepare(self, problem: Problem, method: Method) -> Measure:
+        experts = self.layout.of(problem.experts, _in_by_out)
+        return compile_layer(problem, lambda *arguments: self._layer(*arguments), method, experts)
+
+    def _layer(self, x, weights, chosen, slots, experts, adapters):
+        gate_up, down = experts
+        top_k = chosen.shape[1]
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        sizes = jnp.bincount(chosen.reshape(-1), length=gate_up.shape[0]).astype(jnp.int32)
+        gate, up = jnp.split(self.dot(x[order // top_k], gate_up, sizes), 2, axis=1)
+        rows = self.dot(jax.nn.silu(gate) * up, down, sizes)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        each = rows[back].reshape(*chosen.shape, -1).astype(jnp.float32)
+        return (each * weights[..., None]).sum(1).astype(x.dtype)
+
+
+@jax.jit
+def _in_by_out(experts: ExpertWeights) -> tuple[Array, Array]:
+    return jnp.concatenate([experts.gate, experts.up], 1).swapaxes(1, 2), experts.down.swapaxes(1, 2)
+
+
+@dataclass(frozen=True)
+class TorchLayer:
+    """A torch layer `build(gate_up [E, 2F, D], down [E, D, F], problem) -> f(x, chosen, weights)`."""
+
+    name: str
+    build: Callable[[Any, Any, Problem], Callable[..., Any]]
+    packages: tuple[str, ...]
+    most_slots: int = 0
+    layout: OneLayout = field(default_factory=OneLayout)
+
+    def why_not(self, adapters: str) -> str:
+        if ADAPTERS[adapters].slots <= self.most_slots:
+            return ""
+        return "it serves one adapter at a time" if self.most_slots else "it takes no adapters"
+
+    def prepare(self, problem: Problem, method: Method) -> Measure:
+        return lambda repeats: self._measure(problem, method, repeats)
+
+    def _measure(self, problem: Problem, method: Method, repeats: int) -> dict[str, Any]:
+        import torch
+
+        gate_up, down = self.layout.of(problem.experts, _torch_experts)
+        layer = self.build(gate_up, down, problem)
+        x, weights = to_torch(problem.x), to_torch(problem.weights)
+        ids = [shifted(problem.chosen, i, problem.config.num_experts) for i in range(LAYERS_A_CALL)]
+        chosen = [to_torch(each).long() for each in ids]
+
+        def layers() -> None:
+            for each in chosen:
+                layer(x, each, weights)
+
+        def wait(_: Any) -> None:
+            if x.is_cuda:
+                torch.cuda.synchronize()
+
+        with torch.no_grad():
+            y = layer(x, chosen[0], weights)
+            error = relative_error(jnp.asarray(y.float().cpu().numpy()), problem)
+            calls, notes = {"queue": layers}, {}
+            if method != "queue" and x.is_cuda:
+                try:
+                    calls["loop"] = _graph(layers)
+                except RuntimeError as failed:  # it synchronises somewhere: eager figures are worth having
+                    notes["note"] = f"no CUDA graph: {' '.join(str(failed).split())[:200]}"
+            if method == "loop" and "loop" in calls:
+                del calls["queue"]
+            timed = {name: timings(call, wait, repeats) for name, call in calls.items()}
+            return figures(problem, timed, error) | notes
+
+
+def _graph(layers: Callable[[], None]) -> Callable[[], None]:
+    """The layers as one CUDA graph: what torch takes when Python is not in its way."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # first runs allocate, which a capture must not
+        layers()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layers()
+    return graph.replay
+
+
+def to_torch(array: Array) -> Any:
+    """The same memory as a torch tensor."""
+    import torch
+
+    return torch.from_dlpack(jax.block_until_ready(array))
+
+
+def _torch_experts(experts: ExpertWeights) -> tuple[Any, Any]:
+    import torch
+
+    return torch.cat([to_torch(experts.gate), to_torch(experts.up)], 1), to_torch(experts.down)
+
+
+def grouped_mm(gate_up: Any, down: Any, problem: Problem) -> Callable[..., Any]:
+    """`torch.nn.functional.grouped_mm` between a sort and its inverse."""
+    import torch
+
+    dot = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    first, second = gate_up.transpose(1, 2), down.transpose(1, 2)
+
+    def layer(x, chosen, weights):
+        ids, order = chosen.reshape(-1).sort()
+        bounds = torch.arange(first.shape[0], device=x.device)
+        ends = torch.searchsorted(ids, bounds, right=True, out_int32=True)
+        gate, up = dot(x[order // chosen.shape[1]], first, offs=ends).chunk(2, -1)
+        rows = dot(torch.nn.functional.silu(gate) * up, second, offs=ends)
+        each = torch.empty_like(rows)
+        each[order] = rows
+        return (each.view(*chosen.shape, -1).float() * weights[..., None]).sum(1).to(x.dtype)
+
+    return layer
+
+
+def transformers_peft(gate_up: Any, down: Any, problem: Problem) -> Callable[..., Any]:
+    """transformers' experts by its `grouped_mm`; an adapter of the problem by PEFT's `target_parameters`."""
+    import torch
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    size = problem.config
+    config = Qwen3MoeConfig(
+        hidden_size=size.hidden_size, moe_intermediate_size=size.expert_width, num_experts=size.num_experts
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):  # its own weights are never made
+        block = torch.nn.ModuleDict({"experts": Qwen3MoeExperts(config)})
+    block["experts"].gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
+    block["experts"].down_proj = torch.nn.Parameter(down, requires_grad=False)
+    if problem.adapters is not None:
+        _add_peft(block, problem)
+    return lambda x, chosen, weights: block["experts"](x, chosen, weights)
+
+
+def _add_peft(block: Any, problem: Problem) -> None:
+    """Slot 0 as a PEFT adapter. Gate and up have an A each here and one in PEFT, so theirs has both ranks."""
+    import torch
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora.layer import ParamWrapper
+
+    (gate_a, gate_b), (up_a, up_b), own = (_matrices(problem, module) for module in ("gate", "up", "down"))
+    zero = torch.zeros_like(gate_b)
+    factors = {
+        "gate_up_proj": (
+            torch.cat([gate_a, up_a], 1),
+            torch.cat([torch.cat([gate_b, zero], 2), torch.cat([zero, up_b], 2)], 1),
+        ),
+        "down_proj": own,
+    }
+    scale: Any = float((problem.adapters or {})["gate"].scale[0, 0])
+    # PEFT's scale is alpha / r; the ranks, which differ, are those of the weights that are put in.
+    targets = [f"experts.{name}" for name in factors]
+    inject_adapter_in_model(LoraConfig(r=1, lora_alpha=scale, target_modules=[], target_parameters=targets), block)
+    for wrapper in [module for module in block.modules() if isinstance(module, ParamWrapper)]:
+        a, b = factors[wrapper.parameter_name]
+        wrapper.lora_A["default"].weight.data = a.reshape(-1, a.shape[2])
+        wrapper.lora_B["default"].weight.data = b.permute(1, 2, 0).reshape(b.shape[1], -1)  # experts fastest
+
+
+def _matrices(problem: Problem, module: str) -> tuple[Any, Any]:
+    """A `[E, R, in]` and B `[E, out, R]` of slot 0."""
+    pages = (problem.adapters or {})[module]
+    table = np.asarray(pages.table[0])
+    count, experts = int(table[0, 2]), table.shape[0]
+
+    def side(pool: Array, column: int) -> Array:
+        pages_of = table[:, column, None] + np.arange(count)
+        return pool[pages_of].reshape(experts, count * RANK_PAGE, -1)
+
+    return to_torch(side(pages.a, 0)), to_torch(side(pages.b, 1).swapaxes(1, 2))
+
+
+def _tokamax_dot(rows: Array, weights: Array, sizes: Array) -> Array:
+    import tokamax
+
+    return tokamax.ragged_dot(rows, weights, sizes)
+
+
+PEERS: dict[str, RaggedDot | TorchLayer] = {
+    "ragged_dot": RaggedDot("jax.lax.ragged_dot", lax.ragged_dot),
+    "tokamax": RaggedDot("tokamax", _tokamax_dot, ("tokamax",)),
+    "torch_grouped_mm": TorchLayer("torch-grouped_mm", grouped_mm, ("torch",)),
+    "transformers_peft": TorchLayer(
+        "transformers-grouped_mm", transformers_peft, ("torch", "transformers", "peft"), most_slots=1
+    ),
+}
+
+
+def find_peers(names: list[str], adapters: list[str], tell: Callable[[str], Any]) -> list[RaggedDot | TorchLayer]:
+    """The peers of these names that can run here; `tell` gets a sentence about what cannot: a peer, or its cells."""
+    found = []
+    for name in names:
+        if name not in PEERS:
+            raise InputError(f"--peer is {name!r}; expected one of {', '.join(PEERS)}.")
+        peer = PEERS[name]
+        missing = [package for package in peer.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            tell(f"{name} is left out: {', '.join(missing)} is not installed.")
+        elif "torch" in peer.packages and jax.default_backend() == "gpu" and not _torch_has_gpu():
+            tell(f"{name} is left out: this torch has no CUDA device.")
+        else:
+            found.append(peer)
+            for some in adapters:
+                if some in ADAPTERS and (why := peer.why_not(some)):
+                    tell(f"{name} is left out of the cells with {some}: {why}.")
+    return found
+
+
+def _torch_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

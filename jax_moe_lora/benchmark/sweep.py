@@ -1,0 +1,86 @@
+"""Measures every combination of shape, adapters, tokens and engine, a row each; what fails is a row too."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jax_moe_lora.benchmark.layer import Method, compile_layer, own_layer
+from jax_moe_lora.benchmark.problem import Problem, make_problem
+from pallas_kernels import Implementation
+from pallas_kernels.specs import ADAPTERS
+
+THREADS = min(8, os.cpu_count() or 1)  # compilers beside each other
+Measure = Callable[[int], dict[str, Any]]
+
+
+class Engine(Protocol):
+    """Something whose layer is timed."""
+
+    @property
+    def name(self) -> str: ...
+
+    def why_not(self, adapters: str) -> str:
+        """Empty where it can run cells with these adapters."""
+
+    def prepare(self, problem: Problem, method: Method) -> Measure:
+        """Compiles; the result measures, given the repeats."""
+
+
+@dataclass(frozen=True)
+class Ours:
+    """The library, with the backend of this name or the best one."""
+
+    implementation: Implementation | None = None
+    name: str = "jax_moe_lora"
+
+    def why_not(self, adapters: str) -> str:
+        return ""
+
+    def prepare(self, problem: Problem, method: Method) -> Measure:
+        return compile_layer(problem, own_layer(problem, self.implementation), method)
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What a sweep covers. `routing` and `slots`: how experts and slots are drawn, see `problem.py`."""
+
+    shapes: Sequence[str]
+    adapters: Sequence[str]
+    tokens: Sequence[int]
+    routing: str = "uniform"
+    slots: str = "uniform"
+
+
+def sweep(
+    cells: Cells, engines: Sequence[Engine], repeats: int = 20, method: Method = "both"
+) -> Iterator[dict[str, Any]]:
+    """Yields a row a cell and engine. All cells of one shape are compiled side by side, then measured one by one.
+
+    A cell that raises gives a row with `error` in place of figures, and the sweep goes on.
+    """
+    for shape in cells.shapes:
+        base = make_problem(shape)
+        with ThreadPoolExecutor(THREADS) as pool:
+            started: list[tuple[dict[str, Any], Future[Measure]]] = []
+            for name in cells.adapters:
+                problem = base.with_adapters(name)
+                for count in cells.tokens:
+                    drawn = problem.with_tokens(count, cells.routing, ADAPTERS[name], cells.slots)
+                    for engine in engines:
+                        if not engine.why_not(name):
+                            cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
+                            started.append((cell, pool.submit(engine.prepare, drawn, method)))
+            pool.shutdown(wait=True)  # a compiler beside a measurement would show in it
+            started.reverse()
+            while started:
+                cell, future = started.pop()  # and what it holds is let go of
+                yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
+
+
+def _guarded(future: "Future[Measure]", repeats: int) -> dict[str, Any]:
+    try:
+        return future.result()(repeats)
+    except Exception as error:  # of a compiler, a device or a peer: whatever it is, the other cells are worth having
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}

@@ -1,0 +1,227 @@
+"""Finds configs of the Hopper kernels that beat the heuristic, and keeps them as a tuned file (`tuning.py`).
+
+One cell is a shape and a number of tokens. Its layer is timed with each way to cut it: first the rows a tile, with
+which plan and both matmuls go, then form and stages of each matmul. A config must not depend on adapters, so a cell's
+score is the geometric mean over several adapter sets, relative to the heuristic's time.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jax_moe_lora.benchmark.layer import METHOD, compile_layer
+from jax_moe_lora.benchmark.problem import Problem, make_problem
+from jax_moe_lora.benchmark.report import about
+from jax_moe_lora.benchmark.sweep import THREADS, Measure
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.moe import combine
+from pallas_kernels import choose, lora_steps, make_plan, tuning
+from pallas_kernels.grouped_matmul import fused
+from pallas_kernels.specs import ADAPTERS, LAYERS
+from pallas_kernels.tuning import PART, Config, Matmul, bucket, deepest, heuristic, why_not
+
+LADDER = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128)  # rows a tile that are tried, near the heuristic's
+TENSOR_TRIED = 64  # mean rows an expert from which the tensor form is tried
+LEAST_GAIN = 0.02  # of an entry: timings of the same program differ by about 1 %
+LARGEST_ERROR = 1e-2  # relative, of bfloat16 against the float32 oracle
+Tell = Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """How both matmuls of a layer are cut; their `tile_rows` are one number."""
+
+    gate_up: Config
+    down: Config
+
+    def __str__(self) -> str:
+        """Form, rows a tile, stages and warpgroups: `stream 24 x 6 x 2, tensor 128 x 4 x 2`."""
+        return ", ".join(f"{c.form} {c.tile_rows} x {c.stages} x {c.warpgroups}" for c in (self.gate_up, self.down))
+
+
+def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adapters):
+    """The layer of `moe.routed_experts`, cut in this way."""
+    pages = {} if adapters is None else adapters.layer()
+    num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
+    rows = candidate.gate_up.tile_rows
+    plan = make_plan(chosen, slots, experts.gate.shape[0], num_slots, "hopper", rows)
+    both, into, out_of = (experts.gate, experts.up), (pages.get("gate"), pages.get("up")), (pages.get("down"),)
+    steps = lora_steps(plan, (into, out_of))
+    gated = fused.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
+    down = fused.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
+    return combine(down, weights, plan).astype(x.dtype)
+
+
+def tile_candidates(pairs: int, num_experts: int) -> list[Candidate]:
+    """The heuristic's cut, then those of fewer and more rows a tile."""
+    first = heuristic(pairs, num_experts)
+    near = [rows for rows in LADDER if first.tile_rows / 2 <= rows <= first.tile_rows * 2]
+    configs = [first, *(deepest("stream", rows) for rows in near)]
+    if pairs / num_experts >= TENSOR_TRIED:
+        configs.append(deepest("tensor", PART))
+    return [Candidate(config, config) for config in dict.fromkeys(configs)]
+
+
+def matmul_candidates(best: Candidate) -> list[Candidate]:
+    """One matmul of `best` with fewer stages, the other number of warpgroups, or in the other form."""
+    found = []
+    for name in ("gate_up", "down"):
+        own: Config = getattr(best, name)
+        configs = [replace(own, stages=own.stages - fewer) for fewer in (1, 2)]
+        if own.form == "stream":
+            configs.append(deepest("stream", own.tile_rows, 3 - own.warpgroups))
+        if own.tile_rows == PART:
+            configs.append(deepest("stream" if own.form == "tensor" else "tensor", PART))
+        found += [replace(best, **{name: config}) for config in configs if not why_not(config)]
+    return found
+
+
+class Cell:
+    """Times candidates on the problems of one cell. `times[candidate]`: microseconds a layer, a problem each."""
+
+    def __init__(self, problems: Sequence[Problem], repeats: int, tell: Tell) -> None:
+        self.problems, self.repeats, self.tell = problems, repeats, tell
+        self.times: dict[Candidate, list[float]] = {}
+        self._measures: dict[Candidate, list[Measure]] = {}
+
+    def try_all(self, candidates: Sequence[Candidate]) -> None:
+        """Compiles them side by side, then measures one by one; one that fails or is wrong is told and left out."""
+        new = [candidate for candidate in candidates if candidate not in self.times]
+        with ThreadPoolExecutor(THREADS) as pool:
+            started = {c: [pool.submit(self._compile, c, problem) for problem in self.problems] for c in new}
+        for candidate, futures in started.items():
+            try:
+                self._measures[candidate] = [future.result() for future in futures]
+                self.times[candidate] = self._time(candidate)
+            except Exception as error:  # whatever it is, the other candidates are worth having
+                self.tell(f"{candidate}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            else:
+                self.tell(f"{candidate}: {self.times[candidate]} us")
+
+    def again(self, candidate: Candidate) -> None:
+        """Measures once more, and keeps the smaller times."""
+        self.times[candidate] = list(map(min, self.times[candidate], self._time(candidate)))
+
+    def score(self, candidate: Candidate, against: Candidate) -> float:
+        """Geometric mean of the times over those of `against`: below 1 is faster."""
+        ratios = [a / b for a, b in zip(self.times[candidate], self.times[against], strict=True)]
+        return math.prod(ratios) ** (1 / len(ratios))
+
+    def _compile(self, candidate: Candidate, problem: Problem) -> Measure:
+        return compile_layer(problem, partial(run_candidate, candidate), "loop")
+
+    def _time(self, candidate: Candidate) -> list[float]:
+        times = []
+        for measure in self._measures[candidate]:
+            row = measure(self.repeats)
+            if not row["rel_err"] <= LARGEST_ERROR:
+                raise ValueError(f"its result is wrong: relative error {row['rel_err']}")
+            times.append(row["layer_us"])
+        return times
+
+
+def best_of(cell: Cell, pairs: int, num_experts: int, tiles_only: bool) -> Candidate:
+    """The fastest candidate; the heuristic's, which is measured first, unless another gains more than the noise."""
+    tiles = tile_candidates(pairs, num_experts)
+    first = tiles[0]
+    cell.try_all(tiles)
+    if first not in cell.times:
+        raise InputError("The heuristic's own config failed, so there is nothing to compare with; see above.")
+    best = min(cell.times, key=lambda candidate: cell.score(candidate, first))
+    if not tiles_only:
+        cell.try_all(some := matmul_candidates(best))
+        faster = dict.fromkeys(("gate_up", "down"), best)
+        for candidate in (c for c in some if c in cell.times):
+            name = "gate_up" if candidate.gate_up != best.gate_up else "down"
+            if cell.score(candidate, faster[name]) < 1:
+                faster[name] = candidate
+        cell.try_all([both := Candidate(faster["gate_up"].gate_up, faster["down"].down)])
+        best = min((c for c in (best, both, *some) if c in cell.times), key=lambda c: cell.score(c, first))
+    for candidate in (first, best) * 2:  # in turn: what looked fastest of many was also lucky
+        cell.again(candidate)
+    return best if cell.score(best, first) < 1 - LEAST_GAIN else first
+
+
+def tune(
+    shapes: Sequence[str],
+    tokens: Sequence[int],
+    adapters: Sequence[str],
+    repeats: int,
+    tiles_only: bool,
+    out: Path,
+    command: str,
+    tell: Tell,
+) -> Iterator[dict[str, Any]]:
+    """Tunes every cell, yields a row each, and writes `out` after each; what it held of other cells stays.
+
+    Raises:
+      InputError: no Hopper GPU, names that are unknown, tokens that make no power of two pairs, or an `out` of
+        another device.
+    """
+    if why := choose().why_not.get("hopper"):
+        raise InputError(f"tune times the Hopper kernels and cannot here: {why}.")
+    check_cells(shapes, tokens, adapters)
+    content = read_or_new(out, command)
+    for shape in shapes:
+        base, spec = make_problem(shape), LAYERS[shape]
+        sets = [base.with_adapters(name) for name in adapters]
+        for count in tokens:
+            pairs, named = count * spec.top_k, zip(sets, adapters, strict=True)
+            cell = Cell([p.with_tokens(count, "uniform", ADAPTERS[name]) for p, name in named], repeats, tell)
+            best = best_of(cell, pairs, spec.num_experts, tiles_only)
+            first = tile_candidates(pairs, spec.num_experts)[0]
+            measured = {
+                "us": dict(zip(adapters, cell.times[best], strict=True)),
+                "heuristic_us": dict(zip(adapters, cell.times[first], strict=True)),
+            }
+            add_entries(content, base, pairs, best, measured)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(content, indent=1) + "\n")
+            yield {"shape": shape, "tokens": count, "best": best, "gain": 1 - cell.score(best, first), **measured}
+
+
+def check_cells(shapes: Sequence[str], tokens: Sequence[int], adapters: Sequence[str]) -> None:
+    """Before anything is measured: names that are known, and pairs that a tuned file can hold."""
+    for what, names, known in (("shape", shapes, LAYERS), ("adapters", adapters, ADAPTERS)):
+        for name in names:
+            if name not in known:
+                raise InputError(f"--{what} is {name!r}; expected one of {', '.join(known)}.")
+    for shape in shapes:
+        top_k = LAYERS[shape].top_k
+        for count in tokens:
+            if bucket(count * top_k) != count * top_k:
+                raise InputError(f"--tokens {count} times top-{top_k} is no power of two, as a tuned file needs.")
+
+
+def read_or_new(path: Path, command: str) -> dict[str, Any]:
+    """The tuned file, or an empty one, with where and how as of this run."""
+    head = about([])
+    head = {name: head[name] for name in ("device", "date", "versions")} | {"command": command, "method": METHOD}
+    try:
+        old = tuning.read(path) if path.exists() else {"device": head["device"], "tiles": [], "matmuls": []}
+    except tuning.TunedFileError as error:
+        raise InputError(str(error)) from error
+    if old["device"] != head["device"]:
+        raise InputError(f"{path} was tuned on {old['device']}, this is {head['device']}; give another --out.")
+    return head | {"tiles": old["tiles"], "matmuls": old["matmuls"]}
+
+
+def add_entries(content: dict[str, Any], problem: Problem, pairs: int, best: Candidate, measured: Any) -> None:
+    """Puts the cell's entries in place of those it had: of what differs from the heuristic alone."""
+    experts, rows = problem.config.num_experts, best.gate_up.tile_rows
+    tile_key = {"experts": experts, "pairs": pairs}
+    content["tiles"] = [e for e in content["tiles"] if {k: e[k] for k in tile_key} != tile_key]
+    if rows != heuristic(pairs, experts).tile_rows:
+        content["tiles"].append(tile_key | {"tile_rows": rows} | measured)
+    matrices = problem.experts
+    for weights, config in (((matrices.gate, matrices.up), best.gate_up), ((matrices.down,), best.down)):
+        key = vars(Matmul.of(weights, pairs))
+        content["matmuls"] = [e for e in content["matmuls"] if {k: e[k] for k in key} != key]
+        if config != heuristic(pairs, experts, rows):
+            own = {name: getattr(config, name) for name in ("form", "tile_rows", "stages", "warpgroups")}
+            content["matmuls"].append(key | own | measured)
