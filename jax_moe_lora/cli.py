@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_moe_lora.benchmark.command import bench
+from jax_moe_lora.benchmark.model_command import bench_model
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
 
@@ -22,6 +23,7 @@ app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=F
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 app.command()(bench)
+app.command("bench-model")(bench_model)
 
 
 @app.command()

@@ -75,7 +75,9 @@ def attend_cache(
 
 
 def _attend(q: Array, k: Array, v: Array, backend: AttentionBackend, **masks) -> Array:
-    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+    precision = "highest" if q.dtype == jnp.float32 else "default"
+    # jax's own function multiplies bfloat16 by a float32 scale, which a caller's strict promotion would refuse.
+    with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(q, k, v, implementation=backend, **masks)
 
 

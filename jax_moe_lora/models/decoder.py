@@ -1,8 +1,8 @@
 """A decoder-only transformer with routed experts, as pure functions over parameters, bank and cache.
 
 Letters: B requests, T tokens of a request, M positions of the cache, H query heads, G key/value heads, hd head width.
-Layers are unrolled, not scanned (`benchmark/scan.py` has the measurement). `run_layer` is jitted on its own, so that all
-layers of a kind share one trace and XLA compiles the kernels of one: 48 layers take about as long as a few.
+Layers are unrolled, not scanned (`benchmark/scan.py` has the measurement). `run_layer` is jitted on its own: all layers
+of a kind share one trace, and XLA compiles their kernels once.
 """
 
 from dataclasses import dataclass, field
