@@ -16,13 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.linear import dense_plan, lora_linear
+from jax_moe_lora.linear import DensePlan, dense_plan, lora_linear
 from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_prompt, choose_attention
 from jax_moe_lora.models.cache import Cache, KeyValues, init_cache, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, ModelParams
 from jax_moe_lora.models.rope import rotate
 from jax_moe_lora.moe import LayerAdapters, moe_lora
-from pallas_kernels import BASE_SLOT, Implementation, RoutingPlan
+from pallas_kernels import BASE_SLOT, Implementation
 
 __all__ = [
     "Cache",
@@ -52,7 +52,7 @@ class Step:
     positions: Int[Array, "B T"]
     row_mask: Bool[Array, "B T"]
     slots: Int[Array, "N"]
-    plan: RoutingPlan | None
+    plan: DensePlan | None
     kind: Literal["prompt", "token"] = field(metadata={"static": True})
     config: ModelConfig = field(metadata={"static": True})
     implementation: Implementation | None = field(metadata={"static": True})
