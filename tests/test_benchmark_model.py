@@ -41,7 +41,9 @@ def test_the_random_bank_is_a_full_bank_of_the_library(targets):
     for module, site in sites.items():
         table = np.asarray(bank.tables[module])
         for side, width in enumerate((site.in_width, site.out_width)):
-            ids.setdefault(width, []).append((table[..., side, None] + np.arange(4)).reshape(-1))
+            pages = table[..., side, None] + np.arange(4)
+            ids.setdefault(width, []).append(pages.reshape(-1))
+            assert (np.asarray(bank.owner[width])[pages] == np.arange(spec.slots)[None, :, None, None]).all()
     for width, some in ids.items():
         assert sorted(np.concatenate(some)) == list(range(1, bank.pages[width].shape[0]))
         assert not bank.pages[width][0].any()

@@ -5,20 +5,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jax_moe_lora.adapters.bank import AdapterBank
-from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, floor_s, random_bank, sites_of
+from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, floor_s, make_bank
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
 from pallas_kernels import Implementation
-from pallas_kernels.specs import ADAPTERS
 
 REPEATS = 5
 METHOD = (
@@ -39,13 +37,28 @@ class Compiled:
 
 
 def compile_case(
-    case: Case, config: ModelConfig, make_bank: Callable[[], AdapterBank | None], implementation: Implementation | None
+    case: Case, config: ModelConfig, make: Callable[[], AdapterBank | None], implementation: Implementation | None
 ) -> Compiled:
-    """Compiles from shapes alone: weights and adapters need not be there yet.
+    """Compiles from shapes alone: weights and adapters need not be there yet."""
+    began = time.perf_counter()
+    compiled = lower_case(case, config, make, implementation).compile()
+    memory = compiled.memory_analysis()
+    return Compiled(compiled, time.perf_counter() - began, getattr(memory, "temp_size_in_bytes", None))
 
-    The program takes and gives bank and cache as lists of their arrays.
+
+def lower_case(
+    case: Case,
+    config: ModelConfig,
+    make: Callable[[], AdapterBank | None],
+    implementation: Implementation | None = None,
+    device: jax.Device | None = None,
+) -> jax.stages.Lowered:
+    """Lowers `f(params, bank, cache, *inputs) -> (cache, logits)`; bank and cache are lists of their arrays.
+
+    Args:
+      make: makes the bank. device: to compile for, also one that is not there; the default one where None.
     """
-    bank, bank_tree = _shapes(make_bank)
+    bank, bank_tree = _shapes(make)
     cache, cache_tree = _shapes(lambda: decoder.init_cache(config, case.batch, case.max_length, DTYPE))
     step: Callable[..., Any] = decoder.decode if case.kind == "decode" else decoder.prefill
 
@@ -57,10 +70,13 @@ def compile_case(
     rows = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     prompts = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
     inputs = (rows, rows) if case.kind == "decode" else (prompts, rows, rows)
-    began = time.perf_counter()
-    compiled = jax.jit(program, donate_argnums=2).lower(abstract_params(config, DTYPE), bank, cache, *inputs).compile()
-    memory = compiled.memory_analysis()
-    return Compiled(compiled, time.perf_counter() - began, getattr(memory, "temp_size_in_bytes", None))
+    shapes = (abstract_params(config, DTYPE), bank, cache, *inputs)
+    if device is None:
+        return jax.jit(program, donate_argnums=2).lower(*shapes)
+    place = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    with jax.default_device(device):
+        return jax.jit(program, donate_argnums=2).lower(*placed)
 
 
 def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
@@ -127,19 +143,16 @@ def sweep(
     config: ModelConfig, cases: Sequence[Case], targets: str, implementation: Implementation | None, steps: int
 ) -> Iterator[dict[str, Any]]:
     """Measures every case, a row each. All are compiled first, side by side; one that fails does not stop others."""
-    sites = sites_of(config, targets)
-    specs = {case.adapters: ADAPTERS[case.adapters] for case in cases}
-    make_bank: dict[str, Callable[[], AdapterBank | None]] = {
-        name: partial(random_bank, sites, spec) if spec.slots else lambda: None for name, spec in specs.items()
-    }
+    names = list(dict.fromkeys(case.adapters for case in cases))
+    banks = {name: make_bank(config, name, targets) for name in names}
     with ThreadPoolExecutor(max_workers=4) as pool:
         work: list[Future[Compiled]] = [
-            pool.submit(compile_case, case, config, make_bank[case.adapters], implementation) for case in cases
+            pool.submit(compile_case, case, config, banks[case.adapters], implementation) for case in cases
         ]
     params = init_params(config, jax.random.key(0), DTYPE)
     jax.block_until_ready(params)
     bank, held = None, ""
-    for case, compilation in sorted(zip(cases, work, strict=True), key=lambda pair: [*specs].index(pair[0].adapters)):
+    for case, compilation in sorted(zip(cases, work, strict=True), key=lambda pair: names.index(pair[0].adapters)):
         row = {
             "kind": case.kind,
             "batch": case.batch,
@@ -154,7 +167,7 @@ def sweep(
             row["compile_s"] = round(compiled.seconds, 1)
             if held != case.adapters:  # one bank at a time
                 bank, held = None, case.adapters
-                bank = make_bank[held]()
+                bank = banks[held]()
             yield row | measure(case, compiled, config, params, bank, steps)
         except Exception as error:  # such as out of memory: the other cases still run
             yield row | {"error": f"{type(error).__name__}: {error}"[:300]}

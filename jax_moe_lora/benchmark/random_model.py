@@ -4,6 +4,7 @@ Weights and pages are drawn piece by piece: nothing of a model's size is ever on
 is on the device twice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.bank import FREE, RESERVED, AdapterBank
+from jax_moe_lora.adapters.bank import RESERVED, AdapterBank
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.benchmark.layer import PEAK_BYTES, PEAK_FLOPS
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
@@ -22,7 +23,7 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
 from jax_moe_lora.moe import EXPERT_MODULES
 from pallas_kernels import BASE_SLOT, RANK_PAGE
-from pallas_kernels.specs import LAYERS, AdapterSpec
+from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
 
 DTYPE = "bfloat16"
 FILL_PAGES = 4096  # drawn at a time
@@ -79,41 +80,52 @@ def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
     return sites if targets == "all" else {module: sites[module] for module in EXPERT_MODULES}
 
 
+def make_bank(config: ModelConfig, adapters: str, targets: str) -> Callable[[], AdapterBank | None]:
+    """What makes the bank of a case's adapters: a name of `specs.ADAPTERS`."""
+    spec = ADAPTERS[adapters]
+    return partial(random_bank, sites_of(config, targets), spec) if spec.slots else lambda: None
+
+
 def random_bank(sites: dict[str, Site], spec: AdapterSpec, dtype: str = DTYPE) -> AdapterBank:
     """A full bank of per-expert adapters."""
     counts = np.resize(-(-np.asarray(spec.ranks, np.int32) // RANK_PAGE), spec.slots)
-    used: dict[int, int] = {}
+    owners: dict[int, list[np.ndarray]] = {}  # width -> the slot of each page
     tables: dict[str, Any] = {}
     scales: dict[str, Any] = {}
     for module, site in sites.items():
         shape = (len(site.layers), spec.slots, site.num_experts)
         pages = np.broadcast_to(counts[None, :, None], shape)
-        before = (np.cumsum(pages) - pages.reshape(-1)).reshape(shape)
-        first = {}
-        for side, width in (("a", site.in_width), ("b", site.out_width)):
-            first[side] = 1 + used.get(width, 0) + before
-            used[width] = used.get(width, 0) + int(pages.sum())
-        tables[module] = np.stack([first["a"], first["b"], pages, pages * RANK_PAGE], -1).astype(np.int32)
+        slots = np.repeat(np.broadcast_to(np.arange(spec.slots)[None, :, None], shape), pages.reshape(-1))
+        within = (np.cumsum(pages) - pages.reshape(-1)).reshape(shape)
+        first = []
+        for width in (site.in_width, site.out_width):
+            own = owners.setdefault(width, [np.full(1, RESERVED)])
+            first.append(sum(map(len, own)) + within)
+            own.append(slots)
+        tables[module] = np.stack([*first, pages, pages * RANK_PAGE], -1).astype(np.int32)
         scales[module] = np.full(shape, 0.5, np.float32)
-    owner = {width: jnp.full(1 + count, FREE, jnp.int32).at[0].set(RESERVED) for width, count in used.items()}
-    pools = {width: _random_pool(width, count, dtype) for width, count in used.items()}
+    owner = {width: jnp.asarray(np.concatenate(own), jnp.int32) for width, own in owners.items()}
+    pools = {width: _random_pool(width, ids.shape[0], dtype) for width, ids in owner.items()}
     tables, scales = jax.tree.map(jnp.asarray, (tables, scales))
     return AdapterBank(pools, owner, tables, scales, tuple(sites.items()), int(counts.max()) * RANK_PAGE)
 
 
 def _random_pool(width: int, count: int, dtype: str) -> Float[Array, "N 16 width"]:
-    pool = jnp.zeros((1 + count, RANK_PAGE, width), dtype)
-    for first in range(0, 1 + count, FILL_PAGES):
+    pool = jnp.zeros((count, RANK_PAGE, width), dtype)
+    for first in range(0, count, FILL_PAGES):
         pool = _fill(pool, jax.random.key(first + width), jnp.int32(first))
-    return pool.at[0].set(0)
+    return pool
 
 
 @partial(jax.jit, donate_argnums=0)
 def _fill(pool: Array, key: Array, first: Array) -> Array:
-    """Random pages from `first` on; the last chunk moves forward to fit."""
-    shape = (min(FILL_PAGES, pool.shape[0]), *pool.shape[1:])
-    pages = pool.shape[-1] ** -0.5 * jax.random.normal(key, shape, jnp.float32)
-    return lax.dynamic_update_slice(pool, pages.astype(pool.dtype), (first, 0, 0))
+    """Random pages from `first` on, the last of them moved forward to fit; page 0 stays zero."""
+    count, width = min(FILL_PAGES, pool.shape[0]), pool.shape[2]
+    first = jnp.minimum(first, pool.shape[0] - count)
+    pages = width**-0.5 * jax.random.normal(key, (count, RANK_PAGE, width), jnp.float32)
+    index = first + jnp.arange(count, dtype=jnp.int32)
+    pages = jnp.where(index[:, None, None] > 0, pages, 0.0).astype(pool.dtype)
+    return lax.dynamic_update_slice(pool, pages, (first, 0, 0))
 
 
 def draw_slots(case: Case, num_slots: int) -> Int[Array, "B"]:
