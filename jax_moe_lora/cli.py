@@ -1,4 +1,4 @@
-"""`jax-moe-lora`: demo, generate, inspect, bench. Exit code 2 and one sentence on bad input."""
+"""`jax-moe-lora`: demo, generate, inspect, bench, bench-model. Exit code 2 and one sentence on bad input."""
 
 import json
 import os

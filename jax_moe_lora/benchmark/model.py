@@ -3,8 +3,8 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
 from pallas_kernels import Implementation
 
 REPEATS = 5
+THREADS = 4  # compilations side by side
 METHOD = (
     "decode: `steps` steps dispatched one after the other on a donated cache, then one block, per step; prefill: one "
     "call, blocked; median of 5 repeats after a warm-up; tokens, weights, pages and cache are random; slots go round "
@@ -142,32 +143,27 @@ def _peak_gb() -> float | None:
 def sweep(
     config: ModelConfig, cases: Sequence[Case], targets: str, implementation: Implementation | None, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Measures every case, a row each. All are compiled first, side by side; one that fails does not stop others."""
-    names = list(dict.fromkeys(case.adapters for case in cases))
-    banks = {name: make_bank(config, name, targets) for name in names}
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        work: list[Future[Compiled]] = [
-            pool.submit(compile_case, case, config, banks[case.adapters], implementation) for case in cases
-        ]
-    params = init_params(config, jax.random.key(0), DTYPE)
-    jax.block_until_ready(params)
-    bank, held = None, ""
-    for case, compilation in sorted(zip(cases, work, strict=True), key=lambda pair: names.index(pair[0].adapters)):
-        row = {
-            "kind": case.kind,
-            "batch": case.batch,
-            "length": case.length,
-            "max_length": case.max_length,
-            "adapters": case.adapters,
-            "targets": targets,
-            "layers": config.num_layers,
-        }
-        try:
-            compiled = compilation.result()
-            row["compile_s"] = round(compiled.seconds, 1)
-            if held != case.adapters:  # one bank at a time
-                bank, held = None, case.adapters
-                bank = banks[held]()
-            yield row | measure(case, compiled, config, params, bank, steps)
-        except Exception as error:  # such as out of memory: the other cases still run
-            yield row | {"error": f"{type(error).__name__}: {error}"[:300]}
+    """Measures every case, a row each; one that fails does not stop the others.
+
+    Cases with the same adapters are compiled side by side, then measured one by one: no compilation, which times
+    kernels of its own, runs beside a measurement.
+    """
+    params = None
+    for name in dict.fromkeys(case.adapters for case in cases):
+        group, make = [case for case in cases if case.adapters == name], make_bank(config, name, targets)
+        longest_first = sorted(group, key=lambda case: -case.rows)
+        with ThreadPoolExecutor(max_workers=THREADS) as pool:
+            work = {case: pool.submit(compile_case, case, config, make, implementation) for case in longest_first}
+        if params is None:  # after the first compilations: they may need memory to time kernels
+            params = jax.block_until_ready(init_params(config, jax.random.key(0), DTYPE))
+        bank = make()
+        for case in group:
+            row: dict[str, Any] = asdict(case) | {"targets": targets, "layers": config.num_layers}
+            try:
+                compiled = work[case].result()
+                row["compile_s"] = round(compiled.seconds, 1)
+                figures = measure(case, compiled, config, params, bank, steps)
+            except Exception as error:  # such as out of memory
+                figures = {"error": f"{type(error).__name__}: {error}"[:300]}
+            yield row | figures
+        del bank  # one at a time
