@@ -162,13 +162,13 @@ def hopper_cases():
 
 
 def main() -> None:
-    backend, gpu = sys.argv[1:]
+    backend, gpu, *words = sys.argv[1:]
     cases = {"hopper": hopper_cases, "portable": portable_cases}[backend]
     device = topologies.get_topology_desc(platform="cuda", target_config=target(gpu), topology="1x1x1").devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     seen: set[Path] = set()
     for name, call, arguments in cases():
-        if not all(word in name for word in sys.argv[3:]):
+        if not all(word in name for word in words):
             continue
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
         line = {"name": name, "error": None, "ptxas": []}

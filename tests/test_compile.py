@@ -1,5 +1,7 @@
-"""Every kernel is compiled to SASS, with the CUDA 13 and the CUDA 12 packages, on any machine: the Hopper kernels for
-sm_90a, the portable ones for a GPU of each generation from sm_80 on."""
+"""Kernels and whole decode steps, compiled on any machine, with the CUDA 13 and the CUDA 12 packages.
+
+The Hopper kernels become SASS for sm_90a, the portable ones for a GPU of each generation from sm_80 on.
+"""
 
 import json
 import os
@@ -53,3 +55,25 @@ def compile_all(cuda: str, backend: str, gpu: str) -> int:
             if "spill stores" in report:
                 assert " 0 bytes spill stores, 0 bytes spill loads" in report, line
     return kernels
+
+
+@pytest.mark.slow
+def test_a_decode_step_is_one_cuda_graph_whatever_adapters_are_on():
+    """Nothing is launched outside it, and no loop or branch waits for the host."""
+    python = ROOT / ".venv-cuda13" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make .venv-cuda13/full.stamp")
+    result = subprocess.run(
+        [python, ROOT / "tests" / "compile_decode.py"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 4, result.stderr[-2000:]
+    for line in lines:
+        assert line["graphs"] == 1, line
+        assert line["outside"] == {}, line
+        assert not {"kWhile", "kConditional"} & line["inside"].keys(), line
+        assert line["donated"], line
