@@ -74,5 +74,5 @@ def _json(rows: list[dict[str, Any]], method: str) -> str:
     from jax_moe_lora.benchmark import report
 
     words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
-    about = json.loads(report.write_json(rows, " ".join(["jax-moe-lora", *words])))
-    return json.dumps(about | {"method": method, "rows": about["rows"]}, indent=1) + "\n"
+    head = report.about([" ".join(["jax-moe-lora", *words])]) | {"method": method}
+    return report.write_json(rows, head)
