@@ -1,7 +1,5 @@
 """`jax-moe-lora bench-model`: decode steps and prefills of a whole model of random weights."""
 
-import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jax_moe_lora.benchmark.command import typed
 from jax_moe_lora.errors import InputError
 from pallas_kernels import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS
@@ -73,6 +72,4 @@ def _prompt(text: str) -> tuple[int, int]:
 def _json(rows: list[dict[str, Any]], method: str) -> str:
     from jax_moe_lora.benchmark import report
 
-    words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
-    head = report.about([" ".join(["jax-moe-lora", *words])]) | {"method": method}
-    return report.write_json(rows, head)
+    return report.write_json(rows, report.about([typed()]) | {"method": method})
