@@ -19,7 +19,7 @@ TINY = {"model": "tiny", "layers": 1, "adapters": ["s8r16"], "context": 4, "cach
 def test_bench_model_writes_a_row_a_case_and_how_it_was_measured(tmp_path):
     bench_model(**TINY, targets="all", decode=[3], prefill=["2x8"], out=tmp_path / "some" / "cpu")
     about = json.loads((tmp_path / "some" / "cpu.json").read_text())
-    assert {"device", "date", "versions", "command", "method", "rows"} <= about.keys()
+    assert {"device", "date", "versions", "commands", "method", "rows"} <= about.keys()
     assert [(row["kind"], row["batch"], row["length"]) for row in about["rows"]] == [
         ("decode", 3, 4),
         ("prefill", 2, 8),
