@@ -69,8 +69,7 @@ def every_slot() -> jax.Array:
     return draw_slots(Case("decode", BATCH, CONTEXT, MAX_LENGTH, "s8r16"), 8)
 
 
-@pytest.mark.parametrize("targets", ["experts", "all"])
-@pytest.mark.parametrize("adapters", ["none", "s8r16"])
+@pytest.mark.parametrize(("adapters", "targets"), [("none", "experts"), ("s8r16", "all")])
 def test_a_decode_step_is_cuda_graphs_and_its_cache_stays_in_place(params, tmp_path, adapters, targets):
     case = Case("decode", BATCH, CONTEXT, MAX_LENGTH, adapters)
     make = make_bank(CONFIG, adapters, targets)
