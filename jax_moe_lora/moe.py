@@ -11,7 +11,16 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.routing import route, token_slots
 from jax_moe_lora.types import ExpertWeights
-from pallas_kernels import ACTIVATIONS, Implementation, LoRAPages, RoutingPlan, choose_for, grouped_matmul, make_plan
+from pallas_kernels import (
+    ACTIVATIONS,
+    Implementation,
+    LoRAPages,
+    RoutingPlan,
+    choose_for,
+    grouped_matmul,
+    lora_steps,
+    make_plan,
+)
 
 LayerAdapters = Mapping[str, LoRAPages]
 """One layer's view of a bank: module name -> its pages. A module that is missing has no adapters."""
@@ -94,14 +103,11 @@ def routed_experts(
     slot_of_token = token_slots(x.shape[0], slots)
     plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
     project = partial(grouped_matmul, plan=plan, dtype=x.dtype, implementation=choice.picked)
-    gated = project(
-        x,
-        (experts.gate, experts.up),
-        of_tokens=True,
-        adapters=(pages.get("gate"), pages.get("up")),
-        activation=config.activation,
-    )
-    down = project(gated, experts.down, adapters=(pages.get("down"),))
+    into, out_of = (pages.get("gate"), pages.get("up")), (pages.get("down"),)
+    steps = lora_steps(plan, (into, out_of))
+    weights_in = (experts.gate, experts.up)
+    gated = project(x, weights_in, of_tokens=True, adapters=into, steps=steps[0], activation=config.activation)
+    down = project(gated, experts.down, adapters=out_of, steps=steps[1])
     return combine(down, weights, plan).astype(x.dtype)
 
 

@@ -3,7 +3,7 @@
 from pallas_kernels.activations import ACTIVATIONS, Activation
 from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
 from pallas_kernels.grouped_lora import RANK_PAGE, LoRAPages, grouped_lora
-from pallas_kernels.grouped_matmul import choose_for, grouped_matmul
+from pallas_kernels.grouped_matmul import choose_for, grouped_matmul, lora_steps
 from pallas_kernels.plan import BASE_SLOT, RoutingPlan, Tiles, make_plan
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "choose_for",
     "grouped_lora",
     "grouped_matmul",
+    "lora_steps",
     "make_plan",
 ]

@@ -43,15 +43,18 @@ def choose(
     Raises:
       UnsupportedImplementation: for a name that is unknown, or known and not able to run the call.
     """
+    call = (jnp.dtype(dtype), operands, widths, jnp.dtype(dtype if result is None else result))
     why_not = {
-        "hopper": _why_not_hopper(jnp.dtype(dtype), operands, widths, jnp.dtype(dtype if result is None else result)),
-        "portable": "its kernels are not written yet",
+        "hopper": _why_not_hopper(*call),
+        "portable": _why_not_portable(*call),
         "reference": "it is written for reading, not for speed: ask for it by name",
     }
     if implementation is None:
-        picked: Implementation = "xla" if why_not["hopper"] else "hopper"
-        why_not["xla"] = "hopper is faster"
-        return Choice(picked, {name: why for name, why in why_not.items() if name != picked})
+        kernels: tuple[Implementation, ...] = ("hopper", "portable")
+        able = [name for name in kernels if not why_not[name]]
+        picked: Implementation = able[0] if able else "xla"
+        why_not["xla"] = f"{picked} has kernels for this GPU"
+        return Choice(picked, {name: why or "hopper is faster" for name, why in why_not.items() if name != picked})
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedImplementation(
             f"implementation={implementation!r} is unknown; use one of {IMPLEMENTATIONS} or None."
@@ -71,22 +74,44 @@ def default_device() -> jax.Device:
     return jax.devices(default)[0] if default is None or isinstance(default, str) else default
 
 
+def device_capability() -> tuple[tuple[int, ...] | None, str]:
+    """Compute capability of the default device, None where it is no NVIDIA GPU; and what to call it."""
+    device = default_device()
+    capability = getattr(device, "compute_capability", None)
+    if capability is None or not capability.replace(".", "").isdecimal():  # ROCm says gfx942, say
+        return None, device.platform
+    return tuple(map(int, capability.split("."))), f"compute capability {capability}"
+
+
 def _why_not_hopper(
     dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], widths: Sequence[int], result: jnp.dtype
 ) -> str:
     """Empty where the Hopper kernels can run the call."""
-    device = default_device()
-    capability = getattr(device, "compute_capability", None)
-    if capability != "9.0":
-        found = device.platform if capability is None else f"compute capability {capability}"
+    capability, found = device_capability()
+    if capability != (9, 0):
         return f"it needs a GPU of compute capability 9.0 (H100, H200), this is {found}"
+    if any(width % WIDTH_MULTIPLE or width > MAX_WIDTH for width in widths):
+        return f"widths must be multiples of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, these are {list(widths)}"
+    return _why_not_dtypes(dtype, operands, result)
+
+
+def _why_not_portable(
+    dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], widths: Sequence[int], result: jnp.dtype
+) -> str:
+    """Empty where the portable kernels can run the call."""
+    capability, found = device_capability()
+    if capability is None or capability < (8, 0):
+        return f"it needs a GPU of compute capability 8.0 or later, this is {found}"
+    if any(width % WIDTH_MULTIPLE for width in widths):
+        return f"widths must be multiples of {WIDTH_MULTIPLE}, these are {list(widths)}"
+    return _why_not_dtypes(dtype, operands, result)
+
+
+def _why_not_dtypes(dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], result: jnp.dtype) -> str:
+    """Empty where the tensor cores can multiply these."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"its tensor cores multiply bfloat16 and float16, these are {dtype} (float32 would become TF32)"
     others = {str(jnp.dtype(operand)) for operand in operands} - {str(dtype)}
     if others:
         return f"rows, weights and pages must have one dtype, these are {dtype} and {', '.join(sorted(others))}"
-    if result != dtype:
-        return f"it returns {dtype}, the call wants {result}"
-    if any(width % WIDTH_MULTIPLE or width > MAX_WIDTH for width in widths):
-        return f"widths must be multiples of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, these are {list(widths)}"
-    return ""
+    return "" if result == dtype else f"it returns {dtype}, the call wants {result}"

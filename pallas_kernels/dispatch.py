@@ -33,7 +33,7 @@ def dispatch(
     together = min(most, max(1, tokens // num_sms))
     items = pl.cdiv(tokens, together)
 
-    def body(position_of, x, out, buffers, full):
+    def dispatch_rows(position_of, x, out, buffers, full):
         first = lax.axis_index("sm")
         mine = lax.div(jnp.maximum(items - first + (num_sms - 1), 0), jnp.int32(num_sms))
 
@@ -69,7 +69,7 @@ def dispatch(
         plgpu.wait_smem_to_gmem(0)
 
     kernel = plgpu.kernel(
-        body,
+        dispatch_rows,
         out_type=jax.ShapeDtypeStruct((num_rows, chunks, DEPTH), x.dtype),
         grid=(num_sms,),
         grid_names=("sm",),

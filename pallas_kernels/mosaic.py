@@ -10,9 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 DEPTH = 64  # elements of K that one ring stage holds: one 128-byte swizzle row of a 16-bit type
-PART = 128  # rows of a weight that one ring stage holds, twice: 64 for each of two compute warpgroups
-COMPUTE_WARPGROUPS = 2
-HALF = PART // COMPUTE_WARPGROUPS
+COMPUTE_WARPGROUPS = 2  # most
+HALF = 64  # rows of a weight that one ring stage holds for a compute warpgroup, twice
+PART = HALF * COMPUTE_WARPGROUPS
 ROW_ALIGNMENT = 8  # of a tile's first row: TMA reads tiles of 8 rows
 # Two warpgroups at 232 registers a thread and one at 40 fill the register file; 240 would hang the GPU silently.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
@@ -38,18 +38,31 @@ def run(
     out_type: Any,
     scratch: dict[str, Any],
     num_sms: int,
+    warpgroups: int = COMPUTE_WARPGROUPS,
 ) -> Callable[..., Any]:
-    """A persistent kernel: one block an SM, two compute warpgroups and one that moves memory."""
+    """A persistent kernel: one block an SM, so many compute warpgroups and one that moves memory."""
     return plgpu.kernel(
         body,
         out_type=out_type,
         grid=(num_sms,),
         grid_names=("sm",),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=warpgroups + 1,
         thread_name="wg",
         scratch_types=scratch,
         compiler_params=compiler_params(),
     )
+
+
+def take_registers(warpgroups: int) -> None:
+    """A compute warpgroup, before its work. Where it is the only one, all have as many as a thread can use."""
+    if warpgroups > 1:
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+
+
+def give_registers(warpgroups: int) -> None:
+    """The memory warpgroup, before its work."""
+    if warpgroups > 1:
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
 
 def compiler_params() -> plgpu.CompilerParams:

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import plan_hopper, tuning
+from pallas_kernels import plan_hopper, tuning, tuning_portable
 from pallas_kernels.backend import Implementation
 from pallas_kernels.mosaic import ROW_ALIGNMENT
 
 BASE_SLOT = -1
 MAX_TILE_ROWS = 128
 MIN_TILE_ROWS = 8
+READABLE = 64  # entries past the end of `before`
 PAIRWISE = 2048  # pairs up to which ranks by comparing all with all are faster than a sort
 
 
@@ -54,6 +55,8 @@ class RoutingPlan:
       token: int32 `[Q]`, sorted row -> token; 0 between experts.
       group_sizes, group_starts: int32 `[E]`, rows of each expert, and its first row.
       segment_sizes: int32 `[E, S + 1]`, rows of each expert with each slot; base rows last.
+      before: int32, for each (expert, slot) in this order the pairs of lower ones: `before[e * (S + 1) + s]`; 64 more
+        than these can be read.
       tiles: tiles of one expert each, for the base weights.
       lora_tiles: tiles of one (expert, slot) each, for the adapters; rows without an adapter are in none.
       alignment: static.
@@ -65,6 +68,7 @@ class RoutingPlan:
     group_sizes: Int[Array, "E"]
     group_starts: Int[Array, "E"]
     segment_sizes: Int[Array, "E segments"]
+    before: Int[Array, "before"]
     tiles: Tiles
     lora_tiles: Tiles
     alignment: int = field(metadata={"static": True})
@@ -100,25 +104,33 @@ def make_plan(
     hopper = implementation == "hopper"
     alignment = ROW_ALIGNMENT if hopper else 1
     size = rows_per_tile or (tuning.tile_rows if hopper else tile_rows)(pairs, num_experts)
+    if implementation == "portable":  # reads and writes whole tiles
+        alignment = size = rows_per_tile or tuning_portable.tile_rows(pairs, num_experts)
     if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
         unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
         places = plan_hopper.places_and_tiles(
-            unique, (num_slots + 1) * pairs, num_experts, alignment, size, max_tiles(pairs, num_experts, size)
+            unique, num_slots + 1, num_experts, alignment, size, max_tiles(pairs, num_experts, size)
         )
-        position, dense, starts = places.position, places.sizes, places.starts
+        position, dense, starts, before = places.position, places.sizes, places.starts, places.before
+        bounds = before[: num_experts * (num_slots + 1) + 1]
+        segments = (bounds[1:] - bounds[:-1]).reshape(num_experts, num_slots + 1)
         table = (places.tile_expert, jnp.full_like(places.tile_expert, BASE_SLOT), places.tile_start, places.tile_rows)
         tiles = Tiles(*table, places.tile_count, size)
     else:
-        before = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
-        sizes = before[1:] - before[:-1]
-        first = _offsets(-(-sizes // alignment) * alignment)
-        position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - before[:-1])[expert]
+        lower = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
+        sizes = lower[1:] - lower[:-1]
+        experts_and_none = jnp.arange(num_experts + 1, dtype=jnp.int32)
+        aligned = -(-sizes // alignment) * alignment
+        first = group_start(lower[:-1], experts_and_none, alignment) if hopper else _offsets(aligned)
+        position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
         dense, starts = sizes[:num_experts], first[:num_experts]
         tiles = cut_groups(dense, starts, pairs, size)
-    bound = aligned_rows(pairs, num_experts, alignment)
+        segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
+        before = _offsets(jnp.pad(segments, (0, READABLE)))
+        segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
+    gaps = num_experts + 1 if hopper else min(num_experts, pairs)
+    bound = -(-(pairs + (alignment - 1) * gaps) // alignment) * alignment
     order = jnp.full(bound, pairs, jnp.int32).at[position].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
-    segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
-    segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
     return RoutingPlan(
         order=order,
         position=position,
@@ -126,6 +138,7 @@ def make_plan(
         group_sizes=dense,
         group_starts=starts,
         segment_sizes=segments,
+        before=before,
         tiles=tiles,
         lora_tiles=_lora_tiles(segments, starts, pairs),
         alignment=alignment,
@@ -154,9 +167,9 @@ def max_tiles(pairs: int, groups: int, size: int) -> int:
     return pairs // size + min(pairs, groups)
 
 
-def aligned_rows(pairs: int, num_experts: int, alignment: int) -> int:
-    """Q: rows that P pairs can take when each expert's first row is a multiple of `alignment`."""
-    return -(-(pairs + (alignment - 1) * min(num_experts, pairs)) // alignment) * alignment
+def group_start(lower: Int[Array, "N"], expert: Int[Array, "N"], alignment: int) -> Int[Array, "N"]:
+    """First row of an expert that comes after `lower` pairs: aligned, and known without the other experts' sizes."""
+    return -(-(lower + (alignment - 1) * expert) // alignment) * alignment
 
 
 def _ids(ids: Int[Array, "N"], count: int) -> Int[Array, "N"]:

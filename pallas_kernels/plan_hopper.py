@@ -1,12 +1,12 @@
 """The routing plan's sorted places and tiles in one kernel, by comparing all with all, for few pairs.
 
-A pair's key orders it by expert, slot and pair. Its place is the number of lower keys plus the rows that alignment puts
-between the experts before its own. A tile's expert is the number of experts whose last tile comes before it. Both are
-sums over comparisons, `[64, 64]` at a time and no sort, scatter or atomics.
+A pair's key orders it by expert, slot and pair. Its place follows from the number of lower keys and of those of lower
+experts; a tile's expert is the number of experts whose last tile comes before it. All are sums over comparisons,
+`[64, 64]` at a time: no sort, scatter or atomics.
 
-Every block counts the rows of all experts, a quarter of the keys a warpgroup, and adds the parts up through shared
-memory; then its four warpgroups do 64 pairs together, or 64 tiles each. `shared` is the barrier of the four warpgroups,
-`loaded` that of the keys.
+A block does 64 pairs; or 64 tiles a warpgroup, for which it counts the rows of all experts; or 64 segments (an expert's
+rows of one slot). Each of its four warpgroups counts a quarter of the keys; parts meet in shared memory.
+`shared` is the barrier of the four warpgroups, `loaded` that of the keys.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import mosaic
 
-MAX_PAIRS, MAX_EXPERTS = 2048, 256
+MAX_PAIRS, MAX_EXPERTS = 4096, 256
 BLOCK, WARPGROUPS = 64, 4
 
 
@@ -36,12 +36,14 @@ class Places:
 
     Attributes:
       position: int32 `[P]`. sizes, starts: int32 `[E]`, rows of each expert, and its first row.
+      before: int32, pairs of a lower (expert, slot) for each, from (0, 0) on; at least `E * (S + 1) + 64` of them.
       tile_expert, tile_start, tile_rows: int32 `[N]`. tile_count: int32 `[64]`, all the same.
     """
 
     position: Int[Array, "P"]
     sizes: Int[Array, "E"]
     starts: Int[Array, "E"]
+    before: Int[Array, "segments"]
     tile_expert: Int[Array, "N"]
     tile_start: Int[Array, "N"]
     tile_rows: Int[Array, "N"]
@@ -49,26 +51,30 @@ class Places:
 
 
 def places_and_tiles(
-    keys: Int[Array, "P"], keys_an_expert: int, num_experts: int, alignment: int, tile_rows: int, num_tiles: int
+    keys: Int[Array, "P"], segments: int, num_experts: int, alignment: int, tile_rows: int, num_tiles: int
 ) -> Places:
     """Places of the pairs, sizes and starts of the experts, and tiles.
 
     Args:
-      keys: int32 `[P]`, no two alike; expert e has those from `e * keys_an_expert` on, skipped pairs those from
-        `num_experts * keys_an_expert` on.
+      keys: int32 `[P]`, `(expert * segments + slot) * P + pair`; skipped pairs have `num_experts` for their expert.
+      segments: an expert's slots, and one more for base rows.
       alignment: a power of two. num_tiles: static bound.
     """
     pairs = keys.shape[0]
+    keys_an_expert = segments * pairs
     chunks = pl.cdiv(pairs, BLOCK)
     expert_chunks = pl.cdiv(num_experts, BLOCK)
     pair_jobs = chunks
     tile_jobs = pl.cdiv(num_tiles, WARPGROUPS * BLOCK)
+    segment_chunks = pl.cdiv(num_experts * segments, BLOCK) + 1  # one more, so that 64 can be read from anywhere
+    together = segment_chunks <= mosaic.NUM_SMS  # the warpgroups of a block count for the same 64 segments
+    segment_jobs = segment_chunks if together else pl.cdiv(segment_chunks, WARPGROUPS)
     last = jnp.iinfo(jnp.int32).max
     padded = jnp.full(chunks * BLOCK, last, jnp.int32).at[:pairs].set(keys).reshape(chunks, BLOCK)
 
-    def body(keys, position, *refs):
-        (*group_refs, tile_expert, tile_start, tile_used, tile_count), smem = refs[:6], refs[6:]
-        keys_smem, parts, sizes, starts, tile_ends, loaded, shared = smem
+    def plan_rows(keys, position, *refs):
+        (*group_refs, before, tile_expert, tile_start, tile_used, tile_count), smem = refs[:7], refs[7:]
+        keys_smem, parts, ends, sizes, starts, tile_ends, loaded, shared = smem
         job, warpgroup = lax.axis_index("job"), lax.axis_index("wg")
 
         @pl.when(warpgroup == 0)
@@ -109,53 +115,74 @@ def places_and_tiles(
             plgpu.barrier_arrive(shared)
             plgpu.barrier_wait(shared)
 
-        for block in range(expert_chunks):
-            low = (row + block * BLOCK) * keys_an_expert
-            high = jnp.where(row + block * BLOCK < num_experts, low + keys_an_expert, low)
+        lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
-            def inside(chunk, low=low, high=high):
-                keys = across(keys_smem, chunk)
-                return ((keys >= low) & (keys < high)).astype(jnp.int32)
-
-            leave_part(block, chunks, inside)
-
-        meet()
-        pl.when(warpgroup < expert_chunks)(lambda: store(sizes, warpgroup, sum_of_parts(warpgroup)))
-        meet()
-        expert = row + warpgroup * BLOCK
+        def start_of(lower, expert):
+            return (lower + expert * (alignment - 1) + (alignment - 1)) & ~(alignment - 1)
 
         def expert_of_column(chunk):
             return column + chunk * BLOCK
 
-        @pl.when(warpgroup < expert_chunks)
-        def _():
-            def rows_before(chunk):
-                size = across(sizes, chunk)
-                size = (size + (alignment - 1)) & ~(alignment - 1)
-                return jnp.where(expert_of_column(chunk) < expert, size, 0)
+        def count_experts():
+            for block in range(expert_chunks):
+                end = jnp.minimum(row + (block * BLOCK + 1), num_experts) * keys_an_expert
+                leave_part(block, chunks, lambda c, end=end: (across(keys_smem, c) < end).astype(jnp.int32))
+            meet()
+            mine = warpgroup < expert_chunks
+            expert = row + warpgroup * BLOCK
+            pl.when(mine)(lambda: store(ends, warpgroup, sum_of_parts(warpgroup)))
+            meet()
+
+            def end_before(chunk):
+                return jnp.where(expert_of_column(chunk) == expert - 1, across(ends, chunk), 0)
+
+            pl.when(mine)(lambda: store(sizes, warpgroup, rows_of(ends, warpgroup) - total(expert_chunks, end_before)))
+            meet()
 
             def tiles_to(chunk):
                 count = lax.div(across(sizes, chunk) + (tile_rows - 1), jnp.int32(tile_rows))
                 return jnp.where(expert_of_column(chunk) <= expert, count, 0)
 
-            starts[warpgroup] = total(expert_chunks, rows_before)
-            tile_ends[warpgroup] = total(expert_chunks, tiles_to)
+            @pl.when(mine)
+            def _():
+                lower = rows_of(ends, warpgroup) - rows_of(sizes, warpgroup)
+                starts[warpgroup] = start_of(lower, lane + warpgroup * BLOCK)
+                tile_ends[warpgroup] = total(expert_chunks, tiles_to)
 
-        meet()
+            meet()
+
+        pl.when((job >= pair_jobs) & (job < pair_jobs + tile_jobs))(count_experts)
 
         @pl.when(job < pair_jobs)
         def _():
-            mine = down(rows_of(keys_smem, job))
-            leave_part(0, chunks, lambda c: (across(keys_smem, c) < mine).astype(jnp.int32))
+            mine = rows_of(keys_smem, job)
+            expert = lax.div(mine, jnp.int32(keys_an_expert))
+            for place, bound in enumerate((down(mine), down(expert * keys_an_expert))):
+                leave_part(place, chunks, lambda c, bound=bound: (across(keys_smem, c) < bound).astype(jnp.int32))
             meet()
 
-            def gaps(c):
-                gap = -across(sizes, c) & (alignment - 1)
-                return jnp.where((expert_of_column(c) + 1) * keys_an_expert <= mine, gap, 0)
+            @pl.when(warpgroup == 0)
+            def _():
+                lower = sum_of_parts(1)
+                position[job] = sum_of_parts(0) - lower + start_of(lower, expert)
 
-            pl.when(warpgroup == 0)(lambda: store(position, job, sum_of_parts(0) + total(expert_chunks, gaps)))
+        @pl.when(job >= pair_jobs + tile_jobs)
+        def _():
+            number = job - pair_jobs - tile_jobs
 
-        @pl.when(job >= pair_jobs)
+            def lower(chunk):
+                first = (row + jnp.minimum(chunk * BLOCK, num_experts * segments)) * pairs
+                return lambda c: (across(keys_smem, c) < first).astype(jnp.int32)
+
+            if together:
+                leave_part(0, chunks, lower(number))
+                meet()
+                pl.when(warpgroup == 0)(lambda: store(before, number, sum_of_parts(0)))
+            else:
+                chunk = number * WARPGROUPS + warpgroup
+                pl.when(chunk < segment_chunks)(lambda: store(before, chunk, total(chunks, lower(chunk))))
+
+        @pl.when((job >= pair_jobs) & (job < pair_jobs + tile_jobs))
         def _():
             chunk = (job - pair_jobs) * WARPGROUPS + warpgroup
 
@@ -185,29 +212,28 @@ def places_and_tiles(
                     lambda c: across(tile_ends, c) - lax.div(across(sizes, c) + (tile_rows - 1), jnp.int32(tile_rows))
                 )
                 start = of_own(lambda c: across(starts, c))
-                number = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
-                within = (number + chunk * BLOCK - begin) * tile_rows
+                within = (lane + chunk * BLOCK - begin) * tile_rows
                 used = jnp.clip(size - within, 0, tile_rows)
                 tile_expert[chunk] = jnp.where(used > 0, own, 0)
                 tile_start[chunk] = jnp.where(used > 0, start + within, 0)
                 tile_used[chunk] = used
 
     tile_chunks = pl.cdiv(num_tiles, BLOCK)
-    lengths = (chunks, expert_chunks, expert_chunks, tile_chunks, tile_chunks, tile_chunks)
-    position, sizes, starts, *tables, count = plgpu.kernel(
-        body,
+    lengths = (chunks, expert_chunks, expert_chunks, segment_chunks, tile_chunks, tile_chunks, tile_chunks)
+    position, sizes, starts, before, *tables, count = plgpu.kernel(
+        plan_rows,
         out_type=(
             *[jax.ShapeDtypeStruct((length, BLOCK), jnp.int32) for length in lengths],
             jax.ShapeDtypeStruct((BLOCK,), jnp.int32),
         ),
-        grid=(pair_jobs + tile_jobs,),
+        grid=(pair_jobs + tile_jobs + segment_jobs,),
         grid_names=("job",),
         num_threads=WARPGROUPS,
         thread_name="wg",
         scratch_types=(
             plgpu.SMEM((chunks, BLOCK), jnp.int32),
-            plgpu.SMEM((expert_chunks * WARPGROUPS, BLOCK), jnp.int32),
-            *[plgpu.SMEM((expert_chunks, BLOCK), jnp.int32)] * 3,
+            plgpu.SMEM((max(expert_chunks, 2) * WARPGROUPS, BLOCK), jnp.int32),
+            *[plgpu.SMEM((expert_chunks, BLOCK), jnp.int32)] * 4,
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
@@ -218,6 +244,7 @@ def places_and_tiles(
         position.reshape(-1)[:pairs],
         sizes.reshape(-1)[:num_experts],
         starts.reshape(-1)[:num_experts],
+        before.reshape(-1),
         tile_expert,
         tile_start,
         tile_used,

@@ -7,103 +7,105 @@ that `H @ B` adds to each row its own adapter's update and to a base row nothing
 
 Where two projections share their input (gate and up) an entry serves both if they alias their A, and has the zero page
 for the other one if not.
+
+Where a tile's H lies follows from the tile alone: from the runs that can come before it, not from those that do. So no
+tile waits for another, and a tile's list is one warpgroup's work (`steps_hopper.py`).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from pallas_kernels import steps_hopper
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan import RoutingPlan, Tiles
-
-PAGES_A_STEP = 4
+from pallas_kernels.steps_hopper import BLOCK, PAGES_A_STEP, StepsOf
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoRASteps:
-    """The LoRA steps of all tiles. N is a static bound of their number.
+    """The LoRA steps of all tiles.
 
     Attributes:
-      start: int32 `[tiles + 1]`, first step of each tile.
-      entries: int32 `[N * 4, 6]`, a row an entry: page of A (page p of the second pool is `~p`), page of B for the
-        first projection and for the last, first row and end of the run of the tile's rows, bits of the scale.
+      first, count: int32 `[N, 64]`, the number of each tile's first step and how many it has (64 times the same).
+      entries: int32 `[6, N, J]`, the fields of each tile's entries (`steps_hopper.PAGE_A` and so on): page of A (page p
+        of the second pool is `~p`), page of B for the first projection and for the last, first row and end of the run
+        of the tile's rows, bits of the scale.
+      bound: static; all steps have lower numbers.
+      tile_rows, max_steps: static, of one tile.
     """
 
-    start: Int[Array, "tiles_and_1"]
-    entries: Int[Array, "N4 *fields"]
-
-    @property
-    def bound(self) -> int:
-        """N."""
-        return self.entries.shape[0] // PAGES_A_STEP
-
-
-PAGE_A, PAGE_B0, PAGE_B1, BEGIN, END, SCALE = range(6)  # columns of `entries`
+    first: Int[Array, "N 64"]
+    count: Int[Array, "N 64"]
+    entries: Int[Array, "fields N J"]
+    bound: int = field(metadata={"static": True})
+    tile_rows: int = field(metadata={"static": True})
+    max_steps: int = field(metadata={"static": True})
 
 
-def make_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) -> LoRASteps:
-    """The steps of `tiles` for one projection, or for two that share their input.
+Adapters = tuple[LoRAPages | None, ...]
+"""The adapters of one projection, or of two that share their input."""
 
-    Two projections have one pool of A where it is the same array (as `AdapterBank.layer` gives it); only there can a
-    page be one that both alias.
+
+def make_steps(
+    plan: RoutingPlan, projections: Sequence[Adapters], tiles: Tiles | None = None
+) -> list[LoRASteps | None]:
+    """The steps of the plan's tiles for several projections, in one kernel.
+
+    Args:
+      plan: made for Hopper.
+      projections: for each its adapters, or those of two that share their input; None for a weight without. Two have
+        one pool of A where it is the same array (as `AdapterBank.layer` gives it); only there can a page be one that
+        both alias.
+      tiles: others than the plan's.
+
+    Returns:
+      For each projection its steps, None for one without adapters.
     """
-    num_experts, num_slots = plan.segment_sizes.shape[0], plan.segment_sizes.shape[1] - 1
-    num_tiles = tiles.expert.shape[0]
-    most = sum(-(-p.max_rank // RANK_PAGE) for p in pages)  # entries of one slot in one tile
-    runs = min(plan.position.shape[0], num_experts * num_slots + num_tiles)
-    bound = num_tiles + -(-runs * most // PAGES_A_STEP)
-
-    begin, end = _slot_rows(plan, tiles)
-    present = end > begin
-
-    # [projection, tiles, S]: first page of A and of B, number of pages; scale.
-    table = jnp.stack([p.table[:, tiles.expert] for p in pages]).swapaxes(1, 2)
-    scale = jnp.stack([p.scale[:, tiles.expert] for p in pages]).swapaxes(1, 2)
-    first_a, first_b, count = table[..., 0], table[..., 1], jnp.where(present[None], table[..., 2], 0)
-    aliased = jnp.zeros_like(present)
-    one_pool = pages[0].a is pages[-1].a
-    if len(pages) == 2 and one_pool:
-        same = (first_a[0] == first_a[1]) & (count[0] == count[1]) & (scale[0] == scale[1])
-        aliased = same & (count[0] > 0)
-    second = jnp.where(aliased, 0, count[-1]) if len(pages) == 2 else jnp.zeros_like(count[0])
-    total = count[0] + second
-
-    steps_of = -(-total.sum(1) // PAGES_A_STEP)
-    after = jnp.arange(num_tiles + 1, dtype=jnp.int32)[:, None] > jnp.arange(num_tiles, dtype=jnp.int32)[None]
-    start = jnp.where(after, steps_of[None], 0).sum(1, dtype=jnp.int32)
-    first = start[:-1, None] * PAGES_A_STEP + jnp.cumsum(total, axis=1) - total
-
-    index = jnp.arange(most, dtype=jnp.int32)[None, None, :]  # [tiles, S, most]
-    own = index < count[0][..., None]  # the first projection's entry, or one that serves both
-    page = jnp.where(own, index, index - count[0][..., None])
-    last = len(pages) - 1
-    page_a = jnp.where(own, first_a[0][..., None], first_a[last][..., None]) + page
-    if not one_pool:
-        page_a = jnp.where(own, page_a, ~page_a)
-    page_b0 = page_b1 = jnp.where(own, first_b[0][..., None] + page, 0)
-    if len(pages) == 2:
-        page_b1 = jnp.where(~own | aliased[..., None], first_b[1][..., None] + page, 0)
-    factor = jnp.where(own, scale[0][..., None], scale[last][..., None])
-    columns = [page_a, page_b0, page_b1, begin[..., None], end[..., None], lax.bitcast_convert_type(factor, jnp.int32)]
-    target = jnp.where(index < total[..., None], first[..., None] + index, bound * PAGES_A_STEP)
-    return LoRASteps(start, _scatter_rows(columns, target, bound * PAGES_A_STEP))
+    tiles = plan.tiles if tiles is None else tiles
+    num_experts, segments = plan.segment_sizes.shape
+    num_slots, pairs, num_tiles = segments - 1, plan.position.shape[0], tiles.expert.shape[0]
+    by_rows = pairs < num_experts * num_slots
+    complete = [with_nothing(own) for own in projections if any(pages is not None for pages in own)]
+    if not complete:
+        return [None] * len(projections)
+    cut = []
+    for pages in complete:
+        most = sum(-(-own.max_rank // RANK_PAGE) for own in pages)  # entries of one slot in one tile
+        length = -(-min(num_slots, tiles.size) * most // BLOCK) * BLOCK
+        cut.append(StepsOf(len(pages), pages[0].a is pages[-1].a, most, length, by_rows))
+    packed = _packed([own for pages in complete for own in pages])
+    lists = steps_hopper.lists(tiles, plan.group_starts, plan.before, packed, num_slots, tuple(cut))
+    runs = pairs if by_rows else num_experts * num_slots + num_tiles
+    made = iter(
+        LoRASteps(
+            *arrays,
+            bound=runs * of.most // PAGES_A_STEP + num_tiles,
+            tile_rows=tiles.size,
+            max_steps=-(-min(num_slots, tiles.size) * of.most // PAGES_A_STEP),
+        )
+        for of, arrays in zip(cut, lists, strict=True)
+    )
+    return [next(made) if any(pages is not None for pages in own) else None for own in projections]
 
 
-def _slot_rows(plan: RoutingPlan, tiles: Tiles) -> tuple[Int[Array, "N S"], Int[Array, "N S"]]:
-    """First row and end of each slot's rows in each tile, counted from the tile's first row."""
-    sizes = plan.segment_sizes[:, :-1]
-    starts = plan.group_starts[:, None] + jnp.cumsum(sizes, axis=1) - sizes
-    begin = starts[tiles.expert] - tiles.start[:, None]
-    end = begin + sizes[tiles.expert]
-    return jnp.clip(begin, 0, tiles.rows[:, None]), jnp.clip(end, 0, tiles.rows[:, None])
+def with_nothing(adapters: Adapters) -> tuple[LoRAPages, ...]:
+    """The adapters, where a projection without any has the other one's pools and no slot in use."""
+    other = next(pages for pages in adapters if pages is not None)
+    return tuple(other.without_slots() if pages is None else pages for pages in adapters)
 
 
-def _scatter_rows(columns: list[Array], target: Int[Array, "N S most"], count: int) -> Int[Array, "count fields"]:
-    """A table of `count` rows, each of the columns' values put where `target` says; outside it, dropped."""
-    rows = jnp.stack([jnp.broadcast_to(column, target.shape) for column in columns], -1)
-    table = jnp.zeros((count, len(columns)), jnp.int32)
-    return table.at[target.reshape(-1)].set(rows.reshape(-1, len(columns)), mode="drop", unique_indices=True)
+def _packed(projections: list[LoRAPages]) -> Int[Array, "M E 4 C 64"]:
+    """Tables and scales, slots last: first page of A, of B, number of pages, bits of the scale."""
+    tables = jnp.stack([own.table[..., :3] for own in projections])
+    scales = jnp.stack([lax.bitcast_convert_type(own.scale, jnp.int32) for own in projections])
+    every = jnp.concatenate([tables, scales[..., None]], -1)
+    slots = every.shape[1]
+    chunks = -(-slots // BLOCK)
+    padded = jnp.pad(every.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, chunks * BLOCK - slots)))
+    return padded.reshape(*padded.shape[:3], chunks, BLOCK)

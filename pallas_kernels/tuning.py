@@ -4,7 +4,8 @@ Static sizes and dtype alone decide, never routing, slots, ranks or whether adap
 bits with and without a bank only if both runs are cut alike. So there is no rank in the keys.
 
 A tuned file has two lists, because a plan is cut before widths are known and both matmuls of a layer read its tiles:
-`tiles` (rows a tile, by experts and pairs) and `matmuls` (form and stages, by experts, pairs, widths, gated and dtype).
+`tiles` (rows a tile, by experts and pairs) and `matmuls` (form, stages and warpgroups, by experts, pairs, widths, gated
+and dtype).
 `pairs` is a power of two; an entry holds for the pairs above half of it. It was measured at its own number, the most: a
 tile that is too large costs little, one that is too small reads weights twice.
 
@@ -41,7 +42,7 @@ class Config:
 
     Attributes:
       form: see `grouped_matmul/hopper.py`. tile_rows: rows a tile, a multiple of 8; 128 in the tensor form.
-      stages: of the ring.
+      stages: of the ring. warpgroups: that multiply, 1 or 2; 2 in the tensor form.
       num_sms: blocks. apart: weights and pages have a ring each; for the interpreter, whose race detector takes two
         views of one ring for the same memory, whatever the stage.
     """
@@ -49,6 +50,7 @@ class Config:
     form: Literal["stream", "tensor"]
     tile_rows: int
     stages: int
+    warpgroups: int = COMPUTE_WARPGROUPS
     num_sms: int = NUM_SMS
     apart: bool = False
 
@@ -90,8 +92,8 @@ def bucket(pairs: int) -> int:
 
 def smem_bytes(config: Config) -> int:
     """Shared memory that a block takes, barriers aside."""
-    stage = (2 * PART + config.tile_rows) * DEPTH * 2
-    out = COMPUTE_WARPGROUPS * (config.tile_rows * HALF if config.form == "stream" else 2 * HALF * DEPTH) * 2
+    stage = (2 * HALF * config.warpgroups + config.tile_rows) * DEPTH * 2
+    out = config.warpgroups * (config.tile_rows * HALF if config.form == "stream" else 2 * HALF * DEPTH) * 2
     return config.stages * stage + out
 
 
@@ -99,7 +101,7 @@ def why_not(config: Config) -> str:
     """Empty where the kernels can run the config."""
     if config.form not in ("stream", "tensor"):
         return f"form is {config.form!r}; expected 'stream' or 'tensor'"
-    for name in ("tile_rows", "stages"):
+    for name in ("tile_rows", "stages", "warpgroups"):
         if type(getattr(config, name)) is not int:
             return f"{name} is {getattr(config, name)!r}; expected an integer"
     rows, most = config.tile_rows, MAX_STREAM_ROWS
@@ -107,6 +109,9 @@ def why_not(config: Config) -> str:
         return f"tile_rows is {rows}; expected a multiple of 8 up to {most}"
     if config.form == "tensor" and rows != PART:
         return f"tile_rows is {rows}; the tensor form takes {PART}"
+    groups = (COMPUTE_WARPGROUPS,) if config.form == "tensor" else (1, COMPUTE_WARPGROUPS)
+    if config.warpgroups not in groups:
+        return f"warpgroups is {config.warpgroups}; expected one of {groups}"
     if config.stages < 2:
         return f"stages is {config.stages}; expected 2 or more"
     if smem_bytes(config) > SMEM_BYTES - BARRIER_BYTES:
@@ -114,9 +119,9 @@ def why_not(config: Config) -> str:
     return ""
 
 
-def deepest(form: Literal["stream", "tensor"], rows: int) -> Config:
+def deepest(form: Literal["stream", "tensor"], rows: int, warpgroups: int = COMPUTE_WARPGROUPS) -> Config:
     """The config with the most stages that fit."""
-    config = Config(form, rows, 2)
+    config = Config(form, rows, 2, warpgroups)
     while not why_not(larger := replace(config, stages=config.stages + 1)):
         config = larger
     return config
@@ -128,7 +133,9 @@ def heuristic(pairs: int, num_experts: int, rows: int | None = None) -> Config:
     likely = mean + 3 * mean**0.5  # rows of all but one expert in a thousand, under uniform routing
     if rows is None:
         rows = PART if mean >= TENSOR_ROWS else min(max(8, -(-int(likely) // 8) * 8), MAX_STREAM_ROWS)
-    return deepest("tensor" if mean >= TENSOR_ROWS and rows == PART else "stream", rows)
+    if mean >= TENSOR_ROWS and rows == PART:
+        return deepest("tensor", rows)
+    return deepest("stream", rows, 1 if mean <= 1 else COMPUTE_WARPGROUPS)  # with few rows, more and smaller items
 
 
 def tile_rows(pairs: int, num_experts: int) -> int:
@@ -188,7 +195,7 @@ def parse(content: dict[str, Any], name: str) -> Tuned:
         _check_new(key := (entry["experts"], entry["pairs"]), tiles, entry, name)
         _check_config(Config("stream", entry["tile_rows"], 2), entry, name)
         tiles[key] = entry["tile_rows"]
-    own, call = ("form", "tile_rows", "stages"), tuple(Matmul.__dataclass_fields__)
+    own, call = ("form", "tile_rows", "stages", "warpgroups"), tuple(Matmul.__dataclass_fields__)
     for entry in content["matmuls"]:
         _check_fields(entry, {*own, *call}, name)
         key = Matmul(**{field: entry[field] for field in call}).key

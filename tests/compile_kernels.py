@@ -1,6 +1,7 @@
-"""Compiles the kernels to SASS for an H200 on a machine without a GPU; prints what ptxas said, a line of JSON each.
+"""Compiles the kernels to SASS on a machine without a GPU; prints what ptxas said, a line of JSON each.
 
-Runs in an environment of its own (`make .venv-cuda13/full.stamp`): jax's CUDA plugin and the CUDA compiler packages.
+`compile_kernels.py hopper h200`, or `compile_kernels.py portable GPU` with a name of `GPUS`: one GPU a process, in an
+environment of its own (`make .venv-cuda13/full.stamp`) with jax's CUDA plugin and the CUDA compiler packages.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 DUMP = Path(tempfile.mkdtemp())
@@ -17,28 +19,46 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from pallas_kernels import make_plan  # noqa: E402
+from pallas_kernels import LoRAPages, make_plan  # noqa: E402
 from pallas_kernels.activations import ACTIVATIONS  # noqa: E402
 from pallas_kernels.dispatch import dispatch  # noqa: E402
 from pallas_kernels.grouped_lora import hopper as lora  # noqa: E402
-from pallas_kernels.grouped_matmul import hopper  # noqa: E402
+from pallas_kernels.grouped_lora import portable as lora_portable  # noqa: E402
+from pallas_kernels.grouped_matmul import hopper, portable  # noqa: E402
 from pallas_kernels.plan import Tiles  # noqa: E402
-from pallas_kernels.steps import LoRASteps  # noqa: E402
+from pallas_kernels.steps import LoRASteps, make_steps  # noqa: E402
+from pallas_kernels.steps_packed import PackedSteps  # noqa: E402
 from pallas_kernels.tuning import Config, heuristic  # noqa: E402
+from pallas_kernels.tuning_portable import TILE_ROWS  # noqa: E402
+from pallas_kernels.tuning_portable import heuristic as portable_heuristic  # noqa: E402
 
-H200 = """
-gpu_device_info {
+# Compute capability, shared memory of a block and of an SM, SMs.
+GPUS = {
+    "a100": ((8, 0), 166912, 167936, 108),
+    "l40s": ((8, 9), 101376, 102400, 142),
+    "h200": ((9, 0), 232448, 233472, 132),
+    "b200": ((10, 0), 232448, 233472, 148),
+    "rtx6000pro": ((12, 0), 101376, 102400, 188),
+}
+
+
+def target(name: str) -> str:
+    """The text that describes a GPU to XLA."""
+    (major, minor), block_smem, smem, cores = GPUS[name]
+    extension = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    return f"""
+gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048
-  core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  shared_memory_per_core: {smem} shared_memory_per_block_optin: {block_smem} threads_per_core_limit: 2048
+  core_count: {cores} fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 memory_bandwidth: 4800000000000
   l2_cache_size: 62914560 clock_rate_ghz: 1.98 device_memory_size: 80000000000
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_vendor: "NVIDIA Corporation"
-  platform_version: "Compute Capability 9.0" name: "NVIDIA H200" device_address_bits: 64 driver_version: "13.0.0"
-  runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.23.0"
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 23 patch: 0 } device_description_str: "NVIDIA H200"
+  platform_version: "Compute Capability {major}.{minor}" name: "{name}" device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.23.0"
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 23 patch: 0 }} device_description_str: "{name}"
 """
 
 
@@ -50,40 +70,82 @@ def tiles(size: int) -> Tiles:
     return Tiles(*[array((72,))] * 4, array(()), size)
 
 
-def matmul(config: Config, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
+def steps_of(kernel, rows: int) -> LoRASteps | PackedSteps:
+    if "portable" in kernel.__module__:
+        return PackedSteps(array((73,)), array((200, 6)))
+    return LoRASteps(array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows, 16)
+
+
+def steps(slots: int, one_pool: bool):
+    """The lists of a gated projection and of a plain one."""
+    a, b = array((100, 16, 128), "bfloat16"), array((100, 16, 64), "bfloat16")
+    pages = LoRAPages(a, b, array((slots, 8, 4)), array((slots, 8), "float32"), 40)
+
+    def call(experts, of_token, pages, other_pool):
+        other = replace(pages, a=pages.a if one_pool else other_pool)
+        plan = make_plan(experts, of_token, 8, slots, "hopper")
+        return make_steps(plan, ((pages, other), (pages,)))
+
+    return call, (array((40, 2)), array((40,)), pages, a)
+
+
+def matmul(kernel, config, rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
     depth, out = widths
     count = 2 if gated else 1
     weights = (array((8, out, depth), dtype),) * count
-    steps = LoRASteps(array((73,)), array((200, 6))) if with_lora else None
-    hidden = array((50, config.tile_rows, 64), dtype) if with_lora else None
+    steps = steps_of(kernel, rows) if with_lora else None
+    hidden = array((50, rows, 64), dtype) if with_lora else None
     pages = (array((100, 16, out), dtype),) * count if with_lora else ()
     unit = ACTIVATIONS["silu"] if gated else None
 
     def call(x, weights, tiles, steps, hidden, pages):
-        return hopper.grouped_matmul(x, weights, tiles, config, unit, steps, hidden, pages)
+        return kernel(x, weights, tiles, config, unit, steps, hidden, pages)
 
-    return call, (array((1024, depth), dtype), weights, tiles(config.tile_rows), steps, hidden, pages)
+    return call, (array((1024, depth), dtype), weights, tiles(rows), steps, hidden, pages)
 
 
-def shrink(rows: int, pools: int, width: int, dtype: str):
+def hopper_matmul(config: Config, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
+    return matmul(hopper.grouped_matmul, config, config.tile_rows, gated, with_lora, widths, dtype)
+
+
+def portable_matmul(rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
+    config = portable_heuristic(rows, 2 if gated else 1, widths[1])
+    return matmul(portable.grouped_matmul, config, rows, gated, with_lora, widths, dtype)
+
+
+def shrink(kernel, rows: int, pools: int, width: int, dtype: str):
     def call(x, pools, tiles, steps):
-        return lora.shrink(x, pools, tiles, steps)
+        return kernel(x, pools, tiles, steps)
 
-    steps = LoRASteps(array((73,)), array((200, 6)))
+    steps = steps_of(kernel, rows)
     return call, (array((1024, width), dtype), (array((100, 16, width), dtype),) * pools, tiles(rows), steps)
 
 
-def cases():
+def portable_cases():
+    for rows in TILE_ROWS:
+        for gated in (True, False):
+            for with_lora in (True, False):
+                name = f"matmul {rows} gated={gated} lora={with_lora}"
+                yield name, *portable_matmul(rows, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
+        yield f"shrink {rows}", *shrink(lora_portable.shrink, rows, 1, 2048, "bfloat16")
+    yield "matmul float16, gpt-oss widths", *portable_matmul(64, False, True, (2880, 2880), "float16")
+    yield "matmul of one step of K", *portable_matmul(32, True, True, (64, 64), "bfloat16")
+    yield "shrink of two pools, float16", *shrink(lora_portable.shrink, 64, 2, 2880, "float16")
+
+
+def hopper_cases():
     for pairs, experts in ((64, 128), (1024, 128), (4096, 128), (16384, 128), (65536, 128)):
         config = heuristic(pairs, experts)
         for gated in (True, False):
             for with_lora in (True, False):
                 name = f"matmul {config.form} {config.tile_rows} gated={gated} lora={with_lora}"
-                yield name, *matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
-    yield "matmul float16, gpt-oss widths", *matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
+                yield name, *hopper_matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
+    yield "matmul float16, gpt-oss widths", *hopper_matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
     for rows in (8, 56, 128):
-        yield f"shrink {rows}", *shrink(rows, 1, 2048, "bfloat16")
-    yield "shrink of two pools, float16", *shrink(16, 2, 2880, "float16")
+        yield f"shrink {rows}", *shrink(lora.shrink, rows, 1, 2048, "bfloat16")
+    yield "shrink of two pools, float16", *shrink(lora.shrink, 16, 2, 2880, "float16")
+    for slots, one_pool in ((8, True), (32, False), (256, True)):
+        yield f"steps of {slots} slots", *steps(slots, one_pool)
     for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168)):
         rows = tokens * top_k + 64
         yield (
@@ -100,10 +162,14 @@ def cases():
 
 
 def main() -> None:
-    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    backend, gpu, *words = sys.argv[1:]
+    cases = {"hopper": hopper_cases, "portable": portable_cases}[backend]
+    device = topologies.get_topology_desc(platform="cuda", target_config=target(gpu), topology="1x1x1").devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     seen: set[Path] = set()
     for name, call, arguments in cases():
+        if not all(word in name for word in words):
+            continue
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
         line = {"name": name, "error": None, "ptxas": []}
         try:

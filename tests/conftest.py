@@ -13,5 +13,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Parameter trees are left out: they also hold shapes, shardings and numpy arrays.
-CHECKED = ["moe", "linear", "routing", "generate", "nn", "adapters.bank", "models.decoder", "models.rope"]
+CHECKED = [
+    "moe",
+    "linear",
+    "routing",
+    "generate",
+    "nn",
+    "adapters.bank",
+    "models.attention",
+    "models.cache",
+    "models.decoder",
+    "models.rope",
+]
 _hook = install_import_hook(["pallas_kernels"] + [f"jax_moe_lora.{name}" for name in CHECKED], "beartype.beartype")

@@ -1,4 +1,7 @@
-"""Every Hopper kernel is compiled to SASS for sm_90a, with the CUDA 13 and the CUDA 12 packages, on any machine."""
+"""Kernels and whole decode steps, compiled on any machine, with the CUDA 13 and the CUDA 12 packages.
+
+The Hopper kernels become SASS for sm_90a, the portable ones for a GPU of each generation from sm_80 on.
+"""
 
 import json
 import os
@@ -12,19 +15,35 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cuda", ["cuda13", "cuda12"])
-def test_kernels_compile_without_spills_or_serialized_wgmma(cuda):
+def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(cuda):
+    assert compile_all(cuda, "hopper", "h200") > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cuda", "gpu"),
+    # One GPU with TMA and one without are enough for the older compiler.
+    [("cuda13", gpu) for gpu in ("a100", "l40s", "h200", "b200", "rtx6000pro")]
+    + [("cuda12", "a100"), ("cuda12", "h200")],
+)
+def test_portable_kernels_compile_without_spills(cuda, gpu):
+    assert compile_all(cuda, "portable", gpu) > 12
+
+
+def compile_all(cuda: str, backend: str, gpu: str) -> int:
+    """Compiles a backend's kernels in a process of its own and returns how many; each must be free of spills."""
     python = ROOT / f".venv-{cuda}" / "bin" / "python"
     if not python.exists():
         pytest.skip(f"make .venv-{cuda}/full.stamp")
     result = subprocess.run(
-        [python, ROOT / "tests" / "compile_kernels.py"],
+        [python, ROOT / "tests" / "compile_kernels.py", backend, gpu],
         capture_output=True,
         text=True,
         timeout=500,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) > 20, result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
     kernels = 0
     for line in lines:
         assert line["error"] is None, line
@@ -35,4 +54,26 @@ def test_kernels_compile_without_spills_or_serialized_wgmma(cuda):
         for report in line["ptxas"]:
             if "spill stores" in report:
                 assert " 0 bytes spill stores, 0 bytes spill loads" in report, line
-    assert kernels > 20
+    return kernels
+
+
+@pytest.mark.slow
+def test_a_decode_step_is_one_cuda_graph_whatever_adapters_are_on():
+    """Nothing is launched outside it, and no loop or branch waits for the host."""
+    python = ROOT / ".venv-cuda13" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make .venv-cuda13/full.stamp")
+    result = subprocess.run(
+        [python, ROOT / "tests" / "compile_decode.py"],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 4, result.stderr[-2000:]
+    for line in lines:
+        assert line["graphs"] == 1, line
+        assert line["outside"] == {}, line
+        assert not {"kWhile", "kConditional"} & line["inside"].keys(), line
+        assert line["donated"], line

@@ -122,7 +122,7 @@ def test_an_unknown_implementation_is_refused_with_the_choices():
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("hopper", "needs a GPU of compute capability 9.0"), ("portable", "its kernels are not written yet")],
+    [("hopper", "needs a GPU of compute capability 9.0"), ("portable", "needs a GPU of compute capability 8.0")],
 )
 def test_a_backend_that_is_not_here_says_why(name, why):
     with pytest.raises(UnsupportedImplementation, match=f"{name!r} cannot run this: .*{why}.*; use 'xla' or None"):

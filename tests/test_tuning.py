@@ -12,7 +12,7 @@ from pallas_kernels.tuning import Config, Matmul, TunedFileError, bucket, config
 
 TILES = {"experts": 8, "pairs": 64, "tile_rows": 24}
 MATMUL = {"experts": 8, "pairs": 64, "in_width": 128, "out_width": 64, "gated": True, "dtype": "bfloat16"}
-CONFIG = {"form": "stream", "tile_rows": 24, "stages": 3}
+CONFIG = {"form": "stream", "tile_rows": 24, "stages": 3, "warpgroups": 2}
 FILE = {"device": "cpu", "tiles": [TILES], "matmuls": [MATMUL | CONFIG]}
 
 

@@ -62,17 +62,25 @@ class AdapterBank:
 
     def layer(self, layer: int) -> dict[str, LoRAPages]:
         """One layer's adapters by module, for `moe_lora` and `lora_linear`."""
-        return {
-            module: LoRAPages(
-                a=self.pages[site.in_width],
-                b=self.pages[site.out_width],
-                table=self.tables[module][site.layers.index(layer)],
-                scale=self.scales[module][site.layers.index(layer)],
-                max_rank=self.max_rank,
-            )
-            for module, site in self.sites
-            if layer in site.layers
-        }
+        pages: dict[str, LoRAPages] = {}
+        for module, site, row in self._rows(layer):
+            pools, tables = self.pages, (self.tables[module][row], self.scales[module][row])
+            pages[module] = LoRAPages(pools[site.in_width], pools[site.out_width], *tables, self.max_rank)
+        return pages
+
+    def of_layer(self, layer: int) -> "AdapterBank":
+        """The same pools with one layer's tables, as layer 0: layers that have the same modules give one tree form."""
+        here = self._rows(layer)
+        return replace(
+            self,
+            owner={},
+            tables={module: self.tables[module][row : row + 1] for module, _, row in here},
+            scales={module: self.scales[module][row : row + 1] for module, _, row in here},
+            sites=tuple((module, replace(site, layers=(0,))) for module, site, _ in here),
+        )
+
+    def _rows(self, layer: int) -> list[tuple[str, Site, int]]:
+        return [(module, site, site.layers.index(layer)) for module, site in self.sites if layer in site.layers]
 
     def slot_nbytes(self, slot: int) -> int:
         """Bytes of the pages that a slot holds."""

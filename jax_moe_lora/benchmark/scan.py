@@ -8,6 +8,7 @@ import json
 import platform
 import statistics
 import time
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,6 @@ from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import LayerParams, ModelParams, init_params
-from pallas_kernels import LoRAPages
 from pallas_kernels.specs import LAYERS, LayerSpec
 
 
@@ -37,18 +37,19 @@ def scanned_logits(
     config: ModelConfig,
 ) -> Float[Array, "B T V"]:
     """`decoder.logits` with one compiled layer, run over stacked weights (for models whose layers are all alike)."""
-    step, mask = decoder.prompt_step(tokens, lengths, slots, bank, config, None)
-    sites = dict(bank.sites)
+    step = decoder.prompt_step(tokens, lengths, slots, bank, params, config, None)
+    sites = tuple((module, replace(site, layers=(0,))) for module, site in bank.sites)
 
     def body(hidden: Array, xs: tuple[LayerParams, dict, dict]) -> tuple[Array, None]:
         layer, tables, scales = xs
-        adapters = {
-            module: LoRAPages(
-                bank.pages[site.in_width], bank.pages[site.out_width], tables[module], scales[module], bank.max_rank
-            )
-            for module, site in sites.items()
-        }
-        return decoder.run_layer(layer, adapters, hidden, step, lambda k, v: (k, v), mask), None
+        own = replace(
+            bank,
+            owner={},
+            tables={module: table[None] for module, table in tables.items()},
+            scales={module: scale[None] for module, scale in scales.items()},
+            sites=sites,
+        )
+        return decoder.run_layer(layer, own, hidden, step, None)[0], None
 
     hidden, _ = lax.scan(body, params.embedding[tokens], (stacked, bank.tables, bank.scales))
     return decoder.head(params, decoder.rms_norm(hidden, params.norm, config.rms_eps))

@@ -20,7 +20,7 @@ from jax_moe_lora.benchmark.report import about
 from jax_moe_lora.benchmark.sweep import THREADS, Measure
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.moe import combine
-from pallas_kernels import choose, make_plan, tuning
+from pallas_kernels import choose, lora_steps, make_plan, tuning
 from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.specs import ADAPTERS, LAYERS
 from pallas_kernels.tuning import PART, Config, Matmul, bucket, deepest, heuristic, why_not
@@ -40,8 +40,8 @@ class Candidate:
     down: Config
 
     def __str__(self) -> str:
-        """Form, rows a tile and stages: `stream 24 x 6, tensor 128 x 4`."""
-        return ", ".join(f"{c.form} {c.tile_rows} x {c.stages}" for c in (self.gate_up, self.down))
+        """Form, rows a tile, stages and warpgroups: `stream 24 x 6 x 2, tensor 128 x 4 x 2`."""
+        return ", ".join(f"{c.form} {c.tile_rows} x {c.stages} x {c.warpgroups}" for c in (self.gate_up, self.down))
 
 
 def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adapters):
@@ -50,9 +50,10 @@ def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adap
     num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
     rows = candidate.gate_up.tile_rows
     plan = make_plan(chosen, slots, experts.gate.shape[0], num_slots, "hopper", rows)
-    both, own = (experts.gate, experts.up), (pages.get("gate"), pages.get("up"))
-    gated = fused.grouped_matmul(x, both, plan, True, own, "silu", candidate.gate_up)
-    down = fused.grouped_matmul(gated, (experts.down,), plan, False, (pages.get("down"),), "silu", candidate.down)
+    both, into, out_of = (experts.gate, experts.up), (pages.get("gate"), pages.get("up")), (pages.get("down"),)
+    steps = lora_steps(plan, (into, out_of))
+    gated = fused.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
+    down = fused.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
     return combine(down, weights, plan).astype(x.dtype)
 
 
@@ -67,11 +68,13 @@ def tile_candidates(pairs: int, num_experts: int) -> list[Candidate]:
 
 
 def matmul_candidates(best: Candidate) -> list[Candidate]:
-    """One matmul of `best` with fewer stages, or in the other form."""
+    """One matmul of `best` with fewer stages, the other number of warpgroups, or in the other form."""
     found = []
     for name in ("gate_up", "down"):
         own: Config = getattr(best, name)
         configs = [replace(own, stages=own.stages - fewer) for fewer in (1, 2)]
+        if own.form == "stream":
+            configs.append(deepest("stream", own.tile_rows, 3 - own.warpgroups))
         if own.tile_rows == PART:
             configs.append(deepest("stream" if own.form == "tensor" else "tensor", PART))
         found += [replace(best, **{name: config}) for config in configs if not why_not(config)]
@@ -220,5 +223,5 @@ def add_entries(content: dict[str, Any], problem: Problem, pairs: int, best: Can
         key = vars(Matmul.of(weights, pairs))
         content["matmuls"] = [e for e in content["matmuls"] if {k: e[k] for k in key} != key]
         if config != heuristic(pairs, experts, rows):
-            own = {name: getattr(config, name) for name in ("form", "tile_rows", "stages")}
+            own = {name: getattr(config, name) for name in ("form", "tile_rows", "stages", "warpgroups")}
             content["matmuls"].append(key | own | measured)

@@ -1,12 +1,12 @@
 """A decoder-only transformer with routed experts, as pure functions over parameters, bank and cache.
 
 Letters: B requests, T tokens of a request, M positions of the cache, H query heads, G key/value heads, hd head width.
-Layers are unrolled, not scanned: `bench.py` has the measurement.
+Layers are unrolled, not scanned (`benchmark/scan.py` has the measurement). `run_layer` is jitted on its own: all layers
+of a kind share one trace, and XLA compiles their kernels once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,41 +16,47 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.linear import dense_plan, lora_linear
+from jax_moe_lora.linear import DensePlan, dense_plan, lora_linear
+from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_prompt, choose_attention
+from jax_moe_lora.models.cache import Cache, KeyValues, init_cache, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, ModelParams
 from jax_moe_lora.models.rope import rotate
 from jax_moe_lora.moe import LayerAdapters, moe_lora
-from pallas_kernels import BASE_SLOT, Implementation, RoutingPlan
+from pallas_kernels import BASE_SLOT, Implementation
+
+__all__ = [
+    "Cache",
+    "Step",
+    "adapter_sites",
+    "decode",
+    "head",
+    "init_cache",
+    "logits",
+    "prefill",
+    "prompt_step",
+    "run_layer",
+]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Cache:
-    """Keys and values of a batch.
+class Step:
+    """What every layer of one step needs beside its weights.
 
     Attributes:
-      k, v: for each layer `[B, M, G, hd]`. lengths: int32 `[B]`, positions in use; 0 marks an unused row.
+      positions, row_mask: `[B, T]`, place of each token in its request, and whether it is one.
+      slots: int32 `[B * T]`, adapter slot of each token. plan: of the slots, for the dense projections.
+      kind: static. A `prompt` attends to itself; a `token` attends to the cache, whose next position it takes.
     """
 
-    k: tuple[Float[Array, "B M G hd"], ...]
-    v: tuple[Float[Array, "B M G hd"], ...]
-    lengths: Int[Array, "B"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What every layer of one step needs beside its weights."""
-
-    config: ModelConfig
     positions: Int[Array, "B T"]
     row_mask: Bool[Array, "B T"]
     slots: Int[Array, "N"]
-    plan: RoutingPlan | None
-    implementation: Implementation | None
-
-
-# (layer, keys, values) of the step's tokens -> (keys, values) to attend to.
-KeyValueStore = Callable[[int, Array, Array], tuple[Array, Array]]
+    plan: DensePlan | None
+    kind: Literal["prompt", "token"] = field(metadata={"static": True})
+    config: ModelConfig = field(metadata={"static": True})
+    implementation: Implementation | None = field(metadata={"static": True})
+    attention: AttentionBackend = field(metadata={"static": True})
 
 
 def adapter_sites(config: ModelConfig) -> dict[str, Site]:
@@ -76,13 +82,6 @@ def adapter_sites(config: ModelConfig) -> dict[str, Site]:
     return {module: site for module, site in sites.items() if site.layers}
 
 
-def init_cache(config: ModelConfig, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """An empty cache for `batch` requests of at most `max_length` tokens, prompt and answer together."""
-    shape = (batch, max_length, config.num_kv_heads, config.head_dim)
-    empty = tuple(jnp.zeros(shape, dtype) for _ in range(2 * config.num_layers))
-    return Cache(empty[: config.num_layers], empty[config.num_layers :], jnp.zeros(batch, jnp.int32))
-
-
 def logits(
     params: ModelParams,
     bank: AdapterBank | None,
@@ -94,8 +93,8 @@ def logits(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T V"]:
     """Float32 logits at every position of right-padded prompts; those past a request's length mean nothing."""
-    step, mask = prompt_step(tokens, lengths, slots, bank, config, implementation)
-    hidden = _layers(params, bank, params.embedding[tokens], step, lambda layer, k, v: (k, v), mask)
+    step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
+    hidden, _, _ = _layers(params, bank, params.embedding[tokens], step, None)
     return head(params, hidden)
 
 
@@ -119,17 +118,10 @@ def prefill(
     Returns:
       The filled cache, and float32 `[B, V]` logits after each prompt's last token.
     """
-    step, mask = prompt_step(tokens, lengths, slots, bank, config, implementation)
-    keys, values = list(cache.k), list(cache.v)
-
-    def store(layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        keys[layer] = lax.dynamic_update_slice(keys[layer], k, (0, 0, 0, 0))
-        values[layer] = lax.dynamic_update_slice(values[layer], v, (0, 0, 0, 0))
-        return k, v
-
-    hidden = _layers(params, bank, params.embedding[tokens], step, store, mask)
+    step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
+    hidden, keys, values = _layers(params, bank, params.embedding[tokens], step, cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    return Cache(tuple(keys), tuple(values), lengths.astype(jnp.int32)), head(params, last)[:, 0]
+    return Cache(keys, values, lengths.astype(jnp.int32)), head(params, last)[:, 0]
 
 
 def decode(
@@ -151,23 +143,13 @@ def decode(
     Returns:
       The cache with the token in it, and float32 `[B, V]` logits of the next one.
     """
-    batch, max_length = cache.k[0].shape[:2]
+    max_length = cache.k[0].shape[1]
     live = cache.lengths > 0
-    positions = cache.lengths[:, None]
     row_slots = jnp.where(live, slots, BASE_SLOT)
-    step = Step(config, positions, live[:, None], row_slots, _plan(bank, row_slots), implementation)
-    mask = jnp.arange(max_length)[None, None, :] <= positions[:, :, None]
-    rows = jnp.arange(batch)
-    keys, values = list(cache.k), list(cache.v)
-
-    def store(layer: int, k: Array, v: Array) -> tuple[Array, Array]:
-        keys[layer] = keys[layer].at[rows, cache.lengths].set(k[:, 0], mode="drop")
-        values[layer] = values[layer].at[rows, cache.lengths].set(v[:, 0], mode="drop")
-        return keys[layer], values[layer]
-
-    hidden = _layers(params, bank, params.embedding[tokens[:, None]], step, store, mask)
+    step = _step("token", cache.lengths[:, None], live[:, None], row_slots, bank, params, config, implementation)
+    hidden, keys, values = _layers(params, bank, params.embedding[tokens[:, None]], step, cache)
     lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, max_length), 0)
-    return Cache(tuple(keys), tuple(values), lengths), head(params, hidden)[:, 0]
+    return Cache(keys, values, lengths), head(params, hidden)[:, 0]
 
 
 def prompt_step(
@@ -175,50 +157,73 @@ def prompt_step(
     lengths: Int[Array, "B"],
     slots: Int[Array, "B"],
     bank: AdapterBank | None,
+    params: ModelParams,
     config: ModelConfig,
     implementation: Implementation | None,
-) -> tuple[Step, Bool[Array, "B T T"]]:
-    """What the layers need to read right-padded prompts, and the causal mask."""
+) -> Step:
+    """What the layers need to read right-padded prompts."""
     batch, width = tokens.shape
     index = jnp.arange(width, dtype=jnp.int32)
     real = index[None, :] < lengths[:, None]
     row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)
     positions = jnp.broadcast_to(index[None, :], (batch, width))
-    step = Step(config, positions, real, row_slots, _plan(bank, row_slots), implementation)
-    return step, jnp.broadcast_to(index[None, :] <= index[:, None], (batch, width, width))
+    return _step("prompt", positions, real, row_slots, bank, params, config, implementation)
 
 
-def _plan(bank: AdapterBank | None, row_slots: Int[Array, "N"]) -> RoutingPlan | None:
-    return None if bank is None else dense_plan(row_slots, bank.num_slots)
+def _step(
+    kind: Literal["prompt", "token"],
+    positions: Int[Array, "B T"],
+    row_mask: Bool[Array, "B T"],
+    row_slots: Int[Array, "N"],
+    bank: AdapterBank | None,
+    params: ModelParams,
+    config: ModelConfig,
+    implementation: Implementation | None,
+) -> Step:
+    heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
+    attention = choose_attention(implementation, dtype=params.embedding.dtype, **heads).picked
+    plan = None if bank is None else dense_plan(row_slots, bank.num_slots)
+    return Step(positions, row_mask, row_slots, plan, kind, config, implementation, attention)
 
 
 def _layers(
-    params: ModelParams,
+    params: ModelParams, bank: AdapterBank | None, hidden: Float[Array, "B T D"], step: Step, cache: Cache | None
+) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...]]:
+    """All layers and the last norm; the cache's keys and values with the step's tokens in them."""
+    keys, values = [], []
+    for index, layer in enumerate(params.layers):
+        own = None if bank is None else bank.of_layer(index)
+        hidden, stored = run_layer(
+            layer, own, hidden, step, None if cache is None else (cache.k[index], cache.v[index])
+        )
+        if stored is not None:
+            keys.append(stored[0])
+            values.append(stored[1])
+    return rms_norm(hidden, params.norm, step.config.rms_eps), tuple(keys), tuple(values)
+
+
+@jax.jit
+def run_layer(
+    layer: LayerParams,
     bank: AdapterBank | None,
     hidden: Float[Array, "B T D"],
     step: Step,
-    store: KeyValueStore,
-    mask: Bool[Array, "B T M"],
-) -> Float[Array, "B T D"]:
-    for index, layer in enumerate(params.layers):
-        adapters = {} if bank is None else bank.layer(index)
-        hidden = run_layer(layer, adapters, hidden, step, partial(store, index), mask)
-    return rms_norm(hidden, params.norm, step.config.rms_eps)
+    cache: KeyValues | None,
+) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+    """One decoder layer: attention, then its MLP, each behind a norm and with a residual.
 
+    Args:
+      bank: the layer's own, from `AdapterBank.of_layer`. cache: the layer's keys and values, or None to keep none.
 
-def run_layer(
-    layer: LayerParams,
-    adapters: LayerAdapters,
-    hidden: Float[Array, "B T D"],
-    step: Step,
-    store: Callable[[Array, Array], tuple[Array, Array]],
-    mask: Bool[Array, "B T M"],
-) -> Float[Array, "B T D"]:
-    """One decoder layer: attention, then its MLP, each behind a norm and with a residual."""
+    Returns:
+      The hidden rows, and the cache with the step's tokens in it.
+    """
+    adapters = {} if bank is None else bank.layer(0)
     eps = step.config.rms_eps
     normed = rms_norm(hidden, layer.attention_norm, eps)
-    hidden = hidden + _attention(layer.attention, adapters, normed, step, store, mask)
-    return hidden + _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step)
+    mixed, cache = _attention(layer.attention, adapters, normed, step, cache)
+    hidden = hidden + mixed
+    return hidden + _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step), cache
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -233,9 +238,8 @@ def _attention(
     adapters: LayerAdapters,
     x: Float[Array, "B T D"],
     step: Step,
-    store: Callable[[Array, Array], tuple[Array, Array]],
-    mask: Bool[Array, "B T M"],
-) -> Float[Array, "B T D"]:
+    cache: KeyValues | None,
+) -> tuple[Float[Array, "B T D"], KeyValues | None]:
     config = step.config
     batch, width, _ = x.shape
 
@@ -247,11 +251,16 @@ def _attention(
 
     q = rotate(heads("q", config.num_heads, weights.q_norm), step.positions, config.rope)
     k = rotate(heads("k", config.num_kv_heads, weights.k_norm), step.positions, config.rope)
-    keys, values = store(k, heads("v", config.num_kv_heads, None))
-    with jax.default_matmul_precision("highest" if x.dtype == jnp.float32 else "default"):
-        mixed = jax.nn.dot_product_attention(q, keys, values, mask=mask[:, None])
+    v = heads("v", config.num_kv_heads, None)
+    cache = None if cache is None else store(cache, k, v, None if step.kind == "prompt" else step.positions[:, 0])
+    if step.kind == "prompt":
+        mixed = attend_prompt(q, k, v, step.attention)
+    else:
+        assert cache is not None
+        in_use = jnp.minimum(step.positions[:, 0] + 1, cache[0].shape[1])
+        mixed = attend_cache(q, *cache, in_use, step.attention)
     mixed = mixed.reshape(batch, width, config.num_heads * config.head_dim)
-    return _linear(mixed, weights.o, weights.o_bias, adapters.get("o"), step)
+    return _linear(mixed, weights.o, weights.o_bias, adapters.get("o"), step), cache
 
 
 def _mlp(layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B T D"]:

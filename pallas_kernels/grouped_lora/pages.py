@@ -1,8 +1,9 @@
 """Pages of LoRA matrices and the table that finds them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 RANK_PAGE = 16
@@ -28,3 +29,7 @@ class LoRAPages:
     table: Int[Array, "S E 4"]
     scale: Float[Array, "S E"]
     max_rank: int = field(metadata={"static": True})
+
+    def without_slots(self) -> "LoRAPages":
+        """The same pools, and no adapter in any slot."""
+        return replace(self, table=jnp.zeros_like(self.table), scale=jnp.zeros_like(self.scale))

@@ -1,6 +1,6 @@
 """The contract of the grouped matmul, and its dispatch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ from pallas_kernels.activations import ACTIVATIONS, Activation
 from pallas_kernels.backend import Choice, Implementation, choose
 from pallas_kernels.grouped_lora.api import grouped_lora
 from pallas_kernels.grouped_lora.pages import LoRAPages
-from pallas_kernels.grouped_matmul import fused, reference, xla
+from pallas_kernels.grouped_matmul import fused, fused_portable, reference, xla
 from pallas_kernels.mosaic import ROW_ALIGNMENT
 from pallas_kernels.plan import RoutingPlan
+from pallas_kernels.steps import Adapters, LoRASteps, make_steps
 
 _MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
 
@@ -23,7 +24,8 @@ def grouped_matmul(
     plan: RoutingPlan,
     *,
     of_tokens: bool = False,
-    adapters: tuple[LoRAPages | None, ...] = (),
+    adapters: Adapters = (),
+    steps: LoRASteps | None = None,
     activation: Activation = "silu",
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
@@ -36,6 +38,7 @@ def grouped_matmul(
       weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
       plan: made for the same backend (`make_plan(..., implementation)`).
       adapters: for each weight its adapters, or None; empty for none at all.
+      steps: what `make_steps` makes of these adapters, where a layer makes those of all its projections at once.
       activation: of the gated product. dtype: of the result; sums are kept in float32.
       implementation: a backend by name, or None for the best that is available.
 
@@ -59,8 +62,12 @@ def grouped_matmul(
     picked = choose_for(x, several, pages, dtype, implementation).picked
     if picked == "hopper" and implementation is None and plan.alignment % ROW_ALIGNMENT:
         picked = "xla"  # the plan was made for it
+    if picked == "portable" and implementation is None and not fused_portable.reads(plan):
+        picked = "xla"
     if picked == "hopper":
-        return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation)
+        return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation, steps)
+    if picked == "portable":
+        return fused_portable.grouped_matmul(x, several, plan, of_tokens, pages, activation)
     row_index = plan.token if of_tokens else None
 
     def project(weight: Array, own: LoRAPages | None) -> Array:
@@ -70,6 +77,15 @@ def grouped_matmul(
     products = [project(weight, own) for weight, own in zip(several, pages, strict=True)]
     y = products[0] if len(products) == 1 else ACTIVATIONS[activation](products[0]) * products[1]
     return y.astype(dtype)
+
+
+def lora_steps(plan: RoutingPlan, projections: Sequence[Adapters]) -> list[LoRASteps | None]:
+    """For each projection what `grouped_matmul` takes as `steps`, made in one go; None unless the plan is hopper's.
+
+    Args:
+      projections: the `adapters` of each call.
+    """
+    return make_steps(plan, projections) if plan.alignment == ROW_ALIGNMENT else [None] * len(projections)
 
 
 def choose_for(

@@ -1,6 +1,5 @@
 """The Hopper backend's host side: gathers rows, lists the adapters' steps, runs shrink and matmul."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
@@ -8,10 +7,9 @@ from pallas_kernels.activations import ACTIVATIONS, Activation
 from pallas_kernels.backend import UnsupportedImplementation
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_lora import hopper as lora
-from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.plan import RoutingPlan, cut_groups
-from pallas_kernels.steps import make_steps
+from pallas_kernels.steps import Adapters, LoRASteps, make_steps, with_nothing
 from pallas_kernels.tuning import Config, Matmul, config_for
 
 
@@ -20,8 +18,9 @@ def grouped_matmul(
     weights: tuple[Float[Array, "E out in"], ...],
     plan: RoutingPlan,
     of_tokens: bool,
-    adapters: tuple[LoRAPages | None, ...],
+    adapters: Adapters,
     activation: Activation,
+    steps: LoRASteps | None = None,
     config: Config | None = None,
 ) -> Float[Array, "Q out"]:
     """What `api.grouped_matmul` promises, by the Hopper kernels. `config`: `tuning.config_for`'s where None."""
@@ -39,14 +38,10 @@ def grouped_matmul(
     unit = ACTIVATIONS[activation] if len(weights) == 2 else None
     if all(pages is None for pages in adapters):
         return hopper.grouped_matmul(rows, weights, tiles, config, unit)
-    pages = tuple(_nothing(adapters) if own is None else own for own in adapters)
-    steps = make_steps(plan, tiles, pages)
+    if steps is None or steps.tile_rows != tiles.size:
+        (steps,) = make_steps(plan, (adapters,), tiles)
+        assert steps is not None
+    pages = with_nothing(adapters)
     pools = (pages[0].a,) if pages[0].a is pages[-1].a else (pages[0].a, pages[-1].a)
     hidden = lora.shrink(rows, pools, tiles, steps, config.num_sms)
     return hopper.grouped_matmul(rows, weights, tiles, config, unit, steps, hidden, tuple(p.b for p in pages))
-
-
-def _nothing(adapters: tuple[LoRAPages | None, ...]) -> LoRAPages:
-    """For a projection without adapters beside one that has them: the same pools, and no slot in use."""
-    other = next(pages for pages in adapters if pages is not None)
-    return LoRAPages(other.a, other.b, jnp.zeros_like(other.table), jnp.zeros_like(other.scale), other.max_rank)

@@ -2,12 +2,13 @@
 
 A work item is one tile of rows (all of one expert) times one block of output columns. Each block of threads walks its
 share of the items; its memory warpgroup streams stages of 64 elements of K through a ring in shared memory, two compute
-warpgroups multiply them. A stage holds two 128-row parts of the weights and the tile's rows: part 0 and 1 are gate and
-up of the same 128 columns (gated), or two runs of 128 columns of one weight (plain). After K come the LoRA steps: four
-pages of B in place of the weights, and the step's H (see `steps.py`) in place of the rows.
+warpgroups (or one, where few items would leave SMs idle) multiply them. A stage holds two parts of the weights, 64 rows
+a warpgroup each, and the tile's rows: part 0 and 1 are gate and up of the same columns (gated), or two runs of columns
+of one weight (plain). After K come the LoRA steps: four pages of B in place of the weights, and the step's H (see
+`steps.py`) in place of the rows.
 
     stream form: a warpgroup's accumulators are [64 weight rows, tile rows]: any number of rows a tile, for few rows
-    tensor form: a warpgroup's accumulator is [64 tile rows, 256 weight rows]: for many rows
+    tensor form: a warpgroup's accumulators are [64 tile rows, 128 weight rows]: for many rows
 
 `full[s]` counts the TMA copies of a step of K into stage s, `pages_full[s]` those of a LoRA step; `empty[s]` counts the
 compute warpgroups that are done with it. They let go of a stage one step late, so that the tensor cores always have the
@@ -25,12 +26,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
-from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH, HALF, PART, ROW_ALIGNMENT
+from pallas_kernels.mosaic import DEPTH, HALF, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps import PAGE_B0, PAGE_B1, PAGES_A_STEP, LoRASteps
+from pallas_kernels.steps import LoRASteps
+from pallas_kernels.steps_hopper import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.tuning import Config
 
-PAGE_COPIES = 2 * PAGES_A_STEP * RANK_PAGE // 8  # of a LoRA step
+PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
 
 
 def grouped_matmul(
@@ -56,14 +58,16 @@ def grouped_matmul(
     rows, width = x.shape
     gated = len(weights) == 2
     out_width = weights[0].shape[1]
-    columns = PART if gated else 2 * PART
+    warpgroups = config.warpgroups
+    part_rows = HALF * warpgroups
+    columns = part_rows if gated else 2 * part_rows
     blocks = pl.cdiv(out_width, columns)
     depth_steps = width // DEPTH
     stages, tile_rows, num_sms = config.stages, config.tile_rows, config.num_sms
     stream = config.form == "stream"
     with_lora = steps is not None
 
-    def body(expert_of, start_of, rows_of, count, step_of, entries, x, w0, w1, hidden, b0, b1, out, **smem):
+    def body(expert_of, start_of, rows_of, count, first_of, steps_of, entries, x, w0, w1, hidden, b0, b1, out, **smem):
         (weight_ring, page_ring), row_ring = smem["ring"], smem["row_ring"]
         out_tile, full, pages_full, empty = (smem[name] for name in ("out_tile", "full", "pages_full", "empty"))
         warpgroup = lax.axis_index("wg")
@@ -72,19 +76,17 @@ def grouped_matmul(
         def place(number):
             """Tile and first columns of an item; consecutive items share a tile, so its rows come from L2."""
             tile, block = lax.div(number, jnp.int32(blocks)), lax.rem(number, jnp.int32(blocks))
-            first_step = step_of[tile] if with_lora else 0
-            lora_steps = step_of[tile + 1] - first_step if with_lora else 0
-            return tile, block * columns, first_step, lora_steps
+            return tile, block * columns, steps_of[tile, 0] if with_lora else 0
 
         def column(first, part):
-            return first + (0 if gated else part * PART)
+            return first + (0 if gated else part * part_rows)
 
-        @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup == warpgroups)
         def _memory():
-            plgpu.set_max_registers(mosaic.MEMORY_REGISTERS, action="decrease")
+            mosaic.give_registers(warpgroups)
 
             def item(number, done):
-                tile, first, first_step, lora_steps = place(number)
+                tile, first, lora_steps = place(number)
                 expert, row = expert_of[tile], pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
 
                 @pl.loop(0, depth_steps)
@@ -93,43 +95,40 @@ def grouped_matmul(
                     depth = pl.ds(k * DEPTH, DEPTH)
                     for part, weight in enumerate((w0, w1)):
                         plgpu.copy_gmem_to_smem(
-                            weight.at[expert, pl.ds(column(first, part), PART), depth],
-                            weight_ring.at[stage, pl.ds(part * PART, PART)],
+                            weight.at[expert, pl.ds(column(first, part), part_rows), depth],
+                            weight_ring.at[stage, pl.ds(part * part_rows, part_rows)],
                             full.at[stage],
                         )
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
 
                 if with_lora:
+                    first_step = first_of[tile, 0]
 
                     @pl.loop(0, lora_steps)
                     def _(k):
-                        step = first_step + k
                         # Read before the wait, which hides what the reads take.
                         page_ids = [
-                            [entries[step * PAGES_A_STEP + q, side] for q in range(PAGES_A_STEP)]
+                            [entries[side, tile, k * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
                             for side in (PAGE_B0, PAGE_B1)
                         ]
                         stage = mosaic.wait_until_empty(empty, done + depth_steps + k, stages)
                         for part, pool in enumerate((b0, b1)):
                             for q, page in enumerate(page_ids[part]):
-                                for half in range(RANK_PAGE // 8):  # 8 ranks by 128 columns lie side by side
-                                    plgpu.copy_gmem_to_smem(
-                                        pool.at[page, pl.ds(half * 8, 8), pl.ds(column(first, part), PART)],
-                                        page_ring.at[
-                                            stage, pl.ds(q * RANK_PAGE + half * 8, 8), pl.ds(part * PART, PART)
-                                        ],
-                                        pages_full.at[stage],
-                                    )
-                        plgpu.copy_gmem_to_smem(hidden.at[step], row_ring.at[stage], pages_full.at[stage])
+                                plgpu.copy_gmem_to_smem(
+                                    pool.at[page, :, pl.ds(column(first, part), part_rows)],
+                                    page_ring.at[stage, part, pl.ds(q * RANK_PAGE, RANK_PAGE)],
+                                    pages_full.at[stage],
+                                )
+                        plgpu.copy_gmem_to_smem(hidden.at[first_step + k], row_ring.at[stage], pages_full.at[stage])
 
                 return done + depth_steps + lora_steps
 
             steps_done = mosaic.over_items(items, num_sms, item)
             mosaic.drain(empty, steps_done, stages)
 
-        @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+        @pl.when(warpgroup < warpgroups)
         def _compute():
-            plgpu.set_max_registers(mosaic.COMPUTE_REGISTERS, action="increase")
+            mosaic.take_registers(warpgroups)
             own = pl.ds(warpgroup * HALF, HALF)
 
             def multiply_and_store(tile, first, lora_steps, done):
@@ -137,28 +136,29 @@ def grouped_matmul(
                     def multiply(step, ready, products):
                         stage = mosaic.stage_of(step, stages)
                         plgpu.barrier_wait(ready.at[stage])
-                        issued = products(stage)
-                        for product in issued:
+                        for product in products(stage):
                             plgpu.wgmma(*product)
-                        plgpu.wgmma_wait(len(issued))  # this step is under way, the last one is done
+                        plgpu.wgmma_wait(len(accs))  # this step is under way, the last one is done
 
                         @pl.when(step > done)
                         def _():
                             plgpu.barrier_arrive(empty.at[mosaic.stage_of(step - 1, stages)])
 
-                    def products(stage, weights):
-                        """`weights(rows of this stage's weights)` is the operand of one accumulator."""
+                    def products(stage, operand):
+                        """`operand(part)`: this stage's 64 of K by this warpgroup's rows of that part's weights."""
                         rows = row_ring.at[stage]
-                        if not stream:
-                            return [(accs[0], rows.at[own], weights(pl.ds(0, 2 * PART)))]
-                        mine = (pl.ds(part * PART + warpgroup * HALF, HALF) for part in range(2))
-                        return [(acc, weights(some).T, rows.T) for acc, some in zip(accs, mine, strict=True)]
+                        for part, acc in enumerate(accs):
+                            yield (acc, operand(part).T, rows.T) if stream else (acc, rows.at[own], operand(part))
 
                     def depth_products(stage):
-                        return products(stage, lambda some: weight_ring.at[stage, some].T)
+                        begin, count = (warpgroup * HALF, HALF) if stream else (0, part_rows)
+                        yield from products(
+                            stage, lambda part: weight_ring.at[stage, pl.ds(part * part_rows + begin, count)].T
+                        )
 
                     def lora_products(stage):
-                        return products(stage, lambda some: page_ring.at[stage, :, some])
+                        some = own if stream else slice(None)
+                        yield from products(stage, lambda part: page_ring.at[stage, part, :, some])
 
                     @pl.loop(0, depth_steps)
                     def _(k):
@@ -174,9 +174,8 @@ def grouped_matmul(
                     plgpu.barrier_arrive(empty.at[mosaic.stage_of(done + depth_steps + lora_steps - 1, stages)])
                     return tuple(acc[...] for acc in accs)
 
-                shapes = [(HALF, tile_rows)] * 2 if stream else [(HALF, 2 * PART)]
-                products = pl.run_scoped(accumulate, *(plgpu.ACC(shape) for shape in shapes))
-                part0, part1 = products if stream else (products[0][:, :PART], products[0][:, PART:])
+                shape = (HALF, tile_rows) if stream else (HALF, part_rows)
+                part0, part1 = pl.run_scoped(accumulate, *[plgpu.ACC(shape)] * 2)
                 results = (activation(part0) * part1,) if gated else (part0, part1)
                 row, used = start_of[tile], rows_of[tile]
                 if stream:
@@ -216,7 +215,7 @@ def grouped_matmul(
                         plgpu.barrier_arrive(empty.at[stage])
 
             def item(number, done):
-                tile, first, _, lora_steps = place(number)
+                tile, first, lora_steps = place(number)
                 if stream:
                     multiply_and_store(tile, first, lora_steps, done)
                 else:
@@ -229,22 +228,25 @@ def grouped_matmul(
             plgpu.wait_smem_to_gmem(0)
 
     dtype = x.dtype
-    weight_ring = mosaic.tile_smem((stages, 2 * PART, DEPTH), dtype)
-    page_ring = mosaic.tile_smem((stages, PAGES_A_STEP * RANK_PAGE, 2 * PART), dtype)  # a stage takes the same bytes
+    weight_ring = mosaic.tile_smem((stages, 2 * part_rows, DEPTH), dtype)
+    page_ring = mosaic.tile_smem(
+        (stages, 2, PAGES_A_STEP * RANK_PAGE, part_rows), dtype
+    )  # a stage takes the same bytes
     scratch = {
         "ring": (weight_ring, page_ring) if config.apart else plgpu.RefUnion(weight_ring, page_ring),
         "row_ring": mosaic.tile_smem((stages, tile_rows, DEPTH), dtype),
-        "out_tile": mosaic.row_smem(
-            (COMPUTE_WARPGROUPS, tile_rows, HALF) if stream else (COMPUTE_WARPGROUPS, 2, HALF, DEPTH), dtype
-        ),
+        "out_tile": mosaic.row_smem((warpgroups, tile_rows, HALF) if stream else (warpgroups, 2, HALF, DEPTH), dtype),
         "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "pages_full": plgpu.Barrier(num_arrivals=PAGE_COPIES + 1, num_barriers=stages),
-        "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if steps is None:  # never read: arrays that are there already, for no kernel to make others
-        steps, hidden, pages = LoRASteps(tiles.start, tiles.start), x, (x,)
-    kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms)
+        lists, hidden, pages = (tiles.start,) * 3, x, (x,)
+    else:
+        lists = (steps.first, steps.count, steps.entries)
+    body.__name__ = f"{'gated_' if gated else ''}matmul_{config.form}"  # what profilers show
+    kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms, warpgroups)
     return kernel(
-        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), steps.start, steps.entries,
+        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), *lists,
         x, weights[0], weights[-1], hidden, pages[0], pages[-1],
     )  # fmt: skip

@@ -1,0 +1,169 @@
+"""Times a whole model of random weights: decode steps and prefills, with adapters mixed in the batch and without."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_moe_lora.adapters.bank import AdapterBank
+from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, floor_s, make_bank
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.decoder import Cache
+from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
+from pallas_kernels import Implementation
+
+REPEATS = 5
+THREADS = 4  # compilations side by side
+METHOD = (
+    "decode: `steps` steps dispatched one after the other on a donated cache, then one block, per step; prefill: one "
+    "call, blocked; median of 5 repeats after a warm-up; tokens, weights, pages and cache are random; slots go round "
+    "over the adapters and the base model; compile_s beside up to three other compilations; peak_gb is the process's "
+    "so far; ranks are rounded up to whole pages"
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A case's program and what its compilation took."""
+
+    program: Callable[..., Any]
+    seconds: float
+    temp_bytes: int | None
+
+
+def compile_case(
+    case: Case, config: ModelConfig, make: Callable[[], AdapterBank | None], implementation: Implementation | None
+) -> Compiled:
+    """Compiles from shapes alone: weights and adapters need not be there yet."""
+    began = time.perf_counter()
+    compiled = lower_case(case, config, make, implementation).compile()
+    memory = compiled.memory_analysis()
+    return Compiled(compiled, time.perf_counter() - began, getattr(memory, "temp_size_in_bytes", None))
+
+
+def lower_case(
+    case: Case,
+    config: ModelConfig,
+    make: Callable[[], AdapterBank | None],
+    implementation: Implementation | None = None,
+    device: jax.Device | None = None,
+) -> jax.stages.Lowered:
+    """Lowers `f(params, bank, cache, *inputs) -> (cache, logits)`; bank and cache are lists of their arrays.
+
+    Args:
+      make: makes the bank. device: to compile for, also one that is not there; the default one where None.
+    """
+    bank, bank_tree = _shapes(make)
+    cache, cache_tree = _shapes(lambda: decoder.init_cache(config, case.batch, case.max_length, DTYPE))
+    step: Callable[..., Any] = decoder.decode if case.kind == "decode" else decoder.prefill
+
+    def program(params, bank, cache, *inputs):
+        trees = bank_tree.unflatten(bank), cache_tree.unflatten(cache)
+        after, logits = step(params, *trees, *inputs, config=config, implementation=implementation)
+        return jax.tree.leaves(after), logits
+
+    rows = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    prompts = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
+    inputs = (rows, rows) if case.kind == "decode" else (prompts, rows, rows)
+    shapes = (abstract_params(config, DTYPE), bank, cache, *inputs)
+    if device is None:
+        return jax.jit(program, donate_argnums=2).lower(*shapes)
+    place = jax.sharding.SingleDeviceSharding(device)
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    with jax.default_device(device):
+        return jax.jit(program, donate_argnums=2).lower(*placed)
+
+
+def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+    """Shapes of a tree's arrays, and its form."""
+    trees = []
+
+    def leaves():
+        values, tree = jax.tree.flatten(make())
+        trees.append(tree)
+        return values
+
+    return jax.eval_shape(leaves), trees[0]
+
+
+def measure(
+    case: Case, compiled: Compiled, config: ModelConfig, params: ModelParams, bank: AdapterBank | None, steps: int
+) -> dict[str, Any]:
+    """Milliseconds a step or a prefill, their spread, tokens a second, memory."""
+    slots = draw_slots(case, 0 if bank is None else bank.num_slots)
+    shape, count = ((case.batch,), steps) if case.kind == "decode" else ((case.batch, case.length), 1)
+    keys = jax.random.split(jax.random.key(1), count)
+    tokens = [jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32) for key in keys]
+    lengths, cache = jnp.full(case.batch, case.length, jnp.int32), jax.tree.leaves(_random_cache(case, config))
+    adapters = jax.tree.leaves(bank)
+    more = () if case.kind == "decode" else (lengths,)
+    times: list[float] = []
+    for _ in range(1 + REPEATS):
+        cache[-1] = lengths + 0  # a copy: the cache is donated
+        jax.block_until_ready(cache)
+        began = time.perf_counter()
+        for some in tokens:
+            cache, logits = compiled.program(params, adapters, cache, some, *more, slots)
+        jax.block_until_ready(logits)
+        times.append((time.perf_counter() - began) / count)
+    if not bool(jnp.isfinite(logits).all()):
+        raise FloatingPointError("the logits are not finite")
+    median = statistics.median(times[1:])
+    return {
+        "ms": round(median * 1e3, 3),
+        "min_ms": round(min(times[1:]) * 1e3, 3),
+        "max_ms": round(max(times[1:]) * 1e3, 3),
+        "tokens_per_s": round(case.rows / median, 1),
+        "floor_ms": round(floor_s(case, config, bank) * 1e3, 3),
+        "temp_gb": None if compiled.temp_bytes is None else round(compiled.temp_bytes / 1e9, 2),
+        "peak_gb": _peak_gb(),
+    }
+
+
+def _random_cache(case: Case, config: ModelConfig) -> Cache:
+    """A cache whose positions are all drawn: a decode step attends to `case.length` of them."""
+    cache = decoder.init_cache(config, case.batch, case.max_length, DTYPE)
+    draw = jax.jit(lambda key, x: jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), donate_argnums=1)
+    keys = jax.random.split(jax.random.key(2), 2 * config.num_layers)
+    drawn = [draw(key, x) for key, x in zip(keys, cache.k + cache.v, strict=True)]
+    return replace(cache, k=tuple(drawn[: config.num_layers]), v=tuple(drawn[config.num_layers :]))
+
+
+def _peak_gb() -> float | None:
+    stats = jax.devices()[0].memory_stats()
+    return None if not stats else round(stats["peak_bytes_in_use"] / 1e9, 2)
+
+
+def sweep(
+    config: ModelConfig, cases: Sequence[Case], targets: str, implementation: Implementation | None, steps: int
+) -> Iterator[dict[str, Any]]:
+    """Measures every case, a row each; one that fails does not stop the others.
+
+    Cases with the same adapters are compiled side by side, then measured one by one: no compilation, which times
+    kernels of its own, runs beside a measurement.
+    """
+    params = None
+    for name in dict.fromkeys(case.adapters for case in cases):
+        group, make = [case for case in cases if case.adapters == name], make_bank(config, name, targets)
+        longest_first = sorted(group, key=lambda case: -case.rows)
+        with ThreadPoolExecutor(max_workers=THREADS) as pool:
+            work = {case: pool.submit(compile_case, case, config, make, implementation) for case in longest_first}
+        if params is None:  # after the first compilations: they may need memory to time kernels
+            params = jax.block_until_ready(init_params(config, jax.random.key(0), DTYPE))
+        bank = make()
+        for case in group:
+            row: dict[str, Any] = asdict(case) | {"targets": targets, "layers": config.num_layers}
+            try:
+                compiled = work[case].result()
+                row["compile_s"] = round(compiled.seconds, 1)
+                figures = measure(case, compiled, config, params, bank, steps)
+            except Exception as error:  # such as out of memory
+                figures = {"error": f"{type(error).__name__}: {error}"[:300]}
+            yield row | figures
+        del bank  # one at a time

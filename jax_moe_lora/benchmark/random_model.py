@@ -1,0 +1,159 @@
+"""A whole model and adapters of random numbers, made on the device, and the floor of what it computes.
+
+Weights and pages are drawn piece by piece: nothing of a model's size is ever on the host, and no more than one matrix
+is on the device twice.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.adapters.bank import RESERVED, AdapterBank
+from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.benchmark.layer import PEAK_BYTES, PEAK_FLOPS
+from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.models import decoder
+from jax_moe_lora.moe import EXPERT_MODULES
+from pallas_kernels import BASE_SLOT, RANK_PAGE
+from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
+
+DTYPE = "bfloat16"
+FILL_PAGES = 4096  # drawn at a time
+
+
+def _qwen3(shape: str, layers: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int) -> ModelConfig:
+    spec = LAYERS[shape]
+    moe = MoEConfig(spec.hidden_size, spec.expert_width, spec.num_experts, spec.top_k, renormalize=True)
+    sizes = (vocabulary, layers, spec.hidden_size, heads, kv_heads, head_dim, spec.hidden_size)
+    return ModelConfig("qwen3_moe", *sizes, moe, (True,) * layers, RopeConfig(theta=1e6))
+
+
+MODELS = {
+    "qwen3-30b-a3b": _qwen3("qwen3-30b-a3b", 48, 32, 4, 128, 151_936),
+    "tiny": _qwen3("small", 2, 4, 2, 32, 128),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time.
+
+    Attributes:
+      kind: `decode`, or `prefill`. batch: requests. length: tokens in the cache before a decode step, or of a prompt.
+      max_length: M, positions of the cache. adapters: a name of `specs.ADAPTERS`.
+    """
+
+    kind: str
+    batch: int
+    length: int
+    max_length: int
+    adapters: str
+
+    @property
+    def rows(self) -> int:
+        """Tokens that go through the layers."""
+        return self.batch * (self.length if self.kind == "prefill" else 1)
+
+
+def model_config(name: str, layers: int | None = None) -> ModelConfig:
+    """A named model, or one of its width with fewer layers."""
+    if name not in MODELS:
+        raise InputError(f"model is {name!r}; expected one of {', '.join(MODELS)}.")
+    config = MODELS[name]
+    count = config.num_layers if layers is None else layers
+    return replace(config, num_layers=count, moe_layers=config.moe_layers[:1] * count)
+
+
+def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
+    """The projections that the adapters are on: the routed `experts`, or `all`."""
+    if targets not in ("experts", "all"):
+        raise InputError(f"targets is {targets!r}; expected experts or all.")
+    sites = decoder.adapter_sites(config)
+    return sites if targets == "all" else {module: sites[module] for module in EXPERT_MODULES}
+
+
+def make_bank(config: ModelConfig, adapters: str, targets: str) -> Callable[[], AdapterBank | None]:
+    """What makes the bank of a case's adapters: a name of `specs.ADAPTERS`."""
+    spec = ADAPTERS[adapters]
+    return partial(random_bank, sites_of(config, targets), spec) if spec.slots else lambda: None
+
+
+def random_bank(sites: dict[str, Site], spec: AdapterSpec, dtype: str = DTYPE) -> AdapterBank:
+    """A full bank of per-expert adapters."""
+    counts = np.resize(-(-np.asarray(spec.ranks, np.int32) // RANK_PAGE), spec.slots)
+    owners: dict[int, list[np.ndarray]] = {}  # width -> the slot of each page
+    tables: dict[str, Any] = {}
+    scales: dict[str, Any] = {}
+    for module, site in sites.items():
+        shape = (len(site.layers), spec.slots, site.num_experts)
+        pages = np.broadcast_to(counts[None, :, None], shape)
+        slots = np.repeat(np.broadcast_to(np.arange(spec.slots)[None, :, None], shape), pages.reshape(-1))
+        within = (np.cumsum(pages) - pages.reshape(-1)).reshape(shape)
+        first = []
+        for width in (site.in_width, site.out_width):
+            own = owners.setdefault(width, [np.full(1, RESERVED)])
+            first.append(sum(map(len, own)) + within)
+            own.append(slots)
+        tables[module] = np.stack([*first, pages, pages * RANK_PAGE], -1).astype(np.int32)
+        scales[module] = np.full(shape, 0.5, np.float32)
+    owner = {width: jnp.asarray(np.concatenate(own), jnp.int32) for width, own in owners.items()}
+    pools = {width: _random_pool(width, ids.shape[0], dtype) for width, ids in owner.items()}
+    tables, scales = jax.tree.map(jnp.asarray, (tables, scales))
+    return AdapterBank(pools, owner, tables, scales, tuple(sites.items()), int(counts.max()) * RANK_PAGE)
+
+
+def _random_pool(width: int, count: int, dtype: str) -> Float[Array, "N 16 width"]:
+    pool = jnp.zeros((count, RANK_PAGE, width), dtype)
+    for first in range(0, count, FILL_PAGES):
+        pool = _fill(pool, jax.random.key(first + width), jnp.int32(first))
+    return pool
+
+
+@partial(jax.jit, donate_argnums=0)
+def _fill(pool: Array, key: Array, first: Array) -> Array:
+    """Random pages from `first` on, the last of them moved forward to fit; page 0 stays zero."""
+    count, width = min(FILL_PAGES, pool.shape[0]), pool.shape[2]
+    first = jnp.minimum(first, pool.shape[0] - count)
+    pages = width**-0.5 * jax.random.normal(key, (count, RANK_PAGE, width), jnp.float32)
+    index = first + jnp.arange(count, dtype=jnp.int32)
+    pages = jnp.where(index[:, None, None] > 0, pages, 0.0).astype(pool.dtype)
+    return lax.dynamic_update_slice(pool, pages, (first, 0, 0))
+
+
+def draw_slots(case: Case, num_slots: int) -> Int[Array, "B"]:
+    """Adapters in turn, and a base row after the last one."""
+    turn = np.arange(case.batch) % (num_slots + 1)
+    return jnp.asarray(np.where(turn == num_slots, BASE_SLOT, turn), jnp.int32)
+
+
+def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None) -> float:
+    """What the measured ceilings allow: weights, pages and keys that are met, once, or the multiplications.
+
+    Experts and pages are those that uniform routing meets on average.
+    """
+    moe, rows, size = config.moe, case.rows, jnp.dtype(DTYPE).itemsize
+    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    expert, dense = 3 * moe.hidden_size * moe.expert_width, attention + moe.num_experts * moe.hidden_size
+    head, moved, multiplied = config.vocab_size * config.hidden_size, 0.0, 0.0
+    met = 1 - (1 - moe.top_k / moe.num_experts) ** rows  # part of the experts
+    moved += config.num_layers * (dense + met * moe.num_experts * expert) + head
+    multiplied += rows * config.num_layers * (dense + moe.top_k * expert) + case.batch * head
+    keys = case.batch * case.length * config.num_layers * config.head_dim
+    moved += 2 * keys * config.num_kv_heads
+    multiplied += 2 * keys * config.num_heads * (case.length / 2 if case.kind == "prefill" else 1)
+    for _, site in () if bank is None else bank.sites:
+        assert bank is not None
+        own = rows / (bank.num_slots + 1)  # of each adapter; as many are base rows
+        chance = min(1.0, moe.top_k / site.num_experts) if site.num_experts > 1 else 1.0  # of an expert for a row
+        matrix = len(site.layers) * bank.num_slots * bank.max_rank * (site.in_width + site.out_width)
+        moved += matrix * site.num_experts * (1 - (1 - chance) ** own if chance < 1 else min(1.0, own))
+        multiplied += matrix * own * chance * site.num_experts
+    return max(moved * size / PEAK_BYTES, 2 * multiplied / PEAK_FLOPS)

@@ -1,0 +1,115 @@
+"""Attention over a prompt and over a cache, through the best kernel that jax ships, and which one that is.
+
+Neither form takes a mask: a causal `[T, T]` of 8192 tokens would be the largest array of a prefill, and cuDNN's flash
+kernels skip what lengths and causality leave out. No row is ever without a key, so no softmax is over nothing.
+Letters: B requests, T tokens of a request, M positions of the cache, H query heads, G key/value heads, hd head width.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import Implementation
+
+AttentionBackend = Literal["cudnn", "xla"]
+MIN_CAPABILITY = 8.0  # of cuDNN's flash attention
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The backend that was picked, and for the other one why it was not."""
+
+    picked: AttentionBackend
+    why_not: dict[str, str]
+
+
+def choose_attention(
+    implementation: Implementation | None = None,
+    *,
+    dtype: jax.typing.DTypeLike,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> AttentionChoice:
+    """Picks the attention backend: cuDNN where it runs the call, else XLA. Never raises.
+
+    Args:
+      implementation: the backend that was asked for in the grouped ops; "xla" and "reference" keep attention with XLA
+        too, so that a whole model runs without a hand-written kernel.
+      dtype: of queries, keys and values. num_heads, num_kv_heads, head_dim: H, G and hd.
+    """
+    why = _why_not_cudnn(implementation, jnp.dtype(dtype), num_heads, num_kv_heads, head_dim)
+    return AttentionChoice("xla", {"cudnn": why}) if why else AttentionChoice("cudnn", {"xla": "cuDNN is faster"})
+
+
+def attend_prompt(
+    q: Float[Array, "B T H hd"], k: Float[Array, "B T G hd"], v: Float[Array, "B T G hd"], backend: AttentionBackend
+) -> Float[Array, "B T H hd"]:
+    """Causal attention of right-padded prompts to themselves, in q's dtype.
+
+    Lengths are not needed: a real token only looks back, at real tokens. Rows past a prompt's end are finite and mean
+    nothing.
+    """
+    return _attend(q, k, v, backend, is_causal=True)
+
+
+def attend_cache(
+    q: Float[Array, "B 1 H hd"],
+    keys: Float[Array, "B M G hd"],
+    values: Float[Array, "B M G hd"],
+    lengths: Int[Array, "B"],
+    backend: AttentionBackend,
+) -> Float[Array, "B 1 H hd"]:
+    """Attention of one token of each request to the first `lengths` positions of its cache, in q's dtype.
+
+    Args:
+      lengths: int32 `[B]`, 1 to M. What lies behind must be finite: it is multiplied by zero.
+    """
+    if backend == "xla":
+        return _attend(q, keys, values, backend, key_value_seq_lengths=lengths)
+    return _attend(q, keys, values, backend, query_seq_lengths=jnp.ones_like(lengths), key_value_seq_lengths=lengths)
+
+
+def _attend(q: Array, k: Array, v: Array, backend: AttentionBackend, **masks) -> Array:
+    precision = "highest" if q.dtype == jnp.float32 else "default"
+    # jax's own function multiplies bfloat16 by a float32 scale, which a caller's strict promotion would refuse.
+    with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
+        return jax.nn.dot_product_attention(q, k, v, implementation=backend, **masks)
+
+
+def _why_not_cudnn(
+    implementation: Implementation | None, dtype: jnp.dtype, num_heads: int, num_kv_heads: int, head_dim: int
+) -> str:
+    """Empty where cuDNN can run the call."""
+    if implementation in ("xla", "reference"):
+        return f"implementation={implementation!r} was asked for"
+    default = jax.config.jax_default_device  # a device, a platform's name, or None
+    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
+    capability = getattr(device, "compute_capability", None)
+    if device.platform not in ("gpu", "cuda") or capability is None:
+        return f"it needs an NVIDIA GPU, this is {device.platform}"
+    try:
+        new_enough = float(capability) >= MIN_CAPABILITY
+    except ValueError:  # AMD's are names
+        new_enough = False
+    if not new_enough:
+        return f"it needs compute capability {MIN_CAPABILITY}, this is {capability}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it multiplies bfloat16 and float16, these are {dtype}"
+    return _probe(dtype, num_heads, num_kv_heads, head_dim)
+
+
+@lru_cache
+def _probe(dtype: jnp.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> str:
+    """What jax says when it traces the call: the limits on heads and versions are its own, and change with it."""
+    q = jax.ShapeDtypeStruct((1, 1, num_heads, head_dim), dtype)
+    kv = jax.ShapeDtypeStruct((1, 8, num_kv_heads, head_dim), dtype)
+    try:
+        jax.eval_shape(partial(attend_cache, backend="cudnn"), q, kv, kv, jax.ShapeDtypeStruct((1,), jnp.int32))
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        return str(error)
+    return ""
