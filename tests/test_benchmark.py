@@ -108,6 +108,19 @@ def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, monkey
     assert len((tmp_path / "cpu.csv").read_text().splitlines()) == 2  # the header and the cell that has figures
 
 
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+def test_a_wrong_result_is_a_failure(monkeypatch, factor):
+    real = sweep.own_layer
+
+    def wrong(problem, implementation):
+        return lambda x, *others: real(problem, implementation)(x, *others) * jnp.asarray(factor, x.dtype)
+
+    monkeypatch.setattr(sweep, "own_layer", wrong)
+    cells = sweep.Cells(["small"], ["none"], [3])
+    (row,) = sweep.sweep(cells, [sweep.Ours()], 1, "queue")
+    assert row["error"].startswith("ValueError: the result is wrong: relative error ")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -77,8 +77,8 @@ def attend_cache(
 def _attend(q: Array, k: Array, v: Array, backend: AttentionBackend, **masks) -> Array:
     if backend == "xla" and q.dtype == jnp.float16:
         # XLA cannot compile jax's float16 product for a GPU where a prompt has one token (jax 0.11.2).
-        wide = (x.astype(jnp.float32) for x in (q, k, v))
-        return _attend(*wide, backend, **masks).astype(q.dtype)
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return _attend(q, k, v, backend, **masks).astype(jnp.float16)
     precision = "highest" if q.dtype == jnp.float32 else "default"
     # jax's own function multiplies bfloat16 by a float32 scale, which a caller's strict promotion would refuse.
     with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):
