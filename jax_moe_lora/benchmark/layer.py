@@ -27,9 +27,10 @@ Layer = Callable[..., Array]
 """`f(x, weights, chosen, slots, experts, adapters) -> y`; adapters are `Pooled`, or None."""
 METHOD = (
     f"loop: calls of a jitted, unrolled loop of {LAYERS_A_CALL} dependent layers; queue: {LAYERS_A_CALL} dispatches of "
-    f"a jitted layer, in turn; both: the smaller. Expert ids are shifted for each layer, so that the L2 does not answer. "
-    f"Calls of {ENOUGH_S * 1e3:g} ms, {MOST_CALLS} at most, are queued before one block. Per layer, median of the "
-    "repeats. Checked against the float32 oracle after the last layer. compile_s: trace to executable, beside others"
+    "a jitted layer, in turn; both: the smaller. Expert ids are shifted for each layer, so that the L2 does not "
+    f"answer. Calls of {ENOUGH_S * 1e3:g} ms, {MOST_CALLS} at most, are queued before one block. Per layer, median of "
+    "the repeats. Checked against the float32 oracle after the last layer. compile_s: trace to executable, beside "
+    "others"
 )
 
 
