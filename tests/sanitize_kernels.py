@@ -2,10 +2,12 @@
 
 `JAX_PLATFORMS=cuda compute-sanitizer --tool memcheck python tests/sanitize_kernels.py`, and `--tool racecheck`.
 Needs `PYTHONPATH=.:tests`. The layers are small: a sanitizer slows a kernel down some hundred times.
+Command buffers are off: with them the process died under memcheck.
 """
 
 import os
 
+os.environ["XLA_FLAGS"] = "--xla_gpu_enable_command_buffer= " + os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # each array its own allocation: overruns are seen
 
 import jax.numpy as jnp
