@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.errors import InputError
 from pallas_kernels import RANK_PAGE, Implementation, LoRAPages, RoutingPlan, choose, grouped_lora, make_plan
 from pallas_kernels.dot import matmul_t
 
@@ -61,7 +62,12 @@ def lora_linear(
 
     Returns:
       float32 `[T, out]`; rows without an adapter have the bits that they have with `pages=None`.
+
+    Raises:
+      InputError: pages without a plan.
     """
+    if pages is not None and plan is None:
+        raise InputError("lora_linear got pages and no plan; give it dense_plan of the rows' slots.")
     # The barrier keeps XLA from folding what follows into the matmul, which would round base rows otherwise.
     y = lax.optimization_barrier(matmul_t(x, weight))
     if pages is not None and plan is not None:

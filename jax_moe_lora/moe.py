@@ -104,7 +104,7 @@ def routed_experts(
     plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
     project = partial(grouped_matmul, plan=plan, dtype=x.dtype, implementation=choice.picked)
     into, out_of = (pages.get("gate"), pages.get("up")), (pages.get("down"),)
-    steps = lora_steps(plan, (into, out_of))
+    steps = lora_steps(plan, (into, out_of), choice.picked)
     weights_in = (experts.gate, experts.up)
     gated = project(x, weights_in, of_tokens=True, adapters=into, steps=steps[0], activation=config.activation)
     down = project(gated, experts.down, adapters=out_of, steps=steps[1])

@@ -11,6 +11,7 @@ Implementation = Literal["hopper", "portable", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("hopper", "portable", "xla", "reference")
 WIDTH_MULTIPLE = 64  # one ring stage of the kernels
 MAX_WIDTH = 256 * 64  # a row in one TMA box
+MAX_SLOTS = 256  # `steps_hopper.py` unrolls over them
 
 
 class UnsupportedImplementation(ValueError):
@@ -32,20 +33,21 @@ def choose(
     operands: Sequence[jax.typing.DTypeLike] = (),
     widths: Sequence[int] = (),
     result: jax.typing.DTypeLike | None = None,
+    slots: int = 0,
 ) -> Choice:
     """Picks the implementation of the grouped ops; `None` takes the best that runs this call.
 
     Args:
       implementation: a backend by name, or None.
       dtype: of the rows. operands: dtypes of weights and pages. widths: of the projection's rows, in and out.
-      result: dtype of the result, `dtype` where None.
+      result: dtype of the result, `dtype` where None. slots: adapter slots.
 
     Raises:
       UnsupportedImplementation: for a name that is unknown, or known and not able to run the call.
     """
     call = (jnp.dtype(dtype), operands, widths, jnp.dtype(dtype if result is None else result))
     why_not = {
-        "hopper": _why_not_hopper(*call),
+        "hopper": _why_not_hopper(*call) or _why_not_slots(slots),
         "portable": _why_not_portable(*call),
         "reference": "it is written for reading, not for speed: ask for it by name",
     }
@@ -93,6 +95,11 @@ def _why_not_hopper(
     if any(width % WIDTH_MULTIPLE or width > MAX_WIDTH for width in widths):
         return f"widths must be multiples of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, these are {list(widths)}"
     return _why_not_dtypes(dtype, operands, result)
+
+
+def _why_not_slots(slots: int) -> str:
+    """Empty where the Hopper kernels serve so many adapter slots."""
+    return f"it serves up to {MAX_SLOTS} adapter slots, these are {slots}" if slots > MAX_SLOTS else ""
 
 
 def _why_not_portable(

@@ -37,7 +37,7 @@ class LoRASteps:
         of the second pool is `~p`), page of B for the first projection and for the last, first row and end of the run
         of the tile's rows, bits of the scale.
       bound: static; all steps have lower numbers.
-      tile_rows, max_steps: static, of one tile.
+      tile_rows, max_steps: static, of one tile. of: static, how they are cut.
     """
 
     first: Int[Array, "N 64"]
@@ -46,6 +46,7 @@ class LoRASteps:
     bound: int = field(metadata={"static": True})
     tile_rows: int = field(metadata={"static": True})
     max_steps: int = field(metadata={"static": True})
+    of: StepsOf = field(metadata={"static": True})
 
 
 Adapters = tuple[LoRAPages | None, ...]
@@ -70,28 +71,33 @@ def make_steps(
     tiles = plan.tiles if tiles is None else tiles
     num_experts, segments = plan.segment_sizes.shape
     num_slots, pairs, num_tiles = segments - 1, plan.position.shape[0], tiles.expert.shape[0]
-    by_rows = pairs < num_experts * num_slots
     complete = [with_nothing(own) for own in projections if any(pages is not None for pages in own)]
     if not complete:
         return [None] * len(projections)
-    cut = []
-    for pages in complete:
-        most = sum(-(-own.max_rank // RANK_PAGE) for own in pages)  # entries of one slot in one tile
-        length = -(-min(num_slots, tiles.size) * most // BLOCK) * BLOCK
-        cut.append(StepsOf(len(pages), pages[0].a is pages[-1].a, most, length, by_rows))
+    cut = [steps_of(plan, pages, tiles.size) for pages in complete]
     packed = _packed([own for pages in complete for own in pages])
     lists = steps_hopper.lists(tiles, plan.group_starts, plan.before, packed, num_slots, tuple(cut))
-    runs = pairs if by_rows else num_experts * num_slots + num_tiles
+    runs = pairs if cut[0].by_rows else num_experts * num_slots + num_tiles
     made = iter(
         LoRASteps(
             *arrays,
             bound=runs * of.most // PAGES_A_STEP + num_tiles,
             tile_rows=tiles.size,
             max_steps=-(-min(num_slots, tiles.size) * of.most // PAGES_A_STEP),
+            of=of,
         )
         for of, arrays in zip(cut, lists, strict=True)
     )
     return [next(made) if any(pages is not None for pages in own) else None for own in projections]
+
+
+def steps_of(plan: RoutingPlan, pages: tuple[LoRAPages, ...], tile_rows: int) -> StepsOf:
+    """How the steps of these adapters are cut, from static sizes and from whether two share a pool of A."""
+    num_experts, segments = plan.segment_sizes.shape
+    most = sum(-(-own.max_rank // RANK_PAGE) for own in pages)  # entries of one slot in one tile
+    length = -(-min(segments - 1, tile_rows) * most // BLOCK) * BLOCK
+    by_rows = plan.position.shape[0] < num_experts * (segments - 1)
+    return StepsOf(len(pages), pages[0].a is pages[-1].a, most, length, by_rows)
 
 
 def with_nothing(adapters: Adapters) -> tuple[LoRAPages, ...]:

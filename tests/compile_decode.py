@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from compile_kernels import H200  # sets the environment before jax is imported
+from compile_kernels import target  # sets the environment before jax is imported
 from jax.experimental import topologies
 from thunks import dump_options, read_thunks
 
@@ -18,7 +18,7 @@ from jax_moe_lora.benchmark.random_model import Case, make_bank, model_config
 
 
 def main() -> None:
-    device = topologies.get_topology_desc(platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    device = topologies.get_topology_desc(platform="cuda", target_config=target("h200"), topology="1x1x1").devices[0]
     config = model_config("qwen3-30b-a3b", 2)
     for adapters, targets in (("none", "all"), ("s8r16", "experts"), ("s8r16", "all"), ("s8r64", "all")):
         case = Case("decode", 8, 512, 1024, adapters)

@@ -27,6 +27,7 @@ from pallas_kernels.grouped_lora import portable as lora_portable  # noqa: E402
 from pallas_kernels.grouped_matmul import hopper, portable  # noqa: E402
 from pallas_kernels.plan import Tiles  # noqa: E402
 from pallas_kernels.steps import LoRASteps, make_steps  # noqa: E402
+from pallas_kernels.steps_hopper import StepsOf  # noqa: E402
 from pallas_kernels.steps_packed import PackedSteps  # noqa: E402
 from pallas_kernels.tuning import Config, heuristic  # noqa: E402
 from pallas_kernels.tuning_portable import TILE_ROWS  # noqa: E402
@@ -73,7 +74,7 @@ def tiles(size: int) -> Tiles:
 def steps_of(kernel, rows: int) -> LoRASteps | PackedSteps:
     if "portable" in kernel.__module__:
         return PackedSteps(array((73,)), array((200, 6)))
-    return LoRASteps(array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows, 16)
+    return LoRASteps(array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows, 16, StepsOf(1, True, 8, 64, False))
 
 
 def steps(slots: int, one_pool: bool):

@@ -11,6 +11,7 @@ from layers import assert_close, rounded
 from pallas_kernels import (
     LoRAPages,
     UnsupportedImplementation,
+    backend,
     choose,
     grouped_lora,
     grouped_matmul,
@@ -154,3 +155,21 @@ def test_no_rows_give_no_rows(implementation):
 
 def test_an_explicit_choice_says_why_not_each_other():
     assert set(choose("reference").why_not) == {"hopper", "portable", "xla"}
+
+
+def test_adapters_of_another_number_of_slots_than_the_plan_are_refused():
+    """A look-up would be clamped to the last slot: another adapter's pages."""
+    pages = LoRAPages(jnp.zeros((2, 16, 64)), jnp.zeros((2, 16, 32)), jnp.zeros((3, 4, 4), int), jnp.zeros((3, 4)), 16)
+    plan = make_plan(jnp.zeros((5, 1), jnp.int32), jnp.zeros(5, jnp.int32), 4, 2)
+    with pytest.raises(ValueError, match="with a plan of"):
+        grouped_matmul(jnp.zeros((5, 64)), jnp.zeros((4, 32, 64)), plan, of_tokens=True, adapters=(pages,))
+
+
+def test_more_slots_than_hopper_serves_are_another_backends(monkeypatch):
+    monkeypatch.setattr(backend, "device_capability", lambda: ((9, 0), "compute capability 9.0"))
+    assert choose(slots=256).picked == "hopper"
+    choice = choose(slots=257)
+    assert choice.picked == "portable"
+    assert "up to 256 adapter slots, these are 257" in choice.why_not["hopper"]
+    with pytest.raises(UnsupportedImplementation, match="up to 256 adapter slots"):
+        choose("hopper", slots=257)

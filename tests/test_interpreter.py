@@ -200,6 +200,16 @@ def test_lists_of_steps_equal_their_definition(tokens, slots, ranks, one_pool):
         assert free <= steps.bound
 
 
+def test_steps_of_other_adapters_are_refused(layer):
+    spec = layer.spec
+    plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
+    gate, up, down = (layer.adapters[name] for name in ("gate", "up", "down"))
+    (steps,) = make_steps(plan, ((gate, up),))
+    rows = jnp.ones((plan.order.shape[0], spec.width), spec.dtype)
+    with pytest.raises(ValueError, match="steps were made for other adapters"):
+        fused.grouped_matmul(rows, (layer.experts.down,), plan, False, (down,), "silu", steps)
+
+
 def test_xla_reads_a_plan_that_was_made_for_hopper(layer):
     spec = layer.spec
     plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")

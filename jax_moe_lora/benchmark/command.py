@@ -90,7 +90,17 @@ def _table(rows: list[dict[str, Any]], known: Any) -> Table:
     """`times as fast`: the best peer's time over ours."""
     from jax_moe_lora.benchmark.report import peers_of
 
-    table = Table("shape", "adapters", "tokens", "engine", "us", "floor", "of floor", "error", title="One layer")
+    table = Table(
+        "shape",
+        "adapters",
+        "tokens",
+        "engine",
+        "us",
+        "floor",
+        "of floor",
+        "error",
+        title="One layer; floors of an H200",
+    )
     for title in ("best peer", "its us", "times as fast"):
         table.add_column(title)
     for row in rows:
@@ -129,4 +139,5 @@ def tune(
 
 def typed() -> str:
     """What was typed, without the folders of the machine that it was typed on."""
-    return " ".join(["jax-moe-lora", *(Path(word).name if os.sep in word else word for word in sys.argv[1:])])
+    words = [word.split("=") for word in sys.argv[1:]]
+    return " ".join(["jax-moe-lora", *("=".join(Path(p).name if os.sep in p else p for p in word) for word in words)])

@@ -60,6 +60,8 @@ def bench_model(
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
 
 
 def _prompt(text: str) -> tuple[int, int]:

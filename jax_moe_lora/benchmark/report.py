@@ -58,6 +58,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write_json(rows: Sequence[Row], head: dict[str, Any]) -> str:
+    """`about` and the rows."""
     return json.dumps(head | {"rows": list(rows)}, indent=1) + "\n"
 
 
@@ -67,11 +68,17 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         return [], []
     try:
         content = json.loads(path.read_text())
-        device, rows, commands = content["device"], content["rows"], content["commands"]
+        rows, commands, _ = content["rows"], content["commands"], content["versions"]["jax"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no results of this command ({error!r}); leave out --keep.") from error
-    if device != (own := jax.devices()[0].device_kind):
-        raise InputError(f"{path} was measured on {device}, this is {own}; give another --out.")
+    now = about([])
+    for name in ("device", "tuned", "method"):
+        if content.get(name) != now[name]:
+            raise InputError(f"{path} has {name} {content.get(name)!r}, this run {now[name]!r}; give another --out.")
+    if {name: content["versions"].get(name) for name in now["versions"]} != now["versions"]:
+        raise InputError(
+            f"{path} was measured with {content['versions']}, this is {now['versions']}; give another --out."
+        )
     return rows, commands
 
 

@@ -41,6 +41,10 @@ class Ours:
     def prepare(self, problem: Problem, method: Method) -> Measure:
         return compile_layer(problem, own_layer(problem, self.implementation), method)
 
+    def __post_init__(self) -> None:
+        if self.implementation is not None:  # rows of another backend are another engine's
+            object.__setattr__(self, "name", f"jax_moe_lora[{self.implementation}]")
+
 
 @dataclass(frozen=True)
 class Cells:

@@ -51,7 +51,7 @@ def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adap
     rows = candidate.gate_up.tile_rows
     plan = make_plan(chosen, slots, experts.gate.shape[0], num_slots, "hopper", rows)
     both, into, out_of = (experts.gate, experts.up), (pages.get("gate"), pages.get("up")), (pages.get("down"),)
-    steps = lora_steps(plan, (into, out_of))
+    steps = lora_steps(plan, (into, out_of), "hopper")
     gated = fused.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
     down = fused.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
     return combine(down, weights, plan).astype(x.dtype)
@@ -158,6 +158,9 @@ def tune(
     tell: Tell,
 ) -> Iterator[dict[str, Any]]:
     """Tunes every cell, yields a row each, and writes `out` after each; what it held of other cells stays.
+
+    Cells of the same experts and pairs share the rows a tile: the last one tuned decides, and matmul entries of the
+    others that were made for other rows are not used.
 
     Raises:
       InputError: no Hopper GPU, names that are unknown, tokens that make no power of two pairs, or an `out` of

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import Implementation
+from pallas_kernels.backend import default_device
 
 AttentionBackend = Literal["cudnn", "xla"]
 MIN_CAPABILITY = 8.0  # of cuDNN's flash attention
@@ -91,8 +92,7 @@ def _why_not_cudnn(
     """Empty where cuDNN can run the call."""
     if implementation in ("xla", "reference"):
         return f"implementation={implementation!r} was asked for"
-    default = jax.config.jax_default_device  # a device, a platform's name, or None
-    device = jax.devices(default)[0] if default is None or isinstance(default, str) else default
+    device = default_device()
     capability = getattr(device, "compute_capability", None)
     if device.platform not in ("gpu", "cuda") or capability is None:
         return f"it needs an NVIDIA GPU, this is {device.platform}"

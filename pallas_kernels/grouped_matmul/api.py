@@ -38,7 +38,7 @@ def grouped_matmul(
       weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
       plan: made for the same backend (`make_plan(..., implementation)`).
       adapters: for each weight its adapters, or None; empty for none at all.
-      steps: what `make_steps` makes of these adapters, where a layer makes those of all its projections at once.
+      steps: what `lora_steps` makes of these adapters, where a layer makes those of all its projections at once.
       activation: of the gated product. dtype: of the result; sums are kept in float32.
       implementation: a backend by name, or None for the best that is available.
 
@@ -48,7 +48,8 @@ def grouped_matmul(
 
     Raises:
       UnsupportedImplementation: see `backend.choose`; or a plan made for another backend.
-      ValueError: adapters and weights that do not match in number, or a pair of two shapes.
+      ValueError: adapters and weights that do not match in number, a pair of two shapes, or adapters with another
+        number of slots than the plan.
     """
     several = weights if isinstance(weights, tuple) else (weights,)
     pages = adapters or (None,) * len(several)
@@ -57,6 +58,7 @@ def grouped_matmul(
             f"Got {len(pages)} adapters for weights of shapes {[list(weight.shape) for weight in several]}; "
             "expected one (or None) a weight, and a pair of one shape."
         )
+    check_slots(plan, pages)
     if plan.position.shape[0] == 0:
         return jnp.zeros((plan.order.shape[0], several[0].shape[1]), dtype)
     picked = choose_for(x, several, pages, dtype, implementation).picked
@@ -79,13 +81,26 @@ def grouped_matmul(
     return y.astype(dtype)
 
 
-def lora_steps(plan: RoutingPlan, projections: Sequence[Adapters]) -> list[LoRASteps | None]:
-    """For each projection what `grouped_matmul` takes as `steps`, made in one go; None unless the plan is hopper's.
+def lora_steps(
+    plan: RoutingPlan, projections: Sequence[Adapters], implementation: Implementation
+) -> list[LoRASteps | None]:
+    """For each projection what `grouped_matmul` takes as `steps`, made in one go; None where the backend needs none.
 
     Args:
-      projections: the `adapters` of each call.
+      projections: the `adapters` of each call. implementation: the backend that the plan was made for.
     """
-    return make_steps(plan, projections) if plan.alignment == ROW_ALIGNMENT else [None] * len(projections)
+    return make_steps(plan, projections) if implementation == "hopper" else [None] * len(projections)
+
+
+def check_slots(plan: RoutingPlan, adapters: Iterable[LoRAPages | None]) -> None:
+    """Refuses adapters whose experts and slots are not the plan's: a look-up would be clamped to another's pages."""
+    experts, segments = plan.segment_sizes.shape
+    for pages in adapters:
+        if pages is not None and pages.scale.shape != (segments - 1, experts):
+            raise ValueError(
+                f"Adapters of {list(pages.scale.shape)} slots and experts came with a plan of "
+                f"{[segments - 1, experts]}; give make_plan their numbers."
+            )
 
 
 def choose_for(
@@ -95,7 +110,9 @@ def choose_for(
     dtype: jax.typing.DTypeLike,
     implementation: Implementation | None = None,
 ) -> Choice:
-    """The backend that a `grouped_matmul` of these operands gets: `backend.choose` with their dtypes and widths."""
-    several = list(weights)
-    operands = [weight.dtype for weight in several] + [pages.a.dtype for pages in adapters if pages is not None]
-    return choose(implementation, dtype=x.dtype, operands=operands, widths=several[0].shape[1:], result=dtype)
+    """The backend that a `grouped_matmul` of these gets: `backend.choose` with their dtypes, widths and slots."""
+    several, given = list(weights), [pages for pages in adapters if pages is not None]
+    operands = [array.dtype for array in (*several, *(pages.a for pages in given))]
+    slots = max((pages.scale.shape[0] for pages in given), default=0)
+    widths = several[0].shape[1:]
+    return choose(implementation, dtype=x.dtype, operands=operands, widths=widths, result=dtype, slots=slots)

@@ -9,7 +9,7 @@ from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_lora import hopper as lora
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.plan import RoutingPlan, cut_groups
-from pallas_kernels.steps import Adapters, LoRASteps, make_steps, with_nothing
+from pallas_kernels.steps import Adapters, LoRASteps, make_steps, steps_of, with_nothing
 from pallas_kernels.tuning import Config, Matmul, config_for
 
 
@@ -42,6 +42,8 @@ def grouped_matmul(
         (steps,) = make_steps(plan, (adapters,), tiles)
         assert steps is not None
     pages = with_nothing(adapters)
+    if steps.of != (wanted := steps_of(plan, pages, tiles.size)):
+        raise ValueError(f"steps were made for other adapters ({steps.of}) than these ({wanted}); see lora_steps.")
     pools = (pages[0].a,) if pages[0].a is pages[-1].a else (pages[0].a, pages[-1].a)
     hidden = lora.shrink(rows, pools, tiles, steps, config.num_sms)
     return hopper.grouped_matmul(rows, weights, tiles, config, unit, steps, hidden, tuple(p.b for p in pages))
