@@ -121,7 +121,7 @@ def make_plan(
         sizes = lower[1:] - lower[:-1]
         experts_and_none = jnp.arange(num_experts + 1, dtype=jnp.int32)
         aligned = -(-sizes // alignment) * alignment
-        first = group_start(lower[:-1], experts_and_none, alignment) if hopper else _offsets(aligned)
+        first = plan_hopper.group_start(lower[:-1], experts_and_none, alignment) if hopper else _offsets(aligned)
         position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
         dense, starts = sizes[:num_experts], first[:num_experts]
         tiles = cut_groups(dense, starts, pairs, size)
@@ -165,11 +165,6 @@ def _count_below(values: Int[Array, "P"], bound: int) -> Int[Array, "bound"]:
 def max_tiles(pairs: int, groups: int, size: int) -> int:
     """Tiles that P pairs in so many groups can take."""
     return pairs // size + min(pairs, groups)
-
-
-def group_start(lower: Int[Array, "N"], expert: Int[Array, "N"], alignment: int) -> Int[Array, "N"]:
-    """First row of an expert that comes after `lower` pairs: aligned, and known without the other experts' sizes."""
-    return -(-(lower + (alignment - 1) * expert) // alignment) * alignment
 
 
 def _ids(ids: Int[Array, "N"], count: int) -> Int[Array, "N"]:

@@ -24,6 +24,11 @@ MAX_PAIRS, MAX_EXPERTS = 4096, 256
 BLOCK, WARPGROUPS = 64, 4
 
 
+def group_start(lower: Int[Array, "N"], expert: Int[Array, "N"], alignment: int) -> Int[Array, "N"]:
+    """First row of an expert that comes after `lower` pairs: aligned, and known without the other experts' sizes."""
+    return (lower + (expert + 1) * (alignment - 1)) & ~(alignment - 1)
+
+
 def runs(pairs: int, num_experts: int, num_slots: int) -> bool:
     """Whether the kernel serves these sizes: few enough pairs, and keys that fit into 31 bits."""
     bound = (num_experts + 1) * (num_slots + 1) * pairs
@@ -117,9 +122,6 @@ def places_and_tiles(
 
         lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
-        def start_of(lower, expert):
-            return (lower + expert * (alignment - 1) + (alignment - 1)) & ~(alignment - 1)
-
         def expert_of_column(chunk):
             return column + chunk * BLOCK
 
@@ -146,7 +148,7 @@ def places_and_tiles(
             @pl.when(mine)
             def _():
                 lower = rows_of(ends, warpgroup) - rows_of(sizes, warpgroup)
-                starts[warpgroup] = start_of(lower, lane + warpgroup * BLOCK)
+                starts[warpgroup] = group_start(lower, lane + warpgroup * BLOCK, alignment)
                 tile_ends[warpgroup] = total(expert_chunks, tiles_to)
 
             meet()
@@ -164,7 +166,7 @@ def places_and_tiles(
             @pl.when(warpgroup == 0)
             def _():
                 lower = sum_of_parts(1)
-                position[job] = sum_of_parts(0) - lower + start_of(lower, expert)
+                position[job] = sum_of_parts(0) - lower + group_start(lower, expert, alignment)
 
         @pl.when(job >= pair_jobs + tile_jobs)
         def _():

@@ -21,9 +21,10 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels import steps_hopper
+from pallas_kernels.entries import PAGES_A_STEP
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan import RoutingPlan, Tiles
-from pallas_kernels.steps_hopper import BLOCK, PAGES_A_STEP, StepsOf
+from pallas_kernels.steps_hopper import BLOCK, StepsOf
 
 
 @jax.tree_util.register_dataclass
@@ -33,7 +34,7 @@ class LoRASteps:
 
     Attributes:
       first, count: int32 `[N, 64]`, the number of each tile's first step and how many it has (64 times the same).
-      entries: int32 `[6, N, J]`, the fields of each tile's entries (`steps_hopper.PAGE_A` and so on): page of A (page p
+      entries: int32 `[6, N, J]`, the fields of each tile's entries (`entries.PAGE_A` and so on): page of A (page p
         of the second pool is `~p`), page of B for the first projection and for the last, first row and end of the run
         of the tile's rows, bits of the scale.
       bound: static; all steps have lower numbers.

@@ -15,11 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import mosaic
+from pallas_kernels.entries import PAGES_A_STEP
 from pallas_kernels.plan import Tiles
 
-PAGES_A_STEP = 4
 BLOCK, WARPGROUPS = 64, 4
-PAGE_A, PAGE_B0, PAGE_B1, BEGIN, END, SCALE = range(6)  # fields of an entry
 FIRST_A, FIRST_B, COUNT, FACTOR = range(4)  # fields of the packed tables
 ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 

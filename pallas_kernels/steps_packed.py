@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from pallas_kernels.entries import PAGES_A_STEP
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan import RoutingPlan, Tiles
-from pallas_kernels.steps_hopper import PAGES_A_STEP
 
 
 @jax.tree_util.register_dataclass

@@ -16,13 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
+from pallas_kernels.entries import BEGIN, END, PAGE_A, PAGES_A_STEP, RANKS, SCALE
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps import LoRASteps
-from pallas_kernels.steps_hopper import BEGIN, END, PAGE_A, PAGES_A_STEP, SCALE
 
-RANKS = PAGES_A_STEP * RANK_PAGE
 MAX_SHARES = 8  # items that a tile's steps are shared out among
 
 

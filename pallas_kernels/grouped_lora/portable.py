@@ -11,14 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.entries import BEGIN, END, PAGE_A, PAGES_A_STEP, RANKS, SCALE
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic_portable import compiler_params, iota, release_stage, staged
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps_hopper import BEGIN, END, PAGE_A, PAGES_A_STEP, SCALE
 from pallas_kernels.steps_packed import PackedSteps
 from pallas_kernels.tuning_portable import DEPTH, SHRINK_STAGES
-
-RANKS = PAGES_A_STEP * RANK_PAGE
 
 
 def shrink(

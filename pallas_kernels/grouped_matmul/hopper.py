@@ -25,11 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
+from pallas_kernels.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic import DEPTH, HALF, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps import LoRASteps
-from pallas_kernels.steps_hopper import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.tuning import Config
 
 PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step

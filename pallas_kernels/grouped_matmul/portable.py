@@ -20,14 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP, RANKS
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic_portable import compiler_params, release_stage, staged
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps_hopper import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.steps_packed import PackedSteps
 from pallas_kernels.tuning_portable import DEPTH, EXPAND_STAGES, Config
-
-RANKS = PAGES_A_STEP * RANK_PAGE
 
 
 def grouped_matmul(
