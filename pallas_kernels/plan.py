@@ -5,6 +5,7 @@ token, P = T*K routed rows, E experts, S adapter slots.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -101,48 +102,86 @@ def make_plan(
     slot = jnp.repeat(_ids(slots, num_slots), top_k)
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     key = expert * (num_slots + 1) + slot
+    alignment, size = _alignment_and_tile(implementation, pairs, num_experts, rows_per_tile)
     hopper = implementation == "hopper"
-    alignment = ROW_ALIGNMENT if hopper else 1
-    size = rows_per_tile or (tuning.tile_rows if hopper else tile_rows)(pairs, num_experts)
-    if implementation == "portable":  # reads and writes whole tiles
-        alignment = size = rows_per_tile or tuning_portable.tile_rows(pairs, num_experts)
     if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
-        unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
-        places = plan_hopper.places_and_tiles(
-            unique, num_slots + 1, num_experts, alignment, size, max_tiles(pairs, num_experts, size)
-        )
-        position, dense, starts, before = places.position, places.sizes, places.starts, places.before
-        bounds = before[: num_experts * (num_slots + 1) + 1]
-        segments = (bounds[1:] - bounds[:-1]).reshape(num_experts, num_slots + 1)
-        table = (places.tile_expert, jnp.full_like(places.tile_expert, BASE_SLOT), places.tile_start, places.tile_rows)
-        tiles = Tiles(*table, places.tile_count, size)
+        places = _places_by_kernel(key, num_experts, num_slots, alignment, size)
     else:
-        lower = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
-        sizes = lower[1:] - lower[:-1]
-        experts_and_none = jnp.arange(num_experts + 1, dtype=jnp.int32)
-        aligned = -(-sizes // alignment) * alignment
-        first = plan_hopper.group_start(lower[:-1], experts_and_none, alignment) if hopper else _offsets(aligned)
-        position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
-        dense, starts = sizes[:num_experts], first[:num_experts]
-        tiles = cut_groups(dense, starts, pairs, size)
-        segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
-        before = _offsets(jnp.pad(segments, (0, READABLE)))
-        segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
+        places = _places_by_xla(expert, key, num_experts, num_slots, alignment, size, hopper)
     gaps = num_experts + 1 if hopper else min(num_experts, pairs)
     bound = -(-(pairs + (alignment - 1) * gaps) // alignment) * alignment
-    order = jnp.full(bound, pairs, jnp.int32).at[position].set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
+    index = jnp.arange(pairs, dtype=jnp.int32)
+    order = jnp.full(bound, pairs, jnp.int32).at[places.position].set(index, unique_indices=True)
     return RoutingPlan(
         order=order,
-        position=position,
+        position=places.position,
         token=jnp.where(order < pairs, order // top_k, 0),
-        group_sizes=dense,
-        group_starts=starts,
-        segment_sizes=segments,
-        before=before,
-        tiles=tiles,
-        lora_tiles=_lora_tiles(segments, starts, pairs),
+        group_sizes=places.sizes,
+        group_starts=places.starts,
+        segment_sizes=places.segments,
+        before=places.before,
+        tiles=places.tiles,
+        lora_tiles=_lora_tiles(places.segments, places.starts, pairs),
         alignment=alignment,
     )
+
+
+def _alignment_and_tile(
+    implementation: Implementation, pairs: int, num_experts: int, rows_per_tile: int | None
+) -> tuple[int, int]:
+    """What a backend aligns experts to, and the rows of its tiles."""
+    if implementation == "hopper":
+        return ROW_ALIGNMENT, rows_per_tile or tuning.tile_rows(pairs, num_experts)
+    if implementation == "portable":  # reads and writes whole tiles
+        size = rows_per_tile or tuning_portable.tile_rows(pairs, num_experts)
+        return size, size
+    return 1, rows_per_tile or tile_rows(pairs, num_experts)
+
+
+class _Places(NamedTuple):
+    """The fields of a plan of these names; `sizes`, `starts` and `segments` are its group and segment sizes."""
+
+    position: Int[Array, "P"]
+    sizes: Int[Array, "E"]
+    starts: Int[Array, "E"]
+    segments: Int[Array, "E segments"]
+    before: Int[Array, "before"]
+    tiles: Tiles
+
+
+def _places_by_kernel(key: Int[Array, "P"], num_experts: int, num_slots: int, alignment: int, size: int) -> _Places:
+    pairs = key.shape[0]
+    unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
+    bound = max_tiles(pairs, num_experts, size)
+    found = plan_hopper.places_and_tiles(unique, num_slots + 1, num_experts, alignment, size, bound)
+    bounds = found.before[: num_experts * (num_slots + 1) + 1]
+    segments = (bounds[1:] - bounds[:-1]).reshape(num_experts, num_slots + 1)
+    no_slot = jnp.full_like(found.tile_expert, BASE_SLOT)
+    tiles = Tiles(found.tile_expert, no_slot, found.tile_start, found.tile_rows, found.tile_count, size)
+    return _Places(found.position, found.sizes, found.starts, segments, found.before, tiles)
+
+
+def _places_by_xla(
+    expert: Int[Array, "P"],
+    key: Int[Array, "P"],
+    num_experts: int,
+    num_slots: int,
+    alignment: int,
+    size: int,
+    as_kernel: bool,
+) -> _Places:
+    """`as_kernel`: experts begin where the plan kernel lets them begin."""
+    lower = _count_below(expert, num_experts + 2)  # pairs whose expert is lower, for 0 .. E + 1
+    sizes = lower[1:] - lower[:-1]
+    experts_and_none = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    aligned = -(-sizes // alignment) * alignment
+    first = plan_hopper.group_start(lower[:-1], experts_and_none, alignment) if as_kernel else _offsets(aligned)
+    position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
+    sizes, starts = sizes[:num_experts], first[:num_experts]
+    segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
+    before = _offsets(jnp.pad(segments, (0, READABLE)))
+    segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
+    return _Places(position, sizes, starts, segments, before, cut_groups(sizes, starts, key.shape[0], size))
 
 
 def _ranks(key: Int[Array, "P"], bound: int) -> Int[Array, "P"]:
