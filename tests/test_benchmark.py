@@ -73,6 +73,7 @@ def test_bench_writes_the_peers_columns_and_how_it_was_measured(tmp_path):
     assert {"device", "date", "versions", "commands", "method", "ceilings", "tuned", "rows"} <= about.keys()
 
 
+@pytest.mark.slow
 def test_the_loop_is_checked_and_the_smaller_method_counts(tmp_path):
     bench(**SMALL | {"method": "both", "adapters": ["s8r16"]}, out=tmp_path / "cpu")
     (row,) = json.loads((tmp_path / "cpu.json").read_text())["rows"]
@@ -80,6 +81,7 @@ def test_the_loop_is_checked_and_the_smaller_method_counts(tmp_path):
     assert 0 < row["rel_err"] < WEIGHTS_ARE_BFLOAT16
 
 
+@pytest.mark.slow
 def test_keep_adds_to_earlier_results_and_measures_a_cell_once(tmp_path):
     out = tmp_path / "cpu"
     bench(**SMALL, out=out)
@@ -187,7 +189,7 @@ def test_slots_are_distributed_as_asked():
     assert set(np.unique(drawn("none", 5, slots="one").slots)) == {-1}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("name", "adapters"),

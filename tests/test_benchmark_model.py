@@ -15,7 +15,7 @@ from pallas_kernels.specs import ADAPTERS
 TINY = {"model": "tiny", "layers": 1, "adapters": ["s8r16"], "context": 4, "cache_length": 8, "steps": 2}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_bench_model_writes_a_row_a_case_and_how_it_was_measured(tmp_path):
     bench_model(**TINY, targets="all", decode=[3], prefill=["2x8"], out=tmp_path / "some" / "cpu")
     about = json.loads((tmp_path / "some" / "cpu.json").read_text())

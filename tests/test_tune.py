@@ -129,7 +129,7 @@ def test_a_file_of_another_device_is_not_written_over(clock, tmp_path):
         tune(out=out, shape=["small"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapters", "tokens"), [("none", 32), ("mixed", 4096)])
 def test_a_candidates_layer_lowers_for_a_gpu(adapters, tokens):
     problem = make_problem("small", adapters).with_tokens(tokens, "uniform", ADAPTERS[adapters])
