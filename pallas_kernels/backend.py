@@ -56,7 +56,9 @@ def choose(
         able = [name for name in kernels if not why_not[name]]
         picked: Implementation = able[0] if able else "xla"
         why_not["xla"] = f"{picked} has kernels for this GPU"
-        return Choice(picked, {name: why or "hopper is faster" for name, why in why_not.items() if name != picked})
+        return Choice(
+            picked, {name: why or f"{picked} is preferred" for name, why in why_not.items() if name != picked}
+        )
     if implementation not in IMPLEMENTATIONS:
         raise UnsupportedImplementation(
             f"implementation={implementation!r} is unknown; use one of {IMPLEMENTATIONS} or None."

@@ -142,7 +142,7 @@ def test_a_plan_of_another_backend_is_refused(layer, name):
     [
         ((7, 5), "xla", {"portable": "8.0 or later, this is compute capability 7.5"}),
         ((8, 0), "portable", {"hopper": "capability 9.0", "xla": "portable has kernels"}),
-        ((9, 0), "hopper", {"portable": "hopper is faster"}),
+        ((9, 0), "hopper", {"portable": "hopper is preferred"}),
         ((12, 0), "portable", {"hopper": "capability 9.0"}),
     ],
 )

@@ -33,17 +33,17 @@ class Ours:
     """The library, with the backend of this name or the best one."""
 
     implementation: Implementation | None = None
-    name: str = "jax_moe_lora"
+
+    @property
+    def name(self) -> str:
+        """Rows of a backend that was asked for are another engine's than those of the best one."""
+        return "jax_moe_lora" if self.implementation is None else f"jax_moe_lora[{self.implementation}]"
 
     def why_not(self, adapters: str) -> str:
         return ""
 
     def prepare(self, problem: Problem, method: Method) -> Measure:
         return compile_layer(problem, own_layer(problem, self.implementation), method)
-
-    def __post_init__(self) -> None:
-        if self.implementation is not None:  # rows of another backend are another engine's
-            object.__setattr__(self, "name", f"jax_moe_lora[{self.implementation}]")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def choose_attention(
       dtype: of queries, keys and values. num_heads, num_kv_heads, head_dim: H, G and hd.
     """
     why = _why_not_cudnn(implementation, jnp.dtype(dtype), num_heads, num_kv_heads, head_dim)
-    return AttentionChoice("xla", {"cudnn": why}) if why else AttentionChoice("cudnn", {"xla": "cuDNN is faster"})
+    return AttentionChoice("xla", {"cudnn": why}) if why else AttentionChoice("cudnn", {"xla": "cuDNN runs this call"})
 
 
 def attend_prompt(
