@@ -8,10 +8,12 @@ import pytest
 
 from jax_moe_lora import InputError
 from jax_moe_lora.adapters.bank import create_bank
+from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.model_command import bench_model
 from jax_moe_lora.benchmark.random_model import Case, draw_slots, floor_s, model_config, random_bank, sites_of
 from pallas_kernels.specs import ADAPTERS
 
+H200 = Ceilings(bytes_per_s=4.3e12, flop_per_s=790e12)
 TINY = {"model": "tiny", "layers": 1, "adapters": ["s8r16"], "context": 4, "cache_length": 8, "steps": 2}
 
 
@@ -59,10 +61,10 @@ def test_slots_go_round_over_adapters_and_the_base_model():
 def test_the_floor_is_that_of_the_weights_at_decode_and_of_the_multiplications_at_prefill():
     config = model_config("qwen3-30b-a3b")
     # 30.5e9 parameters of 2 bytes less the embedding and the experts that nobody meets, at 4.3 TB/s.
-    every_expert = floor_s(Case("decode", 128, 1, 2, "none"), config, None)
+    every_expert = floor_s(Case("decode", 128, 1, 2, "none"), config, None, H200)
     assert every_expert == pytest.approx((30.53e9 - 0.311e9) * 2 / 4.3e12, rel=0.02)
     # 3.0e9 active parameters a token less the vocabulary's, two operations each, and causal attention.
-    prompt = floor_s(Case("prefill", 1, 8192, 8192, "none"), config, None)
+    prompt = floor_s(Case("prefill", 1, 8192, 8192, "none"), config, None, H200)
     assert prompt == pytest.approx(8192 * (2 * 2.72e9 + 48 * 4 * 4096 * 4096) / 790e12, rel=0.03)
 
 

@@ -99,7 +99,7 @@ def _table(rows: list[dict[str, Any]], known: Any) -> Table:
         "floor",
         "of floor",
         "error",
-        title="One layer; floors of an H200",
+        title="One layer",
     )
     for title in ("best peer", "its us", "times as fast"):
         table.add_column(title)

@@ -13,12 +13,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.oracle import relative_error
 from jax_moe_lora.benchmark.problem import Pooled, Problem
 from jax_moe_lora.moe import routed_experts
 from pallas_kernels import Implementation
 
-PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12  # measured on an H200: bf16 matmul, device copy
 LAYERS_A_CALL = 8
 WRONG = 2e-2  # relative error above which a result is none: bfloat16 and peers that round more often stay below 1e-2
 MOST_CALLS, ENOUGH_S = 16, 10e-3  # calls are queued until they take this long, so that starting them does not count
@@ -30,13 +30,13 @@ METHOD = (
     "a jitted layer, in turn; both: the smaller. Expert ids are shifted for each layer, so that the L2 does not "
     f"answer. Calls of {ENOUGH_S * 1e3:g} ms, {MOST_CALLS} at most, are queued before one block. Per layer, median of "
     "the repeats. rel_err: of the loop's last layer, or of the queue's layer once. compile_s: trace to executable, "
-    "beside others. The ceilings are an H200's"
+    "beside others. The ceilings were measured before"
 )
 
 
-def floor_us(problem: Problem) -> float:
-    """What the measured ceilings allow: weights and pages that are hit read once, or the multiplications."""
-    return max(problem.moved_bytes() / PEAK_BYTES, problem.flops() / PEAK_FLOPS) * 1e6
+def floor_us(problem: Problem, ceilings: Ceilings) -> float:
+    """What the ceilings allow: weights and pages that are hit read once, or the multiplications."""
+    return max(problem.moved_bytes() / ceilings.bytes_per_s, problem.flops() / ceilings.flop_per_s) * 1e6
 
 
 def own_layer(problem: Problem, implementation: Implementation | None) -> Layer:
@@ -114,7 +114,7 @@ def figures(problem: Problem, timed: dict[str, list[float]], error: float) -> di
     by_method = {f"{name}_us": round(statistics.median(times) * 1e6, 1) for name, times in timed.items()}
     return by_method | {
         "layer_us": round(statistics.median(best) * 1e6, 1),
-        "floor_us": round(floor_us(problem), 1),
+        "floor_us": round(floor_us(problem, measure_ceilings()), 1),
         "rel_err": float(f"{error:.4g}"),
         "min_us": round(min(best) * 1e6, 1),
         "max_us": round(max(best) * 1e6, 1),

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import RESERVED, AdapterBank
 from jax_moe_lora.adapters.lora import Site
-from jax_moe_lora.benchmark.layer import PEAK_BYTES, PEAK_FLOPS
+from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
@@ -134,8 +134,8 @@ def draw_slots(case: Case, num_slots: int) -> Int[Array, "B"]:
     return jnp.asarray(np.where(turn == num_slots, BASE_SLOT, turn), jnp.int32)
 
 
-def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None) -> float:
-    """What the measured ceilings allow: weights, pages and keys that are met, once, or the multiplications.
+def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings: Ceilings) -> float:
+    """What the ceilings allow: weights, pages and keys that are met, once, or the multiplications.
 
     Experts and pages are those that uniform routing meets on average.
     """
@@ -156,4 +156,4 @@ def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None) -> float:
         matrix = len(site.layers) * bank.num_slots * bank.max_rank * (site.in_width + site.out_width)
         moved += matrix * site.num_experts * (1 - (1 - chance) ** own if chance < 1 else min(1.0, own))
         multiplied += matrix * own * chance * site.num_experts
-    return max(moved * size / PEAK_BYTES, 2 * multiplied / PEAK_FLOPS)
+    return max(moved * size / ceilings.bytes_per_s, 2 * multiplied / ceilings.flop_per_s)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 
 import jax
 
-from jax_moe_lora.benchmark.layer import METHOD, PEAK_BYTES, PEAK_FLOPS
+from jax_moe_lora.benchmark.ceilings import measure_ceilings
+from jax_moe_lora.benchmark.layer import METHOD
 from jax_moe_lora.errors import InputError
 from pallas_kernels import tuning
 
@@ -42,7 +44,7 @@ def about(commands: Sequence[str]) -> dict[str, Any]:
         "commands": list(commands),
         "tuned": tuning.source(),
         "method": METHOD,
-        "ceilings": {"bytes_per_s": PEAK_BYTES, "bf16_flop_per_s": PEAK_FLOPS},
+        "ceilings": asdict(measure_ceilings()),
     }
 
 
