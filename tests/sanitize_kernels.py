@@ -2,7 +2,7 @@
 
 `PYTHONPATH=.:tests JAX_PLATFORMS=cuda compute-sanitizer --tool TOOL --kernel-name kns=mosaic python
 tests/sanitize_kernels.py`, with `memcheck` and with `racecheck`. The layers are small: a sanitizer slows a kernel down
-some hundred times. Command buffers are off, and nothing is multiplied through XLA: under the sanitizer the process died
+some hundred times. Words after the script's name choose among them. Command buffers are off, and nothing is multiplied through XLA: under the sanitizer the process died
 in command buffers, and in the autotuning of matmuls.
 """
 
@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_l
 )
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # each array its own allocation: overruns are seen
 
+import sys
 import time
 from dataclasses import replace
 
@@ -28,6 +29,8 @@ SPECS = {
 
 def main() -> None:
     for name, spec in SPECS.items():
+        if not all(word in name for word in sys.argv[1:]):
+            continue
         layer = draw_layer(spec, np.random.default_rng(0))
         tokens = np.arange(0, spec.tokens, 7)
         for adapters, matrices in ((None, {}), (layer.adapters, layer.matrices)):
