@@ -2,15 +2,14 @@
 
 `PYTHONPATH=.:tests JAX_PLATFORMS=cuda compute-sanitizer --tool TOOL --kernel-name kns=mosaic python
 tests/sanitize_kernels.py`, with `memcheck` and with `racecheck`. The layers are small: a sanitizer slows a kernel down
-some hundred times. Words after the script's name choose among them. Command buffers are off, and nothing is multiplied through XLA: under the sanitizer the process died
-in command buffers, and in the autotuning of matmuls.
+some hundred times. Words after the script's name choose among them. Command buffers are off, and nothing is multiplied
+through XLA: under the sanitizer the process died in command buffers, and in the autotuning of matmuls.
 """
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0 " + os.environ.get(
-    "XLA_FLAGS", ""
-)
+FLAGS = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0 "
+os.environ["XLA_FLAGS"] = FLAGS + os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # each array its own allocation: overruns are seen
 
 import sys
