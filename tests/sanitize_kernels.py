@@ -8,8 +8,7 @@ through XLA: under the sanitizer the process died in command buffers, and in the
 
 import os
 
-FLAGS = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0 "
-os.environ["XLA_FLAGS"] = FLAGS + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
 os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # each array its own allocation: overruns are seen
 
 import sys
