@@ -22,7 +22,8 @@ class MoEConfig:
         alone (DeepSeek-V3).
       renormalize: divide the K weights by their sum (`norm_topk_prob`).
       scaling: factor on the K weights, after renormalising (`routed_scaling_factor`).
-      activation: of the gated unit, `activation(gate) * up`.
+      activation: of the gated unit, `activation(gate) * up`; `clamped_swiglu` is gpt-oss's, which clamps both factors.
+      expert_bias: the experts' projections have biases.
     """
 
     hidden_size: int
@@ -33,6 +34,7 @@ class MoEConfig:
     renormalize: bool = False
     scaling: float = 1.0
     activation: Activation = "silu"
+    expert_bias: bool = False
 
 
 @dataclass(frozen=True)

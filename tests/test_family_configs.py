@@ -1,4 +1,4 @@
-"""Configs of Mixtral, OLMoE and Qwen2-MoE, as published and as transformers saves them, and what they are refused for."""
+"""Configs of Mixtral, OLMoE and Qwen2-MoE: as published, as transformers saves them, and what they are refused for."""
 
 from pathlib import Path
 from typing import Any

@@ -92,7 +92,8 @@ def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> ModelPa
         return DenseMLPParams(leaf(width, d), leaf(width, d), leaf(d, width))
 
     e, f, shared = config.moe.num_experts, config.moe.expert_width, config.shared_expert_width
-    experts = ExpertWeights(leaf(e, f, d), leaf(e, f, d), leaf(e, d, f))
+    biases = (leaf(e, f), leaf(e, f), leaf(e, d)) if config.moe.expert_bias else ()
+    experts = ExpertWeights(leaf(e, f, d), leaf(e, f, d), leaf(e, d, f), *biases)
     routed = MoEParams(leaf(e, d), experts, *((mlp(shared), leaf(1, d)) if shared else ()))
     dense = mlp(config.mlp_width)
     layers = tuple(
