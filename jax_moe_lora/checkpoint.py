@@ -10,6 +10,7 @@ import numpy as np
 
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import CheckpointError, ConfigError
+from jax_moe_lora.models.names import tensor_names, unused_names
 from jax_moe_lora.models.params import ModelParams, abstract_params
 from jax_moe_lora.models.registry import family
 from jax_moe_lora.safetensors_io import DTYPES, TensorInfo, open_tensors, read_json, tensor_infos
@@ -52,12 +53,11 @@ def load_params(
       CheckpointError: a missing or surplus tensor, a wrong shape, a dtype that is not float32, float16 or bfloat16,
       values that are not finite (also after the cast), a shard that is missing, corrupt or outside the folder, by name.
     """
-    module = family(config.model_type)
-    names: dict[str, str | list[str]] = module.tensor_names(config)
+    names = tensor_names(config, family(config.model_type).ADAPTER_NAMES)
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     shapes = {_path_name(path): leaf.shape for path, leaf in leaves}
     files = _locate(folder)
-    _check(folder, files, names, shapes, module.unused_names(config))
+    _check(folder, files, names, shapes, unused_names(config))
     arrays = [_place(_read(names[_path_name(path)], leaf, files), sharding) for path, leaf in leaves]
     return jax.tree_util.tree_unflatten(tree, arrays)
 

@@ -22,7 +22,8 @@ class MoEConfig:
         alone (DeepSeek-V3).
       renormalize: divide the K weights by their sum (`norm_topk_prob`).
       scaling: factor on the K weights, after renormalising (`routed_scaling_factor`).
-      activation: of the gated unit, `activation(gate) * up`.
+      activation: of the gated unit, `activation(gate) * up`; `clamped_swiglu` is gpt-oss's, which clamps both factors.
+      expert_bias: the experts' projections have biases.
     """
 
     hidden_size: int
@@ -33,6 +34,7 @@ class MoEConfig:
     renormalize: bool = False
     scaling: float = 1.0
     activation: Activation = "silu"
+    expert_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class ModelConfig:
       num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads and width of a head.
       mlp_width: inner width of the dense MLPs (unused where every layer is routed).
       moe: the routed layers' config; moe_layers: for each layer, whether its MLP is routed.
-      qk_norm: RMSNorm on each head of q and k. attention_bias: biases on q, k, v and o.
+      shared_expert_width: inner width of the expert that every token of a routed layer goes through, beside the routed
+        ones and weighted by a sigmoid gate (Qwen2-MoE); 0 where there is none.
+      qk_norm: RMSNorm on q and k, over each head or over the whole projection (OLMoE).
+      attention_biases: the projections that have a bias.
+      clip_qkv: largest absolute value of q, k and v, cut off after their norms.
       tie_embeddings: the head is the transposed embedding.
       eos_token_ids: generation stops at any of these.
     """
@@ -83,8 +89,10 @@ class ModelConfig:
     moe_layers: tuple[bool, ...]
     rope: RopeConfig = field(default_factory=RopeConfig)
     rms_eps: float = 1e-6
-    qk_norm: bool = True
-    attention_bias: bool = False
+    shared_expert_width: int = 0
+    qk_norm: Literal["head", "projection"] | None = "head"
+    attention_biases: Literal["", "qkv", "qkvo"] = ""
+    clip_qkv: float | None = None
     tie_embeddings: bool = False
     max_positions: int = 32_768
     eos_token_ids: tuple[int, ...] = ()

@@ -307,6 +307,8 @@ class Model:
 def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:
     """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
     try:
-        choose(implementation, dtype=dtype, widths=(config.moe.expert_width, config.hidden_size))
+        moe = config.moe
+        widths = (moe.expert_width, moe.hidden_size)
+        choose(implementation, dtype=dtype, widths=widths, activation=moe.activation, biases=moe.expert_bias)
     except UnsupportedImplementation as error:
         raise InputError(str(error)) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,7 +13,7 @@ from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.routing import route, token_slots
 from jax_moe_lora.types import ExpertWeights
 from pallas_kernels import (
-    ACTIVATIONS,
+    Activation,
     Implementation,
     LoRAPages,
     RoutingPlan,
@@ -53,7 +54,7 @@ def moe_lora(
       adapters: the layer's adapters, from `AdapterBank.layer`; None serves the base model.
       slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none; or, per request,
         request_lengths and request_slots: int32 `[N]`.
-      router_bias: `[E]`, for the `sigmoid_bias` router. row_mask: `[T]`, False for padding: such rows are
+      router_bias: `[E]`, as in `routing.route`. row_mask: `[T]`, False for padding: such rows are
         multiplied with no expert and give zeros.
       implementation: a backend of the grouped ops by name, or None for the best available.
 
@@ -92,22 +93,37 @@ def routed_experts(
       weights: float32 `[T, K]`, router weights. chosen: int32 `[T, K]`; an id outside `0 .. E-1` is skipped.
       Others as in `moe_lora`.
     """
-    if config.activation not in ACTIVATIONS:
-        raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
+    if config.activation not in get_args(Activation):
+        raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(get_args(Activation))}.")
     if x.shape[0] == 0:
         return x
     pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
     num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
-    matrices = [getattr(experts, name) for name in EXPERT_MODULES]
-    choice = choose_for(x, matrices, pages.values(), x.dtype, implementation)
-    slot_of_token = token_slots(x.shape[0], slots)
-    plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
+    weights_in, weights_out = (experts.gate, experts.up), experts.down
+    biases_in, biases_out = (experts.gate_bias, experts.up_bias), (experts.down_bias,)
+    adapters_in, adapters_out = (pages.get("gate"), pages.get("up")), (pages.get("down"),)
+    choice = choose_for(
+        x,
+        (*weights_in, weights_out),
+        (*adapters_in, *adapters_out),
+        x.dtype,
+        implementation,
+        activation=config.activation,
+        biases=(*biases_in, *biases_out),
+    )
+    plan = make_plan(chosen, token_slots(x.shape[0], slots), experts.gate.shape[0], num_slots, choice.picked)
     project = partial(grouped_matmul, plan=plan, dtype=x.dtype, implementation=choice.picked)
-    into, out_of = (pages.get("gate"), pages.get("up")), (pages.get("down"),)
-    steps = lora_steps(plan, (into, out_of), choice.picked)
-    weights_in = (experts.gate, experts.up)
-    gated = project(x, weights_in, of_tokens=True, adapters=into, steps=steps[0], activation=config.activation)
-    down = project(gated, experts.down, adapters=out_of, steps=steps[1])
+    steps_in, steps_out = lora_steps(plan, (adapters_in, adapters_out), choice.picked)
+    gated = project(
+        x,
+        weights_in,
+        of_tokens=True,
+        biases=biases_in,
+        adapters=adapters_in,
+        steps=steps_in,
+        activation=config.activation,
+    )
+    down = project(gated, weights_out, biases=biases_out, adapters=adapters_out, steps=steps_out)
     return combine(down, weights, plan).astype(x.dtype)
 
 
@@ -125,9 +141,13 @@ def combine(rows: Float[Array, "Q D"], weights: Float[Array, "T K"], plan: Routi
 
 def _check_shapes(x: Array, router: Array, experts: ExpertWeights, config: MoEConfig) -> None:
     e, d, f = config.num_experts, config.hidden_size, config.expert_width
-    found = {"x": x.shape[1:], "router": router.shape} | {name: getattr(experts, name).shape for name in EXPERT_MODULES}
-    expected = {"x": (d,), "router": (e, d), "gate": (e, f, d), "up": (e, f, d), "down": (e, d, f)}
-    for name, shape in expected.items():
-        if found[name] != shape:
-            got = (x.shape, ("T", d)) if name == "x" else (found[name], shape)
-            raise InputError(f"{name} has shape {list(got[0])}; the config expects {list(got[1])}.")
+    if x.shape[1:] != (d,):
+        raise InputError(f"x has shape {list(x.shape)}; the config expects {['T', d]}.")
+    shapes = {"router": (e, d), "gate": (e, f, d), "up": (e, f, d), "down": (e, d, f)}
+    biases = {"gate_bias": (e, f), "up_bias": (e, f), "down_bias": (e, d)}
+    for name, shape in (shapes | biases).items():
+        array = router if name == "router" else getattr(experts, name)
+        found = "none" if array is None else list(array.shape)
+        expected = "none" if name in biases and not config.expert_bias else list(shape)
+        if found != expected:
+            raise InputError(f"{name} has shape {found}; the config expects {expected}.")

@@ -50,7 +50,7 @@ class Router(nnx.Module):
 
 
 class RoutedExperts(nnx.Module):
-    """All experts of a layer: gate and up `[E, F, D]`, down `[E, D, F]`."""
+    """All experts of a layer: gate and up `[E, F, D]`, down `[E, D, F]`, and their biases where the config has them."""
 
     def __init__(self, config: MoEConfig, *, param_dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
         e, d, f = config.num_experts, config.hidden_size, config.expert_width
@@ -58,10 +58,15 @@ class RoutedExperts(nnx.Module):
         self.gate = nnx.Param(_INIT(rngs.params(), (e, f, d), param_dtype))
         self.up = nnx.Param(_INIT(rngs.params(), (e, f, d), param_dtype))
         self.down = nnx.Param(_INIT(rngs.params(), (e, d, f), param_dtype))
+        self.gate_bias, self.up_bias, self.down_bias = (
+            nnx.Param(jnp.zeros((e, width), param_dtype)) if config.expert_bias else None for width in (f, f, d)
+        )
 
     @property
     def weights(self) -> ExpertWeights:
-        return ExpertWeights(self.gate[...], self.up[...], self.down[...])
+        biases = (self.gate_bias, self.up_bias, self.down_bias)
+        own = (None if bias is None else bias[...] for bias in biases)
+        return ExpertWeights(self.gate[...], self.up[...], self.down[...], *own)
 
     def __call__(
         self, x: Float[Array, "T D"], weights: Float[Array, "T K"], chosen: Int[Array, "T K"]

@@ -2,7 +2,7 @@
 
 Imports nothing of the package. Weights are `[E, out, in]`. An adapter is `{module: (A, B, scale)}` with
 A `[E, R, in]` and B `[E, out, R]`; modules are `router` (E = 1), `gate`, `up` and `down`, and a leading axis of 1 is
-shared by all experts.
+shared by all experts. Biases are `{module: [E, out]}`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,8 @@ def moe_lora(
     renormalize: bool = False,
     scaling: float = 1.0,
     router_bias: np.ndarray | None = None,
+    activation: str = "silu",
+    biases: Mapping[str, np.ndarray] | None = None,
     dtype: type = np.float32,
 ) -> np.ndarray:
     """Returns `y [T, D]`; `adapters[t]` is token t's adapter, or None."""
@@ -36,11 +38,21 @@ def moe_lora(
         row = np.asarray(x[t], dtype)
         scores = _linear(row, "router", 0, weights, adapter, dtype)
         for p, e in _route(scores, top_k, router_kind, renormalize, scaling, router_bias):
-            g = _linear(row, "gate", e, weights, adapter, dtype)
-            u = _linear(row, "up", e, weights, adapter, dtype)
-            hidden = g / (1 + np.exp(-g)) * u
-            y[t] += p * _linear(hidden, "down", e, weights, adapter, dtype)
+            b = {name: np.asarray(bias[e], dtype) for name, bias in (biases or {}).items()}
+            g = _linear(row, "gate", e, weights, adapter, dtype) + b.get("gate", 0)
+            u = _linear(row, "up", e, weights, adapter, dtype) + b.get("up", 0)
+            hidden = _gated_unit(activation, g, u)
+            y[t] += p * (_linear(hidden, "down", e, weights, adapter, dtype) + b.get("down", 0))
     return y
+
+
+def _gated_unit(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    if activation == "clamped_swiglu":  # gpt-oss
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+    raise ValueError(f"unknown activation {activation!r}")
 
 
 def _linear(
@@ -62,6 +74,8 @@ def _route(
         exponentials = np.exp(values - values.max())
         return exponentials / exponentials.sum()
 
+    if bias is not None and kind != "sigmoid_bias":
+        scores = scores + bias
     if kind == "softmax_topk":
         probabilities = softmax(scores)
         chosen = np.argsort(-probabilities, kind="stable")[:top_k]

@@ -19,11 +19,14 @@ def route(
     """Chooses each token's experts.
 
     Args:
-      scores: float32 `[T, E]`, the router's matmul. bias: `[E]`, for `sigmoid_bias` alone.
+      scores: float32 `[T, E]`, the router's matmul.
+      bias: `[E]`, added to the scores; with `sigmoid_bias` it is for the choice alone and no part of the weights.
 
     Returns:
       `(weights float32 [T, K], experts int32 [T, K])`, largest first; of equal scores the lower expert wins.
     """
+    if bias is not None and config.router != "sigmoid_bias":
+        scores = scores + bias.astype(scores.dtype)[None]
     if config.router == "softmax_topk":
         weights, experts = lax.top_k(jax.nn.softmax(scores, axis=-1), config.top_k)
     elif config.router == "topk_softmax":

@@ -13,8 +13,12 @@ class ExpertWeights:
 
     Attributes:
       gate, up: `[E, F, D]`. down: `[E, D, F]`.
+      gate_bias, up_bias: `[E, F]`, down_bias: `[E, D]`, for the families that have them (gpt-oss).
     """
 
     gate: Float[Array, "E F D"]
     up: Float[Array, "E F D"]
     down: Float[Array, "E D F"]
+    gate_bias: Float[Array, "E F"] | None = None
+    up_bias: Float[Array, "E F"] | None = None
+    down_bias: Float[Array, "E D"] | None = None

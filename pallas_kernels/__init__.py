@@ -1,13 +1,12 @@
 """Grouped matmul and grouped LoRA for Mixture-of-Experts layers. Knows jax alone: no models, no adapter files."""
 
-from pallas_kernels.activations import ACTIVATIONS, Activation
+from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
 from pallas_kernels.grouped_lora import RANK_PAGE, LoRAPages, grouped_lora
 from pallas_kernels.grouped_matmul import choose_for, grouped_matmul, lora_steps
 from pallas_kernels.plan import BASE_SLOT, RoutingPlan, Tiles, make_plan
 
 __all__ = [
-    "ACTIVATIONS",
     "BASE_SLOT",
     "RANK_PAGE",
     "Activation",

@@ -23,6 +23,7 @@ CHECKED = [
     "models.attention",
     "models.cache",
     "models.decoder",
+    "models.layer",
     "models.rope",
 ]
 _hook = install_import_hook(["pallas_kernels"] + [f"jax_moe_lora.{name}" for name in CHECKED], "beartype.beartype")

@@ -33,10 +33,12 @@ class Spec:
     adapters: tuple[tuple[str, int], ...] = tuple(zip(LAYOUTS, (4, 16, 40, 8, 17), strict=True))
     dtype: str = "float32"
     seed: int = 0
+    as_gpt_oss: bool = False  # biases, and the clamped activation
 
     @property
     def config(self) -> MoEConfig:
-        return MoEConfig(self.hidden, self.width, self.experts, self.top_k, renormalize=True)
+        own = {"activation": "clamped_swiglu", "expert_bias": True} if self.as_gpt_oss else {}
+        return MoEConfig(self.hidden, self.width, self.experts, self.top_k, renormalize=True, **own)
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,19 @@ class Problem:
     adapters: list[LoRAAdapter]
     slots: np.ndarray
     bank: AdapterBank = field(repr=False)
+    biases: dict[str, np.ndarray]
+
+    @property
+    def experts(self) -> ExpertWeights:
+        biases = {f"{name}_bias": jnp.asarray(bias, self.spec.dtype) for name, bias in self.biases.items()}
+        return ExpertWeights(*[jnp.asarray(w, self.spec.dtype) for w in (self.gate, self.up, self.down)], **biases)
 
     def run(self, slots: np.ndarray | None = None, bank: AdapterBank | None = None, base: bool = False) -> np.ndarray:
         """The layer's output; `base=True` has no bank at all."""
-        cast = [jnp.asarray(w, self.spec.dtype) for w in (self.x, self.router, self.gate, self.up, self.down)]
+        x, router = (jnp.asarray(w, self.spec.dtype) for w in (self.x, self.router))
         used = None if base else (bank or self.bank).layer(0)
         slots = jnp.asarray(self.slots if slots is None else slots, jnp.int32)
-        y = LAYER(cast[0], cast[1], ExpertWeights(*cast[2:]), self.spec.config, used, slots)
+        y = LAYER(x, router, self.experts, self.spec.config, used, slots)
         return np.asarray(y.astype(jnp.float32))
 
     def expected(self, dtype: type = np.float32) -> np.ndarray:
@@ -67,7 +75,8 @@ class Problem:
             None if not 0 <= s < len(self.adapters) else oracle_adapter(self.adapters[s], self.spec) for s in self.slots
         ]
         weights = (self.x, self.router, self.gate, self.up, self.down)
-        return reference.moe_lora(*weights, own, top_k=self.spec.top_k, renormalize=True, dtype=dtype)
+        options = {"activation": self.spec.config.activation, "biases": self.biases}
+        return reference.moe_lora(*weights, own, top_k=self.spec.top_k, renormalize=True, dtype=dtype, **options)
 
 
 LAYER = jax.jit(moe_lora, static_argnames=("config", "implementation"))
@@ -86,7 +95,11 @@ def draw(spec: Spec) -> Problem:
         bank = insert(bank, slot, adapter)
     slots = rng.integers(-1, len(adapters), spec.tokens)
     weights = [normal(e, f, d, scale=d**-0.5), normal(e, f, d, scale=d**-0.5), normal(e, d, f, scale=f**-0.5)]
-    return Problem(spec, normal(spec.tokens, d), normal(e, d), *weights, adapters, slots, bank)
+    x, router = normal(spec.tokens, d), normal(e, d)
+    biases = {}
+    if spec.as_gpt_oss:  # large enough for the activation to clamp
+        biases = {"gate": normal(e, f, scale=5), "up": normal(e, f, scale=5), "down": normal(e, d)}
+    return Problem(spec, x, router, *weights, adapters, slots, bank, biases)
 
 
 def random_adapter(spec: Spec, layout: str, rank: int, rng: np.random.Generator) -> LoRAAdapter:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 TINY: dict[str, Any] = {
     "vocab_size": 99,
@@ -17,22 +17,27 @@ TINY: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 24,
-    "num_experts": 8,
     "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
     "max_position_embeddings": 128,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+QWEN: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 24, "num_experts": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {**QWEN, "head_dim": 16, "norm_topk_prob": True},
+    "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 40},
+    "mixtral": {"intermediate_size": 24, "num_local_experts": 8},
+    "olmoe": {"intermediate_size": 24, "num_experts": 8},
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def tiny_qwen3_moe(seed: int = 0, **overrides: Any) -> Qwen3MoeForCausalLM:
+def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model whose matrices are large enough for logits to differ clearly."""
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**TINY, **overrides})).eval()
+    config = AutoConfig.for_model(model_type, **{**TINY, **FAMILIES[model_type], **overrides})
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -42,7 +47,7 @@ def tiny_qwen3_moe(seed: int = 0, **overrides: Any) -> Qwen3MoeForCausalLM:
     return model
 
 
-def save_model(model: Qwen3MoeForCausalLM, folder: Path, max_shard_size: str = "200KB") -> Path:
+def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "200KB") -> Path:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
@@ -54,7 +59,7 @@ def save_random_adapter(
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(Qwen3MoeForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+        wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_" in name:
@@ -74,12 +79,17 @@ def peft_logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndar
 def load_peft(base: Path, adapter: Path | None) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = Qwen3MoeForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
 
-def split_to_per_expert(source: Path, target: Path, num_experts: int) -> Path:
-    """The per-expert form that PEFT wrote under transformers 4, by an exact split of a saved 3-D adapter."""
+def split_to_per_expert(source: Path, target: Path, num_experts: int, mixtral: bool = False) -> Path:
+    """The per-expert form that PEFT wrote under transformers 4, by an exact split of a saved 3-D adapter.
+
+    Args:
+      mixtral: with that family's names, of the router too.
+    """
+    block, *parts = ("block_sparse_moe", "w1", "w3", "w2") if mixtral else ("mlp", "gate_proj", "up_proj", "down_proj")
     tensors = load_file(source / "adapter_model.safetensors")
     config = json.loads((source / "adapter_config.json").read_text())
     out: dict[str, np.ndarray] = {}
@@ -88,18 +98,20 @@ def split_to_per_expert(source: Path, target: Path, num_experts: int) -> Path:
             continue
         a = tensors.pop(key)
         b = tensors.pop(key.replace("lora_A", "lora_B"))
-        prefix = key[: key.index(".mlp.experts")] + ".mlp.experts"
+        prefix = f"{key[: key.index('.mlp.experts')]}.{block}.experts"
         a = a.reshape(num_experts, -1, a.shape[1])
         b = b.reshape(b.shape[0], -1, num_experts).transpose(2, 0, 1)
         halves = np.split(b, 2, axis=1) if "base_layer" in key else [b]
-        names = ["gate_proj", "up_proj"] if "base_layer" in key else ["down_proj"]
+        names = parts[:2] if "base_layer" in key else parts[2:]
         for name, half in zip(names, halves, strict=True):
             for expert in range(num_experts):
                 out[f"{prefix}.{expert}.{name}.lora_A.weight"] = a[expert].copy()
                 out[f"{prefix}.{expert}.{name}.lora_B.weight"] = np.ascontiguousarray(half[expert])
     target.mkdir(parents=True, exist_ok=True)
-    save_file({**tensors, **out}, target / "adapter_model.safetensors")
-    config["target_modules"] = sorted({*(config["target_modules"] or []), "gate_proj", "up_proj", "down_proj"})
+    renamed = {key.replace(".mlp.gate.", f".{block}.gate."): tensor for key, tensor in tensors.items()}
+    save_file({**renamed, **out}, target / "adapter_model.safetensors")
+    router = ["gate"] if any(".gate." in key for key in renamed) else []
+    config["target_modules"] = sorted({*(config["target_modules"] or []), *parts, *router})
     config["target_parameters"] = None
     (target / "adapter_config.json").write_text(json.dumps(config))
     return target

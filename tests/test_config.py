@@ -67,7 +67,7 @@ def test_the_published_config_is_read() -> None:
     assert (config.mlp_width, config.rms_eps, config.max_positions) == (6144, 1e-6, 40960)
     assert config.rope == RopeConfig(theta=1e6)
     assert config.moe_layers == (True,) * 48
-    assert (config.qk_norm, config.attention_bias, config.tie_embeddings) == (True, False, False)
+    assert (config.qk_norm, config.attention_biases, config.tie_embeddings) == ("head", "", False)
     assert config.eos_token_ids == (151645, 151643)
 
 
@@ -145,10 +145,8 @@ def test_routed_layers_follow_the_step_and_the_list(changes: dict[str, Any], exp
 
 def test_what_a_config_leaves_out_takes_the_default_of_the_class() -> None:
     config = read(without=("head_dim", "norm_topk_prob", "tie_word_embeddings", "attention_bias", "rope_theta"))
-    assert (config.head_dim, config.moe.renormalize, config.tie_embeddings, config.attention_bias) == (
-        64,
-        False,
-    ) + (False,) * 2
+    assert (config.head_dim, config.moe.renormalize, config.tie_embeddings) == (64, False, False)
+    assert config.attention_biases == ""
     assert config.rope.theta == 10_000.0
 
 

@@ -33,6 +33,7 @@ SPECS = {
     "float16": Spec(dtype="float16", tokens=5, hidden=96, width=32, experts=16, top_k=4),
     "one-token": Spec(tokens=1),
     "many-rows": Spec(tokens=300, experts=3, top_k=2),
+    "gpt-oss": Spec(as_gpt_oss=True, tokens=20),
 }
 
 
@@ -219,7 +220,7 @@ def test_9_the_layer_equals_the_oracle(problem):
 def test_9_every_router_kind_equals_the_oracle(kind, renormalize, scaling, implementation):
     problem = draw(Spec())
     config = MoEConfig(64, 48, 8, 3, router=kind, renormalize=renormalize, scaling=scaling)
-    bias = np.random.default_rng(5).normal(size=8).astype(np.float32) if kind == "sigmoid_bias" else None
+    bias = np.random.default_rng(5).normal(size=8).astype(np.float32)
     weights = (problem.x, problem.router, problem.gate, problem.up, problem.down)
     x, router, *experts = (jnp.asarray(w) for w in weights)
     y = LAYER(
@@ -227,7 +228,7 @@ def test_9_every_router_kind_equals_the_oracle(kind, renormalize, scaling, imple
         router,
         ExpertWeights(*experts),
         config,
-        router_bias=None if bias is None else jnp.asarray(bias),
+        router_bias=jnp.asarray(bias),
         implementation=implementation,
     )
     options = {"router_kind": kind, "renormalize": renormalize, "scaling": scaling, "router_bias": bias}
@@ -253,6 +254,11 @@ def test_shapes_that_disagree_with_the_config_are_named():
     experts = ExpertWeights(*[jnp.asarray(w) for w in (problem.gate, problem.down, problem.down)])
     with pytest.raises(InputError, match=r"up has shape \[8, 64, 48\]; the config expects \[8, 48, 64\]"):
         moe_lora(x, router, experts, problem.spec.config)
+    with_biases = draw(SPECS["gpt-oss"])
+    with pytest.raises(InputError, match=r"gate_bias has shape none; the config expects \[8, 48\]"):
+        moe_lora(x, router, problem.experts, with_biases.spec.config)
+    with pytest.raises(InputError, match=r"gate_bias has shape \[8, 48\]; the config expects none"):
+        moe_lora(x, router, with_biases.experts, problem.spec.config)
 
 
 def test_a_donated_bank_is_reused_in_place():

@@ -19,7 +19,7 @@ from pallas_kernels import (
 )
 
 TOLERANCE = {"float32": 1e-6, "float16": 1e-6, "bfloat16": 1e-6}  # sums are float32 whatever the inputs are
-MATMUL = jax.jit(grouped_matmul, static_argnames=("of_tokens", "implementation"))
+MATMUL = jax.jit(grouped_matmul, static_argnames=("of_tokens", "activation", "implementation"))
 LORA = jax.jit(grouped_lora, static_argnames="implementation")
 BACKENDS = ["xla", "reference"]
 
@@ -63,6 +63,30 @@ def test_skipped_rows_give_zeros(implementation):
     assert not by_pair[0, 1].any()
     assert not by_pair[1].any()
     np.testing.assert_allclose(by_pair[2, 0], w[2] @ x[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_biases_and_the_clamped_activation(implementation):
+    rng = np.random.default_rng(0)
+    x, experts = rng.normal(size=(21, 32)).astype(np.float32), routing([9, 0, 5, 7])
+    gate, up = (rng.normal(size=(4, 16, 32)).astype(np.float32) for _ in range(2))
+    gate_bias, up_bias = (4 * rng.normal(size=(4, 16)).astype(np.float32) for _ in range(2))
+    plan = make_plan(jnp.asarray(experts), jnp.full(21, -1), 4, 0)
+    arguments = jnp.asarray(x), (jnp.asarray(gate), jnp.asarray(up)), plan
+    y = MATMUL(
+        *arguments,
+        of_tokens=True,
+        biases=(jnp.asarray(gate_bias), jnp.asarray(up_bias)),
+        activation="clamped_swiglu",
+        implementation=implementation,
+    )
+    own = experts[:, 0][np.asarray(plan.token)]
+    rows = x[np.asarray(plan.token)].astype(np.float64)
+    g = np.einsum("pi,poi->po", rows, gate[own]) + gate_bias[own]
+    u = np.einsum("pi,poi->po", rows, up[own]) + up_bias[own]
+    assert min((g > 7).sum(), (u > 7).sum(), (u < -7).sum()) > 0, "nothing is clamped"
+    g, u = np.minimum(g, 7), np.clip(u, -7, 7)
+    assert_close(y, (u + 1) * g / (1 + np.exp(-1.702 * g)), 1e-6)
 
 
 def paged(rng, dtype: str, ranks: np.ndarray, in_width: int, out_width: int):
@@ -137,11 +161,13 @@ def test_a_call_tells_what_was_picked_and_why_not_the_others():
     assert all(choice.why_not.values())
 
 
-def test_adapters_and_weights_must_match():
+def test_adapters_biases_and_weights_must_match():
     plan = make_plan(jnp.zeros((4, 1), jnp.int32), jnp.full(4, -1), 2, 0)
     x, weight = jnp.ones((4, 8)), jnp.ones((2, 6, 8))
-    with pytest.raises(ValueError, match="Got 2 adapters for weights of shapes"):
+    with pytest.raises(ValueError, match="Got 2 adapters and 1 biases for weights of shapes"):
         grouped_matmul(x, weight, plan, of_tokens=True, adapters=(None, None))
+    with pytest.raises(ValueError, match="Got 2 adapters and 1 biases for weights of shapes"):
+        grouped_matmul(x, (weight, weight), plan, of_tokens=True, biases=(jnp.ones((2, 6)),))
     with pytest.raises(ValueError, match=r"expected one \(or None\) a weight"):
         grouped_matmul(x, (weight, weight), plan, of_tokens=True, adapters=(None,))
 
@@ -163,6 +189,20 @@ def test_adapters_of_another_number_of_slots_than_the_plan_are_refused():
     plan = make_plan(jnp.zeros((5, 1), jnp.int32), jnp.zeros(5, jnp.int32), 4, 2)
     with pytest.raises(ValueError, match="with a plan of"):
         grouped_matmul(jnp.zeros((5, 64)), jnp.zeros((4, 32, 64)), plan, of_tokens=True, adapters=(pages,))
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [({"activation": "clamped_swiglu"}, "this is clamped_swiglu"), ({"biases": True}, "adds no biases")],
+)
+def test_what_the_kernels_epilogues_lack_is_served_by_xla(monkeypatch, call, why):
+    monkeypatch.setattr(backend, "device_capability", lambda: ((9, 0), "compute capability 9.0"))
+    choice = choose(**call)
+    assert choice.picked == "xla"
+    for name in ("hopper", "portable"):
+        assert why in choice.why_not[name]
+        with pytest.raises(UnsupportedImplementation, match=why):
+            choose(name, **call)
 
 
 def test_more_slots_than_hopper_serves_are_another_backends(monkeypatch):

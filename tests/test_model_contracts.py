@@ -1,4 +1,4 @@
-"""The promises of the layer, kept by the whole model: prompts read, tokens decoded, cache reused."""
+"""The promises of the layer, kept by whole models: prompts read, tokens decoded, cache reused."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,16 @@ import pytest
 
 from jax_moe_lora import Model
 from jax_moe_lora import generate as programs
-from jax_moe_lora.adapters.bank import AdapterBank
+from jax_moe_lora.adapters.bank import AdapterBank, create_bank
+from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
+from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.generate import Sampling
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.params import init_params
+from jax_moe_lora.models.sites import adapter_sites
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.long]
-PROMPTS = ["abc>", "hello>", "world>", "zyx>", "same>"]
 MIXED = [None, "upper", "reverse", "sort", None]
 STEPS = 3
 
@@ -25,16 +28,33 @@ def model() -> Model:
     return load_demo()
 
 
-@pytest.fixture(scope="module")
-def run(model):
+def qwen2_moe() -> Model:
+    """Random weights, a dense layer and a routed one with its shared expert; three adapters on every projection."""
+    moe = MoEConfig(hidden_size=32, expert_width=24, num_experts=4, top_k=2)
+    own = {"shared_expert_width": 40, "qk_norm": None, "attention_biases": "qkv"}
+    config = ModelConfig("qwen2_moe", 32, 2, 32, 4, 2, 8, 48, moe, (False, True), **own)
+    sites = adapter_sites(config)
+    params = init_params(config, jax.random.key(0), "float32")
+    model = Model(config, params, create_bank(sites, 4, 16, None, "float32"))
+    random = np.random.default_rng(0)
+    for name in filter(None, MIXED):
+        weights = {}
+        for (module, site), layer in ((each, layer) for each in sites.items() for layer in each[1].layers):
+            a = random.normal(size=(site.num_experts, 4, site.in_width)).astype(np.float32)
+            b = random.normal(size=(site.num_experts, site.out_width, 4)).astype(np.float32)
+            weights[layer, module] = uniform(a, b, 0.02, site.num_experts)
+        model.load_adapter(LoRAAdapter(name, weights), adapter_name=name)
+    return model
+
+
+@pytest.fixture(scope="module", params=["demo", "qwen2_moe"])
+def run(request):
     """Logits `[1 + STEPS, B, V]` of one prefill and some decode steps, whose tokens are the same whatever the slots."""
-    fn = model.functional(batch=len(PROMPTS), max_length=16)
+    model = qwen2_moe() if request.param == "qwen2_moe" else request.getfixturevalue("model")
+    fn = model.functional(batch=len(MIXED), max_length=16)
     prefill, decode = jax.jit(fn.prefill), jax.jit(fn.decode)
-    encoded = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
-    tokens = np.zeros((len(PROMPTS), 8), np.int32)
-    for row, ids in enumerate(encoded):
-        tokens[row, : len(ids)] = ids
-    lengths = jnp.asarray([len(ids) for ids in encoded])
+    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (len(MIXED), 8)).astype(np.int32)
+    lengths = jnp.asarray([4, 6, 8, 1, 5])
 
     def logits(names: Sequence[str | None], bank: AdapterBank | None = fn.bank) -> np.ndarray:
         slots = model.slots(names)
@@ -49,7 +69,7 @@ def run(model):
 
 
 def test_1_base_rows_have_the_bits_of_the_model_without_a_bank(run):
-    mixed, base = run(MIXED), run([None] * len(PROMPTS), bank=None)
+    mixed, base = run(MIXED), run([None] * len(MIXED), bank=None)
     rows = [row for row, name in enumerate(MIXED) if name is None]
     np.testing.assert_array_equal(mixed[:, rows], base[:, rows])
     others = [row for row, name in enumerate(MIXED) if name is not None]

@@ -13,7 +13,7 @@ from networks import (
     save_model,
     save_random_adapter,
     split_to_per_expert,
-    tiny_qwen3_moe,
+    tiny,
 )
 
 from jax_moe_lora import Model
@@ -70,7 +70,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 @pytest.fixture(scope="module", params=SHAPES)
 def served(request, tmp_path_factory) -> tuple[Path, dict[str | None, Path | None], Model]:
     folder = tmp_path_factory.mktemp(request.param)
-    network = tiny_qwen3_moe(**SHAPES[request.param])
+    network = tiny("qwen3_moe", **SHAPES[request.param])
     base = save_model(network, folder / "model")
     adapters: dict[str | None, Path | None] = {None: None}
     for seed, (name, config) in enumerate(ADAPTERS.items()):

@@ -1,5 +1,7 @@
 """The Flax modules hold parameters and give the bits of the pure functions."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,16 @@ def pure(router, experts, bank, x, slots):
 def test_module_equals_the_pure_function(layer, rows):
     expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.get_value(), rows, SLOTS)
     np.testing.assert_array_equal(nnx.jit(lambda m, x, s: m(x, s))(layer, rows, SLOTS), expected)
+
+
+def test_experts_with_biases_hold_them_as_parameters(rows):
+    config = replace(CONFIG, activation="clamped_swiglu", expert_bias=True)
+    layer = MoELoRA(config, rngs=nnx.Rngs(0))
+    base = nnx.jit(lambda m, x: m(x))(layer, rows)
+    layer.experts.down_bias.set_value(jnp.ones((8, 64)))
+    moved = nnx.jit(lambda m, x: m(x))(layer, rows)
+    np.testing.assert_allclose(moved, base + 1, rtol=1e-5, atol=1e-5)  # the weights of a row's experts sum to one
+    assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer.experts))} >= {"gate_bias", "up_bias", "down_bias"}
 
 
 def test_adapters_split_from_base_weights(layer, rows):

@@ -60,7 +60,8 @@ class LoRAAdapter:
     Attributes:
       name: for messages; the name that requests use is given when it is loaded into a model.
       weights: `(layer, module) -> LoRAWeights`, modules named as the family's sites (`gate`, `up`, `down`, `router`,
-        `q`, `k`, `v`, `o`, `mlp_gate`, `mlp_up`, `mlp_down`).
+        `q`, `k`, `v`, `o`, `mlp_gate`, `mlp_up`, `mlp_down`, `shared_gate`, `shared_up`, `shared_down`,
+        `shared_expert_gate`).
       source: what the adapter's own config said, kept for inspection and for writing it back.
     """
 

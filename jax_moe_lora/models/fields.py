@@ -37,6 +37,15 @@ class Fields:
             raise self.error(f"{name} is {value!r}, a number was expected")
         return float(value)
 
+    def optional_positive(self, name: str) -> float | None:
+        return None if self.get(name) is None else self.positive(name)
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        value = self.number(name, default)
+        if value <= 0:
+            raise self.error(f"{name} is {value}, a positive number was expected")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):

@@ -14,14 +14,17 @@ from jax_moe_lora.types import ExpertWeights
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionParams:
-    """q `[H*hd, D]`, k and v `[G*hd, D]`, o `[D, H*hd]`; norms `[hd]` and biases where the family has them."""
+    """q `[H*hd, D]`, k and v `[G*hd, D]`, o `[D, H*hd]`; norms and biases where the family has them.
+
+    A norm as wide as its projection goes over all of it, one of `[hd]` over each head.
+    """
 
     q: Float[Array, "queries D"]
     k: Float[Array, "keys D"]
     v: Float[Array, "keys D"]
     o: Float[Array, "D queries"]
-    q_norm: Float[Array, "hd"] | None = None
-    k_norm: Float[Array, "hd"] | None = None
+    q_norm: Float[Array, "norm"] | None = None
+    k_norm: Float[Array, "norm"] | None = None
     q_bias: Float[Array, "queries"] | None = None
     k_bias: Float[Array, "keys"] | None = None
     v_bias: Float[Array, "keys"] | None = None
@@ -41,10 +44,12 @@ class DenseMLPParams:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MoEParams:
-    """router `[E, D]`, and the experts."""
+    """router `[E, D]`, the experts, and where the family has one the shared expert and its gate `[1, D]`."""
 
     router: Float[Array, "E D"]
     experts: ExpertWeights
+    shared: DenseMLPParams | None = None
+    shared_gate: Float[Array, "1 D"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -77,20 +82,20 @@ def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> ModelPa
 
     d, hd = config.hidden_size, config.head_dim
     queries, keys = config.num_heads * hd, config.num_kv_heads * hd
-    norm = leaf(hd) if config.qk_norm else None
-    biases = {"q_bias": leaf(queries), "k_bias": leaf(keys), "v_bias": leaf(keys), "o_bias": leaf(d)}
-    attention = AttentionParams(
-        leaf(queries, d),
-        leaf(keys, d),
-        leaf(keys, d),
-        leaf(d, queries),
-        norm,
-        norm,
-        **(biases if config.attention_bias else {}),
-    )
-    e, f, m = config.moe.num_experts, config.moe.expert_width, config.mlp_width
-    routed = MoEParams(leaf(e, d), ExpertWeights(leaf(e, f, d), leaf(e, f, d), leaf(e, d, f)))
-    dense = DenseMLPParams(leaf(m, d), leaf(m, d), leaf(d, m))
+    widths = {"q": queries, "k": keys, "v": keys, "o": d}
+    extra = {f"{module}_bias": leaf(widths[module]) for module in config.attention_biases}
+    if config.qk_norm:
+        extra |= {f"{module}_norm": leaf(hd if config.qk_norm == "head" else widths[module]) for module in "qk"}
+    attention = AttentionParams(leaf(queries, d), leaf(keys, d), leaf(keys, d), leaf(d, queries), **extra)
+
+    def mlp(width: int) -> DenseMLPParams:
+        return DenseMLPParams(leaf(width, d), leaf(width, d), leaf(d, width))
+
+    e, f, shared = config.moe.num_experts, config.moe.expert_width, config.shared_expert_width
+    biases = (leaf(e, f), leaf(e, f), leaf(e, d)) if config.moe.expert_bias else ()
+    experts = ExpertWeights(leaf(e, f, d), leaf(e, f, d), leaf(e, d, f), *biases)
+    routed = MoEParams(leaf(e, d), experts, *((mlp(shared), leaf(1, d)) if shared else ()))
+    dense = mlp(config.mlp_width)
     layers = tuple(
         LayerParams(leaf(d), attention, leaf(d), routed if is_moe else dense) for is_moe in config.moe_layers
     )

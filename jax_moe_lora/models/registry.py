@@ -3,13 +3,13 @@
 from types import ModuleType
 
 from jax_moe_lora.errors import ConfigError
-from jax_moe_lora.models import qwen3_moe
+from jax_moe_lora.models import mixtral, olmoe, qwen2_moe, qwen3_moe
 
-_FAMILIES = {module.MODEL_TYPE: module for module in (qwen3_moe,)}
+_FAMILIES = {module.MODEL_TYPE: module for module in (qwen3_moe, qwen2_moe, mixtral, olmoe)}
 
 
 def family(model_type: str | None, source: str = "config") -> ModuleType:
-    """The module that reads this family's configs and names its tensors."""
+    """The module that reads this family's configs (`read_config`) and names its projections (`ADAPTER_NAMES`)."""
     if model_type not in _FAMILIES:
         raise ConfigError(f"{source}: model_type is {model_type!r}, supported are {', '.join(_FAMILIES)}.")
     return _FAMILIES[model_type]

@@ -5,12 +5,14 @@ from typing import Any
 from jax_moe_lora.config import RopeConfig
 from jax_moe_lora.models.fields import Fields
 
-_THETA = 10_000.0
 _KINDS = ("default", "linear", "yarn", "llama3")
 
 
-def read_rope(fields: Fields, max_positions: int) -> RopeConfig:
+def read_rope(fields: Fields, max_positions: int, default_theta: float) -> RopeConfig:
     """Reads `rope_theta` with `rope_scaling` (hub), or `rope_parameters` (transformers 5).
+
+    Args:
+      default_theta: the family's base, for a config that says none.
 
     Raises:
       ConfigError: a scaling that is not supported, or one without a parameter that it needs.
@@ -27,7 +29,7 @@ def read_rope(fields: Fields, max_positions: int) -> RopeConfig:
         raise fields.error(f"rope scaling {kind!r} is not supported, supported are {', '.join(_KINDS)}")
     if inner.get("type") not in (None, kind):
         raise inner.error(f"type is {inner.get('type')!r}, but rope_type is {kind!r}")
-    base = inner.number("rope_theta", _THETA if theta is None else theta)
+    base = inner.number("rope_theta", default_theta if theta is None else theta)
     if theta is not None and base != theta:
         raise inner.error(f"rope_theta is {base}, but {theta!r} beside it")
     if base <= 1:

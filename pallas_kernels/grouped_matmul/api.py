@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import ACTIVATIONS, Activation
+from pallas_kernels.activations import Activation, gated_unit
 from pallas_kernels.backend import Choice, Implementation, choose
 from pallas_kernels.grouped_lora.api import grouped_lora
 from pallas_kernels.grouped_lora.pages import LoRAPages
@@ -24,6 +24,7 @@ def grouped_matmul(
     plan: RoutingPlan,
     *,
     of_tokens: bool = False,
+    biases: Sequence[Float[Array, "E out"] | None] = (),
     adapters: Adapters = (),
     steps: LoRASteps | None = None,
     activation: Activation = "silu",
@@ -31,15 +32,16 @@ def grouped_matmul(
     implementation: Implementation | None = None,
 ) -> Float[Array, "Q out"]:
     """`y[r] = lin(W; x[r])` for each sorted row r of the plan, or for a pair of weights the gated product
-    `activation(lin(W0; x[r])) * lin(W1; x[r])`; `lin(W; x) = x @ W[e].T`, plus the update of the row's adapter.
+    `activation(lin(W0; x[r])) * lin(W1; x[r])`; `lin(W; x) = x @ W[e].T + b[e]`, plus the update of the row's adapter.
 
     Args:
       x: `[Q, in]`, sorted rows; or `[T, in]`, a row a token, with `of_tokens`.
       weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
       plan: made for the same backend (`make_plan(..., implementation)`).
-      adapters: for each weight its adapters, or None; empty for none at all.
+      biases, adapters: for each weight its own, or None; empty for none at all.
       steps: what `lora_steps` makes of these adapters, where a layer makes those of all its projections at once.
-      activation: of the gated product. dtype: of the result; sums are kept in float32.
+      activation: of the gated product; `clamped_swiglu` takes both factors (see `activations.py`).
+      dtype: of the result; sums are kept in float32.
       implementation: a backend by name, or None for the best that is available.
 
     Returns:
@@ -48,20 +50,21 @@ def grouped_matmul(
 
     Raises:
       UnsupportedImplementation: see `backend.choose`; or a plan made for another backend.
-      ValueError: adapters and weights that do not match in number, a pair of two shapes, or adapters with another
-        number of slots than the plan.
+      ValueError: adapters or biases and weights that do not match in number, a pair of two shapes, or adapters with
+        another number of slots than the plan.
     """
     several = weights if isinstance(weights, tuple) else (weights,)
     pages = adapters or (None,) * len(several)
-    if len(pages) != len(several) or len({weight.shape for weight in several}) != 1:
+    own_biases = biases or (None,) * len(several)
+    if {len(pages), len(own_biases)} != {len(several)} or len({weight.shape for weight in several}) != 1:
         raise ValueError(
-            f"Got {len(pages)} adapters for weights of shapes {[list(weight.shape) for weight in several]}; "
-            "expected one (or None) a weight, and a pair of one shape."
+            f"Got {len(pages)} adapters and {len(own_biases)} biases for weights of shapes "
+            f"{[list(weight.shape) for weight in several]}; expected one (or None) a weight, and a pair of one shape."
         )
     check_slots(plan, pages)
     if plan.position.shape[0] == 0:
         return jnp.zeros((plan.order.shape[0], several[0].shape[1]), dtype)
-    picked = choose_for(x, several, pages, dtype, implementation).picked
+    picked = choose_for(x, several, pages, dtype, implementation, activation=activation, biases=own_biases).picked
     if picked == "hopper" and implementation is None and plan.alignment % ROW_ALIGNMENT:
         picked = "xla"  # the plan was made for it
     if picked == "portable" and implementation is None and not fused_portable.reads(plan):
@@ -72,13 +75,12 @@ def grouped_matmul(
         return fused_portable.grouped_matmul(x, several, plan, of_tokens, pages, activation)
     row_index = plan.token if of_tokens else None
 
-    def project(weight: Array, own: LoRAPages | None) -> Array:
-        y = _MATMUL[picked](x, weight, plan, row_index)
+    def project(weight: Array, bias: Array | None, own: LoRAPages | None) -> Array:
+        y = _MATMUL[picked](x, weight, plan, row_index, bias)
         return y if own is None else grouped_lora(y, x, own, plan, row_index, picked)
 
-    products = [project(weight, own) for weight, own in zip(several, pages, strict=True)]
-    y = products[0] if len(products) == 1 else ACTIVATIONS[activation](products[0]) * products[1]
-    return y.astype(dtype)
+    products = [project(*each) for each in zip(several, own_biases, pages, strict=True)]
+    return (products[0] if len(products) == 1 else gated_unit(activation, *products)).astype(dtype)
 
 
 def lora_steps(
@@ -109,10 +111,22 @@ def choose_for(
     adapters: Iterable[LoRAPages | None],
     dtype: jax.typing.DTypeLike,
     implementation: Implementation | None = None,
+    *,
+    activation: Activation = "silu",
+    biases: Iterable[Float[Array, "E _out"] | None] = (),
 ) -> Choice:
     """The backend that a `grouped_matmul` of these gets: `backend.choose` with their dtypes, widths and slots."""
     several, given = list(weights), [pages for pages in adapters if pages is not None]
     operands = [array.dtype for array in (*several, *(pages.a for pages in given))]
     slots = max((pages.scale.shape[0] for pages in given), default=0)
     widths = several[0].shape[1:]
-    return choose(implementation, dtype=x.dtype, operands=operands, widths=widths, result=dtype, slots=slots)
+    return choose(
+        implementation,
+        dtype=x.dtype,
+        operands=operands,
+        widths=widths,
+        result=dtype,
+        slots=slots,
+        activation=activation,
+        biases=any(bias is not None for bias in biases),
+    )

@@ -8,7 +8,11 @@ from pallas_kernels.plan import RoutingPlan, row_experts
 
 
 def grouped_matmul(
-    x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "Q"] | None
+    x: Float[Array, "M in"],
+    weights: Float[Array, "E out in"],
+    plan: RoutingPlan,
+    row_index: Int[Array, "Q"] | None,
+    bias: Float[Array, "E out"] | None = None,
 ) -> Float[Array, "Q out"]:
     rows = x if row_index is None else x[row_index]
     expert = row_experts(plan)  # E for skipped rows
@@ -18,5 +22,7 @@ def grouped_matmul(
         weights.astype(jnp.float32),
         precision=lax.Precision.HIGHEST,
     )
+    if bias is not None:
+        products = products + bias.astype(jnp.float32)[:, None]
     own = expert[None, :, None] == jnp.arange(weights.shape[0])[:, None, None]
     return jnp.where(own, products, 0.0).sum(0)

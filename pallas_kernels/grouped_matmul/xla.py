@@ -13,7 +13,11 @@ from pallas_kernels.tiles import over_tiles
 
 
 def grouped_matmul(
-    x: Float[Array, "M in"], weights: Float[Array, "E out in"], plan: RoutingPlan, row_index: Int[Array, "Q"] | None
+    x: Float[Array, "M in"],
+    weights: Float[Array, "E out in"],
+    plan: RoutingPlan,
+    row_index: Int[Array, "Q"] | None,
+    bias: Float[Array, "E out"] | None = None,
 ) -> Float[Array, "Q out"]:
     tiles = plan.tiles
     out = jnp.zeros((plan.order.shape[0], weights.shape[1]), jnp.float32)
@@ -21,6 +25,7 @@ def grouped_matmul(
     def tile(index, rows, old):
         del old
         own = x[rows if row_index is None else row_index[rows]]
-        return batched_matmul_t(own, weights[tiles.expert[index]])
+        y = batched_matmul_t(own, weights[tiles.expert[index]])
+        return y if bias is None else y + bias[tiles.expert[index]].astype(jnp.float32)[:, None]
 
     return over_tiles(tiles, out, tile)

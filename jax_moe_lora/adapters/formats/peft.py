@@ -105,17 +105,20 @@ class _Reader:
         tensors: Any,
     ):
         self.file, self.config, self.sites, self.names = file, config, sites, names
+        self.per_expert_path = names.per_expert_path or names.experts_path
         self.pairs, self.tensors = pairs, tensors
         self.used: set[str] = set()  # names of modules and parameters, as PEFT matches its targets
 
     def read(self) -> dict[tuple[int, str], LoRAWeights]:
         weights: dict[tuple[int, str], LoRAWeights] = {}
         experts: dict[tuple[int, str], dict[int, Pair]] = {}
-        per_expert = re.compile(re.escape(self.names.experts_path) + rf"\.({_INDEX})\.([^.]+)")
+        per_expert = re.compile(re.escape(self.per_expert_path) + rf"\.({_INDEX})\.([^.]+)")
         for (layer, path), pair in self.pairs.items():
             match = per_expert.fullmatch(path)
-            if path in self.names.dense:
-                weights[layer, self.names.dense[path]] = self._dense(layer, path, pair)
+            if module := self.names.dense.get(path):
+                if (layer, module) in weights:
+                    raise self._error(pair["A"][0], f"the {module} projection stands under another name too")
+                weights[layer, module] = self._dense(layer, path, pair)
             elif path == self.names.experts_path:
                 weights |= self._outer(layer, pair)
             elif path == f"{self.names.experts_path}.base_layer":
@@ -150,7 +153,7 @@ class _Reader:
         for expert, pair in by_expert.items():
             if expert >= count:
                 raise self._error(pair["A"][0], f"the model has experts 0 to {count - 1}")
-            rank, scale = self._rank(f"model.layers.{layer}.{self.names.experts_path}.{expert}.{part}", pair)
+            rank, scale = self._rank(f"model.layers.{layer}.{self.per_expert_path}.{expert}.{part}", pair)
             loaded[expert] = self._load(pair, (rank, site.in_width), (site.out_width, rank))
             ranks[expert], scales[expert] = rank, scale
         largest = int(ranks.max())

@@ -1,0 +1,55 @@
+"""Names of a decoder's projections: in checkpoints, in adapters, and in the parameter tree."""
+
+from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.models.sites import adapter_sites
+
+# Path below `model.layers.L.` -> module, for the families that have it.
+ATTENTION = {f"self_attn.{module}_proj": module for module in "qkvo"}
+ROUTER = {"mlp.gate": "router"}
+DENSE_MLP = {f"mlp.{part}_proj": f"mlp_{part}" for part in ("gate", "up", "down")}
+SHARED_EXPERT = {f"mlp.shared_expert.{part}_proj": f"shared_{part}" for part in ("gate", "up", "down")} | {
+    "mlp.shared_expert_gate": "shared_expert_gate"
+}
+# Last part of an expert's path -> module.
+EXPERTS = {f"{part}_proj": part for part in ("gate", "up", "down")}
+
+# Module -> its leaf below a layer of the parameter tree.
+_LEAVES = (
+    {module: f"attention.{module}" for module in "qkvo"}
+    | {"router": "mlp.router", "shared_expert_gate": "mlp.shared_gate"}
+    | {part: f"mlp.experts.{part}" for part in ("gate", "up", "down")}
+    | {f"mlp_{part}": f"mlp.{part}" for part in ("gate", "up", "down")}
+    | {f"shared_{part}": f"mlp.shared.{part}" for part in ("gate", "up", "down")}
+)
+
+
+def tensor_names(config: ModelConfig, names: AdapterNames) -> dict[str, str | list[str]]:
+    """Path in the parameter tree -> checkpoint tensor, or one tensor an expert where the leaf stacks them."""
+    found: dict[str, str | list[str]] = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    if not config.tie_embeddings:
+        found["head"] = "lm_head.weight"
+    for layer in range(config.num_layers):
+        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        found[f"{ours}.attention_norm"] = f"{theirs}.input_layernorm.weight"
+        found[f"{ours}.mlp_norm"] = f"{theirs}.post_attention_layernorm.weight"
+        for module in config.attention_biases:
+            found[f"{ours}.attention.{module}_bias"] = f"{theirs}.self_attn.{module}_proj.bias"
+        for module in "qk" if config.qk_norm else "":
+            found[f"{ours}.attention.{module}_norm"] = f"{theirs}.self_attn.{module}_norm.weight"
+    path_of = {module: path for path, module in names.dense.items()}
+    part_of = {module: part for part, module in names.experts.items()}
+    for module, site in adapter_sites(config).items():
+        for layer in site.layers:
+            if module in part_of:
+                experts = f"model.layers.{layer}.{names.per_expert_path or names.experts_path}"
+                tensors = [f"{experts}.{e}.{part_of[module]}.weight" for e in range(site.num_experts)]
+                found[f"layers.{layer}.{_LEAVES[module]}"] = tensors
+            else:
+                found[f"layers.{layer}.{_LEAVES[module]}"] = f"model.layers.{layer}.{path_of[module]}.weight"
+    return found
+
+
+def unused_names(config: ModelConfig) -> frozenset[str]:
+    """Tensors that may stand in a checkpoint and are not read: a tied head, saved all the same."""
+    return frozenset({"lm_head.weight"} if config.tie_embeddings else ())
