@@ -14,7 +14,8 @@ def check_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int
         raise AdapterFormatError(f"Adapter {adapter.name!r} holds no weights; expected at least one projection.")
     for (layer, module), weights in adapter.weights.items():
         for problem in _problems(layer, module, weights, sites, max_rank, dtype):
-            raise AdapterFormatError(f"Adapter {adapter.name!r}, layer {layer}, {module}: {problem}")
+            layout = f" ({adapter.layout})" if adapter.layout else ""
+            raise AdapterFormatError(f"Adapter {adapter.name!r}{layout}, layer {layer}, {module}: {problem}")
 
 
 def _problems(
