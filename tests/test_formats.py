@@ -34,6 +34,7 @@ from jax_moe_lora import AdapterFormatError, Model
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
+from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.inspect import inspect_adapter
 from jax_moe_lora.models.decoder import adapter_sites
 from jax_moe_lora.models.qwen3_moe import ADAPTER_NAMES
@@ -66,8 +67,8 @@ def model(base, written) -> Model:
 
 
 @pytest.fixture(scope="module")
-def sites(model) -> dict[str, Site]:
-    return adapter_sites(model.config)
+def sites(base) -> dict[str, Site]:
+    return adapter_sites(read_model_config(base))
 
 
 @pytest.fixture(scope="module")

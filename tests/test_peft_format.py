@@ -7,7 +7,7 @@ that need them, so the hand-built files of the refusals need none of them.
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +148,11 @@ def pair(path: str, in_width: int, out_width: int, rank: int = 2, dtype: Any = n
     }
 
 
-def split_to_per_expert(
-    folder_in: Path, folder_out: Path, num_experts: int = TINY["num_experts"], drop: Collection[str] = ()
-) -> Path:
+def split_to_per_expert(folder_in: Path, folder_out: Path, num_experts: int = TINY["num_experts"]) -> Path:
     """Rewrites 3-D expert adapters as 2-D ones per expert, exactly: what transformers 4 and peft wrote.
 
     Args:
-      folder_in: an adapter of both expert parameters. drop: paths such as `0.mlp.experts.1.gate_proj` to leave out.
+      folder_in: an adapter of both expert parameters.
     """
     config = json.loads((folder_in / CONFIG).read_text())
     tensors: dict[str, np.ndarray] = {}
@@ -170,9 +168,8 @@ def split_to_per_expert(
             own_b = np.stack([b[:, index * num_experts + expert] for index in range(rank)], axis=1)
             for module, part in rows.items():
                 path = f"{layer}.mlp.experts.{expert}.{module}_proj"
-                if path not in drop:
-                    tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(own_a)
-                    tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(own_b[part])
+                tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(own_a)
+                tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(own_b[part])
     config |= {"target_modules": ["gate_proj", "up_proj", "down_proj"], "target_parameters": None}
     folder_out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder_out / WEIGHTS)
@@ -287,22 +284,6 @@ def test_a_bfloat16_file_stays_bfloat16(tmp_path):
 @pytest.mark.parity
 def test_per_expert_modules_equal_the_fused_parameter_that_they_were_split_from(experts, tmp_path):
     assert_same_deltas(read(split_to_per_expert(experts, tmp_path / "split")), peft_deltas(experts))
-
-
-@pytest.mark.parity
-def test_a_missing_expert_is_zero_and_shifts_nobody(experts, tmp_path):
-    dropped = ("0.mlp.experts.1.gate_proj", "0.mlp.experts.0.down_proj", "2.mlp.experts.2.up_proj")
-    adapter = read(split_to_per_expert(experts, tmp_path / "split", drop=dropped))
-    expected = peft_deltas(experts)
-    holes = {(0, "gate"): 1, (0, "down"): 0, (2, "up"): 2}
-    for key, delta in expected.items():
-        for expert in range(TINY["num_experts"]):
-            found = adapter.weights[key]
-            if holes.get(key) == expert:
-                assert found.ranks[expert] == 0
-                assert not found.delta(expert).any()
-            else:
-                np.testing.assert_allclose(found.delta(expert), delta[expert], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parity
