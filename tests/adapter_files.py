@@ -127,7 +127,7 @@ def transposed(base: Path, folder: Path) -> Written:
             delta = 1.5 * np.einsum("ore,eri->eio", b.reshape(o, 4, E), a.reshape(E, 4, i))
             deltas |= {(layer, "gate"): delta[:, :F], (layer, "up"): delta[:, F:]} if key else {(layer, "down"): delta}
     write(folder, tensors, peft_version="0.18.1", target_modules=None, target_parameters=EXPERTS)
-    return Written(folder, merged_logits(base, deltas), "PEFT, 3-D parameters")
+    return Written(folder, merged_logits(base, deltas), "PEFT, 3-D parameters of peft up to 0.19.0")
 
 
 def per_expert(base: Path, folder: Path) -> Written:

@@ -1,5 +1,7 @@
 """Every adapter layout in one batch: logits against PEFT, or against transformers with merged weights."""
 
+import json
+import shutil
 import warnings
 from collections.abc import Mapping
 from itertools import product
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import (
+    CONFIG,
     EXPERTS_PATH,
     GPT_OSS,
     LAYERS,
@@ -100,7 +103,7 @@ def test_a_row_of_the_mixed_batch_has_the_bits_of_its_solo_run(model, mixed, nam
 def test_the_layout_is_reported(sites, written, name):
     case = written[name]
     assert read_adapter(case.folder, sites, case.names).layout == case.layout
-    assert inspect_adapter(case.folder).layout == case.layout
+    assert inspect_adapter(case.folder).layout == case.layout.removesuffix(" of peft up to 0.19.0")
 
 
 def read(folder: Path, sites: Mapping[str, Site], names: AdapterNames = ADAPTER_NAMES) -> LoRAAdapter:
@@ -149,6 +152,33 @@ def test_gpt_oss_is_read_as_peft_merges_it(tmp_path):
         assert expected.any()
         for expert in range(3):
             np.testing.assert_allclose(weights[0, module].delta(expert), expected[expert], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tinker", "sglang", "trtllm_one_matrix"])
+def test_a_config_may_name_a_projection_by_the_spelling_of_any_layout(sites, written, tmp_path, name):
+    """Also one half of a fused one: gate has its own alpha, up that of the whole config."""
+    shutil.copytree(written[name].folder, tmp_path / "adapter")
+    fields = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["gate_proj", "w3", "moe_4h_to_h"],
+        "alpha_pattern": {"gate_proj": 9},
+    }
+    (tmp_path / "adapter" / CONFIG).write_text(json.dumps(fields))
+    weights = read(tmp_path / "adapter", sites).weights
+    assert {module: float(weights[0, module].scale[0]) for module in WIDTHS} == {
+        "gate": 9 / 4,
+        "up": 6 / 4,
+        "down": 6 / 4,
+    }
+
+
+def test_the_router_of_tensorrt_llm_is_read(sites, tmp_path):
+    random = np.random.default_rng(0)
+    a, b = (random.standard_normal(shape, dtype=np.float32) for shape in ((1, 4, D), (1, E, 4)))
+    tensors = {f"{EXPERTS_PATH.format(2)}.moe_router.lora_{side}.weight": m for side, m in (("A", a), ("B", b))}
+    router = read(write(tmp_path / "adapter", tensors, target_modules=["gate"]), sites).weights[2, "router"]
+    np.testing.assert_allclose(router.delta(0), 1.5 * (b[0] @ a[0]), rtol=1e-6)
 
 
 def test_a_sidecar_beside_per_expert_matrices_makes_one_matrix_of_equal_ones(sites, tmp_path):

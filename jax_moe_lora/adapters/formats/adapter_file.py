@@ -1,7 +1,7 @@
 """One adapter's open file: its keys as pairs of A and B, checked against its config and the model's sites."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,8 @@ class AdapterFile:
     """What the readers of all layouts share.
 
     Attributes:
-      used: names of modules and parameters that weights were found for, as PEFT matches its targets.
+      layout: what users are told of the experts. used: names of modules and parameters that weights were found for, as
+        PEFT matches its targets.
     """
 
     path: Path
@@ -107,6 +108,7 @@ class AdapterFile:
     sites: Mapping[str, Site]
     names: AdapterNames
     tensors: Any
+    layout: str
     used: set[str] = field(default_factory=set)
 
     def site(self, module: str, pair: Pair) -> Site:
@@ -115,27 +117,23 @@ class AdapterFile:
             raise self.error(pair, f"the model has no {module} projection in layer {pair.layer}")
         return site
 
-    def rank(self, pair: Pair, found: int, *names: str, parameter: bool | None = False) -> tuple[int, float]:
-        """Rank and scale by the config, which must target one of the names and agree with the file.
+    def scale(self, pair: Pair, rank: int, targeted: Callable[[str], bool], *names: str) -> float:
+        """The scale by the config, which must target one of the names and agree with the tensors' rank.
 
         Args:
-          found: rank of the tensors. names: below `model.layers.L.`, that of the file first.
-          parameter: the name is that of a parameter, not of a module; None: of either.
+          names: below `model.layers.L.`, that of the file first.
         """
         full = [f"model.layers.{pair.layer}.{name}" for name in names]
-        targeted = (parameter is not True and any(map(self.config.targets_module, full))) or (
-            parameter is not False and any(map(self.config.targets_parameter, full))
-        )
-        if not targeted:
+        if not any(map(targeted, full)):
             raise self.error(pair, f"{self.config.file.name} does not target {full[0]}")
         self.used.update(full)
-        rank, scale = self.config.rank_and_scale(*full)
-        if found != rank:
-            raise self.error(pair, f"it has rank {found}, and {self.config.file.name} says {rank}")
-        return rank, scale
+        expected, scale = self.config.rank_and_scale(*full)
+        if rank != expected:
+            raise self.error(pair, f"it has rank {rank}, and {self.config.file.name} says {expected}")
+        return scale
 
     def load(
-        self, pair: Pair, shapes_a: Collection[tuple[int, ...]], shapes_b: Collection[tuple[int, ...]]
+        self, pair: Pair, shapes_a: Sequence[tuple[int, ...]], shapes_b: Sequence[tuple[int, ...]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """A and B, each of one of the shapes that the model expects."""
         for side, shapes in (("A", shapes_a), ("B", shapes_b)):

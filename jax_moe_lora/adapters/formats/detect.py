@@ -44,14 +44,15 @@ def read_adapter(
         )
     pairs = pair_keys(path, tensor_infos(path, AdapterFormatError))
     with open_tensors(path, AdapterFormatError) as tensors:
-        file = AdapterFile(path, config, sites, names, tensors)
+        file = AdapterFile(path, config, sites, names, tensors, DENSE_ONLY)
         layout, experts = _experts(file, pairs)
-        weights = {} if layout is None else layout.read(file, experts)
+        weights: Weights = {}
+        if layout is not None:
+            file.layout = layout.name
+            weights = layout.read(file, experts)
         _add_dense(file, weights, [pair for pair in pairs if pair.path in names.dense])
     _check_targets(file, layout)
-    return LoRAAdapter(
-        name or folder.name, share_sides(folder, weights), config.raw, DENSE_ONLY if layout is None else layout.name
-    )
+    return LoRAAdapter(name or folder.name, share_sides(folder, weights), config.raw, file.layout)
 
 
 def layout_of(rest: str) -> Layout | None:
@@ -90,7 +91,7 @@ def _check_targets(file: AdapterFile, layout: Layout | None) -> None:
     config, names = file.config, file.names
     own = {path.rpartition(".")[2] for path in names.dense} | set(names.experts)
     if layout in STACKS:
-        own |= set(names.spellings(("gate", "up", "down")))
+        own |= {part for module in names.experts.values() for part in names.spellings(module)}
     listed = [] if isinstance(config.target_modules, str) else list(config.target_modules)
     for target in [t for t in listed if t.rpartition(".")[2] in own] + list(config.target_parameters):
         if not any(key == target or key.endswith(f".{target}") for key in file.used):

@@ -45,8 +45,8 @@ class AdapterNames:
         half = b.shape[1] // 2
         return (b[:, ::2], b[:, 1::2]) if self.interleaved else (b[:, :half], b[:, half:])
 
-    def spellings(self, modules: tuple[str, ...]) -> tuple[str, ...]:
-        """Every last part of a path that names one of these modules of the experts."""
+    def spellings(self, module: str) -> tuple[str, ...]:
+        """Every last part of a path that names this module of the experts."""
         own = {part: (module,) for part, module in self.experts.items()}
         parts = own | TINKER_PARTS | SGLANG_PARTS | TRTLLM_PARTS
-        return tuple(part for part, held in parts.items() if set(held) & set(modules))
+        return tuple(part for part, held in parts.items() if module in held)

@@ -24,9 +24,11 @@ def read_dense(file: AdapterFile, pair: Pair) -> LoRAWeights:
     file.two_dimensional(pair)
     site = file.site(file.names.dense[pair.path], pair)
     # transformers 5 holds the router as a bare parameter, so a config may name either.
-    parameter = file.config.targets_parameter(f"model.layers.{pair.layer}.{pair.path}.weight")
-    name = f"{pair.path}.weight" if parameter else pair.path
-    rank, scale = file.rank(pair, pair.shape("A")[0], name, parameter=parameter)
+    rank, parameter = pair.shape("A")[0], f"{pair.path}.weight"
+    if file.config.targets_parameter(f"model.layers.{pair.layer}.{parameter}"):
+        scale = file.scale(pair, rank, file.config.targets_parameter, parameter)
+    else:
+        scale = file.scale(pair, rank, file.config.targets_module, pair.path)
     a, b = file.load(pair, [(rank, site.in_width)], [(site.out_width, rank)])
     return uniform(a[None], b[None], scale, 1)
 
@@ -52,7 +54,8 @@ def _stack(file: AdapterFile, module: str, by_expert: Mapping[int, Pair]) -> LoR
     for expert, pair in by_expert.items():
         if expert >= count:
             raise file.error(pair, f"the model has experts 0 to {count - 1}")
-        rank, scale = file.rank(pair, pair.shape("A")[0], pair.path)
+        rank = pair.shape("A")[0]
+        scale = file.scale(pair, rank, file.config.targets_module, pair.path)
         loaded[expert] = file.load(pair, [(rank, site.in_width)], [(site.out_width, rank)])
         ranks[expert], scales[expert] = rank, scale
     largest = int(ranks.max())
@@ -97,7 +100,8 @@ class _Wrapper:
                 f"A has {rows} rows and B {columns} columns, not one multiple of {self.experts} experts",
             )
         name = f"{self.pair.path.removesuffix(_INNER)}.{self.parameter}"
-        rank, scale = file.rank(self.pair, rows // self.experts, name, parameter=True)
+        rank = rows // self.experts
+        scale = file.scale(self.pair, rank, file.config.targets_parameter, name)
         a_width, b_width = reversed(self.widths) if transposed else self.widths
         a, b = file.load(self.pair, [(rows, a_width)], [(b_width, rows)])
         a, b = a.reshape(self.experts, rank, a_width), b.reshape(b_width, rank, self.experts)
@@ -109,6 +113,8 @@ def read_wrappers(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:
     per_layer = Counter(pair.layer for pair in pairs)
     wrappers = [_wrapper(file, pair, nested=per_layer[pair.layer] == 2) for pair in pairs]
     transposed = _are_transposed(file, wrappers)
+    if transposed:
+        file.layout += " of peft up to 0.19.0"
     weights: Weights = {}
     for wrapper in wrappers:
         a, b, scale = wrapper.read(file, transposed)

@@ -93,6 +93,9 @@ class PeftConfig:
         alpha = self.alpha_patterns.get(_first_match(self.alpha_patterns, keys), self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
 
+    def targets(self, key: str) -> bool:
+        return self.targets_module(key) or self.targets_parameter(key)
+
     def targets_parameter(self, key: str) -> bool:
         return any(_ends_with(key, target) for target in self.target_parameters)
 

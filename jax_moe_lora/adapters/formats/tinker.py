@@ -27,22 +27,17 @@ def read_stacks(file: AdapterFile, pairs: Sequence[Pair], parts: Mapping[str, tu
         experts, _, part = pair.path.rpartition(".")
         modules = parts[part]
         site = file.site(modules[0], pair)
-        count, out_width = site.num_experts, len(modules) * site.out_width
-        # The rank is in the second dimension from the end; a tensor of another form is refused by its shape.
-        found = (0, 0, *pair.shape("A"))[-2]
-        names = [f"{experts}.{spelling}" for spelling in (part, *file.names.spellings(modules))]
-        names += [path for path, module in file.names.dense.items() if module in modules]
-        rank, scale = file.rank(pair, found, *names, parameter=None)
-        a, b = file.load(
-            pair,
-            {(n, rank, site.in_width) for n in (count, 1)},
-            {(n, out_width, rank) for n in (count, 1)},
-        )
+        counts, out_width = sorted({1, site.num_experts}), len(modules) * site.out_width
+        rank = (0, 0, *pair.shape("A"))[-2]  # a tensor of another form is refused by its shape
+        a, b = file.load(pair, [(n, rank, site.in_width) for n in counts], [(n, out_width, rank) for n in counts])
         halves = file.names.gate_and_up(b) if len(modules) == 2 else (b,)
         for module, half in zip(modules, halves, strict=True):
             if (pair.layer, module) in weights:
                 raise file.error(pair, f"it holds {module} of layer {pair.layer}, which another key holds too")
-            weights[pair.layer, module] = uniform(a, half, scale, count)
+            names = [f"{experts}.{spelling}" for spelling in (part, *file.names.spellings(module))]
+            names += [path for path, dense in file.names.dense.items() if dense == module]
+            scale = file.scale(pair, rank, file.config.targets, *names)
+            weights[pair.layer, module] = uniform(a, half, scale, site.num_experts)
     return weights
 
 

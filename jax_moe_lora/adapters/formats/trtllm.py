@@ -48,7 +48,7 @@ def share_sides(folder: Path, weights: Weights) -> Weights:
             present = matrices if len(matrices) == 1 else matrices[own.ranks > 0]
             if (present != present[:1]).any():
                 raise AdapterFormatError(f"{where} is declared shared, and its experts' matrices differ.")
-            sides[side] = merged.setdefault(id(matrices), present[:1])
+            sides[side] = merged.setdefault(id(matrices), present[:1].copy())
         shared[layer, module] = replace(own, a=sides["A"], b=sides["B"])
     return shared
 
