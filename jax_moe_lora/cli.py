@@ -114,7 +114,8 @@ def inspect(
         return
     scale = "alpha / sqrt(rank)" if summary.rank_stabilised else "alpha / rank"
     title = (
-        f"LoRA adapter: rank {summary.rank}, alpha {summary.alpha:g} (scale {scale}), {format_bytes(summary.nbytes)}"
+        f"LoRA adapter ({summary.layout}): rank {summary.rank}, alpha {summary.alpha:g} (scale {scale}), "
+        f"{format_bytes(summary.nbytes)}"
     )
     table = Table("module", "form", "layers", "A", "B", "ranks", "shared", "bytes", title=title)
     for module in summary.modules:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jax_moe_lora.adapters.formats.detect import DENSE_ONLY, layout_of
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig, describe_peft_config
 from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError
@@ -27,6 +28,7 @@ _LORA_KEY = re.compile(
     r"base_model\.model\.(?:model\.)?layers\.(?P<layer>\d{1,9})\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERTS = re.compile(r"(?:.+\.)?experts(?P<rest>(?:\..+)?)")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class ModuleSummary:
     """One kind of projection that an adapter targets.
 
     Attributes:
-      form: `2-D`, `2-D per expert` or `3-D parameter`, whose A and B hold rank * E rows and columns.
+      form: `2-D`, `2-D per expert`, `3-D parameter`, whose A and B hold rank * E rows and columns, or `stack`, whose A
+        and B are `[E or 1, rank, in]` and `[E or 1, out, rank]`.
       shared: sides that several projections use as one matrix.
     """
 
@@ -69,9 +72,10 @@ class ModuleSummary:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """A PEFT adapter folder; the patterns are what its config sets apart from `rank` and `alpha`."""
+    """An adapter folder; the patterns are what its config sets apart from `rank` and `alpha`."""
 
     kind: str
+    layout: str
     rank: int
     alpha: float
     rank_pattern: dict[str, int]
@@ -127,7 +131,9 @@ def inspect_model(folder: Path) -> ModelSummary:
 def inspect_adapter(folder: Path) -> AdapterSummary:
     config = describe_peft_config(folder)
     infos = tensor_infos(folder / "adapter_model.safetensors", AdapterFormatError)
-    keys = {key: match for key, info in infos.items() if (match := _LORA_KEY.fullmatch(key)) and len(info.shape) == 2}
+    keys = {
+        key: match for key, info in infos.items() if (match := _LORA_KEY.fullmatch(key)) and len(info.shape) in (2, 3)
+    }
     paths = {(int(match["layer"]), match["path"]) for match in keys.values()}
     groups: dict[str, list[_Matrix]] = {}
     for key, match in keys.items():
@@ -137,11 +143,12 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         rank, _ = config.rank_and_scale(f"model.layers.{layer}.{module}")
         if parameter and match["side"] == "A" and infos[key].shape[0] % rank:
             raise config.error(f"it gives {key} rank {rank}, which does not divide its {infos[key].shape[0]} rows")
-        own_rank = rank if parameter else infos[key].shape[0]
+        own_rank = rank if parameter else infos[key].shape[-2]
         groups.setdefault(module, []).append(_Matrix(layer, match["side"], infos[key], own_rank, bool(parameter)))
     modules = [_module(name, group) for name, group in sorted(groups.items())]
     return AdapterSummary(
         kind="adapter",
+        layout=_layout({path for _, path in paths}),
         rank=config.rank,
         alpha=config.alpha,
         rank_pattern=dict(config.rank_patterns),
@@ -177,17 +184,28 @@ def _parameter(layer: int, path: str, paths: set[tuple[int, str]], config: PeftC
     return f"{experts}.{'gate_up_proj' if fused else 'down_proj'}"
 
 
+def _layout(paths: set[str]) -> str:
+    """The names of the layouts that the experts' paths have."""
+    rests = {match["rest"] for path in paths if (match := _EXPERTS.fullmatch(path))}
+    found = {layout.name for rest in rests if (layout := layout_of(rest))}
+    return ", ".join(sorted(found)) or DENSE_ONLY
+
+
 def _module(name: str, group: list[_Matrix]) -> ModuleSummary:
+    stack = len(group[0].info.shape) == 3
     form = "3-D parameter" if group[0].parameter else "2-D per expert" if ".experts.*." in name else "2-D"
     shapes = {matrix.side: list(matrix.info.shape) for matrix in reversed(group)}
     return ModuleSummary(
         module=name,
-        form=form,
+        form="stack" if stack else form,
         layers=sorted({matrix.layer for matrix in group}),
         shape_a=shapes.get("A", []),
         shape_b=shapes.get("B", []),
         ranks=sorted({matrix.rank for matrix in group if matrix.side == "A"}),
-        shared="A of gate and up" if form == "3-D parameter" and name.endswith("gate_up_proj") else "",
+        shared=", ".join(
+            (["A of gate and up"] if form == "3-D parameter" and name.endswith("gate_up_proj") else [])
+            + [f"{side} of all experts" for side, shape in sorted(shapes.items()) if stack and shape[0] == 1]
+        ),
         nbytes=sum(_nbytes(matrix.info) for matrix in group),
     )
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jax_moe_lora import generate as programs
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank, insert, remove
-from jax_moe_lora.adapters.formats.peft import read_peft
+from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import SlotRegistry
 from jax_moe_lora.arguments import sequence, whole
@@ -131,7 +131,10 @@ class Model:
             }
 
     def load_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> AdapterInfo:
-        """Loads a PEFT adapter folder under a name. Nothing recompiles, and a failure leaves everything as it was.
+        """Loads an adapter folder under a name. Nothing recompiles, and a failure leaves everything as it was.
+
+        Args:
+          adapter: a folder in any layout that `read_adapter` knows, or an adapter in memory.
 
         Raises:
           AdapterFormatError: the files are not understood or do not fit. AdapterNameError: the name is taken or
@@ -141,7 +144,7 @@ class Model:
         try:
             if not isinstance(adapter, LoRAAdapter):
                 names = family(self.config.model_type).ADAPTER_NAMES
-                adapter = read_peft(local_folder(adapter), decoder.adapter_sites(self.config), names, adapter_name)
+                adapter = read_adapter(local_folder(adapter), decoder.adapter_sites(self.config), names, adapter_name)
             return self._insert(adapter, adapter_name, slot)
         except BaseException:
             self._registry.forget(adapter_name)

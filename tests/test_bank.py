@@ -1,13 +1,16 @@
 """The bank: what adapters take, what is refused, and that nothing is lost on the way."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from layers import Spec, draw, random_adapter
 
 from jax_moe_lora import AdapterFormatError, BankFullError, InputError
+from jax_moe_lora.adapters import bank as bank_module
 from jax_moe_lora.adapters.bank import compact, create_bank, insert, remove
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, uniform
 from jax_moe_lora.adapters.packing import allocate
@@ -38,10 +41,47 @@ def bank(slots: int = 4, max_rank: int = 128, memory: int | None = None):
     ],
 )
 def test_an_adapter_takes_what_its_matrices_need(layout, rank, pages_d, pages_f):
-    loaded = insert(bank(), 1, adapter(layout, rank))
+    needed = adapter(layout, rank)
+    loaded = insert(bank(), 1, needed)
+    assert bank().nbytes_of(needed) == loaded.slot_nbytes(1)
     assert loaded.slot_nbytes(1) == pages_d * PAGE_D + pages_f * PAGE_F
     assert loaded.slot_nbytes(0) == 0
     assert remove(loaded, 1).slot_nbytes(1) == 0
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "fused", "shared_outer", "with_router"])
+@pytest.mark.parametrize("rank", [16, 32])
+def test_whole_pages_take_the_bytes_of_their_elements(layout, rank):
+    """No padding at these ranks: each array that the adapter holds, once, in the bank's item size."""
+    full = adapter(layout, rank)
+    arrays = {id(m): m.size for w in full.weights.values() for m in (w.a, w.b)}
+    half = create_bank(SITES, 4, 32, None, "bfloat16")
+    assert half.nbytes_of(full) == insert(half, 0, full).slot_nbytes(0) == 2 * sum(arrays.values())
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_pages_hold_the_matrices_however_they_lie_in_memory(monkeypatch, order):
+    """Small chunks, free pages full of NaN, and axes of A and B in any order in memory."""
+    monkeypatch.setattr(bank_module, "CHUNK_BYTES", 24 * 64 * 4)
+    empty = bank(slots=2, max_rank=32)
+    pages = {w: jnp.where((empty.owner[w] == -1)[:, None, None], jnp.nan, pool) for w, pool in empty.pages.items()}
+    ranks = np.array([20, 0, 16, 3], np.int32)
+    given = {(0, m): replace(w, ranks=ranks) for m in ("gate", "down") for w in [adapter(rank=20).weights[0, m]]}
+    lying = {k: replace(w, a=in_memory(w.a, order), b=in_memory(w.b, order)) for k, w in given.items()}
+    held = insert(replace(empty, pages=pages), 1, LoRAAdapter("lying", lying)).layer(0)
+    for (_, module), w in given.items():
+        entry = held[module]
+        for expert, (first_a, first_b, count, rank) in enumerate(np.asarray(entry.table)[1]):
+            assert rank == ranks[expert]
+            for pool, first, rows in ((entry.a, first_a, w.a[expert]), (entry.b, first_b, w.b[expert].T)):
+                found = np.asarray(pool[first : first + count]).reshape(-1, rows.shape[1])
+                np.testing.assert_array_equal(found[:rank], rows[:rank])
+                assert not found[rank:].any()
+
+
+def in_memory(values: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """The same array with its axes in this order in memory."""
+    return np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
 
 
 def test_a_budget_is_kept_and_a_full_bank_refuses_by_name_and_size():
@@ -125,6 +165,15 @@ def test_values_that_overflow_the_banks_dtype_are_refused():
     half = create_bank(SITES, 1, 16, None, "float16")
     with pytest.raises(AdapterFormatError, match="not finite in float16"):
         insert(half, 0, LoRAAdapter("big", {(0, "gate"): weights(fill=1e6)}))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_refused_in_every_dtype(dtype, value):
+    bad = weights(fill=3e-8)  # the exponent of zero, or a small one
+    bad.b[2, 5, 1] = value
+    with pytest.raises(AdapterFormatError, match=f"B holds values that are not finite in {dtype}"):
+        insert(create_bank(SITES, 1, 16, None, dtype), 0, LoRAAdapter("bad", {(0, "gate"): bad}))
 
 
 def test_an_empty_adapter_is_refused():

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_moe_lora import AdapterFormatError, InputError, count_compilations
 from jax_moe_lora.adapters.bank import insert, remove
-from jax_moe_lora.adapters.formats.peft import read_peft
+from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.config import MoEConfig
@@ -160,7 +160,7 @@ def test_7_nothing_is_silent(tmp_path, case):
     save_file({**load_file(file), **extra}, file)
     model_config = read_model_config(data_folder() / "model")
     with pytest.raises(AdapterFormatError) as refused:
-        read_peft(tmp_path / "upper", adapter_sites(model_config), ADAPTER_NAMES)
+        read_adapter(tmp_path / "upper", adapter_sites(model_config), ADAPTER_NAMES)
     assert all(part in str(refused.value) for part in (key, str(file), why)), refused.value
 
 

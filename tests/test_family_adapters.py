@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_moe_lora.adapters.formats.peft import read_peft
+from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.errors import AdapterFormatError
@@ -61,7 +61,7 @@ def write(folder: Path, paths: dict[str, tuple[int, int]]) -> Path:
 def load(model_type: str, folder: Path) -> LoRAAdapter:
     shared = SHARED if model_type == "qwen2_moe" else 0
     config = ModelConfig(model_type, 32, 1, D, 4, 4, 4, 0, MoEConfig(D, F, E, 2), (True,), shared_expert_width=shared)
-    return read_peft(folder, adapter_sites(config), family(model_type).ADAPTER_NAMES)
+    return read_adapter(folder, adapter_sites(config), family(model_type).ADAPTER_NAMES)
 
 
 @pytest.mark.parametrize("model_type", READ)

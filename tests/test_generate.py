@@ -220,13 +220,13 @@ def during_a_load(model, monkeypatch):
     """Calls a function while an adapter named "late" loads: its files are read, its pages are not in the bank."""
 
     def load(check) -> None:
-        real = surface.read_peft
+        real = surface.read_adapter
 
         def read(*arguments):
             check()
             return real(*arguments)
 
-        monkeypatch.setattr(surface, "read_peft", read)
+        monkeypatch.setattr(surface, "read_adapter", read)
         model.load_adapter(data_folder() / "adapters" / "sort", "late")
         monkeypatch.undo()
 

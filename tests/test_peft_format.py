@@ -7,7 +7,7 @@ that need them, so the hand-built files of the refusals need none of them.
 import json
 import shutil
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jax_moe_lora.adapters.formats.peft import read_peft
+from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError
 from jax_moe_lora.models.qwen3_moe import ADAPTER_NAMES
@@ -148,13 +148,11 @@ def pair(path: str, in_width: int, out_width: int, rank: int = 2, dtype: Any = n
     }
 
 
-def split_to_per_expert(
-    folder_in: Path, folder_out: Path, num_experts: int = TINY["num_experts"], drop: Collection[str] = ()
-) -> Path:
+def split_to_per_expert(folder_in: Path, folder_out: Path, num_experts: int = TINY["num_experts"]) -> Path:
     """Rewrites 3-D expert adapters as 2-D ones per expert, exactly: what transformers 4 and peft wrote.
 
     Args:
-      folder_in: an adapter of both expert parameters. drop: paths such as `0.mlp.experts.1.gate_proj` to leave out.
+      folder_in: an adapter of both expert parameters.
     """
     config = json.loads((folder_in / CONFIG).read_text())
     tensors: dict[str, np.ndarray] = {}
@@ -170,9 +168,8 @@ def split_to_per_expert(
             own_b = np.stack([b[:, index * num_experts + expert] for index in range(rank)], axis=1)
             for module, part in rows.items():
                 path = f"{layer}.mlp.experts.{expert}.{module}_proj"
-                if path not in drop:
-                    tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(own_a)
-                    tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(own_b[part])
+                tensors[f"{PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(own_a)
+                tensors[f"{PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(own_b[part])
     config |= {"target_modules": ["gate_proj", "up_proj", "down_proj"], "target_parameters": None}
     folder_out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder_out / WEIGHTS)
@@ -235,7 +232,7 @@ CASES = {
 
 
 def read(folder: Path) -> LoRAAdapter:
-    return read_peft(folder, tiny_sites(), ADAPTER_NAMES)
+    return read_adapter(folder, tiny_sites(), ADAPTER_NAMES)
 
 
 def assert_same_deltas(adapter: LoRAAdapter, expected: dict[tuple[int, str], np.ndarray], tolerance: float = 1e-6):
@@ -270,7 +267,7 @@ def test_gate_and_up_of_a_fused_parameter_hold_one_a(experts):
     for layer in (0, 2):
         assert adapter.weights[layer, "gate"].a is adapter.weights[layer, "up"].a
     assert adapter.name == "adapter"
-    assert read_peft(experts, tiny_sites(), ADAPTER_NAMES, "mine").name == "mine"
+    assert read_adapter(experts, tiny_sites(), ADAPTER_NAMES, "mine").name == "mine"
 
 
 @pytest.mark.parity
@@ -287,22 +284,6 @@ def test_a_bfloat16_file_stays_bfloat16(tmp_path):
 @pytest.mark.parity
 def test_per_expert_modules_equal_the_fused_parameter_that_they_were_split_from(experts, tmp_path):
     assert_same_deltas(read(split_to_per_expert(experts, tmp_path / "split")), peft_deltas(experts))
-
-
-@pytest.mark.parity
-def test_a_missing_expert_is_zero_and_shifts_nobody(experts, tmp_path):
-    dropped = ("0.mlp.experts.1.gate_proj", "0.mlp.experts.0.down_proj", "2.mlp.experts.2.up_proj")
-    adapter = read(split_to_per_expert(experts, tmp_path / "split", drop=dropped))
-    expected = peft_deltas(experts)
-    holes = {(0, "gate"): 1, (0, "down"): 0, (2, "up"): 2}
-    for key, delta in expected.items():
-        for expert in range(TINY["num_experts"]):
-            found = adapter.weights[key]
-            if holes.get(key) == expert:
-                assert found.ranks[expert] == 0
-                assert not found.delta(expert).any()
-            else:
-                np.testing.assert_allclose(found.delta(expert), delta[expert], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parity
@@ -493,9 +474,9 @@ TENSOR_REFUSALS = {
     "fused_and_per_expert": (
         {**BOTH, **ONE_GATE},
         {"target_modules": ["gate_proj"], "target_parameters": [GATE_UP, DOWN]},
-        r"experts\.1\.gate_proj.*3-D",
+        r"experts.*lora_A.*3-D.*per-expert",
     ),
-    "transposed": ({**fused(True, 24, 16), **fused(False, 16, 12)}, EXPERTS, r"experts.*0\.19\.0"),
+    "two_orientations": ({**fused(True, 24, 16), **fused(False, 12, 16)}, EXPERTS, r"base_layer.*transposed.*0\.19\.0"),
 }
 
 
@@ -519,20 +500,47 @@ def test_a_target_without_weights_is_refused(tmp_path, target):
 
 
 SQUARE = {"hidden_size": 24}  # 2F = H: shapes say nothing of a gate_up_proj's orientation
-SQUARE_TENSORS = {**fused(True, 24, 24), **fused(False, 12, 24)}
+ALONE, GATE_UP_ALONE = fused(False, 24, 24), {"target_modules": [], "target_parameters": [GATE_UP]}
 
 
-def test_a_square_parameter_is_read_where_a_released_peft_with_todays_orientation_wrote_it(tmp_path):
-    folder = write_adapter(tmp_path / "adapter", SQUARE_TENSORS, **EXPERTS)
-    adapter = read_peft(folder, tiny_sites(**SQUARE), ADAPTER_NAMES)
-    assert set(adapter.weights) == {(0, "gate"), (0, "up"), (0, "down")}
+def square_gate(folder: Path) -> np.ndarray:
+    """Expert 1's update of layer 0's gate, of a model where 2F = H."""
+    return read_adapter(folder, tiny_sites(**SQUARE), ADAPTER_NAMES).weights[0, "gate"].delta(1)
 
 
-@pytest.mark.parametrize("version", [..., "0.19.0", "0.18.1", "0.19.1.dev0@UNKNOWN", "0.20.0.dev0"])
-def test_a_square_parameter_is_refused_where_the_version_does_not_vouch_for_it(tmp_path, version):
-    folder = write_adapter(tmp_path / "adapter", SQUARE_TENSORS, **EXPERTS, peft_version=version)
-    with pytest.raises(AdapterFormatError, match=r"base_layer\.lora_A.*orientation"):
-        read_peft(folder, tiny_sites(**SQUARE), ADAPTER_NAMES)
+def expected_square_gate(tensors: Mapping[str, np.ndarray], transposed: bool, key: str = "mlp.experts") -> np.ndarray:
+    """The same by hand: A is expert-major, B's column of rank r and expert e is `r * E + e`; scale 2."""
+    a, b = (tensors[f"{PREFIX}0.{key}.lora_{side}.weight"] for side in "AB")
+    delta = 2.0 * b[:, [1, 1 + TINY["num_experts"]]] @ a[2:4]
+    return (delta.T if transposed else delta)[:12]
+
+
+@pytest.mark.parametrize(("version", "transposed"), [("0.21.2", False), ("0.19.1", False), ("0.19.0", True)])
+def test_a_square_parameter_has_the_orientation_of_the_peft_that_wrote_it(tmp_path, version, transposed):
+    folder = write_adapter(tmp_path / "adapter", ALONE, **GATE_UP_ALONE, peft_version=version)
+    np.testing.assert_allclose(square_gate(folder), expected_square_gate(ALONE, transposed), rtol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_square_parameter_has_the_orientation_of_the_other_ones_in_its_file(tmp_path, transposed):
+    tensors = {**fused(True, 24, 24), **(fused(False, 24, 12) if transposed else fused(False, 12, 24))}
+    folder = write_adapter(tmp_path / "adapter", tensors, **EXPERTS, peft_version=...)
+    expected = expected_square_gate(tensors, transposed, "mlp.experts.base_layer")
+    np.testing.assert_allclose(square_gate(folder), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("version", [..., "0.19.1.dev0@UNKNOWN", "0.20.0.dev0"])
+def test_a_square_parameter_is_refused_with_both_readings_where_nothing_vouches_for_one(tmp_path, version):
+    folder = write_adapter(tmp_path / "adapter", ALONE, **GATE_UP_ALONE, peft_version=version)
+    with pytest.raises(AdapterFormatError, match=r"experts\.lora_A.*writes today A .* 0\.19\.0 B .*no released"):
+        square_gate(folder)
+
+
+def test_a_square_parameter_is_refused_where_the_version_and_other_shapes_disagree(tmp_path):
+    tensors = {**fused(True, 24, 24), **fused(False, 12, 24)}
+    folder = write_adapter(tmp_path / "adapter", tensors, **EXPERTS, peft_version="0.19.0")
+    with pytest.raises(AdapterFormatError, match=r"base_layer\.lora_A.*orientation.*disagree"):
+        square_gate(folder)
 
 
 def test_missing_files_are_refused_by_name(tmp_path):

@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.adapters.packing import PackedAdapter, allocate, pack, page_ids, pages_of
+from jax_moe_lora.adapters.packing import Packed, PackedAdapter, allocate, chunks, pack, page_ids, pages_of
 from jax_moe_lora.adapters.validate import check_adapter
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import BankFullError, InputError
 from pallas_kernels import RANK_PAGE, LoRAPages
 
 FREE, RESERVED = -1, -2
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +81,15 @@ class AdapterBank:
 
     def _rows(self, layer: int) -> list[tuple[str, Site, int]]:
         return [(module, site, site.layers.index(layer)) for module, site in self.sites if layer in site.layers]
+
+    def nbytes_of(self, adapter: LoRAAdapter) -> int:
+        """Bytes of the pages that an adapter will hold: what its matrices need, each in whole pages.
+
+        Raises:
+          AdapterFormatError: it does not fit the sites.
+        """
+        check_adapter(adapter, dict(self.sites), self.max_rank, self.dtype)
+        return pack(adapter, dict(self.sites)).nbytes(self.dtype)
 
     def slot_nbytes(self, slot: int) -> int:
         """Bytes of the pages that a slot holds."""
@@ -155,10 +164,10 @@ def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = Fa
         raise InputError(f"Slot {slot} is taken; remove its adapter first.")
     sites = dict(bank.sites)
     check_adapter(adapter, sites, bank.max_rank, bank.dtype)
-    packed = pack(adapter, sites, bank.dtype)
+    packed = pack(adapter, sites)
     first: dict[int, np.ndarray] = {}
     for width, stack in packed.widths.items():
-        runs = np.concatenate(stack.runs) if stack.runs else np.zeros(0, np.int64)
+        runs = np.concatenate(stack.runs)
         found = allocate(owner[width] == FREE, runs)
         if found is None and runs.sum() <= (owner[width] == FREE).sum():
             return insert(compact(bank), slot, adapter, donate=True)
@@ -219,9 +228,8 @@ def _write(
         scales[module][row] = np.where(live, adapter.weights[layer, module].scale, 0)
     pages = dict(bank.pages)
     for width, stack in packed.widths.items():
-        if stack.runs:
-            ids = page_ids(first[width], np.concatenate(stack.runs))
-            pages[width] = _write_pages(_own(pages[width], donate), ids, np.concatenate(stack.pages))
+        ids = page_ids(first[width], np.concatenate(stack.runs))
+        pages[width] = _write_pages(_own(pages[width], donate), ids, stack)
     new_tables, new_scales = _set_slot(*_own((bank.tables, bank.scales), donate), int(slot), tables, scales)
     new_owner = {width: jnp.asarray(ids) for width, ids in owner.items()}
     return replace(bank, pages=pages, owner=new_owner, tables=new_tables, scales=new_scales)
@@ -237,36 +245,61 @@ def _empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.
     return tables, {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
 
 
-def _write_pages(pool: Array, ids: np.ndarray, data: np.ndarray) -> Array:
-    """Writes pages in chunks of one static size, so that adapters of any size share one program. Donates `pool`."""
-    chunk = _chunk(pool)
-    for begin in range(0, len(ids), chunk):
-        some_ids = np.full(chunk, pool.shape[0], np.int32)  # past the end: dropped
-        some_data = np.zeros((chunk, *pool.shape[1:]), pool.dtype)
-        taken = ids[begin : begin + chunk]
-        some_ids[: len(taken)] = taken
-        some_data[: len(taken)] = data[begin : begin + chunk]
-        pool = _scatter(pool, some_ids, some_data)
+def _write_pages(pool: Array, ids: np.ndarray, packed: Packed) -> Array:
+    """Writes an adapter's matrices of one width into its pages `ids`. Donates `pool`.
+
+    Rows go in chunks of one static size, so that adapters of any size and layout share two programs.
+    """
+    size, past_the_end = _chunk(pool), pool.shape[0] * RANK_PAGE  # where a row is dropped
+    # One entry more, for the place -1.
+    row_of = np.append(ids[:, None] * RANK_PAGE + np.arange(RANK_PAGE), past_the_end).astype(np.int32)
+    empty = np.ones(len(row_of) - 1, bool)
+    for columns in (False, True):
+        for values, places in chunks(packed.stacks, columns, size, pool.dtype):
+            empty[places[places >= 0]] = False
+            pool = _scatter(pool, row_of[places], _transpose(values) if columns else values)
+    rest = row_of[np.flatnonzero(empty)]  # rows of pages beyond their matrix's rank
+    zeros = np.zeros((size, pool.shape[2]), pool.dtype)
+    for begin in range(0, len(rest), size):
+        rows = np.full(size, past_the_end, np.int32)
+        rows[: len(rest) - begin] = rest[begin : begin + size]
+        pool = _scatter(pool, rows, zeros)
     return pool
 
 
 def _chunk(pool: Array) -> int:
-    return max(1, min(pool.shape[0], CHUNK_BYTES // _page_bytes(pool.shape[2], pool.dtype)))
+    """Rows of a chunk."""
+    return max(RANK_PAGE, min(pool.shape[0] * RANK_PAGE, CHUNK_BYTES // (pool.shape[2] * pool.dtype.itemsize)))
 
 
 def _compile_updates(bank: AdapterBank) -> None:
     """Fills jit's caches from shapes alone: nothing runs, no memory is taken."""
     for pool in bank.pages.values():
-        pages, data = (jax.ShapeDtypeStruct((n, *pool.shape[1:]), pool.dtype) for n in (pool.shape[0], _chunk(pool)))
-        _scatter.lower(pages, jax.ShapeDtypeStruct(data.shape[:1], jnp.int32), data).compile()
+        rows, width = _chunk(pool), pool.shape[2]
+        pages, ids, values, columns = (
+            jax.ShapeDtypeStruct(shape, dtype)
+            for shape, dtype in (
+                (pool.shape, pool.dtype),
+                ((rows,), jnp.int32),
+                ((rows, width), pool.dtype),
+                ((width, rows), pool.dtype),
+            )
+        )
+        _scatter.lower(pages, ids, values).compile()
+        _transpose.lower(columns).compile()
         _permute.lower(pages, jax.ShapeDtypeStruct(pages.shape[:1], jnp.int32)).compile()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (bank.tables, bank.scales))
     _set_slot.lower(*shapes, 0, *_empty_slot(bank)).compile()
 
 
 @partial(jax.jit, donate_argnums=0)
-def _scatter(pool: Array, ids: Array, data: Array) -> Array:
-    return pool.at[ids].set(data, mode="drop")
+def _scatter(pool: Array, rows: Array, values: Array) -> Array:
+    return pool.reshape(-1, pool.shape[2]).at[rows].set(values, mode="drop").reshape(pool.shape)
+
+
+@jax.jit
+def _transpose(columns: Array) -> Array:
+    return columns.T
 
 
 @partial(jax.jit, donate_argnums=(0, 1))

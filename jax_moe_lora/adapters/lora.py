@@ -63,11 +63,13 @@ class LoRAAdapter:
         `q`, `k`, `v`, `o`, `mlp_gate`, `mlp_up`, `mlp_down`, `shared_gate`, `shared_up`, `shared_down`,
         `shared_expert_gate`).
       source: what the adapter's own config said, kept for inspection and for writing it back.
+      layout: the on-disk layout that it was read from; empty where it was made in memory.
     """
 
     name: str
     weights: Mapping[tuple[int, str], LoRAWeights]
     source: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = ""
 
     @property
     def max_rank(self) -> int:

@@ -1,6 +1,10 @@
-"""Host side of an insertion: an adapter's matrices as pages, and where in the bank they go."""
+"""Host side of an insertion: an adapter's matrices as rows of pages, and where in the bank they go.
 
-from collections.abc import Mapping
+Nothing is copied or re-ordered before it is sent: a file's B, whose columns are the bank's rows, goes to the device in
+the order in which it lies in memory, and is transposed there.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 by it)
@@ -15,21 +19,54 @@ def pages_of(ranks: np.ndarray) -> np.ndarray:
     return -(-ranks // RANK_PAGE)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Matrices of one width as they lie in memory.
+
+    Attributes:
+      matrices: a view `[X, Y, width]`, X and Y experts and ranks, the one first whose steps are longer.
+      places: int `[X, Y]`, row among the adapter's pages that each row goes to; -1 for a rank that an expert lacks.
+      columns: rows are columns in memory.
+    """
+
+    matrices: np.ndarray
+    places: np.ndarray
+    columns: bool
+
+    @property
+    def rows(self) -> np.ndarray:
+        """`[X * Y, width]`, a view wherever numpy can make one."""
+        width = self.matrices.shape[2]
+        if self.columns:
+            return self.matrices.transpose(2, 0, 1).reshape(width, -1).T
+        return self.matrices.reshape(-1, width)
+
+
 @dataclass
 class Packed:
-    """All matrices of one width: pages in the order of their runs, and the length of each run."""
+    """All matrices of one width: where their rows go in pages, and how many pages each matrix takes in a run."""
 
-    pages: list[np.ndarray] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
     runs: list[np.ndarray] = field(default_factory=list)
     num_runs: int = 0
+    num_pages: int = 0
 
-    def add(self, pages: np.ndarray, runs: np.ndarray) -> int:
-        """Takes a matrix stack's pages `[n, 16, width]` in runs; returns the index of its first run."""
-        first = self.num_runs
-        self.pages.append(pages)
-        self.runs.append(runs)
-        self.num_runs += len(runs)
-        return first
+    def add(self, matrices: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Takes matrices `[n, R, width]` of which each has its own rank; returns the run of each, -1 for rank 0."""
+        counts = pages_of(ranks)
+        first_row = (self.num_pages + np.cumsum(counts) - counts) * RANK_PAGE
+        rank = np.arange(matrices.shape[1])
+        places = np.where(rank < ranks[:, None], first_row[:, None] + rank, -1)
+        if matrices.strides[0] < matrices.strides[1]:
+            matrices, places = matrices.swapaxes(0, 1), places.T
+        columns = matrices.strides[2] > min(matrices.strides[:2])
+        self.stacks.append(Stack(matrices, places, columns))
+        present = ranks > 0
+        runs = np.where(present, self.num_runs + np.cumsum(present) - 1, -1)
+        self.runs.append(counts[present])
+        self.num_runs += int(present.sum())
+        self.num_pages += int(counts.sum())
+        return runs
 
 
 @dataclass(frozen=True)
@@ -44,9 +81,13 @@ class PackedAdapter:
     widths: Mapping[int, Packed]
     entries: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
+    def nbytes(self, dtype: np.dtype) -> int:
+        """Bytes of its pages in a bank of this dtype."""
+        return sum(packed.num_pages * RANK_PAGE * width for width, packed in self.widths.items()) * dtype.itemsize
 
-def pack(adapter: LoRAAdapter, sites: Mapping[str, Site], dtype: np.dtype) -> PackedAdapter:
-    """Cuts an adapter's matrices into pages of the bank's dtype; a shared or aliased matrix is packed once."""
+
+def pack(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> PackedAdapter:
+    """Says where an adapter's matrices go, and copies nothing; a shared or aliased matrix is packed once."""
     widths: dict[int, Packed] = {}
     entries: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     packed_before: dict[tuple[int, str, bytes], np.ndarray] = {}
@@ -57,32 +98,47 @@ def pack(adapter: LoRAAdapter, sites: Mapping[str, Site], dtype: np.dtype) -> Pa
             # Arrays stay alive in the adapter, so an id names one matrix.
             identity = (id(getattr(weights, side)), side, weights.ranks.tobytes())
             if identity not in packed_before:
-                packed_before[identity] = _pack_side(weights, side, widths.setdefault(width, Packed()), dtype)
+                packed_before[identity] = _pack_side(weights, side, widths.setdefault(width, Packed()))
             runs.append(packed_before[identity])
         entries[layer, module] = (runs[0], runs[1], weights.ranks)
     return PackedAdapter(widths, entries)
 
 
-def _pack_side(weights: LoRAWeights, side: str, packed: Packed, dtype: np.dtype) -> np.ndarray:
+def _pack_side(weights: LoRAWeights, side: str, packed: Packed) -> np.ndarray:
     """Adds one side's matrices to `packed`; returns the run of each expert `[E]`."""
     ranks = weights.ranks
     matrices = weights.a if side == "a" else weights.b.swapaxes(1, 2)  # [E or 1, R, width]
-    shared = matrices.shape[0] == 1
-    own_ranks = np.array([ranks.max(initial=0)]) if shared else ranks
-    present = np.flatnonzero(own_ranks)
-    if present.size == 0:
-        return np.full(len(ranks), -1, np.int64)
-    counts = pages_of(own_ranks[present])
-    largest = int(counts.max())
-    padded = np.zeros((len(present), largest * RANK_PAGE, matrices.shape[2]), dtype)
-    kept = min(matrices.shape[1], largest * RANK_PAGE)
-    padded[:, :kept] = matrices[present, :kept]
-    padded[np.arange(largest * RANK_PAGE) >= own_ranks[present, None]] = 0
-    pages = padded.reshape(len(present), largest, RANK_PAGE, -1)[np.arange(largest) < counts[:, None]]
-    first = packed.add(pages, counts)
-    runs = np.full(len(own_ranks), -1, np.int64)
-    runs[present] = first + np.arange(len(present))
-    return np.where(ranks > 0, runs[0], -1) if shared else runs
+    if matrices.shape[0] < len(ranks):
+        return np.where(ranks > 0, packed.add(matrices, ranks.max(initial=0, keepdims=True)), -1)
+    return packed.add(matrices, ranks)
+
+
+def chunks(stacks: list[Stack], columns: bool, size: int, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows of the stacks that lie one way, in chunks of one size.
+
+    Yields:
+      Values `[size, width]` in `dtype`, or `[width, size]` for columns, and the place of each row `[size]`. What is
+      over in the last chunk has place -1, and any values.
+    """
+    values, places, used = np.zeros((0, 0), dtype), np.zeros(0, np.int64), 0
+    for stack in stacks:
+        if stack.columns is not columns:
+            continue
+        rows, own_places = stack.rows, stack.places.ravel()
+        begin = 0
+        while begin < len(own_places):
+            if used == len(places):  # none yet, or the last one is full
+                shape = (rows.shape[1], size) if columns else (size, rows.shape[1])
+                values, places, used = np.empty(shape, dtype), np.full(size, -1), 0
+            taken = min(size - used, len(own_places) - begin)
+            filled = values.T if columns else values
+            filled[used : used + taken] = rows[begin : begin + taken]
+            places[used : used + taken] = own_places[begin : begin + taken]
+            used, begin = used + taken, begin + taken
+            if used == size:
+                yield values, places
+    if 0 < used < len(places):
+        yield values, places
 
 
 def allocate(free: np.ndarray, runs: np.ndarray) -> np.ndarray | None:

@@ -1,7 +1,15 @@
-"""Where a family's projections stand in adapter files."""
+"""Where projections stand in adapter files: a family's own names, and those that servers gave to experts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+
+# Stacks of all experts, one tensor a side: the last part of their path -> the modules that they hold.
+TINKER_PARTS = {"w1": ("gate",), "w3": ("up",), "w2": ("down",)}
+SGLANG_PARTS = {"gate_up_proj": ("gate", "up"), "gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",)}
+# Not what the names suggest: h_to_4h is the projection with the activation, `gate` the linear one.
+TRTLLM_PARTS = {"moe_h_to_4h": ("gate",), "moe_gate": ("up",), "moe_4h_to_h": ("down",), "moe_router": ("router",)}
 
 
 @dataclass(frozen=True)
@@ -14,9 +22,31 @@ class AdapterNames:
       experts: last part of an expert's path -> module, as in `mlp.experts.E.gate_proj`.
       experts_path: path of the experts; their fused 3-D parameters are `gate_up_proj` and `down_proj` below it.
       per_expert_path: path of the experts where each has its own 2-D matrices; `experts_path` where None.
+      interleaved: rows of `gate_up_proj` alternate between gate and up; else all of gate come first.
+      stored_in_out: 3-D parameters are `(E, in, out)`, which PEFT never wrote transposed.
     """
 
     dense: Mapping[str, str]
     experts: Mapping[str, str]
     experts_path: str
     per_expert_path: str | None = None
+    interleaved: bool = False
+    stored_in_out: bool = False
+
+    def split(self, path: str) -> tuple[str, str] | None:
+        """The experts' path and what follows it; None for a path that is none of the experts'."""
+        for experts in (self.experts_path, self.per_expert_path or self.experts_path):
+            if path == experts or path.startswith(f"{experts}."):
+                return experts, path[len(experts) :]
+        return None
+
+    def gate_and_up(self, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The halves `[E, F, R]` of a fused B `[E, 2F, R]`, as views."""
+        half = b.shape[1] // 2
+        return (b[:, ::2], b[:, 1::2]) if self.interleaved else (b[:, :half], b[:, half:])
+
+    def spellings(self, module: str) -> tuple[str, ...]:
+        """Every last part of a path that names this module of the experts."""
+        own = {part: (module,) for part, module in self.experts.items()}
+        parts = own | TINKER_PARTS | SGLANG_PARTS | TRTLLM_PARTS
+        return tuple(part for part, held in parts.items() if module in held)

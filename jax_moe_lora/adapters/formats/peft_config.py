@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT: the fields that change the arithmetic are used or refused, none is passed over."""
+"""`adapter_config.json`, which all layouts have: a field that changes the arithmetic is used or refused."""
 
 import math
 import re
@@ -87,22 +87,30 @@ class PeftConfig:
     def error(self, problem: str) -> AdapterFormatError:
         return AdapterFormatError(f"{self.file}: {problem}.")
 
-    def rank_and_scale(self, key: str) -> tuple[int, float]:
-        """Rank of a module (or `module.parameter`) by its full name, and the factor on its update."""
-        rank = self.rank_patterns.get(_first_match(self.rank_patterns, key), self.rank)
-        alpha = self.alpha_patterns.get(_first_match(self.alpha_patterns, key), self.alpha)
+    def rank_and_scale(self, *keys: str) -> tuple[int, float]:
+        """Rank of a module (or `module.parameter`) by its full names, and the factor on its update."""
+        rank = self.rank_patterns.get(_first_match(self.rank_patterns, keys), self.rank)
+        alpha = self.alpha_patterns.get(_first_match(self.alpha_patterns, keys), self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+    def targets(self, key: str) -> bool:
+        return self.targets_module(key) or self.targets_parameter(key)
 
     def targets_parameter(self, key: str) -> bool:
         return any(_ends_with(key, target) for target in self.target_parameters)
 
     def targets_module(self, key: str) -> bool:
-        """Whether PEFT would put an adapter on the module of this name (its `check_target_module_exists`)."""
+        """Whether PEFT would put an adapter on the module of this name (its `check_target_module_exists`).
+
+        A config without targets, as Tinker's may be, excludes nothing.
+        """
         if isinstance(self.exclude_modules, str):
             if self.exclude_modules and re.fullmatch(self.exclude_modules, key):
                 return False
         elif any(_ends_with(key, name) for name in self.exclude_modules):
             return False
+        if not self.target_modules and not self.target_parameters:
+            return True
         if isinstance(self.target_modules, str):
             return self.target_modules.lower() == "all-linear" or re.fullmatch(self.target_modules, key) is not None
         if key in self.target_modules:
@@ -129,6 +137,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
         if name in _HARMLESS or name in _USED or value in (None, False, [], {}, ""):
             continue
         raise bad(f"{name} is {value!r}: {_REFUSED.get(name, 'it is not understood and may change the result')}")
+    if raw.get("lora_alpha") is None:
+        raise bad("lora_alpha is missing, and without it the scale is not known")
     if raw.get("bias", "none") not in (None, "none"):
         raise bad(f"bias is {raw['bias']!r}: trained biases are not supported")
     if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
@@ -175,8 +185,8 @@ def describe_peft_config(folder: Path) -> PeftConfig:
     )
 
 
-def _first_match(patterns: Mapping[str, Any], key: str) -> str:
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", key)), key)
+def _first_match(patterns: Mapping[str, Any], keys: Sequence[str]) -> str:
+    return next((p for p in patterns if any(re.match(rf"(.*\.)?({p})$", key) for key in keys)), "")
 
 
 def _ends_with(key: str, name: str) -> bool:

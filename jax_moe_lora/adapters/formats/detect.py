@@ -1,0 +1,98 @@
+"""One reader for every adapter folder: the layout is decided by the files and keys that are there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, AdapterFile, Layout, Pair, Weights, pair_keys
+from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
+from jax_moe_lora.adapters.formats.peft_config import read_peft_config
+from jax_moe_lora.adapters.formats.tinker import SGLANG, TINKER
+from jax_moe_lora.adapters.formats.trtllm import TRTLLM, share_sides
+from jax_moe_lora.adapters.lora import LoRAAdapter, Site
+from jax_moe_lora.errors import AdapterFormatError
+from jax_moe_lora.safetensors_io import open_tensors, tensor_infos
+
+STACKS = (TINKER, SGLANG, TRTLLM)
+LAYOUTS = (WRAPPERS, PER_EXPERT, *STACKS)
+DENSE_ONLY = "PEFT, no experts"
+
+
+def read_adapter(
+    folder: str | Path, sites: Mapping[str, Site], names: AdapterNames, name: str | None = None
+) -> LoRAAdapter:
+    """Reads an adapter in any of the layouts: PEFT's, Tinker's, SGLang's, TensorRT-LLM's.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`, and may hold `lora_layout.json`.
+      sites, names: the model's projections, and where they stand in adapter files.
+
+    Returns:
+      The adapter in the file's dtype, and the name of its experts' layout. A shared side stays one matrix; gate and
+      up that share an A hold the same array.
+
+    Raises:
+      AdapterFormatError: a file that is missing or corrupt; a config field or a key that is not supported, not
+      understood, not targeted by the config, ambiguous, or does not fit the model, by name.
+    """
+    folder = Path(folder)
+    config = read_peft_config(folder)
+    path = folder / WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterFormatError(
+            f"{folder} holds adapter_model.bin, a pickle, which is never read; save it as safetensors."
+        )
+    pairs = pair_keys(path, tensor_infos(path, AdapterFormatError))
+    with open_tensors(path, AdapterFormatError) as tensors:
+        file = AdapterFile(path, config, sites, names, tensors, DENSE_ONLY)
+        layout, experts = _experts(file, pairs)
+        weights: Weights = {}
+        if layout is not None:
+            file.layout = layout.name
+            weights = layout.read(file, experts)
+        _add_dense(file, weights, [pair for pair in pairs if pair.path in names.dense])
+    _check_targets(file, layout)
+    return LoRAAdapter(name or folder.name, share_sides(folder, weights), config.raw, file.layout)
+
+
+def layout_of(rest: str) -> Layout | None:
+    """The layout whose keys go on like this behind the experts' path."""
+    return next((layout for layout in LAYOUTS if layout.rest.fullmatch(rest)), None)
+
+
+def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[Layout | None, list[Pair]]:
+    """The layout of the experts, and their pairs: one layout under one path, or it would not be known which counts."""
+    found: dict[tuple[str, Layout], list[Pair]] = {}
+    for pair in pairs:
+        if pair.path in file.names.dense:
+            continue
+        experts, rest = file.names.split(pair.path) or ("", "")
+        layout = layout_of(rest) if experts else None
+        if layout is None:
+            raise file.error(pair, "the model has no such projection")
+        found.setdefault((experts, layout), []).append(pair)
+    if len(found) > 1:
+        (here, layout), (there, other) = list(found)[:2]
+        problem = f"it stands as {other.name!r} under {there}, and other keys as {layout.name!r} under {here}"
+        raise file.error(found[there, other][0], problem)
+    return next(((layout, own) for (_, layout), own in found.items()), (None, []))
+
+
+def _add_dense(file: AdapterFile, weights: Weights, pairs: list[Pair]) -> None:
+    for pair in pairs:
+        key = pair.layer, file.names.dense[pair.path]
+        if key in weights:
+            raise file.error(pair, f"it holds {key[1]} of layer {key[0]}, which another key holds too")
+        weights[key] = read_dense(file, pair)
+
+
+def _check_targets(file: AdapterFile, layout: Layout | None) -> None:
+    """A projection of the model that the config lists and the file has nothing for is an error, not a zero."""
+    config, names = file.config, file.names
+    own = {path.rpartition(".")[2] for path in names.dense} | set(names.experts)
+    if layout in STACKS:
+        own |= {part for module in names.experts.values() for part in names.spellings(module)}
+    listed = [] if isinstance(config.target_modules, str) else list(config.target_modules)
+    for target in [t for t in listed if t.rpartition(".")[2] in own] + list(config.target_parameters):
+        if not any(key == target or key.endswith(f".{target}") for key in file.used):
+            raise AdapterFormatError(f"{config.file} targets {target!r}, and {WEIGHTS} holds no weights for it.")
