@@ -1,7 +1,9 @@
 """Mixture-of-Experts with many LoRA adapters in one batch, in JAX."""
 
-from jax_moe_lora.adapters.bank import AdapterBank, create_bank, insert, remove
+from jax_moe_lora.adapters.bank import AdapterBank, create_bank, remove
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
+from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.compilations import count_compilations
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
 from jax_moe_lora.errors import (
@@ -15,7 +17,7 @@ from jax_moe_lora.errors import (
     JaxMoELoRAError,
 )
 from jax_moe_lora.linear import lora_linear
-from jax_moe_lora.model import AdapterInfo, Functional, Model
+from jax_moe_lora.model import Functional, Model
 from jax_moe_lora.moe import moe_lora, routed_experts
 from jax_moe_lora.requests import Generation
 from jax_moe_lora.types import ExpertWeights
@@ -28,6 +30,8 @@ __all__ = [
     "AdapterInUseError",
     "AdapterInfo",
     "AdapterNameError",
+    "AdapterPool",
+    "AdapterStatus",
     "BankFullError",
     "CheckpointError",
     "ConfigError",

@@ -1,12 +1,10 @@
 """The surface that most users touch: a checkpoint, adapters by name, and batches that mix them."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jax_moe_lora import generate as programs
-from jax_moe_lora.adapters.bank import AdapterBank, create_bank, insert, remove
+from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.pool import SlotRegistry
+from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.config import ModelConfig
@@ -30,25 +28,11 @@ from jax_moe_lora.models.registry import family
 from jax_moe_lora.requests import Batch, Generation, check_tokens, decode_loop, make_requests
 from jax_moe_lora.text import TextStream, Tokenizer
 from jax_moe_lora.units import parse_bytes
-from pallas_kernels import Implementation, UnsupportedImplementation, choose
+from pallas_kernels import BASE_SLOT, Implementation, UnsupportedImplementation, choose
 
+Result = TypeVar("Result")
 DTYPES = ("float32", "bfloat16", "float16")
 _logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """A loaded adapter: where it is and what it takes.
-
-    Attributes:
-      slot: its row in the bank's tables. ranks: module -> the ranks that occur in it.
-      nbytes: device memory of its pages.
-    """
-
-    name: str
-    slot: int
-    ranks: dict[str, tuple[int, ...]]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -78,11 +62,8 @@ class Model:
         implementation: Implementation | None = None,
     ):
         self.config, self.params, self.implementation = config, params, implementation
-        self._bank, self._folder = bank, folder
-        self._registry = SlotRegistry(bank.num_slots)
-        self._lock = threading.RLock()  # between taking the bank for a run and replacing it
-        self._bank_is_lent = False  # `functional` gave it away, so its memory is not ours to reuse
-        self._ranks: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._folder, self._pool = folder, AdapterPool(bank, self._read_adapter)
+        self._compiled: set[Any] = set()
 
     @classmethod
     def from_pretrained(
@@ -123,15 +104,18 @@ class Model:
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
-        """The loaded adapters by name."""
-        with self._lock:
-            return {
-                name: AdapterInfo(name, slot, self._ranks[name], self._bank.slot_nbytes(slot))
-                for name, slot in self._registry.slots.items()
-            }
+        """The adapters that are in a slot, by name."""
+        return {loaded.name: loaded for loaded in self._pool.loaded()}
+
+    @property
+    def adapter_status(self) -> dict[str, AdapterStatus]:
+        """What every registered adapter is doing, by name."""
+        return self._pool.statuses()
 
     def load_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> AdapterInfo:
-        """Loads an adapter folder under a name. Nothing recompiles, and a failure leaves everything as it was.
+        """Loads an adapter under a name; it keeps its slot until it is unloaded.
+
+        Nothing recompiles, running requests go on, and a failure leaves everything as it was.
 
         Args:
           adapter: a folder in any layout that `read_adapter` knows, or an adapter in memory.
@@ -140,27 +124,39 @@ class Model:
           AdapterFormatError: the files are not understood or do not fit. AdapterNameError: the name is taken or
           reserved. BankFullError: no slot or not enough pages are free.
         """
-        slot = self._registry.reserve(adapter_name)
+        self._pool.register(adapter_name, self._source(adapter), pinned=True)
         try:
-            if not isinstance(adapter, LoRAAdapter):
-                names = family(self.config.model_type).ADAPTER_NAMES
-                adapter = read_adapter(local_folder(adapter), decoder.adapter_sites(self.config), names, adapter_name)
-            return self._insert(adapter, adapter_name, slot)
+            self._pool.load(adapter_name)
+            return self.adapters[adapter_name]
         except BaseException:
-            self._registry.forget(adapter_name)
+            self._pool.forget(adapter_name)
             raise
 
+    def register_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> None:
+        """Makes an adapter known; the first request that names it loads it, and later ones may evict it.
+
+        Any number can be registered. A folder whose content has changed is read again before the next request.
+
+        Raises:
+          AdapterNameError: the name is taken or reserved.
+        """
+        self._pool.register(adapter_name, self._source(adapter))
+
+    def prefetch_adapters(self, adapter_names: Sequence[str]) -> None:
+        """Begins to load registered adapters into slots that nobody uses, and does not wait."""
+        self._pool.prefetch(sequence("adapter_names", adapter_names))
+
+    def pin_adapter(self, adapter_name: str, pinned: bool = True) -> None:
+        """Keeps a registered adapter in its slot once it is there, or lets it be evicted again."""
+        self._pool.pin(adapter_name, pinned)
+
     def unload_adapter(self, adapter_name: str) -> None:
-        """Frees an adapter's slot and pages. Raises AdapterInUseError while a running request holds it."""
-        with self._lock:
-            slot = self._registry.check_removable(adapter_name)
-            self._change(lambda bank, donate: remove(bank, slot, donate))
-            self._registry.forget(adapter_name)
-            self._ranks.pop(adapter_name, None)
+        """Forgets an adapter and frees its slot. Raises AdapterInUseError while a running request holds it."""
+        self._pool.forget(adapter_name)
 
     def slots(self, adapter_names: Sequence[str | None]) -> Array:
         """int32 `[B]`: the slots of a batch's adapters, for `functional`."""
-        return jnp.asarray(self._registry.find(sequence("adapter_names", adapter_names)), jnp.int32)
+        return jnp.asarray(self._pool.slots(sequence("adapter_names", adapter_names)), jnp.int32)
 
     def generate(
         self,
@@ -175,6 +171,7 @@ class Model:
         callback: Callable[[int, int, str], None] | None = None,
         progress: bool = False,
         pad_to: tuple[int, int] | None = None,
+        adapter_errors: Literal["raise", "return"] = "raise",
     ) -> list[Generation]:
         """Answers a batch of prompts, each with its own adapter.
 
@@ -185,9 +182,12 @@ class Model:
             A character of several tokens comes with its last one, the rest of a broken one with the last of all.
           progress: show a progress bar. pad_to: (batch, prompt tokens) to pad to, instead of the smallest bucket: two
             batches padded alike run the same program.
+          adapter_errors: what to do about an adapter that cannot be loaded (a corrupt file, say): `raise`, and nobody
+            is answered, or `return`: its requests alone get the `error` and no tokens.
 
         Raises:
           InputError: a bad argument or a prompt that is empty or too long. AdapterNameError: an unknown adapter.
+          BankFullError: the batch names more adapters than there are slots that are not pinned.
         """
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         prompts = sequence("prompts", prompts)
@@ -196,21 +196,22 @@ class Model:
         if not requests:
             return []
         batch = Batch.make(requests, pad_to)
-        with self._hold(names) as (slots, bank):
+        with self._pool.hold(names) as held:
+            slots, failed = _sort_out(held, adapter_errors)
             cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)
-            static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
             tokens_of = decode_loop(
                 batch,
-                partial(programs.start, self.params, bank, cache, **static),
-                partial(programs.advance, self.params, bank, **static),
+                partial(self._run, programs.start, cache),
+                partial(self._run, programs.advance),
                 batch.pad_slots(slots),
                 self.config.eos_token_ids,
                 callback and self._streamer(callback),
                 progress,
+                failed,
             )
         return [
-            Generation(self._decode(ids), ids, None if name == "__base__" else name, reason)
-            for (ids, reason), name in zip(tokens_of, names, strict=True)
+            Generation(self._decode(ids), ids, None if name == "__base__" else name, reason, failed.get(index))
+            for index, ((ids, reason), name) in enumerate(zip(tokens_of, names, strict=True))
         ]
 
     def logits(
@@ -225,16 +226,10 @@ class Model:
           token_ids: integers `[B, T]`. lengths: real tokens of each row, T where None; logits past them mean nothing.
         """
         tokens, real = check_tokens(token_ids, lengths, self.config)
-        with self._hold(self._names(adapter_names, len(tokens))) as (slots, bank):
-            return _logits(
-                self.params,
-                bank,
-                jnp.asarray(tokens),
-                jnp.asarray(real),
-                jnp.asarray(slots, jnp.int32),
-                config=self.config,
-                implementation=self.implementation,
-            )
+        with self._pool.hold(self._names(adapter_names, len(tokens))) as held:
+            slots, _ = _sort_out(held, "raise")
+            arguments = (jnp.asarray(tokens), jnp.asarray(real), jnp.asarray(slots, jnp.int32))
+            return jax.block_until_ready(self._run(_logits, *arguments))
 
     def functional(self, batch: int, max_length: int) -> Functional:
         """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each.
@@ -246,39 +241,30 @@ class Model:
         """
         batch = whole("batch", batch, 1)
         max_length = whole("max_length", max_length, 1, self.config.max_positions)
-        with self._lock:
-            self._bank_is_lent = True
-            bank = self._bank
         static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
         return Functional(
             params=self.params,
-            bank=bank,
+            bank=self._pool.lend(),
             init_cache=partial(decoder.init_cache, self.config, batch, max_length, self._dtype),
             prefill=partial(decoder.prefill, **static),
             decode=partial(decoder.decode, **static),
         )
 
-    @contextmanager
-    def _hold(self, names: Sequence[str | None]) -> Iterator[tuple[list[int], AdapterBank]]:
-        """The slots of a batch and the bank of this moment; neither changes until the block ends."""
-        with ExitStack() as stack:
-            with self._lock:
-                slots, bank = stack.enter_context(self._registry.hold(names)), self._bank
-            yield slots, bank
+    def _run(self, program: Callable[..., Result], *arguments: Any) -> Result:
+        """Starts a program with the bank of this moment; while it is compiled, other requests go on."""
+        call = partial(program, config=self.config, implementation=self.implementation)
+        key = program, jax.tree.structure(arguments), *(x.shape for x in jax.tree.leaves(arguments))
+        start = self._pool.using if key in self._compiled else self._pool.pausing_loads
+        result = start(lambda bank: call(self.params, bank, *arguments))
+        self._compiled.add(key)
+        return result
 
-    def _insert(self, adapter: LoRAAdapter, name: str, slot: int) -> AdapterInfo:
-        """Puts an adapter into its reserved slot; requests find its name once its pages are there."""
-        with self._lock:
-            self._change(lambda bank, donate: insert(bank, slot, adapter, donate))
-            self._ranks[name] = adapter.ranks
-            self._registry.publish(name)
-            return self.adapters[name]
+    def _source(self, adapter: str | Path | LoRAAdapter) -> Path | LoRAAdapter:
+        return adapter if isinstance(adapter, LoRAAdapter) else local_folder(adapter)
 
-    def _change(self, change: Callable[[AdapterBank, bool], AdapterBank]) -> None:
-        """Replaces the bank, in place where nobody else holds it."""
-        with self._lock:
-            self._bank = change(self._bank, self._registry.idle and not self._bank_is_lent)
-            self._bank_is_lent = False
+    def _read_adapter(self, folder: Path, name: str) -> LoRAAdapter:
+        names = family(self.config.model_type).ADAPTER_NAMES
+        return read_adapter(folder, decoder.adapter_sites(self.config), names, name)
 
     @property
     def _dtype(self) -> np.dtype:
@@ -305,6 +291,14 @@ class Model:
                 callback(index, token, new_text)
 
         return stream
+
+
+def _sort_out(held: Sequence[int | Exception], adapter_errors: str) -> tuple[list[int], dict[int, Exception]]:
+    """The slot of each request, and by its index why one has none; such a row is a base row that nobody reads."""
+    failed = {index: slot for index, slot in enumerate(held) if isinstance(slot, Exception)}
+    if failed and adapter_errors == "raise":
+        raise next(iter(failed.values()))
+    return [BASE_SLOT if isinstance(slot, Exception) else slot for slot in held], failed
 
 
 def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:

@@ -1,6 +1,6 @@
 """Requests of one generation: checked, padded to a bucket, and decoded step by step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,16 +16,23 @@ from jax_moe_lora.generate import Sampling
 from pallas_kernels import BASE_SLOT
 
 MIN_PROMPT_BUCKET = 16
+Reason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The answer to one prompt. `token_ids` are the new tokens, without the end-of-sequence token."""
+    """The answer to one prompt.
+
+    Attributes:
+      token_ids: the new tokens, without the end-of-sequence token.
+      error: why the prompt's adapter could not be loaded, where it was asked for (`adapter_errors="return"`).
+    """
 
     text: str
     token_ids: list[int]
     adapter_name: str | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Reason
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -172,14 +179,18 @@ def decode_loop(
     eos_token_ids: Sequence[int],
     stream: Callable[[int, int, list[int], bool], None] | None,
     progress: bool,
-) -> list[tuple[list[int], Literal["stop", "length"]]]:
+    failed: Collection[int] = (),
+) -> list[tuple[list[int], Reason]]:
     """Runs the two programs until every request has stopped; returns each one's new tokens and why it stopped.
 
     Args:
       stream: called with (row, token, new tokens so far, whether it was the last), the end-of-sequence token included.
+      failed: rows that are not answered.
     """
     answers: list[list[int]] = [[] for _ in batch.requests]
-    reasons: list[Literal["stop", "length"] | None] = [None] * len(batch.requests)
+    reasons: list[Reason | None] = ["error" if row in failed else None for row in range(len(batch.requests))]
+    if None not in reasons:
+        return [([], "error") for _ in batch.requests]
     device_slots, sampling = jnp.asarray(slots), batch.sampling
     steps = max(request.max_new_tokens for request in batch.requests)
     cache, tokens = start(jnp.asarray(batch.tokens), jnp.asarray(batch.lengths), device_slots, sampling)

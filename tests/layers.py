@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe_lora import reference
-from jax_moe_lora.adapters.bank import AdapterBank, create_bank, insert
+from jax_moe_lora.adapters.bank import AdapterBank, create_bank
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.moe import moe_lora

@@ -13,8 +13,9 @@ from layers import LAYER, Problem, Spec, assert_close, draw
 from safetensors.numpy import load_file, save_file
 
 from jax_moe_lora import AdapterFormatError, InputError, count_compilations
-from jax_moe_lora.adapters.bank import insert, remove
+from jax_moe_lora.adapters.bank import remove
 from jax_moe_lora.adapters.formats.detect import read_adapter
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.config import MoEConfig

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jax_moe_lora import reference
-from jax_moe_lora.adapters.bank import create_bank, insert
+from jax_moe_lora.adapters.bank import create_bank
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.moe import moe_lora, routed_experts

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from thunks import dump_options, read_thunks
 
-from jax_moe_lora.adapters.bank import insert, remove
+from jax_moe_lora.adapters.bank import remove
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
 from jax_moe_lora.benchmark.model import lower_case
 from jax_moe_lora.benchmark.random_model import Case, draw_slots, make_bank, model_config

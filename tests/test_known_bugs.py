@@ -15,8 +15,9 @@ from networks import EXPERTS, TINY, save_model, save_random_adapter, tiny
 from safetensors.numpy import load_file, save_file
 
 from jax_moe_lora import AdapterFormatError, ExpertWeights, Model
-from jax_moe_lora.adapters.bank import create_bank, insert
+from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.formats.detect import read_adapter
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.qwen3_moe import ADAPTER_NAMES

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from flax.nnx import bridge
 
-from jax_moe_lora.adapters.bank import insert
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site, uniform
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.linear import dense_plan, lora_linear

@@ -7,7 +7,8 @@ import pytest
 import torch
 from layers import assert_close, rounded
 
-from jax_moe_lora.adapters.bank import create_bank, insert
+from jax_moe_lora.adapters.bank import create_bank
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.moe import routed_experts

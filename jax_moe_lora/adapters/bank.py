@@ -6,7 +6,6 @@ ranks and layouts run the program that is compiled already.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.adapters.packing import Packed, PackedAdapter, allocate, chunks, pack, page_ids, pages_of
+from jax_moe_lora.adapters.packing import pack
+from jax_moe_lora.adapters.updates import compile_updates, permute, set_slot
 from jax_moe_lora.adapters.validate import check_adapter
 from jax_moe_lora.arguments import whole
-from jax_moe_lora.errors import BankFullError, InputError
+from jax_moe_lora.errors import InputError
 from pallas_kernels import RANK_PAGE, LoRAPages
 
 FREE, RESERVED = -1, -2
-CHUNK_BYTES = 4 * 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +93,7 @@ class AdapterBank:
     def slot_nbytes(self, slot: int) -> int:
         """Bytes of the pages that a slot holds."""
         return sum(
-            int((np.asarray(self.owner[width]) == slot).sum()) * _page_bytes(width, self.dtype) for width in self.pages
+            int((np.asarray(self.owner[width]) == slot).sum()) * page_bytes(width, self.dtype) for width in self.pages
         )
 
 
@@ -123,12 +122,12 @@ def create_bank(
         for width in (site.in_width, site.out_width):
             matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
     most = num_slots * -(-max_rank // RANK_PAGE)
-    per_rank_page = sum(count * _page_bytes(width, dtype) for width, count in matrices.items())
+    per_rank_page = sum(count * page_bytes(width, dtype) for width, count in matrices.items())
     share = most if memory is None else min(most, memory / per_rank_page)
     sizes = {width: int(count * share) for width, count in matrices.items()}
     if min(sizes.values()) < 1:
         least = max(
-            _page_bytes(width, dtype) * per_rank_page // (_page_bytes(width, dtype) * count)
+            page_bytes(width, dtype) * per_rank_page // (page_bytes(width, dtype) * count)
             for width, count in matrices.items()
         )
         raise InputError(
@@ -142,49 +141,17 @@ def create_bank(
         sites=tuple(sites.items()),
         max_rank=max_rank,
     )
-    _compile_updates(bank)
+    compile_updates(bank.pages.values(), bank.tables, bank.scales, *empty_slot(bank))
     return bank
-
-
-def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = False) -> AdapterBank:
-    """A bank that holds `adapter` in `slot`. Nothing is compiled: `create_bank` has done it.
-
-    Everything is checked before anything is written: when this raises, `bank` is as it was.
-
-    Args:
-      donate: reuse the memory of `bank`, which must not be used again. Never donate a bank that a running step holds.
-
-    Raises:
-      InputError: the slot is out of range or taken. AdapterFormatError: the adapter does not fit the sites, has a rank
-      above `max_rank`, or weights that are not finite in the bank's dtype. BankFullError: not enough free pages.
-    """
-    _check_slot(bank, slot)
-    owner = {width: np.array(ids) for width, ids in bank.owner.items()}
-    if any((ids == slot).any() for ids in owner.values()):
-        raise InputError(f"Slot {slot} is taken; remove its adapter first.")
-    sites = dict(bank.sites)
-    check_adapter(adapter, sites, bank.max_rank, bank.dtype)
-    packed = pack(adapter, sites)
-    first: dict[int, np.ndarray] = {}
-    for width, stack in packed.widths.items():
-        runs = np.concatenate(stack.runs)
-        found = allocate(owner[width] == FREE, runs)
-        if found is None and runs.sum() <= (owner[width] == FREE).sum():
-            return insert(compact(bank), slot, adapter, donate=True)
-        if found is None:
-            raise BankFullError(_full(bank, adapter, packed, owner))
-        first[width] = found
-        owner[width][page_ids(found, runs)] = slot
-    return _write(bank, slot, adapter, packed, first, owner, donate)
 
 
 def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
     """A bank whose `slot` is empty: its rows are base rows at once, its pages are free."""
-    _check_slot(bank, slot)
-    tables, scales = _empty_slot(bank)
+    check_slot(bank, slot)
+    tables, scales = empty_slot(bank)
     held = {width: np.asarray(ids) for width, ids in bank.owner.items()}
     owner = {width: jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for width, ids in held.items()}
-    new_tables, new_scales = _set_slot(*_own((bank.tables, bank.scales), donate), int(slot), tables, scales)
+    new_tables, new_scales = set_slot(*own((bank.tables, bank.scales), donate), int(slot), tables, scales)
     return replace(bank, owner=owner, tables=new_tables, scales=new_scales)
 
 
@@ -194,7 +161,7 @@ def compact(bank: AdapterBank) -> AdapterBank:
     for width, ids in bank.owner.items():
         held = np.asarray(ids)
         order = np.concatenate((np.flatnonzero(held != FREE), np.flatnonzero(held == FREE))).astype(np.int32)
-        pages[width] = _permute(bank.pages[width], order)
+        pages[width] = permute(bank.pages[width], order)
         owner[width] = jnp.asarray(held[order])
         new_id[width] = np.argsort(order).astype(np.int32)
     tables = {}
@@ -204,132 +171,23 @@ def compact(bank: AdapterBank) -> AdapterBank:
             table[..., column] = new_id[width][table[..., column]]
         tables[module] = jnp.asarray(table)
     # Nothing is shared with the old bank, so that the new one can be donated.
-    return replace(bank, pages=pages, owner=owner, tables=tables, scales=_own(bank.scales, donate=False))
+    return replace(bank, pages=pages, owner=owner, tables=tables, scales=own(bank.scales, donate=False))
 
 
-def _write(
-    bank: AdapterBank,
-    slot: int,
-    adapter: LoRAAdapter,
-    packed: PackedAdapter,
-    first: Mapping[int, np.ndarray],
-    owner: Mapping[int, np.ndarray],
-    donate: bool,
-) -> AdapterBank:
-    tables, scales = _empty_slot(bank)
-    sites = dict(bank.sites)
-    for (layer, module), (runs_a, runs_b, ranks) in packed.entries.items():
-        site, row = sites[module], sites[module].layers.index(layer)
-        live = ranks > 0
-        tables[module][row, live, 0] = first[site.in_width][runs_a[live]]
-        tables[module][row, live, 1] = first[site.out_width][runs_b[live]]
-        tables[module][row, :, 2] = pages_of(ranks)
-        tables[module][row, :, 3] = ranks
-        scales[module][row] = np.where(live, adapter.weights[layer, module].scale, 0)
-    pages = dict(bank.pages)
-    for width, stack in packed.widths.items():
-        ids = page_ids(first[width], np.concatenate(stack.runs))
-        pages[width] = _write_pages(_own(pages[width], donate), ids, stack)
-    new_tables, new_scales = _set_slot(*_own((bank.tables, bank.scales), donate), int(slot), tables, scales)
-    new_owner = {width: jnp.asarray(ids) for width, ids in owner.items()}
-    return replace(bank, pages=pages, owner=new_owner, tables=new_tables, scales=new_scales)
-
-
-def _own(arrays, donate: bool):
+def own(arrays, donate: bool):
     """Arrays to write into: the given ones, or copies. The copy compiles nothing, and one program serves both."""
     return arrays if donate else jax.device_put(arrays, may_alias=False)
 
 
-def _empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
     return tables, {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
 
 
-def _write_pages(pool: Array, ids: np.ndarray, packed: Packed) -> Array:
-    """Writes an adapter's matrices of one width into its pages `ids`. Donates `pool`.
-
-    Rows go in chunks of one static size, so that adapters of any size and layout share two programs.
-    """
-    size, past_the_end = _chunk(pool), pool.shape[0] * RANK_PAGE  # where a row is dropped
-    # One entry more, for the place -1.
-    row_of = np.append(ids[:, None] * RANK_PAGE + np.arange(RANK_PAGE), past_the_end).astype(np.int32)
-    empty = np.ones(len(row_of) - 1, bool)
-    for columns in (False, True):
-        for values, places in chunks(packed.stacks, columns, size, pool.dtype):
-            empty[places[places >= 0]] = False
-            pool = _scatter(pool, row_of[places], _transpose(values) if columns else values)
-    rest = row_of[np.flatnonzero(empty)]  # rows of pages beyond their matrix's rank
-    zeros = np.zeros((size, pool.shape[2]), pool.dtype)
-    for begin in range(0, len(rest), size):
-        rows = np.full(size, past_the_end, np.int32)
-        rows[: len(rest) - begin] = rest[begin : begin + size]
-        pool = _scatter(pool, rows, zeros)
-    return pool
-
-
-def _chunk(pool: Array) -> int:
-    """Rows of a chunk."""
-    return max(RANK_PAGE, min(pool.shape[0] * RANK_PAGE, CHUNK_BYTES // (pool.shape[2] * pool.dtype.itemsize)))
-
-
-def _compile_updates(bank: AdapterBank) -> None:
-    """Fills jit's caches from shapes alone: nothing runs, no memory is taken."""
-    for pool in bank.pages.values():
-        rows, width = _chunk(pool), pool.shape[2]
-        pages, ids, values, columns = (
-            jax.ShapeDtypeStruct(shape, dtype)
-            for shape, dtype in (
-                (pool.shape, pool.dtype),
-                ((rows,), jnp.int32),
-                ((rows, width), pool.dtype),
-                ((width, rows), pool.dtype),
-            )
-        )
-        _scatter.lower(pages, ids, values).compile()
-        _transpose.lower(columns).compile()
-        _permute.lower(pages, jax.ShapeDtypeStruct(pages.shape[:1], jnp.int32)).compile()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (bank.tables, bank.scales))
-    _set_slot.lower(*shapes, 0, *_empty_slot(bank)).compile()
-
-
-@partial(jax.jit, donate_argnums=0)
-def _scatter(pool: Array, rows: Array, values: Array) -> Array:
-    return pool.reshape(-1, pool.shape[2]).at[rows].set(values, mode="drop").reshape(pool.shape)
-
-
-@jax.jit
-def _transpose(columns: Array) -> Array:
-    return columns.T
-
-
-@partial(jax.jit, donate_argnums=(0, 1))
-def _set_slot(tables, scales, slot, new_tables, new_scales):
-    return (
-        {m: t.at[:, slot].set(new_tables[m]) for m, t in tables.items()},
-        {m: s.at[:, slot].set(new_scales[m]) for m, s in scales.items()},
-    )
-
-
-@jax.jit
-def _permute(pool: Array, order: Array) -> Array:
-    return pool[order]
-
-
-def _check_slot(bank: AdapterBank, slot: int) -> None:
+def check_slot(bank: AdapterBank, slot: int) -> None:
     if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < bank.num_slots:
         raise InputError(f"Slot is {slot!r}; the bank has slots 0 to {bank.num_slots - 1}.")
 
 
-def _page_bytes(width: int, dtype: np.dtype) -> int:
+def page_bytes(width: int, dtype: np.dtype) -> int:
     return RANK_PAGE * width * np.dtype(dtype).itemsize
-
-
-def _full(bank: AdapterBank, adapter: LoRAAdapter, packed: PackedAdapter, owner: Mapping[int, np.ndarray]) -> str:
-    wanted = free = 0
-    for width, stack in packed.widths.items():
-        wanted += sum(int(runs.sum()) for runs in stack.runs) * _page_bytes(width, bank.dtype)
-        free += int((np.asarray(bank.owner[width]) == FREE).sum()) * _page_bytes(width, bank.dtype)
-    return (
-        f"Adapter {adapter.name!r} needs {wanted} bytes of pages and the bank has {free} free of the kinds it needs; "
-        "unload an adapter or give a larger adapter_memory."
-    )

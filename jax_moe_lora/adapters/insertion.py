@@ -1,0 +1,193 @@
+"""Puts an adapter into a bank: all at once (`insert`), or in chunks between which other work goes on.
+
+    prepare   checks the adapter and cuts it into pages: host alone, needs no bank but its sizes
+    place     finds pages and marks them as the slot's; nothing can fail after it but the device
+    chunks    its rows, each chunk sent to the device, then `write` puts it into its pages
+    publish   writes the slot's tables: from here on its rows use the adapter
+
+Until `publish` the slot is empty, whatever has been written.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.adapters.bank import FREE, AdapterBank, check_slot, compact, empty_slot, own, page_bytes
+from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.adapters.packing import PackedAdapter, allocate, chunks, pack, page_ids, pages_of
+from jax_moe_lora.adapters.updates import chunk_rows, scatter, scatter_columns, set_slot
+from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.errors import BankFullError, InputError
+from pallas_kernels import RANK_PAGE
+
+
+def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = False) -> AdapterBank:
+    """A bank that holds `adapter` in `slot`. Nothing is compiled: `create_bank` has done it.
+
+    Everything is checked before anything is written: when this raises, `bank` is as it was.
+
+    Args:
+      donate: reuse the memory of `bank`, which must not be used again. Never donate a bank that a running step holds.
+
+    Raises:
+      InputError: the slot is out of range or taken. AdapterFormatError: the adapter does not fit the sites, has a rank
+      above `max_rank`, or weights that are not finite in the bank's dtype. BankFullError: not enough free pages.
+    """
+    placed, insertion = place(bank, slot, prepare(bank, adapter))
+    # What was moved together for it is nobody else's.
+    moved = {width for width, pool in placed.pages.items() if pool is not bank.pages[width]}
+    mine = donate or bool(moved)
+    pages, tables, scales = own((placed.pages, placed.tables, placed.scales), mine)
+    placed = replace(placed, pages=pages, tables=tables, scales=scales)
+    for chunk in insertion.chunks():
+        placed = write(placed, chunk)
+    return insertion.publish(placed, donate=True)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An adapter that was checked, and where its matrices go relative to each other."""
+
+    adapter: LoRAAdapter
+    packed: PackedAdapter
+
+
+def prepare(bank: AdapterBank, adapter: LoRAAdapter) -> Prepared:
+    """Raises AdapterFormatError: the adapter does not fit the bank, or has weights that are not finite in its dtype."""
+    sites = dict(bank.sites)
+    check_adapter(adapter, sites, bank.max_rank, bank.dtype)
+    return Prepared(adapter, pack(adapter, sites))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of one pool, on the device.
+
+    Attributes:
+      rows: int32 `[n]`, rows of the pool's pages; what is past the end is dropped.
+      values: `[n, width]`, or `[width, n]` where they are `columns`, in the order in which a file has them.
+    """
+
+    width: int
+    rows: Int[Array, "n"]
+    values: Float[Array, "_n _width"]
+    columns: bool
+
+    def arrived(self) -> "Chunk":
+        """Waits for its copy, so that no write does, and with it every step behind the write."""
+        jax.block_until_ready((self.rows, self.values))
+        return self
+
+
+def write(bank: AdapterBank, chunk: Chunk) -> AdapterBank:
+    """Donates the bank's pool of the chunk's width."""
+    update = scatter_columns if chunk.columns else scatter
+    return replace(bank, pages={**bank.pages, chunk.width: update(bank.pages[chunk.width], chunk.rows, chunk.values)})
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """An adapter on its way into a slot.
+
+    Attributes:
+      first: width -> first page of each of the adapter's runs. rows, pool_rows: width -> rows that one chunk holds,
+        and rows of the pool.
+    """
+
+    slot: int
+    prepared: Prepared
+    first: Mapping[int, np.ndarray]
+    rows: Mapping[int, int]
+    pool_rows: Mapping[int, int]
+    dtype: np.dtype
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Everything that goes into pages. The next chunk is under way while one is written."""
+        before: Chunk | None = None
+        for width in self.prepared.packed.widths:
+            for rows, values, columns in self._host_chunks(width):
+                sent_rows, sent_values = jax.device_put((rows, values))
+                if before is not None:
+                    yield before.arrived()
+                before = Chunk(width, sent_rows, sent_values, columns)
+        if before is not None:
+            yield before.arrived()
+
+    def _host_chunks(self, width: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+        """Rows in chunks of one static size, so that adapters of any size and layout share two programs."""
+        packed, size, past_the_end = self.prepared.packed.widths[width], self.rows[width], self.pool_rows[width]
+        ids = page_ids(self.first[width], np.concatenate(packed.runs))
+        # One entry more, for the place -1.
+        row_of = np.append(ids[:, None] * RANK_PAGE + np.arange(RANK_PAGE), past_the_end).astype(np.int32)
+        empty = np.ones(len(row_of) - 1, bool)
+        for columns in (False, True):
+            for values, places in chunks(packed.stacks, columns, size, self.dtype):
+                empty[places[places >= 0]] = False
+                yield row_of[places], values, columns
+        rest = row_of[np.flatnonzero(empty)]  # rows of pages beyond their matrix's rank
+        for begin in range(0, len(rest), size):
+            rows = np.full(size, past_the_end, np.int32)
+            rows[: len(rest) - begin] = rest[begin : begin + size]
+            yield rows, np.zeros((size, width), self.dtype), False
+
+    def publish(self, bank: AdapterBank, donate: bool = False) -> AdapterBank:
+        """A bank whose slot has the adapter. `donate`: its tables are written into the memory of the old ones."""
+        tables, scales = empty_slot(bank)
+        sites, weights = dict(bank.sites), self.prepared.adapter.weights
+        for (layer, module), (runs_a, runs_b, ranks) in self.prepared.packed.entries.items():
+            site, row = sites[module], sites[module].layers.index(layer)
+            live = ranks > 0
+            tables[module][row, live, 0] = self.first[site.in_width][runs_a[live]]
+            tables[module][row, live, 1] = self.first[site.out_width][runs_b[live]]
+            tables[module][row, :, 2] = pages_of(ranks)
+            tables[module][row, :, 3] = ranks
+            scales[module][row] = np.where(live, weights[layer, module].scale, 0)
+        new_tables, new_scales = set_slot(*own((bank.tables, bank.scales), donate), int(self.slot), tables, scales)
+        return replace(bank, tables=new_tables, scales=new_scales)
+
+
+def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank, Insertion]:
+    """A bank in which the adapter's pages are the slot's, moved together first where its free pages are too scattered.
+
+    Raises:
+      InputError: the slot is out of range or taken. BankFullError: not enough free pages.
+    """
+    check_slot(bank, slot)
+    owner = {width: np.array(ids) for width, ids in bank.owner.items()}
+    if any((ids == slot).any() for ids in owner.values()):
+        raise InputError(f"Slot {slot} is taken; remove its adapter first.")
+    first: dict[int, np.ndarray] = {}
+    for width, stack in prepared.packed.widths.items():
+        runs, free = np.concatenate(stack.runs), owner[width] == FREE
+        if runs.sum() > free.sum():
+            raise BankFullError(_full(bank, prepared, owner))
+        found = allocate(free, runs)
+        if found is None:
+            return place(compact(bank), slot, prepared)
+        first[width] = found
+        owner[width][page_ids(found, runs)] = slot
+    pools = bank.pages
+    insertion = Insertion(
+        slot,
+        prepared,
+        first,
+        rows={width: chunk_rows(pools[width]) for width in first},
+        pool_rows={width: pools[width].shape[0] * RANK_PAGE for width in first},
+        dtype=bank.dtype,
+    )
+    return replace(bank, owner={width: jnp.asarray(ids) for width, ids in owner.items()}), insertion
+
+
+def _full(bank: AdapterBank, prepared: Prepared, owner: Mapping[int, np.ndarray]) -> str:
+    wanted = free = 0
+    for width, stack in prepared.packed.widths.items():
+        wanted += sum(int(runs.sum()) for runs in stack.runs) * page_bytes(width, bank.dtype)
+        free += int((np.asarray(bank.owner[width]) == FREE).sum()) * page_bytes(width, bank.dtype)
+    return (
+        f"Adapter {prepared.adapter.name!r} needs {wanted} bytes of pages and the bank has {free} free of the kinds it "
+        "needs; unload an adapter or give a larger adapter_memory."
+    )

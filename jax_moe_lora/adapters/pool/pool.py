@@ -1,0 +1,316 @@
+"""Any number of adapters behind the slots of one bank: loaded when a request needs them, by one thread of their own.
+
+A batch is admitted when every adapter that it names has a slot, or gets one: all of them at once, so that two batches
+never wait for each other's. What no running batch uses and nobody pinned is evicted, longest unused first. While an
+adapter is loaded, its pages go to the device in chunks; between any two of them decode steps go on with the bank of
+that moment, in which its slot is still empty.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+
+from jax_moe_lora.adapters.bank import AdapterBank, remove
+from jax_moe_lora.adapters.insertion import Insertion, Prepared, place, prepare, write
+from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.adapters.pool.content import Version, stamps, version
+from jax_moe_lora.adapters.pool.registry import Entry, Registry, Source, State
+from jax_moe_lora.errors import AdapterFormatError, AdapterInUseError, AdapterNameError, BankFullError
+from pallas_kernels import BASE_SLOT
+
+Result = TypeVar("Result")
+Read = Callable[[Path, str], LoRAAdapter]
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """What can be asked of a registered adapter.
+
+    Attributes:
+      state: `registered` (a name and a folder), `loading`, `ready` (in a slot) or `failed` (see `error`; the next
+        request tries again).
+      references: requests that run with it.
+    """
+
+    name: str
+    state: State
+    pinned: bool
+    slot: int | None
+    references: int
+    error: str | None
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """An adapter in a slot: what it takes.
+
+    Attributes:
+      slot: its row in the bank's tables. ranks: module -> the ranks that occur in it.
+      nbytes: device memory of its pages.
+    """
+
+    name: str
+    slot: int
+    ranks: dict[str, tuple[int, ...]]
+    nbytes: int
+
+
+class AdapterPool:
+    """Registered adapters, and the bank that holds some of them. All methods may be called from any thread."""
+
+    def __init__(self, bank: AdapterBank, read: Read):
+        """`read(folder, name)` reads an adapter from disk."""
+        self._bank, self._read = bank, read
+        self._lent = False  # somebody else holds this bank, so its memory is not ours to write into
+        self._pauses = 0  # calls under way with a bank that no load may write into
+        self._registry = Registry(bank.num_slots)
+        self._changed = threading.Condition(threading.RLock())  # its lock guards the registry and the bank
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+
+    def register(self, name: str, source: Source, pinned: bool = False) -> None:
+        """Makes a name known; nothing is read yet. Raises AdapterNameError: the name is taken or reserved."""
+        with self._changed:
+            self._registry.add(name, source, pinned)
+
+    def load(self, name: str) -> None:
+        """Returns when the adapter is in a slot. Raises what reading or inserting it raises."""
+        with self.hold([name]) as (slot,):
+            if isinstance(slot, Exception):
+                raise slot
+
+    def prefetch(self, names: Sequence[str]) -> None:
+        """Begins to load adapters into slots that nobody uses, as many as there are; does not wait."""
+        with self._changed:
+            entries = self._find(names)
+            for entry in entries:
+                if entry.slot is None and (slots := self._make_room(1, entries)):
+                    self._begin(entry, slots[0])
+
+    def forget(self, name: str) -> None:
+        """Takes an adapter out of slot and registry. Raises AdapterNameError, or AdapterInUseError while it runs."""
+        with self._changed:
+            entry = self._registry.find(name)
+            if entry is None:
+                raise AdapterNameError(f"{name!r} is the base model, which is never unloaded; name an adapter.")
+            if entry.state == "loading" or self._registry.references(entry):
+                uses = self._registry.references(entry)
+                raise AdapterInUseError(f"Adapter {name!r} is used by {uses} running requests; wait for them.")
+            if entry.slot is not None:
+                self._evict(entry)
+            del self._registry.entries[name]
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keeps an adapter in its slot once it is there, or lets it be evicted again."""
+        with self._changed:
+            for entry in self._find([name]):
+                entry.pinned = pinned
+            self._changed.notify_all()
+
+    def status(self, name: str) -> AdapterStatus:
+        with self._changed:
+            (entry,) = self._find([name])
+            error = None if entry.error is None else str(entry.error)
+            return AdapterStatus(name, entry.state, entry.pinned, entry.slot, self._registry.references(entry), error)
+
+    def statuses(self) -> dict[str, AdapterStatus]:
+        """Of all registered adapters, by name."""
+        with self._changed:
+            return {name: self.status(name) for name in self._registry.entries}
+
+    def loaded(self) -> list[AdapterInfo]:
+        """What is in a slot, in the order of the slots."""
+        with self._changed:
+            return [
+                AdapterInfo(entry.name, entry.slot, entry.ranks, self._bank.slot_nbytes(entry.slot))
+                for entry in self._registry.ready()
+                if entry.slot is not None
+            ]
+
+    def slots(self, names: Sequence[str | None]) -> list[int]:
+        """Slots of adapters that are there now. Raises AdapterNameError: one is not registered, or has no slot."""
+        with self._changed:
+            found = []
+            for name in names:
+                entry = self._registry.find(name)
+                if entry is not None and entry.state != "ready":
+                    raise AdapterNameError(f"Adapter {name!r} is {entry.state}, not in a slot; load it first.")
+                found.append(BASE_SLOT if entry is None or entry.slot is None else entry.slot)
+            return found
+
+    @contextmanager
+    def hold(self, names: Sequence[str | None]) -> Iterator[list[int | Exception]]:
+        """The slot of each name, which stays its own until the block ends, or why its adapter could not be loaded.
+
+        Waits for slots that running requests will give back, and for adapters that have to be loaded.
+
+        Raises:
+          AdapterNameError: a name that is not registered. BankFullError: more adapters than there are slots, or than
+          are not pinned.
+        """
+        self._look_for_changes(names)
+        with self._changed:
+            entries = self._admit(names)
+            slots = [BASE_SLOT if entry is None or entry.slot is None else entry.slot for entry in entries]
+            self._registry.count(slots, 1)
+            loading = [None if entry is None else entry.loading for entry in entries]
+        try:
+            failed = [None if future is None else future.exception() for future in loading]
+            yield [slot if error is None else error for slot, error in zip(slots, failed, strict=True)]
+        finally:
+            with self._changed:
+                self._registry.count(slots, -1)
+                for slot in self._registry.left(slots):
+                    self._clear(slot)
+                self._changed.notify_all()
+
+    def using(self, call: Callable[[AdapterBank], Result]) -> Result:
+        """`call(bank)` with the bank of this moment; for starting a step: nothing else goes on before it returns."""
+        with self._changed:
+            return call(self._bank)
+
+    def pausing_loads(self, call: Callable[[AdapterBank], Result]) -> Result:
+        """As `using`, for what takes long, such as compiling a step: loads wait for it, other steps do not."""
+        with self._changed:
+            self._pauses += 1
+            bank = self._bank
+        try:
+            return call(bank)
+        finally:
+            with self._changed:
+                self._pauses -= 1
+                self._changed.notify_all()
+
+    def lend(self) -> AdapterBank:
+        """The bank of this moment, for good: the next change is made in a copy."""
+        with self._changed:
+            self._lent = True
+            return self._bank
+
+    def _find(self, names: Sequence[str | None]) -> list[Entry]:
+        """Registered adapters of the names, each once."""
+        found = [self._registry.find(name) for name in dict.fromkeys(names)]
+        return [entry for entry in found if entry is not None]
+
+    def _admit(self, names: Sequence[str | None]) -> list[Entry | None]:
+        """The adapter of each name, all of them in slots or on their way there."""
+        while True:
+            entries = self._find(names)
+            missing = [entry for entry in entries if entry.slot is None]
+            room = self._make_room(len(missing), entries)
+            if room is not None:
+                break
+            self._check_hope(entries)
+            self._changed.wait()
+        for entry, slot in zip(missing, room, strict=True):
+            self._begin(entry, slot)
+        for entry in entries:
+            self._registry.touch(entry)
+        return [self._registry.find(name) for name in names]
+
+    def _check_hope(self, entries: Sequence[Entry]) -> None:
+        """Raises BankFullError where waiting would not help."""
+        slots, pinned = len(self._registry.slots), self._registry.pinned(but=entries)
+        if len(entries) + pinned > slots:
+            others = f" and {pinned} other adapters are pinned" if pinned else ""
+            raise BankFullError(
+                f"The bank has {slots} slots; {len(entries)} adapters are asked for at once{others}: unload or unpin "
+                "some, ask for fewer, or raise max_adapters."
+            )
+
+    def _make_room(self, count: int, keep: Sequence[Entry]) -> list[int] | None:
+        """Free slots, after evictions; None, and nothing evicted, where there are too few."""
+        evictable, free = self._registry.evictable(keep), self._registry.free_slots()
+        if len(free) + len(evictable) < count:
+            return None
+        for entry in evictable[: max(count - len(free), 0)]:
+            self._evict(entry)
+        return self._registry.free_slots()[:count]
+
+    def _evict(self, entry: Entry) -> None:
+        self._clear(self._registry.take(entry))
+
+    def _clear(self, slot: int) -> None:
+        """Empties a slot of the bank."""
+        self._bank = remove(self._bank, slot)
+
+    def _own_bank(self) -> AdapterBank:
+        """The bank, whose memory may be written into."""
+        if self._lent:
+            self._bank, self._lent = jax.device_put(self._bank, may_alias=False), False
+        return self._bank
+
+    def _begin(self, entry: Entry, slot: int) -> None:
+        self._registry.give(entry, slot)
+        entry.loading = self._loader.submit(self._load, entry, slot)
+
+    def _load(self, entry: Entry, slot: int) -> None:
+        """The loader's work. Where it fails the slot is empty again, and nothing else has changed."""
+        try:
+            adapter, found = self._read_source(entry)
+            insertion = self._place(slot, prepare(self._bank, adapter))
+            for chunk in insertion.chunks():
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._pauses)
+                    self._bank = write(self._own_bank(), chunk)
+            if found is not None and stamps(Path(str(entry.source))) != found.stamps:
+                raise AdapterFormatError(f"{entry.source} changed while it was read; load it when it is complete.")
+            with self._changed:
+                self._bank = insertion.publish(self._bank)
+                entry.ranks, entry.version, entry.error, entry.loading = adapter.ranks, found, None, None
+        except BaseException as error:
+            with self._changed:
+                entry.error = error if isinstance(error, Exception) else None
+                entry.loading = None
+                self._evict(entry)
+            raise
+        finally:
+            with self._changed:
+                self._changed.notify_all()
+
+    def _read_source(self, entry: Entry) -> tuple[LoRAAdapter, Version | None]:
+        if isinstance(entry.source, LoRAAdapter):
+            return entry.source, None
+        with ThreadPoolExecutor(1) as hashing:  # beside the reading, which waits for the same pages of the file
+            found = hashing.submit(version, entry.source)
+            return self._read(entry.source, entry.name), found.result()
+
+    def _place(self, slot: int, prepared: Prepared) -> Insertion:
+        """Pages for the adapter; what nobody uses goes until there are enough."""
+        with self._changed:
+            while True:
+                try:
+                    self._bank, insertion = place(self._bank, slot, prepared)
+                    return insertion
+                except BankFullError:
+                    unused = self._registry.evictable()
+                    if not unused:
+                        raise
+                    self._evict(unused[0])
+
+    def _look_for_changes(self, names: Sequence[str | None]) -> None:
+        """Takes its slot from each ready adapter whose folder holds something else than was read: it is loaded again.
+
+        Requests that run with it keep the old one. The bytes are read only where a file's stamps differ.
+        """
+        with self._changed:
+            known = [(entry, entry.version) for entry in self._find(names) if entry.state == "ready"]
+        for entry, old in known:
+            if old is None or not isinstance(entry.source, Path):
+                continue
+            now = stamps(entry.source)
+            if now == old.stamps or len(now) < len(old.stamps):  # a folder that is gone is no reason to stop serving
+                continue
+            new = version(entry.source)
+            with self._changed:
+                if entry.version is old and entry.state == "ready":
+                    entry.version = new
+                    if new.digest != old.digest:
+                        slot = self._registry.take(entry)
+                        for left in self._registry.left([slot]):
+                            self._clear(left)

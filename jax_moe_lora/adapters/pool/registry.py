@@ -1,0 +1,145 @@
+"""Who is in which slot, and who uses it: bookkeeping on the host, without a device and without a lock of its own.
+
+A registered adapter has a slot, or is a name and a source alone. A slot that requests use is never given to another
+adapter; of the others the one that was used longest ago goes first, unless its adapter is pinned. An adapter whose
+folder has changed gets a new slot while requests that began before go on with the old one, which nobody finds any more.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.adapters.pool.content import Version
+from jax_moe_lora.errors import AdapterNameError
+from pallas_kernels import BASE_SLOT
+
+BASE_NAMES = (None, "__base__")
+State = Literal["registered", "loading", "ready", "failed"]
+Source = Path | LoRAAdapter
+
+
+@dataclass
+class Entry:
+    """A registered adapter.
+
+    Attributes:
+      source: its folder, or the adapter itself. pinned: it keeps its slot until it is unpinned or forgotten.
+      slot: where it is, or is being loaded to; None without one.
+      loading: done when its last load is. version: of the folder that was read. error: of its last load, if it failed.
+      ranks: module -> the ranks that occur in it, once it has been read.
+    """
+
+    name: str
+    source: Source
+    pinned: bool
+    slot: int | None = None
+    loading: "Future[None] | None" = None
+    version: Version | None = None
+    error: Exception | None = None
+    ranks: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def state(self) -> State:
+        if self.slot is not None:
+            return "ready" if self.loading is None else "loading"
+        return "failed" if self.error else "registered"
+
+
+@dataclass
+class Slot:
+    """One slot of the bank: the adapter that it is for, the requests that use it, and when it was used last."""
+
+    entry: Entry | None = None
+    references: int = 0
+    used: int = 0
+
+
+class Registry:
+    """Names, slots and references. Every method leaves it consistent; the caller sees to it that one runs at a time."""
+
+    def __init__(self, num_slots: int):
+        self.entries: dict[str, Entry] = {}
+        self.slots = [Slot() for _ in range(num_slots)]
+        self._clock = 0
+
+    def add(self, name: str, source: Source, pinned: bool) -> Entry:
+        """Raises AdapterNameError: the name is reserved, empty, no text, or taken."""
+        if not isinstance(name, str) or not name or name in BASE_NAMES:
+            raise AdapterNameError(f"Adapter name {name!r} is reserved, empty or no text; choose another.")
+        if name in self.entries:
+            state = self.entries[name].state
+            raise AdapterNameError(f"An adapter named {name!r} is {state} already; unload it or choose another name.")
+        self.entries[name] = Entry(name, source, pinned)
+        return self.entries[name]
+
+    def find(self, name: str | None) -> Entry | None:
+        """The adapter of a name, or None for the base model. Raises AdapterNameError: it is not registered."""
+        if name is not None and not isinstance(name, str):
+            raise AdapterNameError(f"Adapter name {name!r} is no text; give an adapter's name, or None.")
+        if name in BASE_NAMES:
+            return None
+        if name not in self.entries:
+            known = sorted(self.entries)
+            some = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+            raise AdapterNameError(f"No adapter named {name!r} is loaded or registered (there are: {some or 'none'}).")
+        return self.entries[name]
+
+    def free_slots(self) -> list[int]:
+        return [number for number, slot in enumerate(self.slots) if slot.entry is None and not slot.references]
+
+    def evictable(self, keep: Collection[Entry] = ()) -> list[Entry]:
+        """Ready adapters that nobody uses and nobody pinned, the one that was used longest ago first."""
+        kept = {entry.name for entry in keep}
+        found = [
+            slot
+            for slot in self.slots
+            if slot.entry is not None and not slot.references and not slot.entry.pinned and slot.entry.name not in kept
+        ]
+        ready = [slot.entry for slot in sorted(found, key=lambda slot: slot.used) if slot.entry is not None]
+        return [entry for entry in ready if entry.state == "ready"]
+
+    def pinned(self, but: Collection[Entry]) -> int:
+        """Pinned adapters that are in a slot or on their way there, but for these."""
+        kept = {entry.name for entry in but}
+        entries = [slot.entry for slot in self.slots if slot.entry is not None]
+        return sum(entry.pinned and entry.name not in kept for entry in entries)
+
+    def left(self, slots: Collection[int]) -> list[int]:
+        """Those of the slots that have lost their adapter and their last request: what they hold is nobody's."""
+        own = {slot for slot in slots if slot != BASE_SLOT}
+        return [slot for slot in own if self.slots[slot].entry is None and not self.slots[slot].references]
+
+    def give(self, entry: Entry, slot: int) -> None:
+        """A free slot to an adapter that has none."""
+        self.slots[slot].entry, entry.slot = entry, slot
+        self.touch(entry)
+
+    def take(self, entry: Entry) -> int:
+        """An adapter's slot from it. It is free once no request uses it."""
+        slot, entry.slot = entry.slot, None
+        assert slot is not None
+        self.slots[slot].entry = None
+        return slot
+
+    def touch(self, entry: Entry) -> None:
+        assert entry.slot is not None
+        self._clock += 1
+        self.slots[entry.slot].used = self._clock
+
+    def count(self, slots: Sequence[int], change: int) -> None:
+        """Adds a request to each of the slots, or takes it off."""
+        for slot in slots:
+            if slot != BASE_SLOT:
+                self.slots[slot].references += change
+
+    def references(self, entry: Entry) -> int:
+        return 0 if entry.slot is None else self.slots[entry.slot].references
+
+    def ready(self) -> Iterator[Entry]:
+        """Adapters in the order of their slots."""
+        for slot in self.slots:
+            if slot.entry is not None and slot.entry.state == "ready":
+                yield slot.entry
