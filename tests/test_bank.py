@@ -10,7 +10,7 @@ import pytest
 from layers import Spec, draw, random_adapter
 
 from jax_moe_lora import AdapterFormatError, BankFullError, InputError
-from jax_moe_lora.adapters import bank as bank_module
+from jax_moe_lora.adapters import transfer
 from jax_moe_lora.adapters.bank import compact, create_bank, insert, remove
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, uniform
 from jax_moe_lora.adapters.packing import allocate
@@ -62,7 +62,7 @@ def test_whole_pages_take_the_bytes_of_their_elements(layout, rank):
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_pages_hold_the_matrices_however_they_lie_in_memory(monkeypatch, order):
     """Small chunks, free pages full of NaN, and axes of A and B in any order in memory."""
-    monkeypatch.setattr(bank_module, "CHUNK_BYTES", 24 * 64 * 4)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 24 * 64 * 4)
     empty = bank(slots=2, max_rank=32)
     pages = {w: jnp.where((empty.owner[w] == -1)[:, None, None], jnp.nan, pool) for w, pool in empty.pages.items()}
     ranks = np.array([20, 0, 16, 3], np.int32)

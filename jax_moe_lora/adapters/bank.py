@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.adapters.packing import Packed, PackedAdapter, allocate, chunks, pack, page_ids, pages_of
+from jax_moe_lora.adapters.packing import PackedAdapter, allocate, pack, page_ids, pages_of
+from jax_moe_lora.adapters.transfer import compile_writes, write_pages
 from jax_moe_lora.adapters.validate import check_adapter
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import BankFullError, InputError
 from pallas_kernels import RANK_PAGE, LoRAPages
 
 FREE, RESERVED = -1, -2
-CHUNK_BYTES = 4 * 2**20
 
 
 @jax.tree_util.register_dataclass
@@ -229,7 +229,7 @@ def _write(
     pages = dict(bank.pages)
     for width, stack in packed.widths.items():
         ids = page_ids(first[width], np.concatenate(stack.runs))
-        pages[width] = _write_pages(_own(pages[width], donate), ids, stack)
+        pages[width] = write_pages(_own(pages[width], donate), ids, stack)
     new_tables, new_scales = _set_slot(*_own((bank.tables, bank.scales), donate), int(slot), tables, scales)
     new_owner = {width: jnp.asarray(ids) for width, ids in owner.items()}
     return replace(bank, pages=pages, owner=new_owner, tables=new_tables, scales=new_scales)
@@ -245,61 +245,14 @@ def _empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.
     return tables, {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
 
 
-def _write_pages(pool: Array, ids: np.ndarray, packed: Packed) -> Array:
-    """Writes an adapter's matrices of one width into its pages `ids`. Donates `pool`.
-
-    Rows go in chunks of one static size, so that adapters of any size and layout share two programs.
-    """
-    size, past_the_end = _chunk(pool), pool.shape[0] * RANK_PAGE  # where a row is dropped
-    # One entry more, for the place -1.
-    row_of = np.append(ids[:, None] * RANK_PAGE + np.arange(RANK_PAGE), past_the_end).astype(np.int32)
-    empty = np.ones(len(row_of) - 1, bool)
-    for columns in (False, True):
-        for values, places in chunks(packed.stacks, columns, size, pool.dtype):
-            empty[places[places >= 0]] = False
-            pool = _scatter(pool, row_of[places], _transpose(values) if columns else values)
-    rest = row_of[np.flatnonzero(empty)]  # rows of pages beyond their matrix's rank
-    zeros = np.zeros((size, pool.shape[2]), pool.dtype)
-    for begin in range(0, len(rest), size):
-        rows = np.full(size, past_the_end, np.int32)
-        rows[: len(rest) - begin] = rest[begin : begin + size]
-        pool = _scatter(pool, rows, zeros)
-    return pool
-
-
-def _chunk(pool: Array) -> int:
-    """Rows of a chunk."""
-    return max(RANK_PAGE, min(pool.shape[0] * RANK_PAGE, CHUNK_BYTES // (pool.shape[2] * pool.dtype.itemsize)))
-
-
 def _compile_updates(bank: AdapterBank) -> None:
     """Fills jit's caches from shapes alone: nothing runs, no memory is taken."""
     for pool in bank.pages.values():
-        rows, width = _chunk(pool), pool.shape[2]
-        pages, ids, values, columns = (
-            jax.ShapeDtypeStruct(shape, dtype)
-            for shape, dtype in (
-                (pool.shape, pool.dtype),
-                ((rows,), jnp.int32),
-                ((rows, width), pool.dtype),
-                ((width, rows), pool.dtype),
-            )
-        )
-        _scatter.lower(pages, ids, values).compile()
-        _transpose.lower(columns).compile()
+        pages = jax.ShapeDtypeStruct(pool.shape, pool.dtype)
+        compile_writes(pages)
         _permute.lower(pages, jax.ShapeDtypeStruct(pages.shape[:1], jnp.int32)).compile()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (bank.tables, bank.scales))
     _set_slot.lower(*shapes, 0, *_empty_slot(bank)).compile()
-
-
-@partial(jax.jit, donate_argnums=0)
-def _scatter(pool: Array, rows: Array, values: Array) -> Array:
-    return pool.reshape(-1, pool.shape[2]).at[rows].set(values, mode="drop").reshape(pool.shape)
-
-
-@jax.jit
-def _transpose(columns: Array) -> Array:
-    return columns.T
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
