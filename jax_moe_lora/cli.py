@@ -1,4 +1,4 @@
-"""`jax-moe-lora`: demo, generate, inspect, bench, bench-model, tune. Exit code 2 and one sentence on bad input."""
+"""`jax-moe-lora` and its commands. Exit code 2 and one sentence on bad input."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_moe_lora.benchmark.command import bench, tune
+from jax_moe_lora.benchmark.load_command import bench_load
 from jax_moe_lora.benchmark.model_command import bench_model
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
@@ -24,6 +25,7 @@ app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=F
 console = Console(width=None if sys.stdout.isatty() else 160)
 
 app.command()(bench)
+app.command("bench-load")(bench_load)
 app.command("bench-model")(bench_model)
 app.command()(tune)
 
