@@ -200,8 +200,8 @@ class AdapterPool:
 
     def _find(self, names: Sequence[str | None]) -> list[Entry]:
         """Registered adapters of the names, each once."""
-        found = [self._registry.find(name) for name in dict.fromkeys(names)]
-        return [entry for entry in found if entry is not None]
+        found = [self._registry.find(name) for name in names]
+        return list({entry.name: entry for entry in found if entry is not None}.values())
 
     def _admit(self, names: Sequence[str | None]) -> list[Entry | None]:
         """The adapter of each name, all of them in slots or on their way there."""
