@@ -126,9 +126,11 @@ def _name(quoted: bytes) -> str:
 
 def _decode(quoted: bytes) -> str:
     try:
-        return json.loads(quoted)
-    except ValueError as error:  # no UTF-8, or an escape that JSON does not have
+        text = json.loads(quoted)
+        text.encode()
+    except ValueError as error:  # no UTF-8, an escape that JSON does not have, or half of a surrogate pair
         raise HeaderError(f"the header has a text that is none: {error}") from error
+    return text
 
 
 def _tensor(cursor: _Cursor, name: str) -> TensorInfo:

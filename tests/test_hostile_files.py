@@ -237,7 +237,7 @@ def test_a_mutated_header_is_read_as_the_library_does_or_refused(tmp_path, heade
 
 @pytest.mark.slow
 @given(st.one_of(mutated_headers(), st.binary(max_size=64)))
-@settings(max_examples=30_000, **UNTIMED)
+@settings(max_examples=10_000, **UNTIMED)
 def test_many_mutated_headers_are_read_as_the_library_does_or_refused(tmp_path, header):
     fuzz_header(tmp_path / WEIGHTS, header)
 
@@ -610,6 +610,25 @@ def test_a_link_out_of_the_folder_leaks_nothing_of_what_it_leads_to(tmp_path):
         assert "hunter2" not in named(folder / name, lambda: read(folder), AdapterFormatError)
         (folder / name).unlink()
         (folder / name).write_bytes(content)
+
+
+REPEATED_GROUPS = [r"(\w+\.?)+!", r"(.|\.)*!", r"(?:a*)*b", r"((.*)){1,99}!", r".*(x+x+)+y"]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("pattern", REPEATED_GROUPS)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
+def test_a_pattern_that_may_match_for_ever_is_refused(tmp_path, field, pattern):
+    value = {pattern: 2} if field == "rank_pattern" else pattern
+    folder = write_adapter(tmp_path / "adapter", Q, **{field: value})
+    assert field in named(folder / CONFIG, lambda: read(folder), AdapterFormatError)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r".*\.(q|v)_proj", r"model\.layers\.(0|1)\.(self_attn\.)?q_proj", r".*[)+]?q_proj\)?\+*"]
+)
+def test_other_patterns_are_taken_as_peft_takes_them(tmp_path, pattern):
+    assert set(read(write_adapter(tmp_path / "adapter", Q, target_modules=pattern)).weights) == {(0, "q")}
 
 
 def test_config_errors_stay_short(tmp_path):

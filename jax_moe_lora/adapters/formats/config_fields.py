@@ -8,6 +8,10 @@ from typing import Any
 _MAX_RANK, _MAX_ALPHA = 2**20, 1e30
 
 
+# A group that is repeated, as in (a+)+, can make a match take for ever. Escapes and classes are no groups.
+_NO_GROUP, _REPEATED_GROUP = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL), re.compile(r"\)[*+{]")
+
+
 class Malformed(Exception):
     """A field whose value is none that it may have."""
 
@@ -90,6 +94,8 @@ def _compiled(pattern: str, name: str) -> str:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise Malformed(name, pattern, f"a regular expression (it is none: {error})") from error
+    if _REPEATED_GROUP.search(_NO_GROUP.sub("x", pattern)):
+        raise Malformed(name, pattern, "a regular expression without a repeated group, which may take for ever,")
     return pattern
 
 
