@@ -1,9 +1,11 @@
 """Mixture-of-Experts with many LoRA adapters in one batch, in JAX."""
 
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank, remove
+from jax_moe_lora.adapters.extraction import extract
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
+from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.compilations import count_compilations
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
 from jax_moe_lora.errors import (
@@ -49,9 +51,11 @@ __all__ = [
     "Site",
     "count_compilations",
     "create_bank",
+    "extract",
     "insert",
     "lora_linear",
     "moe_lora",
     "remove",
     "routed_experts",
+    "write_adapter",
 ]

@@ -53,13 +53,24 @@ def load_params(
       CheckpointError: a missing or surplus tensor, a wrong shape, a dtype that is not float32, float16 or bfloat16,
       values that are not finite (also after the cast), a shard that is missing, corrupt or outside the folder, by name.
     """
+    files = checked_files(folder, config)
     names = tensor_names(config, family(config.model_type).ADAPTER_NAMES)
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
-    shapes = {_path_name(path): leaf.shape for path, leaf in leaves}
-    files = _locate(folder)
-    _check(folder, files, names, shapes, unused_names(config))
     arrays = [_place(_read(names[_path_name(path)], leaf, files), sharding) for path, leaf in leaves]
     return jax.tree_util.tree_unflatten(tree, arrays)
+
+
+def checked_files(folder: Path, config: ModelConfig) -> dict[str, tuple[Path, TensorInfo]]:
+    """Tensor -> the shard that holds it, and what the shard's header says of it; the shards in order.
+
+    Raises:
+      CheckpointError: what `load_params` finds wrong in headers.
+    """
+    names = tensor_names(config, family(config.model_type).ADAPTER_NAMES)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config, np.float32))
+    files = _locate(folder)
+    _check(folder, files, names, {_path_name(path): leaf.shape for path, leaf in leaves}, unused_names(config))
+    return files
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

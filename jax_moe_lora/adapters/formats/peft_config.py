@@ -55,7 +55,7 @@ _REFUSED = {
     "use_qalora": "QA-LoRA pools its inputs and is not supported",
 }
 # Far past any real adapter; within them a rank indexes and a scale stays finite in float32.
-_MAX_RANK, _MAX_ALPHA = 2**20, 1e30
+MAX_RANK, MAX_ALPHA = 2**20, 1e30
 # Initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -199,8 +199,8 @@ def _listed(names: str | Sequence[str]) -> Sequence[str]:
 
 def _whole(raw: Mapping[str, Any], name: str, bad) -> int:
     value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
-        raise bad(f"{name} is {value!r}, a whole number from 1 to {_MAX_RANK} was expected")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise bad(f"{name} is {value!r}, a whole number from 1 to {MAX_RANK} was expected")
     return value
 
 
@@ -212,8 +212,8 @@ def _flag(value: Any, name: str, bad) -> bool:
 
 def _number(value: Any, name: str, bad) -> float:
     # A comparison, not isfinite: an integer of 400 digits has no float. NaN fails it too.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_ALPHA:
-        raise bad(f"{name} is {value!r}, a number of at most {_MAX_ALPHA:g} was expected")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise bad(f"{name} is {value!r}, a number of at most {MAX_ALPHA:g} was expected")
     return float(value)
 
 
