@@ -19,6 +19,7 @@ from jax_moe_lora.errors import (
     JaxMoELoRAError,
 )
 from jax_moe_lora.linear import lora_linear
+from jax_moe_lora.merge import merge_adapter
 from jax_moe_lora.model import Functional, Model
 from jax_moe_lora.moe import moe_lora, routed_experts
 from jax_moe_lora.requests import Generation
@@ -54,6 +55,7 @@ __all__ = [
     "extract",
     "insert",
     "lora_linear",
+    "merge_adapter",
     "moe_lora",
     "remove",
     "routed_experts",

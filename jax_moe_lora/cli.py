@@ -1,4 +1,7 @@
-"""`jax-moe-lora`: demo, generate, inspect, bench, bench-model, tune. Exit code 2 and one sentence on bad input."""
+"""`jax-moe-lora`: demo, generate, inspect, convert, merge, bench, bench-model, tune.
+
+Bad input is one sentence and exit code 2.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ from jax_moe_lora.benchmark.command import bench, tune
 from jax_moe_lora.benchmark.model_command import bench_model
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
+from jax_moe_lora.writing_command import convert, merge
 from pallas_kernels.tuning import TunedFileError
 
 # click's class, which newer versions of typer hold a copy of and do not export.
@@ -23,6 +27,8 @@ app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=F
 # Wide where nobody looks at a terminal, so that tables in logs and pipes keep their words whole.
 console = Console(width=None if sys.stdout.isatty() else 160)
 
+app.command()(convert)
+app.command()(merge)
 app.command()(bench)
 app.command("bench-model")(bench_model)
 app.command()(tune)
