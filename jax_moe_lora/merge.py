@@ -23,7 +23,17 @@ from jax_moe_lora.whole_folder import whole_folder
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Weights in other forms, which would still be those of the base model.
-_OTHER_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".onnx")
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".gguf",
+    ".onnx",
+)
 
 
 def merge_adapter(

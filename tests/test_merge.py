@@ -34,7 +34,7 @@ from jax_moe_lora.models.registry import family
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.safetensors_io import TensorInfo
 from jax_moe_lora.safetensors_writer import write_tensors
-from jax_moe_lora.whole_folder import whole_folder
+from jax_moe_lora.whole_folder import _exchange, whole_folder
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("merge")]
 
@@ -82,8 +82,6 @@ def test_transformers_computes_with_a_merged_checkpoint_what_peft_does_after_mer
     assert_close(found, expected, 1e-5)
     change = np.linalg.norm(expected - peft_logits(base, None, TOKENS)) / np.linalg.norm(expected)
     assert change > 1e-2, "the adapter changes nothing; this proves nothing"
-    model = Model.from_pretrained(tmp_path / "out", dtype="float32", max_adapters=1, max_rank=16)
-    assert_close(model.logits(TOKENS), expected, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -281,8 +279,11 @@ def _watched() -> Iterator[None]:
 
 
 @pytest.fixture(params=["an exchange", "two renames"])
-def exchange(request, monkeypatch) -> str:
+def exchange(request, monkeypatch, tmp_path_factory) -> str:
     """Both ways of replacing a folder."""
+    one, other = (tmp_path_factory.mktemp(name) for name in ("one", "other"))
+    if request.param == "an exchange" and not _exchange(one, other):
+        pytest.skip("this file system exchanges no folders")
     if request.param == "two renames":
         monkeypatch.setattr("jax_moe_lora.whole_folder._exchange", lambda *_: False)
     return request.param
@@ -318,14 +319,31 @@ def test_a_kill_at_any_point_leaves_no_half_folder_and_the_next_run_cleans_up(tm
         if replaces:
             write(out, "old", force=False)
         status = killed_at(n, folder, partial(write, out, "new", replaces))
-        between_two_renames = exchange == "two renames" and not out.exists()
-        assert contents(out) in ({"new"}, {"old"} if replaces and not between_two_renames else set()), n
+        found = contents(out)
+        if exchange == "two renames" and not found:  # between the two
+            found = contents(folder / ".out.replaced")
+        assert found in ({"new"}, {"old"} if replaces else set()), n
         write(out, "next", force=True)
         assert (contents(out), [path.name for path in folder.iterdir()]) == ({"next"}, ["out"])
         if status == 0:
             break
         killed += 1
     assert 5 < killed < 99
+
+
+def test_everything_is_on_disk_before_the_folder_appears(tmp_path, monkeypatch):
+    """By its inodes: each file and the folder while `out` is not there yet, then the entry in its parent."""
+    synced, fsync, out = [], os.fsync, tmp_path / "out"
+
+    def recording(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append((os.fstat(descriptor).st_ino, out.exists()))
+
+    monkeypatch.setattr(os, "fsync", recording)
+    write(out, "new", force=False)
+    files = [(path.stat().st_ino, False) for path in out.iterdir()]
+    assert sorted(synced[:-2]) == sorted(files)
+    assert synced[-2:] == [(out.stat().st_ino, False), (tmp_path.stat().st_ino, True)]
 
 
 def test_a_full_disk_is_a_sentence(tmp_path):
@@ -410,6 +428,8 @@ def test_convert_writes_a_layout_and_says_what_it_copied(monkeypatch, capsys, tm
     assert run(monkeypatch, *convert, "--expand") == 2
     assert "exists; name a new folder" in capsys.readouterr().err
     assert run(monkeypatch, *convert, "--expand", "--force") == 0
+    own_place = ("convert", tmp_path / "out", tmp_path / "out", "--model", BASE, "--to", "peft-per-expert", "--force")
+    assert run(monkeypatch, *own_place) == 0
     own, found = read(UPPER, BASE), read(tmp_path / "out", BASE)
     assert own.weights.keys() == found.weights.keys()
     for key, weights in own.weights.items():
@@ -417,6 +437,7 @@ def test_convert_writes_a_layout_and_says_what_it_copied(monkeypatch, capsys, tm
             np.testing.assert_array_equal(found.weights[key].delta(expert), weights.delta(expert))
 
 
+@pytest.mark.long
 def test_merge_writes_a_model_that_answers_as_the_adapter_does(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "merge", UPPER, tmp_path / "out", "--model", BASE, "--dtype", "float32") == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: merged, ")

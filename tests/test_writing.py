@@ -123,6 +123,8 @@ HELD: dict[str, tuple[str, LoRAAdapter]] = {
     "Tinker, nothing shared": ("tinker", drawn(dtype=ml_dtypes.bfloat16)),
     "Tinker, both sides": ("tinker", drawn(shared=("gate a", "gate b", "up b"))),
     "TensorRT-LLM": ("tensorrt-llm", drawn()),
+    "TensorRT-LLM, ranks by module": ("tensorrt-llm", joined(drawn("gate down"), drawn("q", rank=6, scale=8 / 6))),
+    "TensorRT-LLM, rank-stabilised": ("tensorrt-llm", joined(drawn("up", scale=4), drawn("q", rank=16, scale=2))),
     "TensorRT-LLM, sidecar": ("tensorrt-llm", drawn(shared=("gate a", "up a", "down b"), dtype=np.float16)),
 }
 
@@ -291,6 +293,15 @@ def test_rows_of_gpt_oss_alternate_between_gate_and_up(tmp_path, one_a):
     np.testing.assert_array_equal(b[::2].reshape(F, -1, E)[:, :4].transpose(2, 0, 1), adapter.weights[0, "gate"].b)
 
 
+def test_a_square_parameter_is_read_back_in_its_orientation(tmp_path):
+    """2F equals D: shapes do not tell A from B, and the version that the config names does."""
+    a, b = (matrices(np.random.default_rng(0), E, *shape) for shape in ((2, 24), (12, 2)))
+    sites = {module: Site(24, 12, E, (0,)) for module in ("gate", "up")}
+    adapter = LoRAAdapter("mine", {(0, module): uniform(a, b, 1.0, E) for module in ("gate", "up")})
+    write_adapter(adapter, tmp_path / "out", sites, ADAPTER_NAMES)
+    assert_same(read_adapter(tmp_path / "out", sites, ADAPTER_NAMES), adapter)
+
+
 def test_an_unknown_layout_is_refused(tmp_path):
     with pytest.raises(InputError, match="layout is 'gguf'; expected one of peft, peft-per-expert, tinker"):
         rewritten(drawn(), tmp_path / "out", "gguf")
@@ -370,12 +381,14 @@ def served(request, tmp_path_factory) -> tuple[Path, Model]:
     return base, model
 
 
+@pytest.mark.long
 def test_peft_computes_with_a_saved_adapter_what_this_library_does(served, tmp_path):
     base, model = served
     assert model.save_adapter("own", tmp_path / "out") == []
     assert_close(model.logits(TOKENS, ["own"] * 2), peft_logits(base, tmp_path / "out", TOKENS), 1e-5)
 
 
+@pytest.mark.long
 def test_peft_computes_with_shared_sides_and_block_diagonals_what_this_library_does(served, tmp_path):
     """Ranks that differ by module, experts that share sides, gate and up of different A: expanded."""
     base, model = served
@@ -397,6 +410,7 @@ def test_peft_computes_with_shared_sides_and_block_diagonals_what_this_library_d
         model.unload_adapter("drawn")
 
 
+@pytest.mark.long
 def test_peft_converts_written_per_expert_matrices_to_what_they_were(tmp_path):
     """Under transformers 5, where peft fuses gate and up; it knows the names of Qwen3-MoE."""
     base = save_model(tiny("qwen3_moe", num_hidden_layers=1), tmp_path / "model")

@@ -25,7 +25,9 @@ class Says:
     rank_stabilised: bool
 
 
-def settle(draft: Draft, parts: Sequence[Part], says: Says, all_targets: Iterable[str]) -> tuple[list[Part], dict]:
+def settle(
+    draft: Draft, parts: Sequence[Part], says: Says, all_targets: Iterable[str]
+) -> tuple[list[Part], dict[str, Any]]:
     """The config of the parts, and the parts with whatever it cannot say of their scales folded into B.
 
     Args:
@@ -74,13 +76,18 @@ def _ranks(draft: Draft, parts: Sequence[Part], says: Says) -> tuple[int, dict[s
 
 
 def _is_stabilised(draft: Draft, parts: Sequence[Part], says: Says) -> bool:
-    """`use_rslora`: as the adapter's own config said, unless only the other makes every alpha a whole number."""
+    """`use_rslora`: what needs no more alphas than there is room for, then whole ones, then as the adapter's config."""
     if not says.rank_stabilised:
         return False
     own = bool(draft.adapter.source.get("use_rslora"))
     scales = {(part.rank, part.scale) for part in parts}
-    whole = {flag for flag in (own, not own) if all(isinstance(_alpha(*pair, flag), int) for pair in scales)}
-    return own if own in whole or not whole else not own
+
+    def faults(stabilised: bool) -> tuple[bool, bool, bool]:
+        alphas = {_alpha(rank, scale, stabilised) for rank, scale in scales}
+        too_many = len(alphas) > 1 and not says.alpha_pattern
+        return too_many, not all(isinstance(alpha, int) for alpha in alphas), stabilised is not own
+
+    return min((False, True), key=faults)
 
 
 def _divisor(rank: int, stabilised: bool) -> float:

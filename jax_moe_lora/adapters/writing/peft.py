@@ -105,7 +105,7 @@ def modules(draft: Draft) -> Iterator[Part]:
         if module not in draft.names.experts.values():
             yield dense_part(layer, module, weights, targets[0])
             continue
-        whole = draft.copies(Even(layer, module, weights.a, weights.b, 0.0))
+        whole = draft.copies(Even(layer, module, weights.a, weights.b, scale=np.nan))  # each expert has its own
         for expert in np.flatnonzero(weights.ranks):
             rank, path = int(weights.ranks[expert]), targets[expert]
             a, b = whole.a[expert, :rank], whole.b[expert, :, :rank]
