@@ -1,6 +1,7 @@
 """Adapters are written in every layout, and read back as they were, by this library and by PEFT; or refused by name."""
 
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from adapter_files import CONFIG, GPT_OSS, SIDECAR, TRTLLM, WEIGHTS, WIDTHS, draw, stacks, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from layers import assert_close
 from networks import ATTENTION, EXPERTS, FAMILIES, TINY, peft_logits, save_model, save_random_adapter, tiny
 from peft import PeftModel
 from safetensors.numpy import load_file
 
 from jax_moe_lora import AdapterFormatError, InputError, LoRAAdapter, LoRAWeights, Model, Site, write_adapter
+from jax_moe_lora.adapters import writing
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import uniform
@@ -275,6 +279,18 @@ def test_fold_scale_multiplies_b_and_says_so(tmp_path, case):
         np.testing.assert_allclose(deltas(found)[key], expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_shared_b_that_different_scales_are_folded_into_is_not_declared_shared(tmp_path):
+    shared = drawn("down", shared=("down b",))
+    scale = np.array([1, 2, 0.3, 1], np.float32)
+    adapter = replace(shared, weights={key: replace(w, scale=scale) for key, w in shared.weights.items()})
+    with pytest.raises(AdapterFormatError, match="down: B is one matrix for all experts"):
+        rewritten(adapter, tmp_path / "out", "tensorrt-llm", fold_scale=True)
+    found, notes = rewritten(adapter, tmp_path / "out", "tensorrt-llm", fold_scale=True, expand=True)
+    assert len(notes) == 2
+    for key, expected in deltas(adapter).items():
+        np.testing.assert_allclose(deltas(found)[key], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_folded_scale_that_overflows_is_refused(tmp_path):
     weights = {**drawn("q", scale=1e-3).weights, **drawn("gate", scale=1e3, dtype=np.float16).weights}
     many = {key: w for key, w in weights.items() if key[1] == "q" or key[0] == 0}  # q's scale is the commonest
@@ -291,6 +307,64 @@ def test_rows_of_gpt_oss_alternate_between_gate_and_up(tmp_path, one_a):
         np.testing.assert_allclose(delta, expected[key], rtol=1e-5, atol=1e-5)
     b = load_file(tmp_path / "out" / WEIGHTS)["base_model.model.model.layers.0.mlp.experts.lora_B.weight"]
     np.testing.assert_array_equal(b[::2].reshape(F, -1, E)[:, :4].transpose(2, 0, 1), adapter.weights[0, "gate"].b)
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> LoRAAdapter:
+    """Modules and layers with ranks, scales, sharing and missing experts of any kind."""
+    random, weights = np.random.default_rng(draw(st.integers(0, 99))), {}
+    for module in draw(st.sets(st.sampled_from(sorted(SITES)), min_size=1)):
+        site = SITES[module]
+        ranks, scales = (
+            draw(st.sampled_from([(2,), (2, 5), (0, 3)])),
+            draw(st.sampled_from([(2.0,), (0.7,), (2.0, 1 / 3)])),
+        )
+        lead = [draw(st.sampled_from([1, site.num_experts])) for _ in "ab"]
+        for layer in site.layers:
+            own = np.full(site.num_experts, ranks[-1], np.int32)
+            if site.num_experts in lead:
+                own = np.array(draw(st.lists(st.sampled_from(ranks), min_size=len(own), max_size=len(own))), np.int32)
+            scale = np.array([scales[int(e) % len(scales)] for e in range(site.num_experts)], np.float32) * (own > 0)
+            a = matrices(random, lead[0], ranks[-1], site.in_width)
+            weights[layer, module] = LoRAWeights(a, matrices(random, lead[1], site.out_width, ranks[-1]), own, scale)
+    for layer in (0, 2):
+        if (layer, "gate") in weights and (layer, "up") in weights and draw(st.booleans()):
+            gate, up = weights[layer, "gate"], weights[layer, "up"]
+            rank = min(gate.a.shape[1], up.a.shape[1])
+            aliased = replace(up, a=gate.a[:, :rank], b=up.b[:, :, :rank], ranks=np.minimum(up.ranks, rank))
+            weights[layer, "up"], weights[layer, "gate"] = (
+                aliased,
+                replace(gate, a=aliased.a, b=gate.b[:, :, :rank], ranks=np.minimum(gate.ranks, rank)),
+            )
+    return LoRAAdapter("mine", weights)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(adapters(), st.sampled_from(sorted(writing.LAYOUTS)), st.booleans(), st.booleans())
+def test_whatever_is_written_computes_the_same_and_what_differs_is_said(adapter, layout, expand, fold_scale):
+    with tempfile.TemporaryDirectory() as folder:
+        out, options = Path(folder) / "out", {"expand": expand, "fold_scale": fold_scale}
+        try:
+            notes = write_adapter(adapter, out, SITES, ADAPTER_NAMES, layout, **options)
+        except AdapterFormatError:
+            assert not list(Path(folder).iterdir())
+            return
+        found = read_adapter(out, SITES, ADAPTER_NAMES)
+    expected = deltas(adapter)
+    for key, delta in deltas(found).items():
+        np.testing.assert_allclose(delta, expected.pop(key, np.float32(0)), rtol=1e-5, atol=1e-5)
+    assert not any(delta.any() for delta in expected.values())
+    if not notes:
+        for key, own in found.weights.items():
+            before = adapter.weights[key]
+            np.testing.assert_array_equal(own.ranks, before.ranks)
+            np.testing.assert_array_equal(own.scale, before.scale)
+            for expert in np.flatnonzero(own.ranks):
+                r = own.ranks[expert]
+                np.testing.assert_array_equal(own.a[expert % len(own.a), :r], before.a[expert % len(before.a), :r])
+                np.testing.assert_array_equal(
+                    own.b[expert % len(own.b), :, :r], before.b[expert % len(before.b), :, :r]
+                )
 
 
 def test_a_square_parameter_is_read_back_in_its_orientation(tmp_path):

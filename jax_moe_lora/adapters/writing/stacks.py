@@ -54,6 +54,8 @@ def _declared(draft: Draft) -> dict[str, str]:
     for _, module, weights in draft.weights():
         if module in draft.names.experts.values():
             shared = {side for side in "ab" if len(getattr(weights, side)) < len(weights.ranks)}
+            if (weights.scale != weights.scale[0]).any():  # folded into B, which is each expert's own then
+                shared -= {"b"}
             sides[module] = sides.get(module, shared) & shared
     return {module: min(shared) for module, shared in sides.items() if shared}
 
