@@ -1,10 +1,12 @@
 """Mixture-of-Experts with many LoRA adapters in one batch, in JAX."""
 
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank, remove
+from jax_moe_lora.adapters.extraction import extract
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.adapters.validation.finding import Finding
+from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.compilations import count_compilations
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
 from jax_moe_lora.errors import (
@@ -18,6 +20,7 @@ from jax_moe_lora.errors import (
     JaxMoELoRAError,
 )
 from jax_moe_lora.linear import lora_linear
+from jax_moe_lora.merge import merge_adapter
 from jax_moe_lora.model import Functional, Model
 from jax_moe_lora.moe import moe_lora, routed_experts
 from jax_moe_lora.requests import Generation
@@ -52,10 +55,13 @@ __all__ = [
     "Site",
     "count_compilations",
     "create_bank",
+    "extract",
     "insert",
     "lora_linear",
+    "merge_adapter",
     "moe_lora",
     "remove",
     "routed_experts",
     "validate",
+    "write_adapter",
 ]

@@ -58,12 +58,23 @@ def load_params(
     """
     names = tensor_names(config, family(config.model_type).ADAPTER_NAMES)
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
-    shapes = {_path_name(path): leaf.shape for path, leaf in leaves}
     with ExitStack() as opened:
-        files = _locate(folder, opened)
-        _check(folder, files, names, shapes, unused_names(config))
+        files = checked_files(folder, config, opened)
         arrays = [_place(_read(names[_path_name(path)], leaf, files), sharding) for path, leaf in leaves]
     return jax.tree_util.tree_unflatten(tree, arrays)
+
+
+def checked_files(folder: Path, config: ModelConfig, opened: ExitStack) -> dict[str, TensorFile]:
+    """Tensor -> the shard that holds it, which is open as long as `opened` is; the shards in order.
+
+    Raises:
+      CheckpointError: what `load_params` finds wrong in headers.
+    """
+    names = tensor_names(config, family(config.model_type).ADAPTER_NAMES)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config, np.float32))
+    files = _locate(folder, opened)
+    _check(folder, files, names, {_path_name(path): leaf.shape for path, leaf in leaves}, unused_names(config))
+    return files
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

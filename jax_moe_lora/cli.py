@@ -17,6 +17,7 @@ from jax_moe_lora.benchmark.load_command import bench_load
 from jax_moe_lora.benchmark.model_command import bench_model
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
+from jax_moe_lora.writing_command import convert, merge
 from pallas_kernels.tuning import TunedFileError
 
 # click's class, which newer versions of typer hold a copy of and do not export.
@@ -25,6 +26,8 @@ app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=F
 # Wide where nobody looks at a terminal, so that tables in logs and pipes keep their words whole.
 console = Console(width=None if sys.stdout.isatty() else 160)
 
+app.command()(convert)
+app.command()(merge)
 app.command()(bench)
 app.command("bench-load")(bench_load)
 app.command("bench-model")(bench_model)

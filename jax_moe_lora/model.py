@@ -17,6 +17,7 @@ from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
+from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.config import ModelConfig
@@ -155,6 +156,18 @@ class Model:
     def unload_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter and frees its slot. Raises AdapterInUseError while a running request holds it."""
         self._pool.forget(adapter_name)
+
+    def save_adapter(
+        self, adapter: str | LoRAAdapter, folder: str | Path, layout: str = "peft", **options: bool
+    ) -> list[str]:
+        """Writes an adapter from memory, or by its name: what its source holds, or the bank where its folder is gone.
+
+        Options (`expand`, `fold_scale`, `force`), what is returned and raised: as `write_adapter`.
+        """
+        if not isinstance(adapter, LoRAAdapter):
+            adapter = self._pool.fetch(adapter)
+        sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
+        return write_adapter(adapter, folder, sites, names, layout, **options)
 
     def slots(self, adapter_names: Sequence[str | None]) -> Array:
         """int32 `[B]`: the slots of a batch's adapters, for `functional`."""

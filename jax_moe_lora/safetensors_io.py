@@ -29,15 +29,19 @@ Stamp = tuple[int, int, int, int]
 
 
 class TensorFile:
-    """An open safetensors file; made by `open_tensors`.
+    """An open safetensors file; made by `open_tensors`. What cannot be read is an `error` that names it.
 
     Attributes:
       infos: what its header says of each tensor.
     """
 
-    def __init__(self, path: Path, file: BufferedReader):
-        self.path, self._file = path, file
-        size = os.fstat(file.fileno()).st_size
+    def __init__(self, path: Path, file: BufferedReader, error: type[JaxMoELoRAError]):
+        self.path, self._file, self._error = path, file, error
+        with self._reading():
+            self._read_header()
+
+    def _read_header(self) -> None:
+        size = os.fstat(self._file.fileno()).st_size
         header_size = int.from_bytes(self._read(8, 0), "little")
         self._data = 8 + header_size
         if self._data > size:
@@ -47,12 +51,22 @@ class TensorFile:
         self.infos = parse_header(self._read(header_size, 8), size - self._data)
 
     def get_tensor(self, name: str) -> np.ndarray:
-        return self._array(self.infos[name], self.infos[name].shape, 0)
+        with self._reading():
+            return self._array(self.infos[name], self.infos[name].shape, 0)
 
     def get_rows(self, name: str, begin: int, end: int) -> np.ndarray:
         """Rows of a tensor along its first axis, within its bounds."""
         info = self.infos[name]
-        return self._array(info, (end - begin, *info.shape[1:]), begin * (info.nbytes // max(info.shape[0], 1)))
+        with self._reading():
+            return self._array(info, (end - begin, *info.shape[1:]), begin * (info.nbytes // max(info.shape[0], 1)))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, MemoryError) as problem:
+            message = f"{self.path} cannot be read as a safetensors file: {problem}; it may be truncated or corrupt."
+            raise self._error(message, file=self.path) from problem
 
     def _array(self, info: TensorInfo, shape: tuple[int, ...], offset: int) -> np.ndarray:
         if info.dtype not in DTYPES:
@@ -83,15 +97,9 @@ def tensor_infos(path: Path, error: type[JaxMoELoRAError]) -> dict[str, TensorIn
 
 @contextmanager
 def open_tensors(path: Path, error: type[JaxMoELoRAError]) -> Iterator[TensorFile]:
-    """An open safetensors file; failures inside the block also become `error`."""
+    """An open safetensors file, which must not change before the block ends."""
     with _open_regular(path, error) as file:
-        try:
-            yield TensorFile(path, file)
-        except (OSError, ValueError, MemoryError) as problem:
-            if isinstance(problem, JaxMoELoRAError):
-                raise
-            message = f"{path} cannot be read as a safetensors file: {problem}; it may be truncated or corrupt."
-            raise error(message, file=path) from problem
+        yield TensorFile(path, file, error)
 
 
 def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ CHECKED = [
     "generate",
     "nn",
     "adapters.bank",
+    "adapters.extraction",
     "models.attention",
     "models.cache",
     "models.decoder",

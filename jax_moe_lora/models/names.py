@@ -37,16 +37,22 @@ def tensor_names(config: ModelConfig, names: AdapterNames) -> dict[str, str | li
             found[f"{ours}.attention.{module}_bias"] = f"{theirs}.self_attn.{module}_proj.bias"
         for module in "qk" if config.qk_norm else "":
             found[f"{ours}.attention.{module}_norm"] = f"{theirs}.self_attn.{module}_norm.weight"
-    path_of = {module: path for path, module in names.dense.items()}
+    for (layer, module), tensors in projection_tensors(config, names).items():
+        found[f"layers.{layer}.{_LEAVES[module]}"] = tensors if module in names.experts.values() else tensors[0]
+    return found
+
+
+def projection_tensors(config: ModelConfig, names: AdapterNames) -> dict[tuple[int, str], list[str]]:
+    """(layer, module) of each projection that adapters may target -> its checkpoint tensors, one an expert."""
     part_of = {module: part for part, module in names.experts.items()}
+    found: dict[tuple[int, str], list[str]] = {}
     for module, site in adapter_sites(config).items():
         for layer in site.layers:
             if module in part_of:
                 experts = f"model.layers.{layer}.{names.per_expert_path or names.experts_path}"
-                tensors = [f"{experts}.{e}.{part_of[module]}.weight" for e in range(site.num_experts)]
-                found[f"layers.{layer}.{_LEAVES[module]}"] = tensors
+                found[layer, module] = [f"{experts}.{e}.{part_of[module]}.weight" for e in range(site.num_experts)]
             else:
-                found[f"layers.{layer}.{_LEAVES[module]}"] = f"model.layers.{layer}.{path_of[module]}.weight"
+                found[layer, module] = [f"model.layers.{layer}.{names.dense_path(module, in_checkpoints=True)}.weight"]
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Far past any real adapter; within them a rank indexes and a scale stays finite in float32.
-_MAX_RANK, _MAX_ALPHA = 2**20, 1e30
+MAX_RANK, MAX_ALPHA = 2**20, 1e30
 
 
 # A group that is repeated, as in (a+)+, can make a match take for ever. Escapes and classes are no groups.
@@ -33,8 +33,8 @@ def lora(raw: Mapping[str, Any], name: str) -> None:
 
 def rank(raw: Mapping[str, Any], name: str) -> int:
     value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_RANK:
-        raise Malformed(name, value, f"a whole number from 1 to {_MAX_RANK}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise Malformed(name, value, f"a whole number from 1 to {MAX_RANK}")
     return value
 
 
@@ -50,8 +50,8 @@ def alpha(raw: Mapping[str, Any], name: str) -> float:
 
 def _number(value: Any, name: str) -> float:
     # A comparison, not isfinite: an integer of 400 digits has no float. NaN fails it too.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_ALPHA:
-        raise Malformed(name, value, f"a number of at most {_MAX_ALPHA:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise Malformed(name, value, f"a number of at most {MAX_ALPHA:g}")
     return float(value)
 
 

@@ -45,6 +45,17 @@ class AdapterNames:
         half = b.shape[1] // 2
         return (b[:, ::2], b[:, 1::2]) if self.interleaved else (b[:, :half], b[:, half:])
 
+    def fuse_gate_and_up(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        """The fused B `[E, 2F, R]` of two halves `[E, F, R]`."""
+        if not self.interleaved:
+            return np.concatenate((gate, up), axis=1)
+        return np.stack((gate, up), axis=2).reshape(gate.shape[0], -1, gate.shape[2])
+
+    def dense_path(self, module: str, in_checkpoints: bool = False) -> str:
+        """The path of a projection with one matrix: the first that it has, or the one in checkpoints."""
+        paths = [path for path, held in self.dense.items() if held == module]
+        return paths[-1 if in_checkpoints else 0]
+
     def spellings(self, module: str) -> tuple[str, ...]:
         """Every last part of a path that names this module of the experts."""
         own = {part: (module,) for part, module in self.experts.items()}

@@ -18,6 +18,7 @@ from typing import TypeVar
 import jax
 
 from jax_moe_lora.adapters.bank import AdapterBank, remove
+from jax_moe_lora.adapters.extraction import extract
 from jax_moe_lora.adapters.insertion import Insertion, Prepared, place, prepare, write
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool.content import Version, stamps, version
@@ -134,6 +135,26 @@ class AdapterPool:
                 for entry in self._registry.ready()
                 if entry.slot is not None
             ]
+
+    def fetch(self, name: str) -> LoRAAdapter:
+        """An adapter on the host, from its source; where its folder is gone, from the bank, in the bank's dtype.
+
+        Raises:
+          AdapterNameError: it is not registered. AdapterFormatError: its folder is not read, and it is in no slot.
+        """
+        with self._changed:
+            entry = self._registry.find(name)
+            if entry is None:
+                raise AdapterNameError(f"{name!r} is the base model; name an adapter.")
+            ready = entry.state == "ready"
+        if isinstance(entry.source, LoRAAdapter):
+            return entry.source
+        if entry.source.is_dir() or not ready:
+            return self._read(entry.source, name)
+        with self.hold([name]) as (slot,):
+            if isinstance(slot, Exception):
+                raise slot
+            return self.pausing_loads(lambda bank: extract(bank, slot, name))
 
     def slots(self, names: Sequence[str | None]) -> list[int]:
         """Slots of adapters that are there now. Raises AdapterNameError: one is not registered, or has no slot."""

@@ -1,0 +1,115 @@
+"""One writer for every layout: parts, config and sidecar, as a folder that appears whole or not at all."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, Layout
+from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
+from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS
+from jax_moe_lora.adapters.formats.tinker import TINKER
+from jax_moe_lora.adapters.formats.trtllm import SIDECAR, TRTLLM
+from jax_moe_lora.adapters.lora import LoRAAdapter, Site
+from jax_moe_lora.adapters.validation.bank_rules import check_adapter
+from jax_moe_lora.adapters.writing import peft, stacks
+from jax_moe_lora.adapters.writing.config import Says, settle
+from jax_moe_lora.adapters.writing.draft import Draft, Part
+from jax_moe_lora.errors import AdapterFormatError, InputError
+from jax_moe_lora.safetensors_io import DTYPES
+from jax_moe_lora.safetensors_writer import Outline, write_tensors
+from jax_moe_lora.whole_folder import whole_folder
+
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A layout that is written.
+
+    Attributes:
+      read_as: the same for reading. parts: what a file holds. targets: what a config calls a module (see `peft.py`).
+      sidecar: `lora_layout.json`, where there is something to say.
+    """
+
+    read_as: Layout
+    parts: Callable[[Draft], Iterator[Part]]
+    targets: Callable[[AdapterNames, str, int], Iterable[str]]
+    says: Says
+    sidecar: Callable[[Draft], dict[str, object] | None] = lambda _: None
+
+    def all_targets(self, sites: Mapping[str, Site], names: AdapterNames) -> Iterator[str]:
+        for module, site in sites.items():
+            for target in self.targets(names, module, site.num_experts):
+                for layer in site.layers:
+                    yield f"model.layers.{layer}.{target}"
+
+
+LAYOUTS = {
+    "peft": Written(WRAPPERS, peft.parameters, peft.parameter_targets, Says(True, True, True)),
+    "peft-per-expert": Written(PER_EXPERT, peft.modules, peft.module_targets, Says(True, True, True)),
+    "tinker": Written(TINKER, stacks.tinker, stacks.tinker_targets, Says(False, False, False)),
+    "tensorrt-llm": Written(
+        TRTLLM, stacks.trtllm, stacks.trtllm_targets, Says(True, False, True), stacks.trtllm_sidecar
+    ),
+}
+
+
+def write_adapter(
+    adapter: LoRAAdapter,
+    folder: str | Path,
+    sites: Mapping[str, Site],
+    names: AdapterNames,
+    layout: str = "peft",
+    *,
+    expand: bool = False,
+    fold_scale: bool = False,
+    force: bool = False,
+) -> list[str]:
+    """Writes an adapter folder that `read_adapter` reads as the same matrices, ranks and scales.
+
+    Args:
+      sites, names: the model's projections, and where they stand in adapter files.
+      layout: `peft` (3-D parameters, as PEFT writes them with transformers 5), `peft-per-expert` (as with transformers
+        4), `tinker`, or `tensorrt-llm`.
+      expand: where the layout cannot share a matrix, write a copy for each that uses it. fold_scale: where the config
+        cannot say a scale, multiply B by it, rounded to B's dtype. force: replace the folder, if it holds an adapter.
+
+    Returns:
+      A sentence for each thing that is another than in the adapter, though it computes the same: copies, folded scales,
+      and gate and up of different A, which `peft` has as one projection of both ranks.
+
+    Raises:
+      AdapterFormatError: what the layout has no room for, by layer and module. InputError: an unknown layout, or a
+      folder that exists or cannot be written.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+    target = LAYOUTS[layout]
+    check_adapter(adapter, sites, MAX_RANK, np.dtype(np.float32))
+    draft = Draft(adapter, sites, names, target.read_as.name, expand, fold_scale)
+    parts = list(target.parts(draft))
+    for part in parts:
+        for matrix in (part.a, part.b):
+            if matrix.dtype not in DTYPES.values():
+                problem = f"its matrices are {matrix.dtype}; expected float32, float16 or bfloat16"
+                raise draft.error(part.layer, part.module, problem)
+    if not parts:
+        raise AdapterFormatError(f"Adapter {adapter.name!r} has rank 0 throughout; there is nothing to write.")
+    parts, config = settle(draft, parts, target.says, target.all_targets(sites, names))
+    sidecar = target.sidecar(draft)
+    tensors = {
+        f"base_model.model.model.layers.{part.layer}.{part.path}.lora_{side}.weight": matrix
+        for part in parts
+        for side, matrix in (("A", part.a), ("B", part.b))
+    }
+    infos = {key: Outline.of(tensor) for key, tensor in tensors.items()}
+    with whole_folder(folder, CONFIG, force) as partial:
+        write_tensors(partial / WEIGHTS, infos, tensors.__getitem__)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if sidecar is not None:
+            (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
+    return list(draft.notes)
