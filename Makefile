@@ -26,9 +26,9 @@ lint: .venv/full.stamp
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-# The suite on the newest jax that installs.
+# The quick tests on the newest jax that installs.
 newest: .venv-newest/full.stamp
-	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not gpu and not slow"
+	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not long and not gpu"
 
 format: .venv/full.stamp
 	.venv/bin/ruff check --fix .

@@ -5,6 +5,7 @@ from jax_moe_lora.adapters.extraction import extract
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
+from jax_moe_lora.adapters.validation.finding import Finding
 from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.compilations import count_compilations
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
@@ -24,6 +25,7 @@ from jax_moe_lora.model import Functional, Model
 from jax_moe_lora.moe import moe_lora, routed_experts
 from jax_moe_lora.requests import Generation
 from jax_moe_lora.types import ExpertWeights
+from jax_moe_lora.validation import validate
 from pallas_kernels import BASE_SLOT
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ExpertWeights",
+    "Finding",
     "Functional",
     "Generation",
     "InputError",
@@ -59,5 +62,6 @@ __all__ = [
     "moe_lora",
     "remove",
     "routed_experts",
+    "validate",
     "write_adapter",
 ]

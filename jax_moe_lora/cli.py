@@ -1,7 +1,4 @@
-"""`jax-moe-lora`: demo, generate, inspect, convert, merge, bench, bench-model, tune.
-
-Bad input is one sentence and exit code 2.
-"""
+"""`jax-moe-lora` and its commands. Exit code 2 and one sentence on bad input."""
 
 import json
 import os
@@ -12,9 +9,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from jax_moe_lora.benchmark.command import bench, tune
+from jax_moe_lora.benchmark.load_command import bench_load
 from jax_moe_lora.benchmark.model_command import bench_model
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.units import format_bytes
@@ -30,6 +29,7 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 app.command()(convert)
 app.command()(merge)
 app.command()(bench)
+app.command("bench-load")(bench_load)
 app.command("bench-model")(bench_model)
 app.command()(tune)
 
@@ -133,6 +133,35 @@ def inspect(
             sys.stdout.write(f"{field}: {pattern} has {value:g}\n")
     for key in summary.other_keys:
         console.print(f"Not understood: {key}")
+
+
+@app.command()
+def validate(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    model: Annotated[Path, typer.Option(help="Folder of the model that is to serve it; its config alone is read.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read the weights too.")] = False,
+    max_rank: Annotated[int, typer.Option(min=1, help="Of the bank.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say everything that would stop or change serving an adapter. Exit code 1 with an error. Reads no weights."""
+    from jax_moe_lora.validation import validate_folders
+
+    report = validate_folders(adapter, model, deep, max_rank=max_rank, dtype=dtype)
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n")
+    else:
+        for finding in report.findings:
+            colour = "red" if finding.severity == "error" else "yellow"
+            console.print(
+                f"[{colour}]{finding.severity}[/]: {escape(finding.message)}", soft_wrap=True, highlight=False
+            )
+        size = "" if report.bank_bytes is None else f", {format_bytes(report.bank_bytes)} of a {dtype} bank"
+        layout = f" ({report.layout}{size})" if report.layout else ""
+        warnings = len(report.findings) - len(report.errors)
+        sys.stdout.write(f"{adapter}{layout}: {len(report.errors)} errors, {warnings} warnings\n")
+    if report.errors:
+        raise typer.Exit(1)
 
 
 def check_writable(path: Path | None) -> None:

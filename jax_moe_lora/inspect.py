@@ -6,24 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.adapters.formats.detect import DENSE_ONLY, layout_of
+from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY
+from jax_moe_lora.adapters.formats.detect import layout_of
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig, describe_peft_config
 from jax_moe_lora.checkpoint import read_model_config
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError
-from jax_moe_lora.safetensors_io import TensorInfo, tensor_infos
+from jax_moe_lora.safetensors_header import TensorInfo
+from jax_moe_lora.safetensors_io import tensor_infos
 
-_ITEM_BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I8": 1,
-    "U8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?:model\.)?layers\.(?P<layer>\d{1,9})\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
@@ -121,7 +111,7 @@ def inspect_model(folder: Path) -> ModelSummary:
         hidden_size=config.hidden_size,
         expert_width=config.moe.expert_width,
         parameters=sum(math.prod(info.shape) for info in infos),
-        nbytes=sum(_nbytes(info) for info in infos),
+        nbytes=sum(info.nbytes for info in infos),
         dtypes=sorted({info.dtype for info in infos}),
         shards=len(shards),
         config=asdict(config),
@@ -157,7 +147,7 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         layers=sorted({layer for module in modules for layer in module.layers}),
         modules=modules,
         other_keys=[key for key in infos if key not in keys],
-        nbytes=sum(_nbytes(info) for info in infos.values()),
+        nbytes=sum(info.nbytes for info in infos.values()),
     )
 
 
@@ -206,9 +196,5 @@ def _module(name: str, group: list[_Matrix]) -> ModuleSummary:
             (["A of gate and up"] if form == "3-D parameter" and name.endswith("gate_up_proj") else [])
             + [f"{side} of all experts" for side, shape in sorted(shapes.items()) if stack and shape[0] == 1]
         ),
-        nbytes=sum(_nbytes(matrix.info) for matrix in group),
+        nbytes=sum(matrix.info.nbytes for matrix in group),
     )
-
-
-def _nbytes(info: TensorInfo) -> int:
-    return math.prod(info.shape) * _ITEM_BYTES.get(info.dtype, 1)

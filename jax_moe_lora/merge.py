@@ -3,25 +3,26 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.peft_config import MAX_RANK
+from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.checkpoint import INDEX, SINGLE, checked_files, read_model_config
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import CheckpointError, ConfigError, InputError
 from jax_moe_lora.models.names import projection_tensors
 from jax_moe_lora.models.registry import family
 from jax_moe_lora.models.sites import adapter_sites
-from jax_moe_lora.safetensors_io import TensorInfo, open_tensors, read_json
-from jax_moe_lora.safetensors_writer import NUMPY_DTYPES, nbytes, write_tensors
+from jax_moe_lora.safetensors_io import DTYPES, TensorFile, read_json
+from jax_moe_lora.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.units import parse_bytes
 from jax_moe_lora.whole_folder import whole_folder
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Weights in other forms, which would still be those of the base model.
 _OTHER_WEIGHTS = (
     ".safetensors",
@@ -59,44 +60,46 @@ def merge_adapter(
       AdapterFormatError: the adapter does not fit the model. ConfigError, CheckpointError: the base checkpoint is not
       read, or a merged weight is not finite in its dtype, by name. InputError: a bad argument, or `out` exists.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     limit, model = parse_bytes(max_shard_size), Path(model)
     config = read_model_config(model)
     check_adapter(adapter, adapter_sites(config), MAX_RANK, np.dtype(np.float32))
-    files = checked_files(model, config)
-    infos = {
-        name: TensorInfo(info.dtype if dtype is None else DTYPES[dtype], info.shape)
-        for name, (_, info) in files.items()
-    }
-    shards = _shards(infos, limit)
-    deltas = _deltas(config, adapter)
-
-    def read(name: str) -> np.ndarray:
-        return _merged(name, files[name][0], infos[name], deltas.get(name))
-
-    with whole_folder(out, "config.json", force) as partial:
-        for shard, names in shards.items():
-            write_tensors(partial / shard, {name: infos[name] for name in names}, read)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(map(nbytes, infos.values()))},
-                "weight_map": {name: shard for shard, names in shards.items() for name in names},
-            }
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _copy_others(model, partial, dtype)
+    with ExitStack() as opened:
+        files, deltas = checked_files(model, config, opened), _deltas(config, adapter)
+        planned = {
+            name: Planned(DTYPES[DTYPE_NAMES[dtype] if dtype else file.infos[name].dtype], file.infos[name].shape)
+            for name, file in files.items()
+        }
+        with whole_folder(out, "config.json", force) as partial:
+            for shard, names in (shards := _shards(planned, limit)).items():
+                write_tensors(
+                    partial / shard,
+                    {name: planned[name] for name in names},
+                    lambda name: _merged(name, files[name], planned[name].dtype, deltas.get(name)),
+                )
+            if len(shards) > 1:
+                _write_index(partial, shards, sum(tensor.nbytes for tensor in planned.values()))
+            _copy_others(model, partial, dtype)
+            opened.close()  # refuses a shard that was written to meanwhile, before the folder appears
 
 
-def _shards(infos: Mapping[str, TensorInfo], limit: int) -> dict[str, list[str]]:
+def _write_index(folder: Path, shards: Mapping[str, list[str]], total_size: int) -> None:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(planned: Mapping[str, Planned], limit: int) -> dict[str, list[str]]:
     """Shard -> its tensors, in the order of the base checkpoint's files, so that each is read once from end to end."""
     groups: list[list[str]] = []
     room = 0
-    for name, info in infos.items():
-        if not groups or nbytes(info) > room:
+    for name, tensor in planned.items():
+        if not groups or tensor.nbytes > room:
             groups.append([])
             room = limit
         groups[-1].append(name)
-        room -= nbytes(info)
+        room -= tensor.nbytes
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
@@ -116,15 +119,17 @@ def _deltas(config: ModelConfig, adapter: LoRAAdapter) -> dict[str, Callable[[],
     }
 
 
-def _merged(name: str, source: Path, info: TensorInfo, delta: Callable[[], np.ndarray] | None) -> np.ndarray:
-    """A tensor of the base checkpoint, updated and cast. Its file is opened for it alone, so that little is mapped."""
-    with open_tensors(source, CheckpointError) as tensors:
-        base = tensors.get_tensor(name)
+def _merged(name: str, file: TensorFile, dtype: np.dtype, delta: Callable[[], np.ndarray] | None) -> np.ndarray:
+    """A tensor of the base checkpoint, updated and cast."""
+    try:
+        base = file.get_tensor(name)
+    except (OSError, ValueError) as problem:
+        raise CheckpointError(f"{name} cannot be read from {file.path}: {problem}.") from problem
     with np.errstate(over="ignore"):
         merged = base if delta is None else base.astype(np.float32) + delta()
-        merged = merged.astype(NUMPY_DTYPES[info.dtype], copy=False)
+        merged = merged.astype(dtype, copy=False)
     if not np.isfinite(merged).all():
-        raise CheckpointError(f"{name} of {source.parent} with the adapter is not finite in {merged.dtype}.")
+        raise CheckpointError(f"{name} of {file.path.parent} with the adapter is not finite in {merged.dtype}.")
     return merged
 
 

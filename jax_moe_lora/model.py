@@ -1,6 +1,7 @@
 """The surface that most users touch: a checkpoint, adapters by name, and batches that mix them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import InputError
+from jax_moe_lora.errors import AdapterInUseError, InputError
 from jax_moe_lora.hub import local_folder
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
@@ -130,7 +131,8 @@ class Model:
             self._pool.load(adapter_name)
             return self.adapters[adapter_name]
         except BaseException:
-            self._pool.forget(adapter_name)
+            with suppress(AdapterInUseError):  # interrupted, and the loader goes on
+                self._pool.forget(adapter_name)
             raise
 
     def register_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> None:

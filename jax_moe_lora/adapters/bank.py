@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.adapters.packing import pack
 from jax_moe_lora.adapters.updates import compile_updates, permute, set_slot
-from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
 from pallas_kernels import RANK_PAGE, LoRAPages

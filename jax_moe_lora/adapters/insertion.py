@@ -20,7 +20,7 @@ from jax_moe_lora.adapters.bank import FREE, AdapterBank, check_slot, compact, e
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.packing import PackedAdapter, allocate, chunks, pack, page_ids, pages_of
 from jax_moe_lora.adapters.updates import chunk_rows, scatter, scatter_columns, set_slot
-from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.errors import BankFullError, InputError
 from pallas_kernels import RANK_PAGE
 

@@ -1,22 +1,16 @@
 """Measures every combination of shape, adapters, tokens and engine, a row each; what fails is a row too."""
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
-
-from filelock import FileLock
 
 from jax_moe_lora.benchmark.layer import Method, compile_layer, own_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
 from pallas_kernels import Implementation
 from pallas_kernels.specs import ADAPTERS
 
-# Sweeps in several processes compile beside each other, which one interpreter cannot, and measure in turn.
-TURNS = Path(tempfile.gettempdir()) / "jax-moe-lora-bench.lock"
 THREADS = min(8, os.cpu_count() or 1)  # compilers beside each other
 Measure = Callable[[int], dict[str, Any]]
 
@@ -84,10 +78,9 @@ def sweep(
                             started.append((cell, pool.submit(engine.prepare, drawn, method)))
             pool.shutdown(wait=True)  # a compiler beside a measurement would show in it
             started.reverse()
-            with FileLock(TURNS):
-                while started:
-                    cell, future = started.pop()  # and what it holds is let go of
-                    yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
+            while started:
+                cell, future = started.pop()  # and what it holds is let go of
+                yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
 
 
 def _guarded(future: "Future[Measure]", repeats: int) -> dict[str, Any]:

@@ -14,8 +14,10 @@ class Fields:
         self._raw, self.source = raw, source
         self._seen = set(harmless)
 
-    def error(self, problem: str) -> ConfigError:
-        return ConfigError(f"{self.source}: {problem}.")
+    def error(self, problem: str, name: str = "") -> ConfigError:
+        """`name`: of the field."""
+        found = self._raw.get(name, "nothing")
+        return ConfigError(f"{self.source}: {problem}.", file=self.source, key=name, found=repr(found)[:200])
 
     def get(self, name: str, default: Any = None) -> Any:
         self._seen.add(name)
@@ -25,7 +27,7 @@ class Fields:
     def size(self, name: str, default: int | None = None) -> int:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.error(f"{name} is {value!r}, a whole number of at least 1 was expected")
+            raise self.error(f"{name} is {value!r}, a whole number of at least 1 was expected", name)
         return value
 
     def optional_size(self, name: str) -> int | None:
@@ -34,7 +36,7 @@ class Fields:
     def number(self, name: str, default: float | None = None) -> float:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.error(f"{name} is {value!r}, a number was expected")
+            raise self.error(f"{name} is {value!r}, a number was expected", name)
         return float(value)
 
     def optional_positive(self, name: str) -> float | None:
@@ -43,35 +45,35 @@ class Fields:
     def positive(self, name: str, default: float | None = None) -> float:
         value = self.number(name, default)
         if value <= 0:
-            raise self.error(f"{name} is {value}, a positive number was expected")
+            raise self.error(f"{name} is {value}, a positive number was expected", name)
         return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):
-            raise self.error(f"{name} is {value!r}, true or false was expected")
+            raise self.error(f"{name} is {value!r}, true or false was expected", name)
         return value
 
     def choice(self, name: str, choices: Mapping[str, Any]) -> Any:
         value = self.get(name)
         if not isinstance(value, str) or value not in choices:
-            raise self.error(f"{name} is {value!r}, supported are {', '.join(choices)}")
+            raise self.error(f"{name} is {value!r}, supported are {', '.join(choices)}", name)
         return choices[value]
 
     def indices(self, name: str, below: int) -> frozenset[int]:
         value = self.get(name, [])
         if not isinstance(value, list) or not all(isinstance(i, int) and 0 <= i < below for i in value):
-            raise self.error(f"{name} is {value!r}, a list of layers below {below} was expected")
+            raise self.error(f"{name} is {value!r}, a list of layers below {below} was expected", name)
         return frozenset(value)
 
     def expect(self, name: str, allowed: tuple[Any, ...], why: str) -> None:
         if self.get(name) not in allowed:
-            raise self.error(f"{name} is {self.get(name)!r}: {why}")
+            raise self.error(f"{name} is {self.get(name)!r}: {why}", name)
 
     def expect_all(self, name: str, wanted: str, count: int) -> None:
         value = self.get(name)
         if value is not None and value != [wanted] * count:
-            raise self.error(f"{name} is {value!r}, only {wanted!r} in all {count} layers is supported")
+            raise self.error(f"{name} is {value!r}, only {wanted!r} in all {count} layers is supported", name)
 
     def refuse_quantised(self) -> None:
         for name in ("quantization_config", "compression_config"):
@@ -80,7 +82,7 @@ class Fields:
                 found = value if isinstance(value, dict) else {}
                 method = found.get("quant_algo") or found.get("quant_method") or found.get("format") or "unknown"
                 raise self.error(
-                    f"{name} says {method!r}: quantised checkpoints are not supported, load the bfloat16 one"
+                    f"{name} says {method!r}: quantised checkpoints are not supported, load the bfloat16 one", name
                 )
 
     def token_ids(self, name: str, generation: Mapping[str, Any] | None) -> tuple[int, ...]:
@@ -90,12 +92,12 @@ class Fields:
             value = generation[name]
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise self.error(f"{name} is {value!r}, a token id or a list of them was expected")
+            raise self.error(f"{name} is {value!r}, a token id or a list of them was expected", name)
         return tuple(ids)
 
     def refuse_unknown(self) -> None:
         for name, value in self._raw.items():
             if name not in self._seen and value is not None and value is not False and value not in ([], {}):
                 raise self.error(
-                    f"the field {name} = {value!r} is not understood and may change what the model computes"
+                    f"the field {name} = {value!r} is not understood and may change what the model computes", name
                 )

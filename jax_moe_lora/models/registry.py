@@ -10,6 +10,8 @@ _FAMILIES = {module.MODEL_TYPE: module for module in (qwen3_moe, qwen2_moe, mixt
 
 def family(model_type: str | None, source: str = "config") -> ModuleType:
     """The module that reads this family's configs (`read_config`) and names its projections (`ADAPTER_NAMES`)."""
-    if model_type not in _FAMILIES:
-        raise ConfigError(f"{source}: model_type is {model_type!r}, supported are {', '.join(_FAMILIES)}.")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        known = ", ".join(_FAMILIES)
+        message = f"{source}: model_type is {model_type!r}, supported are {known}."
+        raise ConfigError(message, file=source, key="model_type", found=repr(model_type), expected=known)
     return _FAMILIES[model_type]

@@ -4,17 +4,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
+from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.lora import LoRAWeights, Site
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.safetensors_io import DTYPES, TensorInfo
+from jax_moe_lora.safetensors_header import TensorInfo
+from jax_moe_lora.safetensors_io import DTYPES
 
 WEIGHTS = "adapter_model.safetensors"
+DENSE_ONLY = "PEFT, no experts"
 # One spelling a number: were 0 and 00 both taken, one key would silently replace the other.
 INDEX = r"0|[1-9][0-9]{0,8}"
 _KEY = re.compile(
@@ -64,7 +67,7 @@ class Layout:
     read: Callable[["AdapterFile", Sequence[Pair]], Weights]
 
 
-def pair_keys(file: Path, infos: Mapping[str, TensorInfo]) -> list[Pair]:
+def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -> list[Pair]:
     """The pairs of a file; every key is understood and has its other side.
 
     Raises:
@@ -72,26 +75,46 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo]) -> list[Pair]:
     """
     found: dict[tuple[int, str], dict[str, str]] = {}
     for key, info in infos.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            why = next(
-                (why for part, why in _KNOWN_BAD.items() if part in key),
-                "expected base_model.model.model.layers.L.….lora_A.weight",
-            )
-            raise AdapterFormatError(f"{file}: the key {key} is not understood: {why}.")
-        if info.dtype not in DTYPES:
-            raise AdapterFormatError(f"{file}: {key} has dtype {info.dtype}; expected one of {', '.join(DTYPES)}.")
-        found.setdefault((int(match["layer"]), match["path"]), {})[match["side"]] = key
+        with problems:
+            match = _KEY.fullmatch(key)
+            if match is None:
+                expected = "base_model.model.model.layers.L.….lora_A.weight"
+                why = next((why for part, why in _KNOWN_BAD.items() if part in key), f"expected {expected}")
+                raise _refusal(file, key, f"the key {key} is not understood: {why}.", "this key", expected)
+            found.setdefault((int(match["layer"]), match["path"]), {})[match["side"]] = key
+            if info.dtype not in DTYPES:
+                expected = f"one of {', '.join(DTYPES)}"
+                raise _refusal(file, key, f"{key} has dtype {info.dtype}; expected {expected}.", info.dtype, expected)
     for keys in found.values():
-        if len(keys) == 1:
-            ((side, key),) = keys.items()
-            raise AdapterFormatError(f"{file}: {key} stands without its lora_{'B' if side == 'A' else 'A'}.")
-    if not found:
-        raise AdapterFormatError(f"{file} holds no LoRA weights.")
+        with problems:
+            if len(keys) == 1:
+                ((side, key),) = keys.items()
+                other = f"lora_{'B' if side == 'A' else 'A'}"
+                raise _refusal(file, key, f"{key} stands without its {other}.", "one side", f"its {other} too")
+    with problems:
+        if not infos:
+            raise _refusal(file, "", f"{file.name} holds no LoRA weights.", "no tensors", "an A and a B at least")
     return [
         Pair(layer, path, keys, {side: infos[key] for side, key in keys.items()})
         for (layer, path), keys in found.items()
+        if len(keys) == 2 and all(infos[key].dtype in DTYPES for key in keys.values())
     ]
+
+
+class Tensors(Protocol):
+    """Where a reader takes its matrices from."""
+
+    def get_tensor(self, name: str, /) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Headers:
+    """Matrices of which only the form is known: one zero each, repeated without taking memory."""
+
+    infos: Mapping[str, TensorInfo]
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        return _stand_in(self.infos[name].shape, DTYPES[self.infos[name].dtype])
 
 
 @dataclass
@@ -99,22 +122,30 @@ class AdapterFile:
     """What the readers of all layouts share.
 
     Attributes:
+      values: the matrices are read; else they have their forms alone, and nothing may depend on what they hold.
       layout: what users are told of the experts. used: names of modules and parameters that weights were found for, as
-        PEFT matches its targets.
+        PEFT matches its targets. keys: a key of each projection, for errors.
     """
 
     path: Path
     config: PeftConfig
     sites: Mapping[str, Site]
     names: AdapterNames
-    tensors: Any
-    layout: str
+    tensors: Tensors
+    problems: Problems
+    values: bool = True
+    layout: str = DENSE_ONLY
     used: set[str] = field(default_factory=set)
+    keys: dict[tuple[int, str], str] = field(default_factory=dict)
 
-    def site(self, module: str, pair: Pair) -> Site:
-        site = self.sites.get(module)
+    def site(self, pair: Pair, *modules: str) -> Site:
+        """The site of the modules that the pair updates, which are of one form."""
+        for module in modules:
+            self.keys.setdefault((pair.layer, module), pair.key)
+        site = self.sites.get(modules[0])
         if site is None or pair.layer not in site.layers:
-            raise self.error(pair, f"the model has no {module} projection in layer {pair.layer}")
+            problem = f"the model has no {modules[0]} projection in layer {pair.layer}"
+            raise self.error(pair, problem, pair.path, "a projection of the model")
         return site
 
     def scale(self, pair: Pair, rank: int, targeted: Callable[[str], bool], *names: str) -> float:
@@ -123,34 +154,65 @@ class AdapterFile:
         Args:
           names: below `model.layers.L.`, that of the file first.
         """
-        full = [f"model.layers.{pair.layer}.{name}" for name in names]
-        if not any(map(targeted, full)):
-            raise self.error(pair, f"{self.config.file.name} does not target {full[0]}")
+        full, config = [f"model.layers.{pair.layer}.{name}" for name in names], self.config
+        with self.problems:
+            if config.says_targets and not any(map(targeted, full)):
+                raise self.error(pair, f"{config.file.name} does not target {full[0]}", full[0], "a target")
         self.used.update(full)
-        expected, scale = self.config.rank_and_scale(*full)
-        if rank != expected:
-            raise self.error(pair, f"it has rank {rank}, and {self.config.file.name} says {expected}")
+        expected, scale = config.rank_and_scale(*full)
+        with self.problems:
+            if config.says_ranks and rank != expected:
+                problem = f"it has rank {rank}, and {config.file.name} says {expected}"
+                raise self.error(pair, problem, f"rank {rank}", f"rank {expected}")
         return scale
 
     def load(
         self, pair: Pair, shapes_a: Sequence[tuple[int, ...]], shapes_b: Sequence[tuple[int, ...]]
     ) -> tuple[np.ndarray, np.ndarray]:
         """A and B, each of one of the shapes that the model expects."""
-        for side, shapes in (("A", shapes_a), ("B", shapes_b)):
-            if pair.shape(side) not in shapes:
+        return self._load(pair, "A", shapes_a), self._load(pair, "B", shapes_b)
+
+    def _load(self, pair: Pair, side: str, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
+        found, key = pair.shape(side), pair.keys[side]
+        with self.problems:
+            if found not in shapes:
                 expected = " or ".join(str(list(shape)) for shape in shapes)
-                raise AdapterFormatError(
-                    f"{self.path}: {pair.keys[side]}: it has shape {list(pair.shape(side))}, "
-                    f"and the model expects {expected}."
-                )
-        return self.tensors.get_tensor(pair.keys["A"]), self.tensors.get_tensor(pair.keys["B"])
+                problem = f"{key}: it has shape {list(found)}, and the model expects {expected}."
+                raise _refusal(self.path, key, problem, list(found), expected)
+            return self.tensors.get_tensor(key)
+        return _stand_in(shapes[0], np.dtype(np.float32))
 
-    def two_dimensional(self, pair: Pair) -> None:
+    def blank(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Zeros to put matrices into, where these have values."""
+        return np.zeros(shape, dtype) if self.values else _stand_in(shape, dtype)
+
+    def two_dimensional(self, pair: Pair) -> bool:
         for side in "AB":
-            if len(pair.shape(side)) != 2:
-                raise AdapterFormatError(
-                    f"{self.path}: {pair.keys[side]} has shape {list(pair.shape(side))}; expected two dimensions."
-                )
+            with self.problems:
+                if len(found := pair.shape(side)) != 2:
+                    key = pair.keys[side]
+                    problem = f"{key} has shape {list(found)}; expected two dimensions."
+                    raise _refusal(self.path, key, problem, list(found), "two dimensions")
+        return len(pair.shape("A")) == len(pair.shape("B")) == 2
 
-    def error(self, pair: Pair, problem: str) -> AdapterFormatError:
-        return AdapterFormatError(f"{self.path}: {pair.key}: {problem}.")
+    def held_twice(self, pair: Pair, module: str) -> AdapterFormatError:
+        problem = f"it holds {module} of layer {pair.layer}, which another key holds too"
+        return self.error(pair, problem, f"{module} twice", "one key for each projection")
+
+    @property
+    def refused(self) -> set[str]:
+        """Names that keys whose problems were kept may have been meant for."""
+        matches = [_KEY.fullmatch(str(error.key)) for error in self.problems.found]
+        modules = {match["module"].removesuffix(".base_layer") for match in matches if match}
+        return {name for m in modules for name in (m, f"{m}.gate_up_proj", f"{m}.down_proj", f"{m}.weight")}
+
+    def error(self, pair: Pair, problem: str, found: object = "", expected: str = "") -> AdapterFormatError:
+        return _refusal(self.path, pair.key, f"{pair.key}: {problem}.", found, expected)
+
+
+def _refusal(file: Path, key: str, problem: str, found: object, expected: str) -> AdapterFormatError:
+    return AdapterFormatError(f"{file}: {problem}", file=file, key=key, found=found, expected=expected)
+
+
+def _stand_in(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    return np.broadcast_to(np.zeros((), dtype), shape)

@@ -20,9 +20,8 @@ _INNER = ".base_layer"
 
 
 def read_dense(file: AdapterFile, pair: Pair) -> LoRAWeights:
-    """A projection with one matrix: A `[R, in]`, B `[out, R]`."""
-    file.two_dimensional(pair)
-    site = file.site(file.names.dense[pair.path], pair)
+    """A projection with one matrix: A `[R, in]`, B `[out, R]`, which are two-dimensional."""
+    site = file.site(pair, file.names.dense[pair.path])
     # transformers 5 holds the router as a bare parameter, so a config may name either.
     rank, parameter = pair.shape("A")[0], f"{pair.path}.weight"
     if file.config.targets_parameter(f"model.layers.{pair.layer}.{parameter}"):
@@ -37,32 +36,40 @@ def read_per_expert(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:
     """`experts.E.gate_proj` and so on, as under transformers 4: A `[R, in]`, B `[out, R]` for each expert."""
     groups: dict[tuple[int, str], dict[int, Pair]] = {}
     for pair in pairs:
-        file.two_dimensional(pair)
         index, part = pair.path.rsplit(".", 2)[1:]
-        if part not in file.names.experts:
-            raise file.error(pair, "the model has no such projection")
-        groups.setdefault((pair.layer, file.names.experts[part]), {})[int(index)] = pair
-    return {key: _stack(file, key[1], group) for key, group in groups.items()}
+        with file.problems:
+            if part not in file.names.experts:
+                expected = f"one of {', '.join(file.names.experts)}"
+                raise file.error(pair, "the model has no such projection", part, expected)
+            if file.two_dimensional(pair):
+                groups.setdefault((pair.layer, file.names.experts[part]), {})[int(index)] = pair
+    weights: Weights = {}
+    for (layer, module), group in groups.items():
+        with file.problems:
+            weights[layer, module] = _stack(file, module, group)
+    return weights
 
 
 def _stack(file: AdapterFile, module: str, by_expert: Mapping[int, Pair]) -> LoRAWeights:
     """Experts that the file leaves out keep rank 0: a zero update, and nobody is shifted into their place."""
-    site = file.site(module, next(iter(by_expert.values())))
+    site = file.site(next(iter(by_expert.values())), module)
     count = site.num_experts
     ranks, scales = np.zeros(count, np.int32), np.zeros(count, np.float32)
     loaded = {}
     for expert, pair in by_expert.items():
-        if expert >= count:
-            raise file.error(pair, f"the model has experts 0 to {count - 1}")
-        rank = pair.shape("A")[0]
-        scale = file.scale(pair, rank, file.config.targets_module, pair.path)
-        loaded[expert] = file.load(pair, [(rank, site.in_width)], [(site.out_width, rank)])
-        ranks[expert], scales[expert] = rank, scale
+        with file.problems:
+            if expert >= count:
+                problem = f"the model has experts 0 to {count - 1}"
+                raise file.error(pair, problem, f"expert {expert}", f"0 to {count - 1}")
+            rank = pair.shape("A")[0]
+            scale = file.scale(pair, rank, file.config.targets_module, pair.path)
+            loaded[expert] = file.load(pair, [(rank, site.in_width)], [(site.out_width, rank)])
+            ranks[expert], scales[expert] = rank, scale
     largest = int(ranks.max())
-    a = np.zeros((count, largest, site.in_width), _common(own_a.dtype for own_a, _ in loaded.values()))
+    a = file.blank((count, largest, site.in_width), _common(own_a.dtype for own_a, _ in loaded.values()))
     # Rows of B side by side, as the bank takes them.
-    b = np.zeros((site.out_width, count, largest), _common(own_b.dtype for _, own_b in loaded.values()))
-    for expert, (own_a, own_b) in loaded.items():
+    b = file.blank((site.out_width, count, largest), _common(own_b.dtype for _, own_b in loaded.values()))
+    for expert, (own_a, own_b) in loaded.items() if file.values else ():
         a[expert, : ranks[expert]] = own_a
         b[:, expert, : ranks[expert]] = own_b
     return LoRAWeights(a, b.transpose(1, 0, 2), ranks, scales)
@@ -95,10 +102,8 @@ class _Wrapper:
         """A `[E, R, in]` and B `[E, out, R]`, as views of the file's arrays, and the scale."""
         rows, columns = self.pair.shape("A")[0], self.pair.shape("B")[1]
         if rows % self.experts or columns != rows:
-            raise file.error(
-                self.pair,
-                f"A has {rows} rows and B {columns} columns, not one multiple of {self.experts} experts",
-            )
+            problem = f"A has {rows} rows and B {columns} columns, not one multiple of {self.experts} experts"
+            raise file.error(self.pair, problem, f"{rows} and {columns}", f"a multiple of {self.experts}")
         name = f"{self.pair.path.removesuffix(_INNER)}.{self.parameter}"
         rank = rows // self.experts
         scale = file.scale(self.pair, rank, file.config.targets_parameter, name)
@@ -111,18 +116,23 @@ class _Wrapper:
 def read_wrappers(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:
     """`experts.base_layer` and `experts`: peft's wrappers of the 3-D parameters, nested in the parameters' order."""
     per_layer = Counter(pair.layer for pair in pairs)
-    wrappers = [_wrapper(file, pair, nested=per_layer[pair.layer] == 2) for pair in pairs]
+    wrappers = []
+    for pair in pairs:
+        with file.problems:
+            if file.two_dimensional(pair):
+                wrappers.append(_wrapper(file, pair, nested=per_layer[pair.layer] == 2))
     transposed = _are_transposed(file, wrappers)
     if transposed:
         file.layout += " of peft up to 0.19.0"
     weights: Weights = {}
     for wrapper in wrappers:
-        a, b, scale = wrapper.read(file, transposed)
-        if wrapper.parameter == "down_proj":
-            weights[wrapper.pair.layer, "down"] = uniform(a, b, scale, wrapper.experts)
-        else:  # the halves hold one A, so that the bank stores it once
-            for module, half in zip(("gate", "up"), file.names.gate_and_up(b), strict=True):
-                weights[wrapper.pair.layer, module] = uniform(a, half, scale, wrapper.experts)
+        with file.problems:
+            a, b, scale = wrapper.read(file, transposed)
+            if wrapper.parameter == "down_proj":
+                weights[wrapper.pair.layer, "down"] = uniform(a, b, scale, wrapper.experts)
+            else:  # the halves hold one A, so that the bank stores it once
+                for module, half in zip(("gate", "up"), file.names.gate_and_up(b), strict=True):
+                    weights[wrapper.pair.layer, module] = uniform(a, half, scale, wrapper.experts)
     return weights
 
 
@@ -131,14 +141,15 @@ def _wrapper(file: AdapterFile, pair: Pair, nested: bool) -> _Wrapper:
     if nested:
         fused = pair.path.endswith(_INNER)
     elif pair.path.endswith(_INNER):
-        raise file.error(pair, "an inner wrapper stands without its outer one")
+        raise file.error(pair, "an inner wrapper stands without its outer one", pair.path, "its outer one too")
     else:
         prefix = f"model.layers.{pair.layer}.{pair.path}"
         fused, down = (file.config.targets_parameter(f"{prefix}.{p}") for p in ("gate_up_proj", "down_proj"))
         if fused == down:
             both = "both gate_up_proj and down_proj" if fused else "neither gate_up_proj nor down_proj"
-            raise file.error(pair, f"it stands alone, and target_parameters name {both} of this layer")
-    site = file.site("gate" if fused else "down", pair)
+            problem = f"it stands alone, and target_parameters name {both} of this layer"
+            raise file.error(pair, problem, both, "one of the two")
+    site = file.site(pair, *(("gate", "up") if fused else ("down",)))
     widths = (site.in_width, 2 * site.out_width if fused else site.out_width)
     return _Wrapper(pair, "gate_up_proj" if fused else "down_proj", widths, site.num_experts)
 
@@ -152,10 +163,8 @@ def _are_transposed(file: AdapterFile, wrappers: Sequence[_Wrapper]) -> bool:
         if wrapper.widths[0] != wrapper.widths[1] and wrapper.found in (wrapper.widths, wrapper.widths[::-1]):
             evidence[wrapper.found != wrapper.widths] = wrapper
     if len(evidence) == 2:
-        raise file.error(
-            evidence[True].pair,
-            f"it has the transposed orientation of peft up to 0.19.0, and {evidence[False].pair.key} today's",
-        )
+        problem = f"it has the transposed orientation of peft up to 0.19.0, and {evidence[False].pair.key} today's"
+        raise file.error(evidence[True].pair, problem, "both orientations", "one")
     square = next((wrapper for wrapper in wrappers if wrapper.widths[0] == wrapper.widths[1]), None)
     version = file.config.peft_version
     if square is None:
@@ -168,6 +177,8 @@ def _are_transposed(file: AdapterFile, wrappers: Sequence[_Wrapper]) -> bool:
             square.pair,
             f"its orientation is not known: as peft writes today A is the side of the input, as up to 0.19.0 B is; "
             f"both are {square.widths[0]} wide, and {why} in {file.config.file.name}",
+            "two square sides",
+            "a released peft_version, or other shapes that tell",
         )
     return True in evidence
 

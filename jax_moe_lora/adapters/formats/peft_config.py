@@ -2,14 +2,18 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from jax_moe_lora.adapters.formats import config_fields
+from jax_moe_lora.adapters.formats.config_fields import Malformed, shown
+from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.errors import AdapterFormatError
 from jax_moe_lora.safetensors_io import read_json
 
+CONFIG = "adapter_config.json"
 # Every field of peft 0.21's LoraConfig is used by `PeftConfig`, harmless (below), or refused where it is set.
 _HARMLESS = frozenset(
     {
@@ -54,10 +58,14 @@ _REFUSED = {
     "alora_invocation_tokens": "activated LoRA is not supported",
     "use_qalora": "QA-LoRA pools its inputs and is not supported",
 }
-# Far past any real adapter; within them a rank indexes and a scale stays finite in float32.
-MAX_RANK, MAX_ALPHA = 2**20, 1e30
+_TARGETING = frozenset(
+    {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}
+)
 # Initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class PeftConfig:
       rank, alpha, rank_patterns, alpha_patterns: as `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern`.
       peft_version: that wrote the file, where it says so.
       raw: the whole object.
+      malformed: fields above whose value means nothing; only in a config whose problems were kept.
     """
 
     file: Path
@@ -83,9 +92,22 @@ class PeftConfig:
     layers_patterns: Sequence[str]
     peft_version: tuple[int, ...] | None
     raw: Mapping[str, Any]
+    malformed: frozenset[str] = frozenset()
 
-    def error(self, problem: str) -> AdapterFormatError:
-        return AdapterFormatError(f"{self.file}: {problem}.")
+    def error(self, problem: str, key: str = "", found: object = "", expected: str = "") -> AdapterFormatError:
+        return AdapterFormatError(f"{self.file}: {problem}.", file=self.file, key=key, found=found, expected=expected)
+
+    @property
+    def says_ranks(self) -> bool:
+        return not self.malformed & {"r", "rank_pattern"}
+
+    @property
+    def says_scale(self) -> bool:
+        return not self.malformed & {"lora_alpha", "alpha_pattern"}
+
+    @property
+    def says_targets(self) -> bool:
+        return not self.malformed & _TARGETING
 
     def rank_and_scale(self, *keys: str) -> tuple[int, float]:
         """Rank of a module (or `module.parameter`) by its full names, and the factor on its update."""
@@ -125,135 +147,96 @@ class PeftConfig:
         return match is not None and int(match["idx"]) in self.layers
 
 
-def read_peft_config(folder: Path) -> PeftConfig:
+def read_peft_config(folder: Path, problems: Problems | None = None) -> PeftConfig:
     """Reads and checks `adapter_config.json`.
 
     Raises:
       AdapterFormatError: it is missing, malformed, not of LoRA, or sets a field that is not supported, by name.
     """
-    config = describe_peft_config(folder)
-    raw, bad = config.raw, config.error
-    for name, value in raw.items():
+    problems = problems or Problems()
+    config = describe_peft_config(folder, problems)
+    for name, value in config.raw.items():
         if name in _HARMLESS or name in _USED or value in (None, False, [], {}, ""):
             continue
-        raise bad(f"{name} is {value!r}: {_REFUSED.get(name, 'it is not understood and may change the result')}")
-    if raw.get("lora_alpha") is None:
-        raise bad("lora_alpha is missing, and without it the scale is not known")
-    if raw.get("bias", "none") not in (None, "none"):
-        raise bad(f"bias is {raw['bias']!r}: trained biases are not supported")
-    if raw.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise bad(
-            f"init_lora_weights is {raw['init_lora_weights']!r}: it changes the base weights; convert it with PEFT"
-        )
+        why = _REFUSED.get(name, "it is not understood and may change the result")
+        with problems:
+            raise config.error(f"{name} is {shown(value)}: {why}", name, shown(value), "no such setting")
+    with problems:
+        if config.raw.get("lora_alpha") is None and "lora_alpha" not in config.malformed:
+            why = "lora_alpha is missing, and without it the scale is not known"
+            raise config.error(why, "lora_alpha", "nothing", "a number")
+    bias, init = config.raw.get("bias", "none"), config.raw.get("init_lora_weights", True)
+    with problems:
+        if bias not in (None, "none"):
+            raise config.error(f"bias is {shown(bias)}: trained biases are not supported", "bias", bias, "'none'")
+    with problems:
+        if init not in _PLAIN_INITS:
+            why = f"init_lora_weights is {shown(init)}: it changes the base weights; convert it with PEFT"
+            raise config.error(why, "init_lora_weights", shown(init), "an initialisation that leaves them alone")
     return config
 
 
-def describe_peft_config(folder: Path) -> PeftConfig:
+def describe_peft_config(folder: Path, problems: Problems | None = None) -> PeftConfig:
     """Reads `adapter_config.json` without refusing what is only not supported: to look at, not to serve.
 
     Raises:
       AdapterFormatError: it is missing, not of LoRA, or a field of `PeftConfig` is malformed, by name.
     """
-    file = folder / "adapter_config.json"
-    if not file.exists() and (folder / "config.json").exists():
-        raise AdapterFormatError(f"{folder} holds a model, not an adapter; give a folder with {file.name}.")
-    raw = read_json(file, AdapterFormatError)
+    file, problems = folder / CONFIG, problems or Problems()
+    raw: dict[str, Any] = {}
+    malformed: set[str] = {"r", "lora_alpha", *_TARGETING}
+    with problems:
+        if not file.exists() and (folder / "config.json").exists():
+            why = f"{folder} holds a model, not an adapter; give a folder with {file.name}."
+            raise AdapterFormatError(why, file=file, found="config.json", expected=file.name)
+        raw = read_json(file, AdapterFormatError)
+        malformed = set()
+    unreadable = frozenset(malformed)
 
-    def bad(problem: str) -> AdapterFormatError:
-        return AdapterFormatError(f"{file}: {problem}.")
+    def field(name: str, read: Callable[[Mapping[str, Any], str], Value], default: Value) -> Value:
+        with problems:
+            if name not in unreadable:
+                try:
+                    return read(raw, name)
+                except Malformed as bad:
+                    why, expected = str(bad), bad.expected
+                    raise AdapterFormatError(
+                        f"{file}: {why}.", file=file, key=name, found=shown(raw.get(name)), expected=expected
+                    ) from None
+        malformed.add(name)
+        return default
 
-    if str(raw.get("peft_type", "LORA")).upper() != "LORA":
-        raise bad(f"peft_type is {raw['peft_type']!r}, only LORA is supported")
-    layers = raw.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    return PeftConfig(
+    field("peft_type", config_fields.lora, None)
+    no_names: str | list[str] = []
+    config = PeftConfig(
         file=file,
-        rank=_whole(raw, "r", bad),
-        alpha=_number(raw.get("lora_alpha", 8), "lora_alpha", bad),
-        rank_stabilised=_flag(raw.get("use_rslora"), "use_rslora", bad),
-        rank_patterns={k: _whole(_object(raw, "rank_pattern", bad), k, bad) for k in _object(raw, "rank_pattern", bad)},
-        alpha_patterns={
-            k: _number(v, f"alpha_pattern[{k!r}]", bad) for k, v in _object(raw, "alpha_pattern", bad).items()
-        },
-        target_modules=_names(raw, "target_modules", bad),
-        target_parameters=_names(raw, "target_parameters", bad, lists_only=True),
-        exclude_modules=_names(raw, "exclude_modules", bad),
-        layers=None if not layers else frozenset(_layers(layers, bad)),
-        layers_patterns=_layer_patterns(raw, bad),
+        rank=field("r", config_fields.rank, 1),
+        alpha=field("lora_alpha", config_fields.alpha, 1.0),
+        rank_stabilised=field("use_rslora", config_fields.flag, False),
+        rank_patterns=field("rank_pattern", config_fields.rank_patterns, {}),
+        alpha_patterns=field("alpha_pattern", config_fields.alpha_patterns, {}),
+        target_modules=field("target_modules", config_fields.names, no_names),
+        target_parameters=field("target_parameters", config_fields.listed_names, []),
+        exclude_modules=field("exclude_modules", config_fields.names, no_names),
+        layers=field("layers_to_transform", config_fields.layers, None),
+        layers_patterns=field("layers_pattern", config_fields.layer_patterns, []),
         peft_version=_version(raw.get("peft_version")),
         raw=raw,
     )
+    return replace(config, malformed=frozenset(malformed))
 
 
 def _first_match(patterns: Mapping[str, Any], keys: Sequence[str]) -> str:
-    return next((p for p in patterns if any(re.match(rf"(.*\.)?({p})$", key) for key in keys)), "")
+    return next((p for p in patterns if any(pattern_matches(p, key) for key in keys)), "")
+
+
+def pattern_matches(pattern: str, key: str) -> bool:
+    """Whether PEFT uses this pattern's rank or alpha for the module of this name."""
+    return re.match(rf"(.*\.)?({pattern})$", key) is not None
 
 
 def _ends_with(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
-
-
-def _listed(names: str | Sequence[str]) -> Sequence[str]:
-    return [names] if isinstance(names, str) and names else names or []
-
-
-def _whole(raw: Mapping[str, Any], name: str, bad) -> int:
-    value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
-        raise bad(f"{name} is {value!r}, a whole number from 1 to {MAX_RANK} was expected")
-    return value
-
-
-def _flag(value: Any, name: str, bad) -> bool:
-    if not isinstance(value, bool | None):
-        raise bad(f"{name} is {value!r}, true or false was expected")
-    return bool(value)
-
-
-def _number(value: Any, name: str, bad) -> float:
-    # A comparison, not isfinite: an integer of 400 digits has no float. NaN fails it too.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
-        raise bad(f"{name} is {value!r}, a number of at most {MAX_ALPHA:g} was expected")
-    return float(value)
-
-
-def _object(raw: Mapping[str, Any], name: str, bad) -> dict[str, Any]:
-    value = raw.get(name) or {}
-    if not isinstance(value, dict):
-        raise bad(f"{name} is {value!r}, an object was expected")
-    for pattern in value:
-        _compile(pattern, name, bad)
-    return value
-
-
-def _names(raw: Mapping[str, Any], name: str, bad, lists_only: bool = False) -> str | list[str]:
-    value = raw.get(name) or []
-    if isinstance(value, str) and not lists_only:
-        _compile(value, name, bad)
-        return value
-    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-        raise bad(f"{name} is {value!r}, a list of names was expected")
-    return value
-
-
-def _compile(pattern: str, name: str, bad) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise bad(f"{name} holds {pattern!r}, which is no regular expression: {error}") from error
-
-
-def _layer_patterns(raw: Mapping[str, Any], bad) -> Sequence[str]:
-    patterns = _listed(_names(raw, "layers_pattern", bad))
-    for pattern in patterns:
-        _compile(pattern, "layers_pattern", bad)
-    return patterns
-
-
-def _layers(values: Any, bad) -> list[int]:
-    if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise bad(f"layers_to_transform is {values!r}, a layer or a list of layers was expected")
-    return values
 
 
 def _version(text: Any) -> tuple[int, ...] | None:

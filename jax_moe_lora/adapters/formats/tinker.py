@@ -24,21 +24,26 @@ def read_stacks(file: AdapterFile, pairs: Sequence[Pair], parts: Mapping[str, tu
     """Weights of pairs whose path ends in one of `parts`, which says what modules it holds."""
     weights: Weights = {}
     for pair in pairs:
-        experts, _, part = pair.path.rpartition(".")
-        modules = parts[part]
-        site = file.site(modules[0], pair)
-        counts, out_width = sorted({1, site.num_experts}), len(modules) * site.out_width
-        rank = (0, 0, *pair.shape("A"))[-2]  # a tensor of another form is refused by its shape
-        a, b = file.load(pair, [(n, rank, site.in_width) for n in counts], [(n, out_width, rank) for n in counts])
-        halves = file.names.gate_and_up(b) if len(modules) == 2 else (b,)
-        for module, half in zip(modules, halves, strict=True):
-            if (pair.layer, module) in weights:
-                raise file.error(pair, f"it holds {module} of layer {pair.layer}, which another key holds too")
-            names = [f"{experts}.{spelling}" for spelling in (part, *file.names.spellings(module))]
-            names += [path for path, dense in file.names.dense.items() if dense == module]
-            scale = file.scale(pair, rank, file.config.targets, *names)
-            weights[pair.layer, module] = uniform(a, half, scale, site.num_experts)
+        with file.problems:
+            _read_stack(file, pair, parts[pair.path.rpartition(".")[2]], weights)
     return weights
+
+
+def _read_stack(file: AdapterFile, pair: Pair, modules: Sequence[str], weights: Weights) -> None:
+    """Adds the weights of one pair, which holds these modules."""
+    experts, _, part = pair.path.rpartition(".")
+    site = file.site(pair, *modules)
+    counts, out_width = sorted({1, site.num_experts}), len(modules) * site.out_width
+    rank = (0, 0, *pair.shape("A"))[-2]  # a tensor of another form is refused by its shape
+    a, b = file.load(pair, [(n, rank, site.in_width) for n in counts], [(n, out_width, rank) for n in counts])
+    halves = file.names.gate_and_up(b) if len(modules) == 2 else (b,)
+    for module, half in zip(modules, halves, strict=True):
+        if (pair.layer, module) in weights:
+            raise file.held_twice(pair, module)
+        names = [f"{experts}.{spelling}" for spelling in (part, *file.names.spellings(module))]
+        names += [path for path, dense in file.names.dense.items() if dense == module]
+        scale = file.scale(pair, rank, file.config.targets, *names)
+        weights[pair.layer, module] = uniform(a, half, scale, site.num_experts)
 
 
 def stacks(name: str, parts: Mapping[str, tuple[str, ...]]) -> Layout:

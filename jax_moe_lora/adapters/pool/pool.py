@@ -7,6 +7,7 @@ that moment, in which its slot is still empty.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class AdapterPool:
         """`read(folder, name)` reads an adapter from disk."""
         self._bank, self._read = bank, read
         self._lent = False  # somebody else holds this bank, so its memory is not ours to write into
+        self._holding: Counter[int] = Counter()  # thread -> its batches that run
         self._pauses = 0  # calls under way with a bank that no load may write into
         self._registry = Registry(bank.num_slots)
         self._changed = threading.Condition(threading.RLock())  # its lock guards the registry and the bank
@@ -99,8 +101,9 @@ class AdapterPool:
             entry = self._registry.find(name)
             if entry is None:
                 raise AdapterNameError(f"{name!r} is the base model, which is never unloaded; name an adapter.")
-            if entry.state == "loading" or self._registry.references(entry):
-                uses = self._registry.references(entry)
+            if entry.state == "loading":
+                raise AdapterInUseError(f"Adapter {name!r} is loading; wait for it.")
+            if uses := self._registry.references(entry):
                 raise AdapterInUseError(f"Adapter {name!r} is used by {uses} running requests; wait for them.")
             if entry.slot is not None:
                 self._evict(entry)
@@ -175,10 +178,12 @@ class AdapterPool:
           are not pinned.
         """
         self._look_for_changes(names)
+        thread = threading.get_ident()
         with self._changed:
             entries = self._admit(names)
             slots = [BASE_SLOT if entry is None or entry.slot is None else entry.slot for entry in entries]
             self._registry.count(slots, 1)
+            self._holding[thread] += 1
             loading = [None if entry is None else entry.loading for entry in entries]
         try:
             failed = [None if future is None else future.exception() for future in loading]
@@ -186,6 +191,7 @@ class AdapterPool:
         finally:
             with self._changed:
                 self._registry.count(slots, -1)
+                self._holding[thread] -= 1
                 for slot in self._registry.left(slots):
                     self._clear(slot)
                 self._changed.notify_all()
@@ -215,8 +221,8 @@ class AdapterPool:
 
     def _find(self, names: Sequence[str | None]) -> list[Entry]:
         """Registered adapters of the names, each once."""
-        found = [self._registry.find(name) for name in dict.fromkeys(names)]
-        return [entry for entry in found if entry is not None]
+        found = [self._registry.find(name) for name in names]
+        return list({entry.name: entry for entry in found if entry is not None}.values())
 
     def _admit(self, names: Sequence[str | None]) -> list[Entry | None]:
         """The adapter of each name, all of them in slots or on their way there."""
@@ -235,13 +241,15 @@ class AdapterPool:
         return [self._registry.find(name) for name in names]
 
     def _check_hope(self, entries: Sequence[Entry]) -> None:
-        """Raises BankFullError where waiting would not help."""
+        """Raises BankFullError where waiting would not help: nobody else is going to make room."""
         slots, pinned = len(self._registry.slots), self._registry.pinned(but=entries)
-        if len(entries) + pinned > slots:
-            others = f" and {pinned} other adapters are pinned" if pinned else ""
+        waits_for_itself = self._holding[threading.get_ident()] > 0
+        if len(entries) + pinned > slots or waits_for_itself:
+            others = f", {pinned} others are pinned" if pinned else ""
+            others += ", and this thread's own running requests use the rest" if waits_for_itself else ""
             raise BankFullError(
-                f"The bank has {slots} slots; {len(entries)} adapters are asked for at once{others}: unload or unpin "
-                "some, ask for fewer, or raise max_adapters."
+                f"The bank has {slots} adapter slots; {len(entries)} adapters are asked for at once{others}. Unload or "
+                "unpin some, ask for fewer, or raise max_adapters."
             )
 
     def _make_room(self, count: int, keep: Sequence[Entry]) -> list[int] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.peft_config import MAX_ALPHA
+from jax_moe_lora.adapters.formats.config_fields import MAX_ALPHA
 from jax_moe_lora.adapters.writing.draft import Draft, Part
 
 # Says by whose conventions A and B lie; up to 0.19.0 their roles were exchanged.

@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, Layout
+from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS
-from jax_moe_lora.adapters.formats.peft_config import MAX_RANK
 from jax_moe_lora.adapters.formats.tinker import TINKER
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, TRTLLM
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.adapters.validate import check_adapter
+from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.adapters.writing import peft, stacks
 from jax_moe_lora.adapters.writing.config import Says, settle
 from jax_moe_lora.adapters.writing.draft import Draft, Part
 from jax_moe_lora.errors import AdapterFormatError, InputError
-from jax_moe_lora.safetensors_writer import NUMPY_DTYPES, info_of, write_tensors
+from jax_moe_lora.safetensors_io import DTYPES
+from jax_moe_lora.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.whole_folder import whole_folder
 
 CONFIG = "adapter_config.json"
@@ -93,7 +94,7 @@ def write_adapter(
     parts = list(target.parts(draft))
     for part in parts:
         for matrix in (part.a, part.b):
-            if matrix.dtype not in NUMPY_DTYPES.values():
+            if matrix.dtype not in DTYPES.values():
                 problem = f"its matrices are {matrix.dtype}; expected float32, float16 or bfloat16"
                 raise draft.error(part.layer, part.module, problem)
     if not parts:
@@ -105,9 +106,9 @@ def write_adapter(
         for part in parts
         for side, matrix in (("A", part.a), ("B", part.b))
     }
-    infos = {key: info_of(tensor) for key, tensor in tensors.items()}
+    planned = {key: Planned(tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     with whole_folder(folder, CONFIG, force) as partial:
-        write_tensors(partial / WEIGHTS, infos, tensors.__getitem__)
+        write_tensors(partial / WEIGHTS, planned, tensors.__getitem__)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if sidecar is not None:
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")

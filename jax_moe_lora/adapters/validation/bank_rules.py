@@ -1,0 +1,98 @@
+"""What a bank asks of an adapter, beside what its files say: it fits the sites and the largest rank, and is finite."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
+from jax_moe_lora.errors import AdapterFormatError
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing that keeps a projection's weights from being served."""
+
+    layer: int
+    module: str
+    problem: str
+    found: object
+    expected: str
+
+
+def check_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int, dtype: np.dtype) -> None:
+    """Raises AdapterFormatError for the first thing that keeps the adapter from being served by a bank."""
+    if not adapter.weights:
+        raise AdapterFormatError(f"Adapter {adapter.name!r} holds no weights; expected at least one projection.")
+    layout = f" ({adapter.layout})" if adapter.layout else ""
+    for bad in violations(adapter, sites, max_rank):
+        raise AdapterFormatError(f"Adapter {adapter.name!r}{layout}, layer {bad.layer}, {bad.module}: {bad.problem}")
+    seen: set[int] = set()
+    for (layer, module), weights in adapter.weights.items():
+        for side, matrices in (("A", weights.a), ("B", weights.b)):
+            if id(matrices) not in seen and not all_finite(matrices, dtype):  # an alias, as gate and up have, is seen
+                raise AdapterFormatError(
+                    f"Adapter {adapter.name!r}{layout}, layer {layer}, {module}: {side} {not_finite(dtype)}."
+                )
+            seen.add(id(matrices))
+
+
+def violations(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int) -> Iterator[Violation]:
+    """Everything that can be said without looking at a value of A or B."""
+    for (layer, module), weights in adapter.weights.items():
+        for problem, found, expected in _problems(layer, module, weights, sites, max_rank):
+            yield Violation(layer, module, problem, found, expected)
+
+
+def _problems(
+    layer: int, module: str, weights: LoRAWeights, sites: Mapping[str, Site], max_rank: int
+) -> Iterator[tuple[str, object, str]]:
+    """(sentence, found, expected)"""
+    site = sites.get(module)
+    if site is None:
+        expected = ", ".join(sorted(sites))
+        yield f"the model has no such projection; it has {expected}.", module, expected
+        return
+    if layer not in site.layers:
+        yield f"the model has no {module} in this layer.", f"layer {layer}", "a layer that has it"
+        return
+    experts, rank = site.num_experts, weights.a.shape[1] if weights.a.ndim == 3 else -1
+    for side, widths in (("a", (rank, site.in_width)), ("b", (site.out_width, rank))):
+        shape, expected = getattr(weights, side).shape, f"[{experts} or 1, {widths[0]}, {widths[1]}]"
+        if len(shape) != 3 or shape[0] not in (1, experts) or shape[1:] != widths:
+            yield f"{side.upper()} has shape {list(shape)}; expected {expected}.", list(shape), expected
+            return
+    ranks, scale = weights.ranks, weights.scale
+    if ranks.shape != (experts,) or scale.shape != (experts,):
+        found = f"{ranks.shape} and {scale.shape}"
+        yield f"ranks and scale have shapes {found}; expected ({experts},).", found, f"({experts},)"
+        return
+    if ranks.min(initial=0) < 0 or weights.max_rank > rank:
+        found = f"{ranks.min()} and {weights.max_rank}"
+        yield f"ranks lie between {found}; expected 0 to {rank}.", found, f"0 to {rank}"
+    if weights.max_rank > max_rank:
+        problem = f"its rank is {weights.max_rank}; the bank takes at most {max_rank} (raise max_rank)."
+        yield problem, f"rank {weights.max_rank}", f"at most {max_rank}"
+    # Nothing is each expert's own here, so no rank can be either; only a missing expert (rank 0) can be told apart.
+    if weights.a.shape[0] == weights.b.shape[0] == 1 and (own := np.unique(ranks[ranks > 0])).size > 1:
+        problem = f"A and B are shared by all experts and their ranks are {own.tolist()}; expected one rank."
+        yield problem, own.tolist(), "one rank"
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.asarray(scale).astype(np.float32)).all()
+    if not finite:
+        yield "its scale is not finite in float32.", "a scale that is not finite", "a finite one"
+
+
+def not_finite(dtype: np.dtype) -> str:
+    return f"holds values that are not finite in {np.dtype(dtype).name}, which are never served"
+
+
+def all_finite(values: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether every value is finite once it is of this dtype."""
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype, copy=False)
+    if dtype.itemsize != 2:
+        return bool(np.isfinite(cast).all())
+    # numpy's isfinite is slow for 16 bits: an exponent of all ones, as infinity has, is infinite or no number.
+    infinity = np.array(np.inf, dtype).view(np.uint16)
+    return bool(((cast.view(np.uint16) & infinity) != infinity).all())

@@ -1,0 +1,103 @@
+"""Everything that is wrong with an adapter's folder, by the readers that load it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, AdapterFile, Headers, pair_keys
+from jax_moe_lora.adapters.formats.detect import open_adapter, read_weights
+from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.peft_config import PeftConfig
+from jax_moe_lora.adapters.formats.problems import Problems
+from jax_moe_lora.adapters.formats.trtllm import SIDECAR, read_sidecar
+from jax_moe_lora.adapters.lora import LoRAAdapter, Site
+from jax_moe_lora.adapters.packing import pack
+from jax_moe_lora.adapters.validation.bank_rules import violations
+from jax_moe_lora.adapters.validation.finding import Finding, finding_of
+from jax_moe_lora.adapters.validation.hints import hints
+from jax_moe_lora.adapters.validation.values import CheckedTensors
+from jax_moe_lora.errors import AdapterFormatError
+from jax_moe_lora.safetensors_io import TensorFile
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an adapter is to be served by: a model's projections, and a bank.
+
+    Attributes:
+      sites, names: as `read_adapter` takes them. max_rank, dtype: of the bank.
+    """
+
+    sites: Mapping[str, Site]
+    names: AdapterNames
+    max_rank: int
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a validation has found.
+
+    Attributes:
+      findings: errors first. layout: of the experts, by its keys; empty where no key was understood.
+      bank_bytes: of the bank's pages that it takes; None with an error.
+    """
+
+    findings: list[Finding]
+    layout: str = ""
+    bank_bytes: int | None = None
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+
+def examine(folder: Path, target: Target | None, deep: bool = False) -> Report:
+    """Checks all that can be checked; what is broken hides nothing but itself.
+
+    Args:
+      target: None where the model is not known: then only what an adapter is by itself is checked.
+      deep: read the weights too, not their headers alone.
+    """
+    problems, warnings = Problems(keep=True), list[Finding]()
+    layout, nbytes = "", None
+    opened = False
+    with problems, open_adapter(folder, problems) as (config, tensors):
+        opened = True
+        layout, nbytes = _check(folder, config, tensors, target, deep, problems, warnings)
+    if not opened and os.path.lexists(folder / SIDECAR):
+        read_sidecar(folder / SIDECAR, problems)
+    # Two steps may meet the same problem.
+    findings = list(dict.fromkeys([finding_of(error) for error in problems.found] + warnings))
+    return Report(findings, layout, None if problems.found else nbytes)
+
+
+def _check(
+    folder: Path,
+    config: PeftConfig,
+    tensors: TensorFile,
+    target: Target | None,
+    deep: bool,
+    problems: Problems,
+    warnings: list[Finding],
+) -> tuple[str, int | None]:
+    """(layout, bytes in the bank) of an open folder; what is wrong goes into `problems` and `warnings`."""
+    path = folder / WEIGHTS
+    pairs = pair_keys(path, tensors.infos, problems)
+    if target is None:
+        return "", None
+    source = CheckedTensors(tensors, target.dtype, problems, warnings) if deep else Headers(tensors.infos)
+    file = AdapterFile(path, config, target.sites, target.names, source, problems, values=deep)
+    adapter = LoRAAdapter(folder.name, read_weights(file, pairs), config.raw, file.layout)
+    for bad in violations(adapter, target.sites, target.max_rank):
+        with problems:
+            key = file.keys[bad.layer, bad.module]
+            raise AdapterFormatError(
+                f"{path}: {key}: {bad.problem}", file=path, key=key, found=bad.found, expected=bad.expected
+            )
+    warnings += hints(file)
+    fits = not problems.found
+    return file.layout, pack(adapter, target.sites).nbytes(target.dtype) if fits else None

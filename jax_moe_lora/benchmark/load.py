@@ -1,0 +1,161 @@
+"""Times the loading of an adapter: alone, against the bandwidth from host to device, and while a model decodes."""
+
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from jax_moe_lora import generate as programs
+from jax_moe_lora.adapters.bank import create_bank
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, uniform
+from jax_moe_lora.adapters.pool import AdapterPool
+from jax_moe_lora.benchmark.random_model import DTYPE, sites_of
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.params import init_params
+
+SLOTS, REPEATS, STEPS = 3, 5, 64
+COPY_BYTES = 2**30
+METHOD = (
+    f"copy: a numpy array of {COPY_BYTES >> 20} MiB to the device, the best of {REPEATS}. alone: an adapter in host "
+    f"memory, from `AdapterPool.load` to ready, median of {REPEATS}; its own check of finite values is in it. decode: "
+    f"steps whose tokens are fetched, as `Model.generate` runs them, median of {STEPS}; under load: of the steps while "
+    "another thread loads and unloads without a pause"
+)
+# The side of each module that one matrix serves for all experts.
+SHARED_OUTER = {"gate": "a", "up": "a", "down": "b"}
+
+
+def host_adapter(name: str, sites: dict[str, Site], rank: int, shared: bool) -> LoRAAdapter:
+    """Random matrices on every site's layers; `shared`: one for all experts on the sides of the hidden width."""
+    some = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(ml_dtypes.bfloat16)
+
+    def matrix(*shape: int) -> np.ndarray:
+        return np.resize(some, shape)
+
+    def weights(module: str, site: Site) -> LoRAWeights:
+        count = {side: 1 if shared and SHARED_OUTER[module] == side else site.num_experts for side in "ab"}
+        a, b = matrix(count["a"], rank, site.in_width), matrix(count["b"], site.out_width, rank)
+        return uniform(a, b, 0.01, site.num_experts)
+
+    return LoRAAdapter(name, {(layer, m): weights(m, site) for m, site in sites.items() for layer in site.layers})
+
+
+def copy_bytes_per_s() -> float:
+    """From numpy to the device."""
+    values = np.zeros(COPY_BYTES // 2, ml_dtypes.bfloat16)
+    times = []
+    for _ in range(1 + REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(jax.device_put(values))
+        times.append(time.perf_counter() - began)
+    return COPY_BYTES / min(times)
+
+
+def measure_loads(config: ModelConfig, rank: int, batch: int, context: int) -> dict[str, Any]:
+    """Figures of a per-expert adapter and of its shared-outer twin, each by its name.
+
+    Args:
+      batch, context: requests that decode, and tokens that each has behind it.
+    """
+    sites = sites_of(config, "experts")
+    params = jax.block_until_ready(init_params(config, jax.random.key(0), DTYPE))
+    adapters = {
+        name: host_adapter(name, sites, rank, name == "shared-outer") for name in ("per-expert", "shared-outer")
+    }
+    pool = AdapterPool(create_bank(sites, SLOTS, rank, None, DTYPE), _no_files)
+    pool.register("resident", adapters["per-expert"], pinned=True)
+    pool.load("resident")
+    for name, adapter in adapters.items():
+        pool.register(name, adapter)
+    step = _decoder(config, params, pool, batch, context)
+    copy = copy_bytes_per_s()
+    alone_ms = statistics.median(_timed(step) for _ in range(STEPS)) * 1e3
+    figures: dict[str, Any] = {"copy_gb_per_s": round(copy / 1e9, 2), "decode_ms": round(alone_ms, 3)}
+    for name, adapter in adapters.items():
+        load = partial(_reload, pool, name, adapter)
+        load_s = statistics.median(_timed(load) for _ in range(REPEATS))
+        nbytes = next(info.nbytes for info in pool.loaded() if info.name == name)
+        under, loads = _steps_under_load(step, load)
+        figures[name] = {
+            "mb": round(nbytes / 1e6, 1),
+            "load_ms": round(load_s * 1e3, 1),
+            "share_of_copy": round(nbytes / load_s / copy, 3),
+            "decode_ms_under_load": round(statistics.median(under) * 1e3, 3),
+            "decode_ratio": round(statistics.median(under) * 1e3 / alone_ms, 3),
+            "steps_under_load": len(under),
+            "loads_meanwhile": loads,
+        }
+    return figures
+
+
+def _no_files(folder: Path, name: str) -> LoRAAdapter:
+    raise AssertionError(f"{name} is in memory")
+
+
+def _reload(pool: AdapterPool, name: str, adapter: LoRAAdapter) -> None:
+    """Out of its slot, and in again."""
+    pool.forget(name)
+    pool.register(name, adapter)
+    pool.load(name)
+
+
+def _decoder(config: ModelConfig, params: Any, pool: AdapterPool, batch: int, context: int) -> Callable[[], Any]:
+    """One decode step of a batch in which every other request uses the resident adapter."""
+    length = 1 << (context + REPEATS * STEPS).bit_length()
+    cache = [decoder.init_cache(config, batch, length, DTYPE)]
+    (slot,) = pool.slots(["resident"])
+    slots = jnp.asarray(np.where(np.arange(batch) % 2, slot, -1), jnp.int32)
+    greedy = programs.Sampling(
+        jnp.zeros(batch), jnp.zeros(batch, jnp.int32), jnp.ones(batch), jnp.zeros(batch, jnp.uint32)
+    )
+    lengths = jnp.full(batch, context, jnp.int32)
+    prompts = jnp.zeros((batch, context), jnp.int32)
+    static = {"config": config, "implementation": None}
+    cache[0], tokens = pool.pausing_loads(
+        lambda bank: programs.start(params, bank, cache[0], prompts, lengths, slots, greedy, **static)
+    )
+
+    def step() -> None:
+        def advance(bank):
+            return programs.advance(params, bank, cache[0], tokens, slots, greedy, jnp.int32(1), **static)
+
+        cache[0], after = pool.using(advance)
+        np.asarray(after)
+
+    step()
+    return step
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _steps_under_load(step: Callable[[], Any], load: Callable[[], Any]) -> tuple[list[float], int]:
+    """Seconds of each step while another thread loads again and again, and how often it did."""
+    stop, loads = threading.Event(), itertools.count()
+
+    def keep_loading() -> None:
+        while not stop.is_set():
+            load()
+            next(loads)
+
+    thread = threading.Thread(target=keep_loading)
+    thread.start()
+    try:
+        times = [_timed(step) for _ in range(STEPS)]
+    finally:
+        stop.set()
+        thread.join()
+    return times, next(loads)
