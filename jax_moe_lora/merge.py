@@ -17,13 +17,12 @@ from jax_moe_lora.errors import CheckpointError, ConfigError, InputError
 from jax_moe_lora.models.names import projection_tensors
 from jax_moe_lora.models.registry import family
 from jax_moe_lora.models.sites import adapter_sites
-from jax_moe_lora.safetensors_io import DTYPES as NUMPY_DTYPES
-from jax_moe_lora.safetensors_io import TensorFile, read_json
-from jax_moe_lora.safetensors_writer import Outline, write_tensors
+from jax_moe_lora.safetensors_io import DTYPES, TensorFile, read_json
+from jax_moe_lora.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.units import parse_bytes
 from jax_moe_lora.whole_folder import whole_folder
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Weights in other forms, which would still be those of the base model.
 _OTHER_WEIGHTS = (
     ".safetensors",
@@ -61,44 +60,46 @@ def merge_adapter(
       AdapterFormatError: the adapter does not fit the model. ConfigError, CheckpointError: the base checkpoint is not
       read, or a merged weight is not finite in its dtype, by name. InputError: a bad argument, or `out` exists.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     limit, model = parse_bytes(max_shard_size), Path(model)
     config = read_model_config(model)
     check_adapter(adapter, adapter_sites(config), MAX_RANK, np.dtype(np.float32))
-    deltas = _deltas(config, adapter)
-    with ExitStack() as opened, whole_folder(out, "config.json", force) as partial:
-        files = checked_files(model, config, opened)
-        infos = {
-            name: Outline(file.infos[name].dtype if dtype is None else DTYPES[dtype], file.infos[name].shape)
+    with ExitStack() as opened:
+        files, deltas = checked_files(model, config, opened), _deltas(config, adapter)
+        planned = {
+            name: Planned(DTYPES[DTYPE_NAMES[dtype] if dtype else file.infos[name].dtype], file.infos[name].shape)
             for name, file in files.items()
         }
-        shards = _shards(infos, limit)
-
-        def read(name: str) -> np.ndarray:
-            return _merged(name, files[name], infos[name], deltas.get(name))
-
-        for shard, names in shards.items():
-            write_tensors(partial / shard, {name: infos[name] for name in names}, read)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
-                "weight_map": {name: shard for shard, names in shards.items() for name in names},
-            }
-            (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _copy_others(model, partial, dtype)
+        with whole_folder(out, "config.json", force) as partial:
+            for shard, names in (shards := _shards(planned, limit)).items():
+                write_tensors(
+                    partial / shard,
+                    {name: planned[name] for name in names},
+                    lambda name: _merged(name, files[name], planned[name].dtype, deltas.get(name)),
+                )
+            if len(shards) > 1:
+                _write_index(partial, shards, sum(tensor.nbytes for tensor in planned.values()))
+            _copy_others(model, partial, dtype)
+            opened.close()  # refuses a shard that was written to meanwhile, before the folder appears
 
 
-def _shards(infos: Mapping[str, Outline], limit: int) -> dict[str, list[str]]:
+def _write_index(folder: Path, shards: Mapping[str, list[str]], total_size: int) -> None:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(planned: Mapping[str, Planned], limit: int) -> dict[str, list[str]]:
     """Shard -> its tensors, in the order of the base checkpoint's files, so that each is read once from end to end."""
     groups: list[list[str]] = []
     room = 0
-    for name, info in infos.items():
-        if not groups or info.nbytes > room:
+    for name, tensor in planned.items():
+        if not groups or tensor.nbytes > room:
             groups.append([])
             room = limit
         groups[-1].append(name)
-        room -= info.nbytes
+        room -= tensor.nbytes
     if len(groups) == 1:
         return {SINGLE: groups[0]}
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
@@ -118,12 +119,12 @@ def _deltas(config: ModelConfig, adapter: LoRAAdapter) -> dict[str, Callable[[],
     }
 
 
-def _merged(name: str, file: TensorFile, outline: Outline, delta: Callable[[], np.ndarray] | None) -> np.ndarray:
+def _merged(name: str, file: TensorFile, dtype: np.dtype, delta: Callable[[], np.ndarray] | None) -> np.ndarray:
     """A tensor of the base checkpoint, updated and cast."""
     base = file.get_tensor(name)
     with np.errstate(over="ignore"):
         merged = base if delta is None else base.astype(np.float32) + delta()
-        merged = merged.astype(NUMPY_DTYPES[outline.dtype], copy=False)
+        merged = merged.astype(dtype, copy=False)
     if not np.isfinite(merged).all():
         raise CheckpointError(f"{name} of {file.path.parent} with the adapter is not finite in {merged.dtype}.")
     return merged

@@ -17,35 +17,32 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Outline:
-    """What a tensor will be: its dtype in safetensors' spelling, and its shape."""
+class Planned:
+    """A tensor that will be written; its dtype is one of `DTYPES`."""
 
-    dtype: str
+    dtype: np.dtype
     shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> "Outline":
-        return cls(_NAMES[array.dtype], array.shape)
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensors(path: Path, outlines: Mapping[str, Outline], read: Callable[[str], np.ndarray]) -> None:
+def write_tensors(path: Path, planned: Mapping[str, Planned], read: Callable[[str], np.ndarray]) -> None:
     """Writes a file of these tensors; each is asked for when its turn comes."""
     # Larger items first, so that every tensor is aligned to its own.
-    names = sorted(outlines, key=lambda name: -DTYPES[outlines[name].dtype].itemsize)
+    names = sorted(planned, key=lambda name: -planned[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
     end = 0
     for name in names:
-        begin, end = end, end + outlines[name].nbytes
-        header[name] = {"dtype": outlines[name].dtype, "shape": outlines[name].shape, "data_offsets": [begin, end]}
+        begin, end = end, end + planned[name].nbytes
+        dtype = _NAMES[planned[name].dtype]
+        header[name] = {"dtype": dtype, "shape": planned[name].shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             array = np.ascontiguousarray(read(name))
-            assert Outline.of(array) == outlines[name], name
+            assert Planned(array.dtype, array.shape) == planned[name], name
             file.write(array.reshape(-1).view(np.uint8).data)

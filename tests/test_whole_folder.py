@@ -13,7 +13,7 @@ from interruptions import fail, interrupted, interrupting, killed_at
 from safetensors.numpy import load_file
 
 from jax_moe_lora import InputError
-from jax_moe_lora.safetensors_writer import Outline, write_tensors
+from jax_moe_lora.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.whole_folder import _exchange, whole_folder
 
 MARKER = "marker.json"
@@ -151,9 +151,8 @@ def test_the_writer_writes_what_safetensors_reads(tmp_path):
     kinds: list[Any] = [ml_dtypes.bfloat16, np.float32, np.float16]
     given = {f"t{n}": random.standard_normal((n, 3)).astype(kinds[n % 3]) for n in range(6)}
     given["column order"] = np.asfortranarray(random.standard_normal((4, 5), dtype=np.float32))
-    codes = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
-    infos = {name: Outline(codes[str(t.dtype)], t.shape) for name, t in given.items()}
-    write_tensors(tmp_path / "file.safetensors", infos, given.__getitem__)
+    planned = {name: Planned(t.dtype, t.shape) for name, t in given.items()}
+    write_tensors(tmp_path / "file.safetensors", planned, given.__getitem__)
     found = load_file(tmp_path / "file.safetensors")
     assert found.keys() == given.keys()
     for name, tensor in given.items():

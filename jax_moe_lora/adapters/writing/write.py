@@ -20,7 +20,7 @@ from jax_moe_lora.adapters.writing.config import Says, settle
 from jax_moe_lora.adapters.writing.draft import Draft, Part
 from jax_moe_lora.errors import AdapterFormatError, InputError
 from jax_moe_lora.safetensors_io import DTYPES
-from jax_moe_lora.safetensors_writer import Outline, write_tensors
+from jax_moe_lora.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.whole_folder import whole_folder
 
 CONFIG = "adapter_config.json"
@@ -106,9 +106,9 @@ def write_adapter(
         for part in parts
         for side, matrix in (("A", part.a), ("B", part.b))
     }
-    infos = {key: Outline.of(tensor) for key, tensor in tensors.items()}
+    planned = {key: Planned(tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
     with whole_folder(folder, CONFIG, force) as partial:
-        write_tensors(partial / WEIGHTS, infos, tensors.__getitem__)
+        write_tensors(partial / WEIGHTS, planned, tensors.__getitem__)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if sidecar is not None:
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
