@@ -237,7 +237,7 @@ def test_a_mutated_header_is_read_as_the_library_does_or_refused(tmp_path, heade
 
 @pytest.mark.slow
 @given(st.one_of(mutated_headers(), st.binary(max_size=64)))
-@settings(max_examples=10_000, **UNTIMED)
+@settings(max_examples=2000, derandomize=True, **UNTIMED)
 def test_many_mutated_headers_are_read_as_the_library_does_or_refused(tmp_path, header):
     fuzz_header(tmp_path / WEIGHTS, header)
 

@@ -116,7 +116,7 @@ def test_every_heuristic_config_fits():
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "slots"),
-    [(5, 2, 8, 3), (100, 3, 70, 0), (40, 8, 128, 8), pytest.param(3, 2, 256, 256, marks=pytest.mark.slow)],
+    [(5, 2, 8, 3), (100, 3, 70, 0), (40, 8, 128, 8), pytest.param(3, 2, 256, 64, marks=pytest.mark.slow)],
 )
 def test_the_plan_kernel_equals_the_plan_through_xla(tokens, top_k, experts, slots, monkeypatch):
     rng = np.random.default_rng(0)
