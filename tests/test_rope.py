@@ -38,7 +38,7 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(scaling, the
     parameters = {**scaling, "rope_theta": theta}
     theirs = Qwen3MoeConfig(head_dim=32, max_position_embeddings=256, rope_parameters=dict(parameters))
     expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu")
-    config = read_rope(Fields({"rope_parameters": parameters}, "config.json"), 256)
+    config = read_rope(Fields({"rope_parameters": parameters}, "config.json"), 256, default_theta=1e4)
     actual, factor = frequencies(config, 32)
     np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-6)
     assert factor == pytest.approx(expected_factor, rel=1e-6)
