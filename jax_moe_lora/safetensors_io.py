@@ -98,13 +98,13 @@ def tensor_infos(path: Path, error: type[JaxMoELoRAError]) -> dict[str, TensorIn
 @contextmanager
 def open_tensors(path: Path, error: type[JaxMoELoRAError]) -> Iterator[TensorFile]:
     """An open safetensors file, which must not change before the block ends."""
-    with _open_regular(path, error) as file:
+    with open_regular(path, error) as file:
         yield TensorFile(path, file, error)
 
 
 def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:
     """The JSON object in a file; a key that stands twice is refused."""
-    with _open_regular(path, error) as file:
+    with open_regular(path, error) as file:
         try:
             size = os.fstat(file.fileno()).st_size
             data = file.read(min(size, MAX_JSON_BYTES) + 1)
@@ -152,14 +152,15 @@ def parse_json(text: str, where: str, error: type[JaxMoELoRAError]) -> dict[str,
 @contextmanager
 def unchanged(error: type[JaxMoELoRAError], *paths: Path) -> Iterator[None]:
     """Refuses files that are written to, replaced, made or removed before the block ends."""
-    before = [_stamp(path) for path in paths]
+    before = [stamp_of(path) for path in paths]
     yield
     for path, stamp in zip(paths, before, strict=True):
-        if _stamp(path) != stamp:
+        if stamp_of(path) != stamp:
             raise error(f"{path} changed while it was read; read it again when it is complete.", file=path)
 
 
-def _stamp(path: Path) -> Stamp | None:
+def stamp_of(path: Path) -> Stamp | None:
+    """Device, inode, bytes and time of change; None for a file that is not there."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -168,7 +169,7 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 @contextmanager
-def _open_regular(path: Path, error: type[JaxMoELoRAError]) -> Iterator[BufferedReader]:
+def open_regular(path: Path, error: type[JaxMoELoRAError]) -> Iterator[BufferedReader]:
     """Reads without a buffer. Links are followed, as the hub's cache needs; what they lead to must be a file."""
     with unchanged(error, path):
         try:

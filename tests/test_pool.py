@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from jax_moe_lora import (
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site, uniform
 from jax_moe_lora.adapters.pool import AdapterPool
+from jax_moe_lora.adapters.pool.content import version
 from jax_moe_lora.demo.run import data_folder
 from pallas_kernels import BASE_SLOT
 
@@ -223,6 +225,12 @@ def test_a_folder_that_was_only_touched_or_is_gone_is_not_read_again(pool, files
     (path / "adapter_config.json").unlink()
     pool.load("a")
     assert files.reads == ["a"]
+
+
+def test_a_pipe_in_a_folder_is_refused_and_nobody_waits_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "adapter_config.json")
+    with pytest.raises(AdapterFormatError, match="not a regular file"):
+        version(tmp_path)
 
 
 def test_a_prefetch_does_not_wait_and_takes_no_slot_in_use(pool, files, folder):

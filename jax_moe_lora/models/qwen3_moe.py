@@ -5,8 +5,9 @@ from typing import Any
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.models.decoder_config import open_fields, read_decoder, read_moe, read_sparse_layers
+from jax_moe_lora.models.decoder_config import read_decoder
 from jax_moe_lora.models.names import ATTENTION, DENSE_MLP, EXPERTS, ROUTER
+from jax_moe_lora.models.qwen import common, open_qwen
 
 MODEL_TYPE = "qwen3_moe"
 ADAPTER_NAMES = AdapterNames(dense=ATTENTION | ROUTER | DENSE_MLP, experts=EXPERTS, experts_path="mlp.experts")
@@ -18,16 +19,12 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     Raises:
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
-    fields = open_fields(raw, source, harmless=("max_window_layers", "sliding_window"))
-    fields.expect("use_sliding_window", (None, False), "sliding-window attention is not supported")
+    fields = open_qwen(raw, source)
     return read_decoder(
         fields,
         generation,
         model_type=MODEL_TYPE,
-        moe=read_moe(fields, "moe_intermediate_size", fields.flag("norm_topk_prob", False)),
-        moe_layers=read_sparse_layers(fields),
-        mlp_width=fields.size("intermediate_size"),
+        **common(fields),
         qk_norm="head",
         attention_biases="qkvo" if fields.flag("attention_bias", False) else "",
-        default_eps=1e-6,
     )

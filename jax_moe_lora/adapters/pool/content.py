@@ -4,15 +4,18 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS
+from jax_moe_lora.adapters.formats.peft_config import CONFIG
+from jax_moe_lora.adapters.formats.trtllm import SIDECAR
 from jax_moe_lora.errors import AdapterFormatError
+from jax_moe_lora.safetensors_io import Stamp, open_regular, stamp_of
 
-FILES = ("adapter_config.json", "adapter_model.safetensors", "lora_layout.json")
-Stamps = tuple[tuple[str, int, int, int], ...]
+Stamps = dict[str, Stamp]
 
 
 @dataclass(frozen=True)
 class Version:
-    """Stamps of the files that an adapter is read from (name, inode, bytes, time of change), and their SHA-256."""
+    """Stamps of the files that an adapter is read from, by name, and their SHA-256."""
 
     stamps: Stamps
     digest: str
@@ -20,25 +23,16 @@ class Version:
 
 def stamps(folder: Path) -> Stamps:
     """Cheap to ask for before each request. A file that is not there has no stamp."""
-    found = []
-    for name in FILES:
-        try:
-            status = (folder / name).stat()
-        except OSError:
-            continue
-        found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
-    return tuple(found)
+    found = {name: stamp_of(folder / name) for name in (CONFIG, WEIGHTS, SIDECAR)}
+    return {name: stamp for name, stamp in found.items() if stamp is not None}
 
 
 def version(folder: Path) -> Version:
-    """Raises AdapterFormatError: a file cannot be read."""
+    """Raises AdapterFormatError: a file cannot be read, is no regular one, or changes meanwhile."""
     before = stamps(folder)
     digest = hashlib.sha256()
-    for name, *_ in before:
+    for name in before:
         digest.update(name.encode())
-        try:
-            with (folder / name).open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise AdapterFormatError(f"{folder / name} cannot be read: {error}.") from error
+        with open_regular(folder / name, AdapterFormatError) as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return Version(before, digest.hexdigest())

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,45 +21,13 @@ from jax_moe_lora.adapters.extraction import extract
 from jax_moe_lora.adapters.insertion import Insertion, Prepared, place, prepare, write
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool.content import Version, stamps, version
-from jax_moe_lora.adapters.pool.registry import Entry, Registry, Source, State
+from jax_moe_lora.adapters.pool.registry import Entry, Registry, Source
+from jax_moe_lora.adapters.pool.status import AdapterInfo, AdapterStatus
 from jax_moe_lora.errors import AdapterFormatError, AdapterInUseError, AdapterNameError, BankFullError
 from pallas_kernels import BASE_SLOT
 
 Result = TypeVar("Result")
 Read = Callable[[Path, str], LoRAAdapter]
-
-
-@dataclass(frozen=True)
-class AdapterStatus:
-    """What can be asked of a registered adapter.
-
-    Attributes:
-      state: `registered` (a name and a folder), `loading`, `ready` (in a slot) or `failed` (see `error`; the next
-        request tries again).
-      references: requests that run with it.
-    """
-
-    name: str
-    state: State
-    pinned: bool
-    slot: int | None
-    references: int
-    error: str | None
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """An adapter in a slot: what it takes.
-
-    Attributes:
-      slot: its row in the bank's tables. ranks: module -> the ranks that occur in it.
-      nbytes: device memory of its pages.
-    """
-
-    name: str
-    slot: int
-    ranks: dict[str, tuple[int, ...]]
-    nbytes: int
 
 
 class AdapterPool:

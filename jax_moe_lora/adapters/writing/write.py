@@ -11,6 +11,7 @@ from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, Layout
 from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS
+from jax_moe_lora.adapters.formats.peft_config import CONFIG
 from jax_moe_lora.adapters.formats.tinker import TINKER
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, TRTLLM
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
@@ -22,8 +23,6 @@ from jax_moe_lora.errors import AdapterFormatError, InputError
 from jax_moe_lora.safetensors_io import DTYPES
 from jax_moe_lora.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.whole_folder import whole_folder
-
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
