@@ -14,6 +14,7 @@ zeros for the others': mixed equals solo.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.errors import InputError
-from pallas_kernels import RANK_PAGE, Implementation, LoRAPages, RoutingPlan, choose, grouped_lora, make_plan
+from pallas_kernels import (
+    RANK_PAGE,
+    Implementation,
+    LoRAPages,
+    RoutingPlan,
+    choose,
+    grouped_lora,
+    make_plan,
+    page_gradients,
+)
 from pallas_kernels.dot import matmul_t
 
 MAX_PACKED_RANKS = 2048  # of all slots: as wide as a projection itself; beyond, most of the packed product is zeros
@@ -74,8 +84,9 @@ def lora_linear(
         if packs(x, pages, implementation):
             y = packed_lora(y, x, pages, plan.slots)
         else:
-            rows = plan.rows
-            y = grouped_lora(y[rows.order], x, pages, rows, rows.token, implementation)[rows.position]
+            pools = pages.a.astype(x.dtype), pages.b.astype(x.dtype)
+            leaves, indices = jax.tree.flatten((pages.table, pages.scale, plan.rows))
+            y = _looped_lora((implementation, pages.max_rank, indices), y, x, *pools, leaves)
         y = lax.optimization_barrier(y)
     return y if bias is None else y + bias.astype(jnp.float32)[None]
 
@@ -85,7 +96,35 @@ def packs(x: Float[Array, "T in"], pages: LoRAPages, implementation: Implementat
     if implementation in ("xla", "reference"):
         return False
     ranks = min(pages.table.shape[0], x.shape[0]) * -(-pages.max_rank // RANK_PAGE) * RANK_PAGE
-    return ranks <= MAX_PACKED_RANKS and choose(dtype=x.dtype, operands=(pages.a.dtype,)).picked == "hopper"
+    return ranks <= MAX_PACKED_RANKS and choose(dtype=x.dtype).picked == "hopper"
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _looped_lora(static, y, x, a, b, leaves) -> Float[Array, "T out"]:
+    """`static`: the implementation, the largest rank, and of what the leaves make table, scale and plan."""
+    implementation, max_rank, indices = static
+    table, scale, rows = jax.tree.unflatten(indices, leaves)
+    pages = LoRAPages(a, b, table, scale, max_rank)
+    return grouped_lora(y[rows.order], x, pages, rows, rows.token, implementation)[rows.position]
+
+
+def _looped_forward(static, y, x, *others):
+    return _looped_lora(static, y, x, *others), (x, *others)
+
+
+def _looped_backward(static, kept, dy):
+    implementation, max_rank, indices = static
+    x, a, b, leaves = kept
+    table, scale, rows = jax.tree.unflatten(indices, leaves)
+    pages = LoRAPages(a, b, table, scale, max_rank)
+    rows_dy = dy[rows.order]
+    nothing = jnp.zeros((rows_dy.shape[0], x.shape[1]), jnp.float32)
+    dx = grouped_lora(nothing, rows_dy, pages.transposed(), rows, None, implementation)[rows.position]
+    da, db = page_gradients(x[rows.token], rows_dy, pages, rows, implementation)
+    return dy, dx.astype(x.dtype), da.astype(a.dtype), db.astype(b.dtype), [None] * len(leaves)
+
+
+_looped_lora.defvjp(_looped_forward, _looped_backward)
 
 
 def packed_lora(
@@ -110,7 +149,7 @@ def packed_lora(
 
     def packed(pool: Array, first: Array) -> Array:
         """`[ranks, width]`: the blocks' pages one after the other, zeros (page 0) where a block has fewer."""
-        return pool[jnp.where(live, first + page, 0).reshape(-1)].reshape(-1, pool.shape[-1])
+        return pool[jnp.where(live, first + page, 0).reshape(-1)].reshape(-1, pool.shape[-1]).astype(x.dtype)
 
     # Behind a barrier x is another value to XLA, which would merge this product into the base one and change its bits.
     hidden = matmul_t(lax.optimization_barrier(x), packed(pages.a, table[:, 0:1]))

@@ -1,12 +1,12 @@
 """The pure layer: a Mixture-of-Experts layer whose rows each use their own LoRA adapter."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_moe_lora import expert_layer
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.linear import dense_plan, lora_linear
@@ -16,10 +16,7 @@ from pallas_kernels import (
     Activation,
     Implementation,
     LoRAPages,
-    RoutingPlan,
     choose_for,
-    grouped_matmul,
-    lora_steps,
     make_plan,
 )
 
@@ -42,6 +39,7 @@ def moe_lora(
     router_bias: Float[Array, "E"] | None = None,
     row_mask: Bool[Array, "T"] | None = None,
     implementation: Implementation | None = None,
+    remat: bool = False,
 ) -> Float[Array, "T D"]:
     """Routes each token to its top-k experts and applies them with the token's own adapter.
 
@@ -57,6 +55,7 @@ def moe_lora(
       router_bias: `[E]`, as in `routing.route`. row_mask: `[T]`, False for padding: such rows are
         multiplied with no expert and give zeros.
       implementation: a backend of the grouped ops by name, or None for the best available.
+      remat: for gradients: multiply gate and up again in the backward pass, in place of keeping both products.
 
     Returns:
       `[T, D]` in x's dtype. A base row has the bits of `adapters=None`; a row's bits do not depend on other rows'
@@ -74,7 +73,7 @@ def moe_lora(
     if row_mask is not None:
         chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
         weights = jnp.where(row_mask[:, None], weights, 0.0)  # padding may hold NaN, and NaN times zero is NaN
-    return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation)
+    return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation, remat)
 
 
 def routed_experts(
@@ -86,11 +85,13 @@ def routed_experts(
     adapters: LayerAdapters | None = None,
     slots: Int[Array, "T"] | None = None,
     implementation: Implementation | None = None,
+    remat: bool = False,
 ) -> Float[Array, "T D"]:
     """The layer after its router: each token through its chosen experts, weighted and summed.
 
     Args:
       weights: float32 `[T, K]`, router weights. chosen: int32 `[T, K]`; an id outside `0 .. E-1` is skipped.
+      adapters: float32 pages beside 16-bit rows are rounded to these, and their gradients are float32.
       Others as in `moe_lora`.
     """
     if config.activation not in get_args(Activation):
@@ -98,45 +99,19 @@ def routed_experts(
     if x.shape[0] == 0:
         return x
     pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
-    num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
-    weights_in, weights_out = (experts.gate, experts.up), experts.down
-    biases_in, biases_out = (experts.gate_bias, experts.up_bias), (experts.down_bias,)
-    adapters_in, adapters_out = (pages.get("gate"), pages.get("up")), (pages.get("down"),)
     choice = choose_for(
         x,
-        (*weights_in, weights_out),
-        (*adapters_in, *adapters_out),
+        (experts.gate, experts.up, experts.down),
+        pages.values(),
         x.dtype,
         implementation,
+        rounded=True,
         activation=config.activation,
-        biases=(*biases_in, *biases_out),
+        biases=(experts.gate_bias, experts.up_bias, experts.down_bias),
     )
+    num_slots = next((own.scale.shape[0] for own in pages.values()), 0)
     plan = make_plan(chosen, token_slots(x.shape[0], slots), experts.gate.shape[0], num_slots, choice.picked)
-    project = partial(grouped_matmul, plan=plan, dtype=x.dtype, implementation=choice.picked)
-    steps_in, steps_out = lora_steps(plan, (adapters_in, adapters_out), choice.picked)
-    gated = project(
-        x,
-        weights_in,
-        of_tokens=True,
-        biases=biases_in,
-        adapters=adapters_in,
-        steps=steps_in,
-        activation=config.activation,
-    )
-    down = project(gated, weights_out, biases=biases_out, adapters=adapters_out, steps=steps_out)
-    return combine(down, weights, plan).astype(x.dtype)
-
-
-def combine(rows: Float[Array, "Q D"], weights: Float[Array, "T K"], plan: RoutingPlan) -> Float[Array, "T D"]:
-    """Sums each token's rows by router weight, in float32 and in the order of its experts; skipped pairs give zeros."""
-    tokens, top_k = weights.shape
-    position = plan.position.reshape(tokens, top_k)
-    routed = position < plan.group_starts[-1] + plan.group_sizes[-1]
-    total = jnp.zeros((tokens, rows.shape[1]), jnp.float32)
-    for k in range(top_k):
-        term = weights[:, k : k + 1] * rows[position[:, k]].astype(jnp.float32)
-        total = total + jnp.where(routed[:, k : k + 1], term, 0.0)
-    return total
+    return expert_layer.run(x, weights, experts, pages, plan, config.activation, choice.picked, remat)
 
 
 def _check_shapes(x: Array, router: Array, experts: ExpertWeights, config: MoEConfig) -> None:

@@ -2,8 +2,9 @@
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
-from pallas_kernels.grouped_lora import RANK_PAGE, LoRAPages, grouped_lora
-from pallas_kernels.grouped_matmul import choose_for, grouped_matmul, lora_steps
+from pallas_kernels.dispatch import token_rows
+from pallas_kernels.grouped_lora import RANK_PAGE, LoRAPages, grouped_lora, page_gradients
+from pallas_kernels.grouped_matmul import choose_for, grouped_matmul, lora_steps, weight_gradient
 from pallas_kernels.plan import BASE_SLOT, RoutingPlan, Tiles, make_plan
 
 __all__ = [
@@ -22,4 +23,7 @@ __all__ = [
     "grouped_matmul",
     "lora_steps",
     "make_plan",
+    "page_gradients",
+    "token_rows",
+    "weight_gradient",
 ]

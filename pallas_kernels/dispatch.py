@@ -12,10 +12,29 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
+from pallas_kernels.backend import Implementation
 from pallas_kernels.mosaic import DEPTH
+from pallas_kernels.plan import RoutingPlan
 
 BUFFERS = 2
 BUFFER_BYTES = 64 * 2**10
+
+
+def token_rows(
+    x: Float[Array, "T width"], plan: RoutingPlan, implementation: Implementation
+) -> Float[Array, "Q width"]:
+    """Each sorted row's token. `implementation`: that of the plan; with hopper the rows between experts are zeros."""
+    if implementation != "hopper":
+        return x[plan.token]
+    return dispatch(x, plan.position, plan.order.shape[0]).at[_gaps(plan)].set(0, mode="drop")
+
+
+def _gaps(plan: RoutingPlan) -> Int[Array, "N"]:
+    """The rows between experts, and the first ones after the last; beside them numbers that are out of range."""
+    ends, total = plan.group_starts + plan.group_sizes, plan.order.shape[0]
+    between = ends[:-1, None] + jnp.arange(plan.alignment, dtype=jnp.int32)[None, :]
+    between = jnp.where(between < plan.group_starts[1:, None], between, total).reshape(-1)
+    return jnp.append(between, ends[-1] + jnp.arange(DEPTH, dtype=jnp.int32))
 
 
 def dispatch(

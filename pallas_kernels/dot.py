@@ -1,13 +1,32 @@
-"""Matmuls by the transposed weight, through XLA: float32 sums, and no TF32."""
+"""Matmuls by a weight or its transpose, through XLA: float32 sums, and no TF32."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 
+@jax.custom_vjp
 def matmul_t(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
-    """`x @ weight.T`, summed in float32; float32 inputs are multiplied as float32 (never TF32)."""
+    """`x @ weight.T`, summed in float32; float32 inputs are multiplied as float32 (never TF32).
+
+    Its cotangent is rounded to x's dtype before it is multiplied: 16-bit models stay on the tensor cores.
+    """
     return _dot(x, weight, (((1,), (1,)), ((), ())))
+
+
+def _matmul_t_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul_t(x, weight), (x, weight)
+
+
+def _matmul_t_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    dy = dy.astype(x.dtype)
+    dx = _dot(dy, weight, (((1,), (0,)), ((), ())))
+    return dx.astype(x.dtype), _dot(dy, x, (((0,), (0,)), ((), ()))).astype(weight.dtype)
+
+
+matmul_t.defvjp(_matmul_t_forward, _matmul_t_backward)
 
 
 def batched_matmul_t(
@@ -15,6 +34,18 @@ def batched_matmul_t(
 ) -> Float[Array, "chunk rows out"]:
     """`matmul_t` of each tile of a chunk with its own weight."""
     return _dot(x, weights, (((2,), (2,)), ((0,), (0,))))
+
+
+def batched_matmul(
+    x: Float[Array, "chunk rows in"], weights: Float[Array, "chunk in out"]
+) -> Float[Array, "chunk rows out"]:
+    """`x @ weight` of each tile of a chunk with its own weight."""
+    return _dot(x, weights, (((2,), (1,)), ((0,), (0,))))
+
+
+def outer(x: Float[Array, "rows left"], y: Float[Array, "rows right"]) -> Float[Array, "left right"]:
+    """`x.T @ y`."""
+    return _dot(x, y, (((0,), (0,)), ((), ())))
 
 
 def _dot(x: Array, weight: Array, dimensions: lax.DotDimensionNumbers) -> Array:

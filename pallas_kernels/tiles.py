@@ -62,3 +62,13 @@ def _in_chunks(tiles: Tiles, tile_rows: TileFunction, chunk: int, out: Float[Arr
         return out.at[jnp.where(mine, rows, total)].set(new, mode="drop")
 
     return lax.fori_loop(0, -(-tiles.count.reshape(-1)[0] // chunk), step, out)
+
+
+def window(tiles: Tiles, index: Int[Array, ""], *arrays: Float[Array, "Q _width"]) -> tuple[Array, ...]:
+    """A tile's expert, and its `tiles.size` rows of each array: zeros where it has fewer rows."""
+    last = arrays[0].shape[0] - tiles.size
+    start = jnp.clip(tiles.start[index], 0, last)
+    rows = start + jnp.arange(tiles.size, dtype=jnp.int32)
+    mine = (rows >= tiles.start[index]) & (rows < tiles.start[index] + tiles.rows[index])
+    own = [lax.dynamic_slice_in_dim(array, start, tiles.size) for array in arrays]
+    return tiles.expert[index], *(jnp.where(mine[:, None], rows, 0) for rows in own)

@@ -22,6 +22,7 @@ from jax.experimental import topologies  # noqa: E402
 from pallas_kernels import LoRAPages, make_plan  # noqa: E402
 from pallas_kernels.activations import ACTIVATIONS  # noqa: E402
 from pallas_kernels.dispatch import dispatch  # noqa: E402
+from pallas_kernels.grouped_lora import gradients_hopper  # noqa: E402
 from pallas_kernels.grouped_lora import hopper as lora  # noqa: E402
 from pallas_kernels.grouped_lora import portable as lora_portable  # noqa: E402
 from pallas_kernels.grouped_matmul import hopper, portable  # noqa: E402
@@ -122,6 +123,25 @@ def shrink(kernel, rows: int, pools: int, width: int, dtype: str):
     return call, (array((1024, width), dtype), (array((100, 16, width), dtype),) * pools, tiles(rows), steps)
 
 
+def transposed_matmul(config: Config, with_lora: bool, widths: tuple[int, int], dtype: str):
+    """The gradient of the rows: `widths` are those of its rows and of its result."""
+
+    def kernel(x, weights, tiles, config, unit, steps, hidden, pages):
+        return hopper.grouped_matmul(x, weights, tiles, config, unit, steps, hidden, pages, transposed=True)
+
+    kernel.__module__ = hopper.__name__
+    call, (x, (weight,), *others) = matmul(kernel, config, config.tile_rows, False, with_lora, widths, dtype)
+    experts, out, depth = weight.shape
+    return call, (x, (array((experts, depth, out), dtype),), *others)
+
+
+def contraction(ranks: int, rows: int, width: int, dtype: str):
+    def call(hidden, rows, runs):
+        return gradients_hopper.contract(hidden, rows, gradients_hopper.Runs(*runs), 300)
+
+    return call, (array((ranks, rows), dtype), array((rows, width), dtype), [array((32,))] * 5)
+
+
 def portable_cases():
     for rows in TILE_ROWS:
         for gated in (True, False):
@@ -143,6 +163,14 @@ def hopper_cases():
                 name = f"matmul {config.form} {config.tile_rows} gated={gated} lora={with_lora}"
                 yield name, *hopper_matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
     yield "matmul float16, gpt-oss widths", *hopper_matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
+    for pairs in (1024, 65536):
+        for with_lora in (True, False):
+            config = heuristic(pairs, 128)
+            name = f"transposed matmul {config.form} lora={with_lora}"
+            yield name, *transposed_matmul(config, with_lora, (768, 2048), "bfloat16")
+    yield "transposed matmul float16", *transposed_matmul(heuristic(100, 8), True, (2880, 2880), "float16")
+    yield "contraction of pages", *contraction(64, 65536, 2048, "bfloat16")
+    yield "contraction of many pages, float16", *contraction(256, 1024, 2880, "float16")
     for rows in (8, 56, 128):
         yield f"shrink {rows}", *shrink(lora.shrink, rows, 1, 2048, "bfloat16")
     yield "shrink of two pools, float16", *shrink(lora.shrink, 16, 2, 2880, "float16")

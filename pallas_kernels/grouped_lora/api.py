@@ -3,11 +3,12 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import IMPLEMENTATIONS, Implementation, choose
-from pallas_kernels.grouped_lora import reference, xla
+from pallas_kernels.grouped_lora import gradients_hopper, reference, xla
 from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.plan import RoutingPlan
 
 _BACKENDS = {"xla": xla.grouped_lora, "reference": reference.grouped_lora}
+_GRADIENTS = {"xla": xla.page_gradients, "reference": reference.page_gradients}
 
 
 def grouped_lora(
@@ -35,3 +36,28 @@ def grouped_lora(
         choose(implementation)  # raises
     backend = _BACKENDS["reference" if implementation == "reference" else "xla"]
     return backend(y, x, pages, plan, row_index)
+
+
+def page_gradients(
+    x: Float[Array, "Q in"],
+    dy: Float[Array, "Q out"],
+    pages: LoRAPages,
+    plan: RoutingPlan,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
+    """Cotangents of the pages of `y[r] += scale[s, e] * (x[r] @ A[s, e].T) @ B[s, e].T`, for `dy` that of y.
+
+    Args:
+      x, dy: rows in sorted order; those of no pair may hold anything, with hopper anything finite (`token_rows`).
+      pages, plan: as in `grouped_lora`; the ranks that a matrix's last page is filled up with get zeros. With hopper,
+        experts that share a page are neighbours, as in a matrix that all share.
+      implementation: the backend that the plan was made for.
+
+    Returns:
+      float32, in the shapes of `pages.a` and `pages.b`: of each page the sum over the rows and experts that use it
+      (`dA = sum scale * (dy B).T x`, `dB = sum scale * (x A.T).T dy`), zeros for a page that no row uses. Sums run in
+      sorted order: the same bits every time.
+    """
+    if implementation == "hopper":
+        return gradients_hopper.page_gradients(x, dy, pages, plan)
+    return _GRADIENTS["reference" if implementation == "reference" else "xla"](x, dy, pages, plan)

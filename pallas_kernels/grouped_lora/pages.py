@@ -33,3 +33,7 @@ class LoRAPages:
     def without_slots(self) -> "LoRAPages":
         """The same pools, and no adapter in any slot."""
         return replace(self, table=jnp.zeros_like(self.table), scale=jnp.zeros_like(self.scale))
+
+    def transposed(self) -> "LoRAPages":
+        """The adapters of the transposed projection: `(B @ A).T = A.T @ B.T`, so A and B change places."""
+        return replace(self, a=self.b, b=self.a, table=self.table[..., jnp.array([1, 0, 2, 3])])

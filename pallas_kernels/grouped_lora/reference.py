@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_lora.pages import LoRAPages
+from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan import RoutingPlan, row_experts, row_slots
 
 
@@ -32,3 +32,24 @@ def grouped_lora(
 
     largest = jnp.where(adapted, count, 0).max(initial=0)
     return lax.while_loop(lambda carry: carry[0] < largest, add_page, (jnp.int32(0), y))[1]
+
+
+def page_gradients(
+    x: Float[Array, "Q in"], dy: Float[Array, "Q out"], pages: LoRAPages, plan: RoutingPlan
+) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
+    expert, slot = row_experts(plan), row_slots(plan)
+    adapted = (slot >= 0) & (expert < pages.table.shape[1])
+    first_a, first_b, count, _ = jnp.moveaxis(pages.table[slot, expert], -1, 0)
+    scale = pages.scale[slot, expert][:, None]
+    rows, others = (jnp.where(adapted[:, None], v, 0).astype(jnp.float32) for v in (x, dy))
+    total_a, total_b = jnp.zeros(pages.a.shape, jnp.float32), jnp.zeros(pages.b.shape, jnp.float32)
+    for page in range(-(-pages.max_rank // RANK_PAGE)):
+        live = adapted & (page < count)
+        a, b = jnp.where(live, first_a + page, 0), jnp.where(live, first_b + page, 0)
+        own_a, own_b = pages.a[a].astype(jnp.float32), pages.b[b].astype(jnp.float32)
+        hidden = scale * jnp.einsum("pi,pri->pr", rows, own_a, precision=lax.Precision.HIGHEST)
+        dhidden = scale * jnp.einsum("po,pro->pr", others, own_b, precision=lax.Precision.HIGHEST)
+        each_a, each_b = dhidden[:, :, None] * rows[:, None], hidden[:, :, None] * others[:, None]
+        total_a = total_a.at[a].add(jnp.where(live[:, None, None], each_a, 0))
+        total_b = total_b.at[b].add(jnp.where(live[:, None, None], each_b, 0))
+    return total_a, total_b

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dot import batched_matmul_t
+from pallas_kernels.dot import batched_matmul_t, matmul_t, outer
 from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.plan import RoutingPlan
-from pallas_kernels.tiles import over_tiles
+from pallas_kernels.tiles import over_tiles, window
 
 
 def grouped_lora(
@@ -36,3 +36,27 @@ def grouped_lora(
         return lax.fori_loop(0, count.max(), add_page, old)
 
     return over_tiles(tiles, y, tile)
+
+
+def page_gradients(
+    x: Float[Array, "Q in"], dy: Float[Array, "Q out"], pages: LoRAPages, plan: RoutingPlan
+) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
+    tiles = plan.lora_tiles
+
+    def tile(index, totals):
+        expert, rows, others = window(tiles, index, x.astype(jnp.float32), dy.astype(jnp.float32))
+        slot = tiles.slot[index]
+        first_a, first_b, count, _ = pages.table[slot, expert]
+        scale = pages.scale[slot, expert]
+
+        def page(number, totals):
+            total_a, total_b = totals
+            a, b = first_a + number, first_b + number
+            hidden = scale * matmul_t(rows, pages.a[a].astype(jnp.float32))
+            dhidden = scale * matmul_t(others, pages.b[b].astype(jnp.float32))
+            return total_a.at[a].add(outer(dhidden, rows)), total_b.at[b].add(outer(hidden, others))
+
+        return lax.fori_loop(0, count, page, totals)
+
+    zeros = jnp.zeros(pages.a.shape, jnp.float32), jnp.zeros(pages.b.shape, jnp.float32)
+    return lax.fori_loop(0, tiles.count.reshape(-1)[0], tile, zeros)

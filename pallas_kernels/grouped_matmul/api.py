@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation, gated_unit
-from pallas_kernels.backend import Choice, Implementation, choose
+from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
 from pallas_kernels.grouped_lora.api import grouped_lora
 from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.grouped_matmul import fused, fused_portable, reference, xla
@@ -20,10 +20,11 @@ _MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weights: Float[Array, "E out in"] | tuple[Float[Array, "E out in"], Float[Array, "E out in"]],
+    weights: Float[Array, "E _out _in"] | tuple[Float[Array, "E out in"], Float[Array, "E out in"]],
     plan: RoutingPlan,
     *,
     of_tokens: bool = False,
+    transposed: bool = False,
     biases: Sequence[Float[Array, "E out"] | None] = (),
     adapters: Adapters = (),
     steps: LoRASteps | None = None,
@@ -38,6 +39,8 @@ def grouped_matmul(
       x: `[Q, in]`, sorted rows; or `[T, in]`, a row a token, with `of_tokens`.
       weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
       plan: made for the same backend (`make_plan(..., implementation)`).
+      transposed: `lin(W; x) = x @ W[e]` of one weight `[E, in, out]`, as the gradient of x needs it; its adapters are
+        `LoRAPages.transposed()`, its backends hopper, xla and reference.
       biases, adapters: for each weight its own, or None; empty for none at all.
       steps: what `lora_steps` makes of these adapters, where a layer makes those of all its projections at once.
       activation: of the gated product; `clamped_swiglu` takes both factors (see `activations.py`).
@@ -54,6 +57,7 @@ def grouped_matmul(
         another number of slots than the plan.
     """
     several = weights if isinstance(weights, tuple) else (weights,)
+    out_width = several[0].shape[2 if transposed else 1]
     pages = adapters or (None,) * len(several)
     own_biases = biases or (None,) * len(several)
     if {len(pages), len(own_biases)} != {len(several)} or len({weight.shape for weight in several}) != 1:
@@ -61,26 +65,39 @@ def grouped_matmul(
             f"Got {len(pages)} adapters and {len(own_biases)} biases for weights of shapes "
             f"{[list(weight.shape) for weight in several]}; expected one (or None) a weight, and a pair of one shape."
         )
+    if transposed and len(several) == 2:
+        raise ValueError("Got a pair of weights to transpose; expected one: a gated product has no transpose.")
     check_slots(plan, pages)
     if plan.position.shape[0] == 0:
-        return jnp.zeros((plan.order.shape[0], several[0].shape[1]), dtype)
+        return jnp.zeros((plan.order.shape[0], out_width), dtype)
     picked = choose_for(x, several, pages, dtype, implementation, activation=activation, biases=own_biases).picked
     if picked == "hopper" and implementation is None and plan.alignment % ROW_ALIGNMENT:
         picked = "xla"  # the plan was made for it
-    if picked == "portable" and implementation is None and not fused_portable.reads(plan):
+    if picked == "portable" and implementation is None and (transposed or not fused_portable.reads(plan)):
         picked = "xla"
     if picked == "hopper":
-        return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation, steps)
+        return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation, steps, transposed=transposed)
     if picked == "portable":
+        if transposed:
+            raise UnsupportedImplementation("portable has no transposed form; use implementation='xla' or None.")
         return fused_portable.grouped_matmul(x, several, plan, of_tokens, pages, activation)
     row_index = plan.token if of_tokens else None
 
     def project(weight: Array, bias: Array | None, own: LoRAPages | None) -> Array:
-        y = _MATMUL[picked](x, weight, plan, row_index, bias)
+        y = _MATMUL[picked](x, weight, plan, row_index, bias, transposed)
         return y if own is None else grouped_lora(y, x, own, plan, row_index, picked)
 
     products = [project(*each) for each in zip(several, own_biases, pages, strict=True)]
     return (products[0] if len(products) == 1 else gated_unit(activation, *products)).astype(dtype)
+
+
+def weight_gradient(x: Float[Array, "Q in"], dy: Float[Array, "Q out"], plan: RoutingPlan) -> Float[Array, "E out in"]:
+    """Float32 cotangent of the weights of `y[r] = x[r] @ W[e].T`, for `dy` that of y: `dW[e] = sum dy[r].T x[r]`.
+
+    Through XLA on every device: a loop over the tiles in use, in sorted order. x, dy: rows in sorted order; rows that
+    no tile covers may hold anything.
+    """
+    return xla.weight_gradient(x, dy, plan)
 
 
 def lora_steps(
@@ -114,10 +131,16 @@ def choose_for(
     *,
     activation: Activation = "silu",
     biases: Iterable[Float[Array, "E _out"] | None] = (),
+    rounded: bool = False,
 ) -> Choice:
-    """The backend that a `grouped_matmul` of these gets: `backend.choose` with their dtypes, widths and slots."""
+    """The backend that a `grouped_matmul` of these gets: `backend.choose` with their dtypes, widths and slots.
+
+    Args:
+      rounded: float32 pages will be rounded to x's dtype.
+    """
     several, given = list(weights), [pages for pages in adapters if pages is not None]
-    operands = [array.dtype for array in (*several, *(pages.a for pages in given))]
+    of_pages = [pages.a.dtype for pages in given if not (rounded and pages.a.dtype == jnp.float32)]
+    operands = [*(array.dtype for array in several), *of_pages]
     slots = max((pages.scale.shape[0] for pages in given), default=0)
     widths = several[0].shape[1:]
     return choose(

@@ -15,13 +15,14 @@ from pallas_kernels.tuning import Config, Matmul, config_for
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weights: tuple[Float[Array, "E out in"], ...],
+    weights: tuple[Float[Array, "E _out _in"], ...],
     plan: RoutingPlan,
     of_tokens: bool,
     adapters: Adapters,
     activation: Activation,
     steps: LoRASteps | None = None,
     config: Config | None = None,
+    transposed: bool = False,
 ) -> Float[Array, "Q out"]:
     """What `api.grouped_matmul` promises, by the Hopper kernels. `config`: `tuning.config_for`'s where None."""
     if plan.alignment % mosaic.ROW_ALIGNMENT:
@@ -37,7 +38,7 @@ def grouped_matmul(
     rows = dispatch(x, plan.position, plan.order.shape[0], config.num_sms) if of_tokens else x
     unit = ACTIVATIONS[activation] if len(weights) == 2 else None
     if all(pages is None for pages in adapters):
-        return hopper.grouped_matmul(rows, weights, tiles, config, unit)
+        return hopper.grouped_matmul(rows, weights, tiles, config, unit, transposed=transposed)
     if steps is None or steps.tile_rows != tiles.size:
         (steps,) = make_steps(plan, (adapters,), tiles)
         assert steps is not None
@@ -46,4 +47,5 @@ def grouped_matmul(
         raise ValueError(f"steps were made for other adapters ({steps.of}) than these ({wanted}); see lora_steps.")
     pools = (pages[0].a,) if pages[0].a is pages[-1].a else (pages[0].a, pages[-1].a)
     hidden = lora.shrink(rows, pools, tiles, steps, config.num_sms)
-    return hopper.grouped_matmul(rows, weights, tiles, config, unit, steps, hidden, tuple(p.b for p in pages))
+    pools_b = tuple(own.b for own in pages)
+    return hopper.grouped_matmul(rows, weights, tiles, config, unit, steps, hidden, pools_b, transposed)

@@ -37,13 +37,14 @@ PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
 
 def grouped_matmul(
     x: Float[Array, "Q in"],
-    weights: tuple[Float[Array, "E out in"], ...],
+    weights: tuple[Float[Array, "E _out _in"], ...],
     tiles: Tiles,
     config: Config,
     activation: Callable[[Array], Array] | None = None,
     steps: LoRASteps | None = None,
     hidden: Float[Array, "N rows 64"] | None = None,
     pages: tuple[Float[Array, "pages 16 out"], ...] = (),
+    transposed: bool = False,
 ) -> Float[Array, "Q out"]:
     """`x[r] @ W[e].T`, or `activation(x[r] @ W0[e].T) * (x[r] @ W1[e].T)`, for the rows of each tile.
 
@@ -51,13 +52,14 @@ def grouped_matmul(
       x: rows in sorted order. weights: one matrix an expert, or two (gated). tiles: of at most `config.tile_rows` rows.
       steps, hidden, pages: the adapters' expand: what each LoRA step holds, its H, and the pools of B pages, one for
         each weight.
+      transposed: one weight `[E, in, out]`, `x[r] @ W[e]`. A stage then holds 64 rows of it as it holds 64 ranks of B.
 
     Returns:
       `[Q, out]` in x's dtype; rows that no tile covers are not written.
     """
     rows, width = x.shape
     gated = len(weights) == 2
-    out_width = weights[0].shape[1]
+    out_width = weights[0].shape[2 if transposed else 1]
     warpgroups = config.warpgroups
     part_rows = HALF * warpgroups
     columns = part_rows if gated else 2 * part_rows
@@ -94,11 +96,13 @@ def grouped_matmul(
                     stage = mosaic.wait_until_empty(empty, done + k, stages)
                     depth = pl.ds(k * DEPTH, DEPTH)
                     for part, weight in enumerate((w0, w1)):
-                        plgpu.copy_gmem_to_smem(
-                            weight.at[expert, pl.ds(column(first, part), part_rows), depth],
-                            weight_ring.at[stage, pl.ds(part * part_rows, part_rows)],
-                            full.at[stage],
-                        )
+                        some = pl.ds(column(first, part), part_rows)
+                        if transposed:
+                            source, target = weight.at[expert, depth, some], page_ring.at[stage, part]
+                        else:
+                            source = weight.at[expert, some, depth]
+                            target = weight_ring.at[stage, pl.ds(part * part_rows, part_rows)]
+                        plgpu.copy_gmem_to_smem(source, target, full.at[stage])
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
 
                 if with_lora:
@@ -162,7 +166,7 @@ def grouped_matmul(
 
                     @pl.loop(0, depth_steps)
                     def _(k):
-                        multiply(done + k, full, depth_products)
+                        multiply(done + k, full, lora_products if transposed else depth_products)
 
                     if with_lora:
 
@@ -244,7 +248,8 @@ def grouped_matmul(
         lists, hidden, pages = (tiles.start,) * 3, x, (x,)
     else:
         lists = (steps.first, steps.count, steps.entries)
-    body.__name__ = f"{'gated_' if gated else ''}matmul_{config.form}"  # what profilers show
+    # What profilers show.
+    body.__name__ = f"{'gated_' if gated else ''}{'transposed_' if transposed else ''}matmul_{config.form}"
     kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms, warpgroups)
     return kernel(
         tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), *lists,

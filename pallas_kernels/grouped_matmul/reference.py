@@ -9,15 +9,16 @@ from pallas_kernels.plan import RoutingPlan, row_experts
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weights: Float[Array, "E out in"],
+    weights: Float[Array, "E _out _in"],
     plan: RoutingPlan,
     row_index: Int[Array, "Q"] | None,
     bias: Float[Array, "E out"] | None = None,
+    transposed: bool = False,
 ) -> Float[Array, "Q out"]:
     rows = x if row_index is None else x[row_index]
     expert = row_experts(plan)  # E for skipped rows
     products = jnp.einsum(
-        "pi,eoi->epo",
+        "pi,eio->epo" if transposed else "pi,eoi->epo",
         rows.astype(jnp.float32),
         weights.astype(jnp.float32),
         precision=lax.Precision.HIGHEST,

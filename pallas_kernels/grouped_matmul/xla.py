@@ -5,27 +5,41 @@ kernel of its own; `bench.py` compares the two.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dot import batched_matmul_t
+from pallas_kernels.dot import batched_matmul, batched_matmul_t, outer
 from pallas_kernels.plan import RoutingPlan
-from pallas_kernels.tiles import over_tiles
+from pallas_kernels.tiles import over_tiles, window
 
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weights: Float[Array, "E out in"],
+    weights: Float[Array, "E _out _in"],
     plan: RoutingPlan,
     row_index: Int[Array, "Q"] | None,
     bias: Float[Array, "E out"] | None = None,
+    transposed: bool = False,
 ) -> Float[Array, "Q out"]:
     tiles = plan.tiles
-    out = jnp.zeros((plan.order.shape[0], weights.shape[1]), jnp.float32)
+    out = jnp.zeros((plan.order.shape[0], weights.shape[2 if transposed else 1]), jnp.float32)
+    multiply = batched_matmul if transposed else batched_matmul_t
 
     def tile(index, rows, old):
         del old
         own = x[rows if row_index is None else row_index[rows]]
-        y = batched_matmul_t(own, weights[tiles.expert[index]])
+        y = multiply(own, weights[tiles.expert[index]])
         return y if bias is None else y + bias[tiles.expert[index]].astype(jnp.float32)[:, None]
 
     return over_tiles(tiles, out, tile)
+
+
+def weight_gradient(x: Float[Array, "Q in"], dy: Float[Array, "Q out"], plan: RoutingPlan) -> Float[Array, "E out in"]:
+    """`dW[e]`: the sum over an expert's rows of `dy[r].T x[r]`, in float32, tile by tile in sorted order."""
+
+    def tile(index, total):
+        expert, rows, others = window(plan.tiles, index, x, dy)
+        return total.at[expert].add(outer(others, rows))
+
+    shape = (plan.group_sizes.shape[0], dy.shape[1], x.shape[1])
+    return lax.fori_loop(0, plan.tiles.count.reshape(-1)[0], tile, jnp.zeros(shape, jnp.float32))

@@ -1,0 +1,103 @@
+"""The backward kernels on Hopper in jax's GPU interpreter, with race detection, on small shapes. No GPU is needed."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from paged import PagedLayer, PagedSpec, draw_layer
+
+from pallas_kernels import LoRAPages, RoutingPlan, grouped_matmul, make_plan, page_gradients
+from pallas_kernels.dispatch import token_rows
+from pallas_kernels.grouped_lora import gradients_hopper
+from pallas_kernels.grouped_matmul import fused
+from pallas_kernels.tuning import Config
+
+TOLERANCE = 1e-2  # bfloat16
+SPEC = PagedSpec(40, 128, 192, 3, 2, slots=4, ranks=(4, 16, 17, 72))
+CONFIGS = {
+    "stream": Config("stream", 24, 2, num_sms=3, apart=True),
+    "stream, one warpgroup": Config("stream", 16, 3, 1, num_sms=2, apart=True),
+    "tensor": Config("tensor", 128, 3, num_sms=2, apart=True),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(capfd):
+    """Fails where the interpreter reports a race: it prints and goes on."""
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        yield
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def layer() -> PagedLayer:
+    return draw_layer(SPEC, np.random.default_rng(0))
+
+
+def planned(layer: PagedLayer) -> RoutingPlan:
+    spec = layer.spec
+    return make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
+
+
+def relative(found: jax.Array, expected: jax.Array) -> float:
+    found, expected = (np.asarray(v.astype(jnp.float32), np.float64) for v in (found, expected))
+    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("module", ["gate", "down"])
+def test_rows_gradient_equals_the_reference_without_races(layer, module, config):
+    plan, weight = planned(layer), getattr(layer.experts, module)
+    tokens = jax.random.normal(jax.random.key(1), (SPEC.tokens, weight.shape[1]), SPEC.dtype)
+    dy, pages = token_rows(tokens, plan, "hopper"), layer.adapters[module].transposed()
+    run = partial(fused.grouped_matmul, dy, (weight,), plan, False, activation="silu", config=CONFIGS[config])
+    found = run(adapters=(pages,), transposed=True)[plan.position]
+    expected = grouped_matmul(dy, weight, plan, transposed=True, adapters=(pages,), implementation="reference")
+    assert relative(found, expected[plan.position]) < TOLERANCE
+    base = np.repeat(np.asarray(layer.slots) < 0, SPEC.top_k)
+    alone = run(adapters=(None,), transposed=True)[plan.position]
+    np.testing.assert_array_equal(np.asarray(found)[base], np.asarray(alone)[base])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["gate", "down"])
+def test_page_gradients_equal_the_reference_without_races(layer, module):
+    """Ranks above 64, pages shared by all experts, poisoned pages, base rows and rows between experts."""
+    plan, pages = planned(layer), layer.adapters[module]
+    x, dy = random_rows(plan, pages, SPEC.tokens)
+    found = gradients_hopper.page_gradients(x, dy, pages, plan, num_sms=3)
+    expected = page_gradients(x, dy, pages, plan, "reference")
+    for own, want in zip(found, expected, strict=True):
+        want = jnp.nan_to_num(want)  # the reference multiplies poisoned pages by zero
+        assert relative(own, want) < TOLERANCE
+        assert not np.asarray(own)[np.asarray(want == 0).all((1, 2))].any(), "a page that no row uses"
+
+
+def random_rows(plan: RoutingPlan, pages: LoRAPages, tokens: int) -> tuple[jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(2))
+    widths = pages.a.shape[2], pages.b.shape[2]
+    drawn = [jax.random.normal(key, (tokens, width), "bfloat16") for key, width in zip(keys, widths, strict=True)]
+    x, dy = (token_rows(rows, plan, "hopper") for rows in drawn)
+    return x, dy
+
+
+def test_no_rows_at_all_give_zeros(layer):
+    nobody = replace(layer, slots=jnp.full_like(layer.slots, -1))
+    plan, pages = planned(nobody), layer.adapters["gate"]
+    x, dy = random_rows(plan, pages, SPEC.tokens)
+    for own in gradients_hopper.page_gradients(x, dy, pages, plan, num_sms=2):
+        assert not np.asarray(own).any()
+
+
+def test_rows_between_experts_are_zeros(layer):
+    plan = planned(replace(layer, chosen=layer.chosen.at[5].set(-1)))
+    x = jnp.ones((SPEC.tokens, 64), "bfloat16").at[5].set(jnp.nan)
+    rows = np.asarray(token_rows(x, plan, "hopper").astype(jnp.float32))
+    ends = np.asarray(plan.group_starts + plan.group_sizes)
+    assert not rows[ends[0] : int(plan.group_starts[1])].any()
+    assert np.isfinite(rows[: ends[-1] + 1]).all()
