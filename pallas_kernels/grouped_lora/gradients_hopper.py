@@ -93,7 +93,7 @@ def runs_of(plan: RoutingPlan, pages: LoRAPages, column: int) -> Runs:
 def by_rank(
     hidden: Float[Array, "N rows 64"], steps: LoRASteps, pages: LoRAPages, plan: RoutingPlan
 ) -> Float[Array, "ranks columns"]:
-    """The shrink's H by rank and sorted row: each row's own adapter's, zeros beyond its rank; multiples of 64 of both."""
+    """The shrink's H by rank and sorted row: each row's own adapter's, zeros beyond its rank. Both multiples of 64."""
     tiles = plan.tiles
     rows = jnp.arange(-(-plan.order.shape[0] // DEPTH) * DEPTH, dtype=jnp.int32)
     tile = _tile_of(rows, tiles)
