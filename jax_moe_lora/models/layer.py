@@ -4,22 +4,38 @@ Letters: B requests, T tokens of a request, M positions of the cache, H query he
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.linear import DensePlan, lora_linear
-from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_prompt
+from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_packed, attend_prompt
 from jax_moe_lora.models.cache import KeyValues, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, MoEParams
 from jax_moe_lora.models.rope import rotate
 from jax_moe_lora.moe import LayerAdapters, moe_lora
 from pallas_kernels import Implementation
+
+
+@runtime_checkable
+class LayerBank(Protocol):
+    """The adapters of one layer, as layer 0 of a pytree."""
+
+    def layer(self, layer: int) -> LayerAdapters: ...
+
+
+@runtime_checkable
+class Bank(Protocol):
+    """What a decoder reads its adapters from: an `AdapterBank`, or what training makes of its parameters."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    def of_layer(self, layer: int) -> LayerBank: ...
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +46,7 @@ class Step:
     Attributes:
       positions, row_mask: `[B, T]`, place of each token in its request, and whether it is one.
       slots: int32 `[B * T]`, adapter slot of each token. plan: of the slots, for the dense projections.
+      segments: int32 `[B, T]`, the example of each token where a row packs several; None where it holds one.
       kind: static. A `prompt` attends to itself; a `token` attends to the cache, whose next position it takes.
     """
 
@@ -37,6 +54,7 @@ class Step:
     row_mask: Bool[Array, "B T"]
     slots: Int[Array, "N"]
     plan: DensePlan | None
+    segments: Int[Array, "B T"] | None
     kind: Literal["prompt", "token"] = field(metadata={"static": True})
     config: ModelConfig = field(metadata={"static": True})
     implementation: Implementation | None = field(metadata={"static": True})
@@ -46,7 +64,7 @@ class Step:
 @jax.jit
 def run_layer(
     layer: LayerParams,
-    bank: AdapterBank | None,
+    bank: LayerBank | None,
     hidden: Float[Array, "B T D"],
     step: Step,
     cache: KeyValues | None,
@@ -54,7 +72,7 @@ def run_layer(
     """One decoder layer: attention, then its MLP, each behind a norm and with a residual.
 
     Args:
-      bank: the layer's own, from `AdapterBank.of_layer`. cache: the layer's keys and values, or None to keep none.
+      bank: the layer's own, from `Bank.of_layer`. cache: the layer's keys and values, or None to keep none.
 
     Returns:
       The hidden rows, and the cache with the step's tokens in it.
@@ -97,7 +115,9 @@ def _attention(
     k = rotate(heads("k", config.num_kv_heads, weights.k_norm), step.positions, config.rope)
     v = heads("v", config.num_kv_heads, None)
     cache = None if cache is None else store(cache, k, v, None if step.kind == "prompt" else step.positions[:, 0])
-    if step.kind == "prompt":
+    if step.segments is not None:
+        mixed = attend_packed(q, k, v, step.segments, step.attention)
+    elif step.kind == "prompt":
         mixed = attend_prompt(q, k, v, step.attention)
     else:
         assert cache is not None
