@@ -17,7 +17,7 @@ from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend
 from jax_moe_lora.models.cache import KeyValues, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, MoEParams
 from jax_moe_lora.models.rope import rotate
-from jax_moe_lora.moe import LayerAdapters, moe_lora
+from jax_moe_lora.moe import LayerAdapters, moe_lora, router_scores
 from pallas_kernels import Implementation
 
 
@@ -48,6 +48,7 @@ class Step:
       slots: int32 `[B * T]`, adapter slot of each token. plan: of the slots, for the dense projections.
       segments: int32 `[B, T]`, the example of each token where a row packs several; None where it holds one.
       kind: static. A `prompt` attends to itself; a `token` attends to the cache, whose next position it takes.
+      keep_scores: static. Return the router's scores too.
     """
 
     positions: Int[Array, "B T"]
@@ -59,6 +60,7 @@ class Step:
     config: ModelConfig = field(metadata={"static": True})
     implementation: Implementation | None = field(metadata={"static": True})
     attention: AttentionBackend = field(metadata={"static": True})
+    keep_scores: bool = field(default=False, metadata={"static": True})
 
 
 @jax.jit
@@ -68,21 +70,23 @@ def run_layer(
     hidden: Float[Array, "B T D"],
     step: Step,
     cache: KeyValues | None,
-) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+) -> tuple[Float[Array, "B T D"], KeyValues | None, Float[Array, "N E"] | None]:
     """One decoder layer: attention, then its MLP, each behind a norm and with a residual.
 
     Args:
       bank: the layer's own, from `Bank.of_layer`. cache: the layer's keys and values, or None to keep none.
 
     Returns:
-      The hidden rows, and the cache with the step's tokens in it.
+      The hidden rows, the cache with the step's tokens in it, and where `step.keep_scores` float32 router scores of the
+      B * T tokens (None in a layer without a router).
     """
     adapters = {} if bank is None else bank.layer(0)
     eps = step.config.rms_eps
     normed = rms_norm(hidden, layer.attention_norm, eps)
     mixed, cache = _attention(layer.attention, adapters, normed, step, cache)
     hidden = hidden + mixed
-    return hidden + _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step), cache
+    y, scores = _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step)
+    return hidden + y, cache, scores if step.keep_scores else None
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -127,22 +131,30 @@ def _attention(
     return _linear(mixed, weights.o, weights.o_bias, adapters.get("o"), step), cache
 
 
-def _mlp(layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B T D"]:
+def _mlp(
+    layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step
+) -> tuple[Float[Array, "B T D"], Float[Array, "N E"] | None]:
+    """The layer's MLP, and its router's scores where it has a router."""
     weights = layer.mlp
     if isinstance(weights, DenseMLPParams):
-        return _dense_mlp(weights, "mlp", adapters, x, step)
+        return _dense_mlp(weights, "mlp", adapters, x, step), None
+    flat = x.reshape(-1, x.shape[-1])
+    scores = router_scores(flat, weights.router, adapters, step.slots, step.implementation)
     rows = moe_lora(
-        x.reshape(-1, x.shape[-1]),
+        flat,
         weights.router,
         weights.experts,
         step.config.moe,
         adapters,
         step.slots,
         row_mask=step.row_mask.reshape(-1),
+        scores=scores,
         implementation=step.implementation,
     )
     y = rows.reshape(x.shape)
-    return y if weights.shared is None else y + _shared_expert(weights, adapters, x, step)
+    if weights.shared is not None:
+        y = y + _shared_expert(weights, adapters, x, step)
+    return y, scores
 
 
 def _shared_expert(
