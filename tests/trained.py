@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -45,14 +46,23 @@ def model(dtype: str = "float32") -> ModelParams:
     return load_params(MODEL, CONFIG, dtype)
 
 
+def shallow(layers: int = 1) -> tuple[ModelConfig, ModelParams]:
+    """The demo model's first layers, for what does not need depth."""
+    config = replace(CONFIG, num_layers=layers, moe_layers=CONFIG.moe_layers[:layers])
+    return config, replace(model(), layers=model().layers[:layers])
+
+
 @cache
 def tokenizer() -> Tokenizer:
     return Tokenizer(MODEL)
 
 
-def new_params(specs: Mapping[str, AdapterSpec] = SPECS, trained: bool = False) -> dict[str, Params]:
+def new_params(
+    specs: Mapping[str, AdapterSpec] = SPECS, trained: bool = False, config: ModelConfig = CONFIG
+) -> dict[str, Params]:
     """Params of new adapters; `trained` ones have a random B too, so that they change what the model says."""
-    made = {name: init_params(spec, SITES, jax.random.key(seed)) for seed, (name, spec) in enumerate(specs.items())}
+    sites = adapter_sites(config)
+    made = {name: init_params(spec, sites, jax.random.key(seed)) for seed, (name, spec) in enumerate(specs.items())}
     if trained:
         rng = np.random.default_rng(0)
         made = {

@@ -87,7 +87,7 @@ def make_step(
 
     Args:
       specs: adapter -> what it trains; the first is slot 0. optimizers: adapter -> its own, schedule included.
-      clip: largest norm of an adapter's gradient, one for all or by adapter; None clips nothing.
+      clip: largest norm of an adapter's gradient, one for all or by adapter; where there is none, nothing is clipped.
       router_loss: coefficient of the router's auxiliary loss, which each adapter has over its own tokens; 0 is off.
       micro_batches: parts of a batch that are computed one after the other. The gradient is that of the whole batch's
         mean; the router's loss is the mean over parts, by each part's share of the adapter's tokens.
@@ -100,7 +100,9 @@ def make_step(
         raise InputError(f"optimizers are for {_names(optimizers)}; expected one for each of {_names(specs)}.")
     micro_batches = whole("micro_batches", micro_batches, 1)
     router_loss = number("router_loss", router_loss, lambda value: 0 <= value < float("inf"), "zero or more")
-    clips = {name: _clipping(clip[name] if isinstance(clip, Mapping) else clip) for name in specs}
+    if isinstance(clip, Mapping) and not {*clip} <= {*specs}:
+        raise InputError(f"clip is for {_names(clip)}; expected some of {_names(specs)}.")
+    clips = {name: _clipping(clip.get(name) if isinstance(clip, Mapping) else clip) for name in specs}
     evaluate = losses_of(config, specs, router_loss > 0, implementation)
 
     def loss(params: Mapping[str, Params], model: ModelParams, part: Batch, whole_batch: Totals):
@@ -117,7 +119,7 @@ def make_step(
             name: _update(optimizers[name], clips[name], _Own.of(state, name), gradients[name], updated[slot])
             for slot, name in enumerate(specs)
         }
-        norms = jnp.stack([optax.global_norm(gradients[name]) for name in specs])
+        norms = jnp.stack([optax.tree.norm(gradients[name]) for name in specs])
         return _Own.together(new), Metrics(losses, norms, updated)
 
     return step
@@ -132,7 +134,11 @@ def _gradients(
     micro_batches: int,
 ) -> tuple[dict[str, Params], Losses]:
     """Gradients with respect to the params, and losses, of the whole batch."""
-    gradient_of = jax.grad(loss, has_aux=True)
+
+    def gradient_of(*arguments: Any) -> tuple[dict[str, Params], Losses]:
+        with jax.numpy_dtype_promotion("standard"):  # jax's attention multiplies two dtypes on the way back
+            return jax.grad(loss, has_aux=True)(*arguments)
+
     if micro_batches == 1:
         return gradient_of(params, model, batch, totals)
 
