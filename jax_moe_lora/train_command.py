@@ -20,7 +20,7 @@ Each = list[str] | None
 
 
 def _each(help: str) -> typer.models.OptionInfo:
-    return typer.Option(help=f"{help}; VALUE for all, NAME=VALUE for one; repeat for more.", show_default=False)
+    return typer.Option(help=f"{help}. VALUE for all, NAME=VALUE for one.", show_default=False)
 
 
 def train(
