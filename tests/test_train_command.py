@@ -1,6 +1,8 @@
 """`jax-moe-lora train` and `Trainer`: what a run leaves, and one sentence with exit code 2 on bad options."""
 
+import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from jax_moe_lora import InputError, Model
 from jax_moe_lora.cli import main
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.demo.tasks import TASKS, heldout_strings, prompt
-from jax_moe_lora.train_command import overridden
+from jax_moe_lora.train_command import Shown, overridden
+from jax_moe_lora.training.log import Progress
 from jax_moe_lora.training.recipe import Recipe
+from jax_moe_lora.training.scoring import Evaluation
 from jax_moe_lora.training.spec import AdapterSpec
 from jax_moe_lora.training.trainer import Trainer
 
@@ -106,6 +110,27 @@ def test_an_option_is_for_all_adapters_or_for_one():
     assert overridden("--rank", None, ("a", "b"), int, 16) == {"a": 16, "b": 16}
     assert overridden("--rank", ["4"], ("a", "b"), int, 16) == {"a": 4, "b": 4}
     assert overridden("--rank", ["b=2", "4"], ("a", "b"), int, 16) == {"a": 4, "b": 2}
+
+
+class Written(io.StringIO):
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_says_loss_and_tokens_a_second_of_each_adapter(monkeypatch, terminal):
+    monkeypatch.setattr(sys, "stderr", written := Written(terminal))
+    monkeypatch.setenv("COLUMNS", "120")
+    with Shown(("sql", "poet"), 20) as shown:
+        for step in (10, 20):
+            done = {"sql": Evaluation(0.5, 0.25, 8)} if step == 20 else {}
+            shown(Progress(step, 20, {"sql": 1.25, "poet": 2.5}, {"sql": 1234.5, "poet": 99.0}, done))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", written.getvalue())
+    assert "step 20/20: sql evaluation loss 0.5000, 25.0% of 8 exact" in text
+    for line in (r"sql .*loss 1\.2500.* 1,234 tokens/s", r"poet .*loss 2\.5000.* 99 tokens/s", "20/20"):
+        assert re.search(line, text), text
+    assert ("step 10/20: sql loss 1.2500 1,234 tokens/s; poet loss" in text) != terminal
 
 
 @pytest.fixture(scope="module")
