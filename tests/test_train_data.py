@@ -10,6 +10,7 @@ from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.text import Tokenizer
 from jax_moe_lora.training.data import Encoder, Example, read_datasets
 from jax_moe_lora.training.rows import lay_out, make_feed, whole_batches
+from jax_moe_lora.training.scoring import Evaluation, evaluate
 from pallas_kernels import BASE_SLOT
 
 EOS, VOCABULARY, WIDTH = 2, 99, 12
@@ -245,3 +246,19 @@ def test_an_adapters_order_does_not_depend_on_the_others(encoder):
 def test_shapes_are_those_of_the_settings_alone(feed):
     shapes = {tuple(leaf.shape for leaf in vars(feed.batch(step)).values()) for step in range(9)}
     assert shapes == {((4, WIDTH),) * 6}
+
+
+def test_an_answer_is_exact_where_every_token_that_counts_is(encoder):
+    lines = {"x": [GOOD, {"prompt": "c>", "completion": "C"}], "y": [GOOD]}
+    feed = make_feed(read_datasets(lines, encoder), 2, WIDTH, True, 0)
+
+    def score(batch):
+        """Every target is likeliest, but for the first that counts of x's second example, and prompts."""
+        weights, tokens = np.asarray(batch.weights), np.asarray(batch.tokens)
+        begins = tokens == encoder.tokenizer.encode("c")[0]
+        wrong = np.roll(begins, 1, axis=1)  # the target after "c>", which is its first that counts
+        assert weights[wrong].all()
+        return np.where(weights > 0, 0.25 + wrong, 100.0), (weights > 0) & ~wrong
+
+    found = evaluate(score, whole_batches(feed.adapters, 2, WIDTH), 3)
+    assert found == [Evaluation((5 * 0.25 + 1) / 5, 0.5, 2), Evaluation(0.25, 1.0, 1), None]
