@@ -59,13 +59,13 @@ def new_peft(name: str) -> peft.PeftModel:
         return peft.get_peft_model(load_peft(MODEL, None), peft.LoraConfig(**RUNS[name][0]))
 
 
-def torch_run(network: peft.PeftModel, name: str) -> np.ndarray:
-    """Cross-entropies of PEFT's own training on the rows of one adapter; `[STEPS]`."""
+def torch_run(network: peft.PeftModel, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-entropies and router losses `[STEPS]` of PEFT's own training on the rows of one adapter."""
     _, peak, decay = RUNS[name]
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1.0, weight_decay=decay)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, peak=peak))
-    losses = []
+    losses, router_losses = [], []
     for index in range(STEPS):
         batch = batch_of(index)
         mine = np.asarray(batch.slots)[:, 0] == [*RUNS].index(name)
@@ -82,7 +82,8 @@ def torch_run(network: peft.PeftModel, name: str) -> np.ndarray:
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
-    return np.array(losses)
+        router_losses.append(output.aux_loss.item())
+    return np.array(losses), np.array(router_losses)
 
 
 @pytest.mark.slow
@@ -97,12 +98,14 @@ def test_curves_and_adapters_are_those_of_peft(tmp_path):
         for name, (_, peak, decay) in RUNS.items()
     }
     step = make_step(CONFIG, specs, optimizers, clip=CLIP, router_loss=ROUTER_LOSS)
-    state, curves = state_of(params, optimizers), []
+    state, curves, router_curves = state_of(params, optimizers), [], []
     for index in range(STEPS):
         state, metrics = step(state, model(), batch_of(index))
         curves.append(np.asarray(metrics.losses.loss))
+        router_curves.append(np.asarray(metrics.losses.router))
     for slot, (name, network) in enumerate(networks.items()):
-        expected, found = torch_run(network, name), np.array(curves)[:, slot]
+        (expected, router), found = torch_run(network, name), np.array(curves)[:, slot]
+        np.testing.assert_allclose(np.array(router_curves)[:, slot], router, rtol=1e-3, err_msg=name)
         assert found[-10:].mean() < 0.8 * found[:10].mean(), f"{name} learnt nothing"
         error = np.abs(found / expected - 1)
         assert error.max() <= 1e-4, f"{name}: step {error.argmax()} is off by {error.max():.2e}"
@@ -132,7 +135,7 @@ def test_peft_loads_what_was_trained_with_equal_logits(tmp_path):
     found = np.asarray(logits(state.params, model()))
     for slot, (name, spec) in enumerate(SPECS.items()):
         adapter = to_adapter(state.params[name], spec, SITES, name)
-        write_adapter(adapter, tmp_path / name, SITES, ADAPTER_NAMES, "peft", expand=True)
+        write_adapter(adapter, tmp_path / name, SITES, ADAPTER_NAMES, "peft", expand=True, fold_scale=True)
         with torch.no_grad():
             expected, base = (
                 load_peft(MODEL, folder)(torch.tensor(np.asarray(batch.tokens))).logits.numpy()

@@ -137,6 +137,7 @@ def part_of(batch: Batch, rows: np.ndarray) -> Batch:
     return replace(batch, segments=jnp.where(rows[:, None], batch.segments, 0))
 
 
+@pytest.mark.long
 def test_micro_batches_give_the_gradient_of_the_whole_mean():
     batch = task_batch(NAMES, 5, 6)
     # `sort` has almost all of its tokens in the second part: its mean of means is another.
@@ -155,6 +156,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_mean():
         gradients_of(jax.tree.map(lambda values: values[:5], batch), micro_batches=2)
 
 
+@pytest.mark.long
 def test_each_adapter_is_clipped_by_its_own_norm():
     batch = task_batch(NAMES, 6, 6)
     free, metrics = gradients_of(batch)
@@ -197,6 +199,7 @@ def test_an_adapter_that_has_diverged_stays_alone():
         assert same_bits(found[name], expected[name]), name
 
 
+@pytest.mark.long
 def test_half_precision_weights_train_float32_adapters():
     batch = task_batch(NAMES, 9, 6)
     expected, wide = gradients_of(batch)
