@@ -16,6 +16,7 @@ from jax_moe_lora.benchmark.command import bench, tune
 from jax_moe_lora.benchmark.load_command import bench_load
 from jax_moe_lora.benchmark.model_command import bench_model
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
+from jax_moe_lora.train_command import train
 from jax_moe_lora.units import format_bytes
 from jax_moe_lora.writing_command import convert, merge
 from pallas_kernels.tuning import TunedFileError
@@ -28,6 +29,7 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 app.command()(convert)
 app.command()(merge)
+app.command()(train)
 app.command()(bench)
 app.command("bench-load")(bench_load)
 app.command("bench-model")(bench_model)

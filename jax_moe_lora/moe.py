@@ -38,6 +38,7 @@ def moe_lora(
     request_slots: Int[Array, "N"] | None = None,
     router_bias: Float[Array, "E"] | None = None,
     row_mask: Bool[Array, "T"] | None = None,
+    scores: Float[Array, "T E"] | None = None,
     implementation: Implementation | None = None,
     remat: bool = False,
 ) -> Float[Array, "T D"]:
@@ -54,6 +55,7 @@ def moe_lora(
         request_lengths and request_slots: int32 `[N]`.
       router_bias: `[E]`, as in `routing.route`. row_mask: `[T]`, False for padding: such rows are
         multiplied with no expert and give zeros.
+      scores: what `router_scores` gives for these arguments, where the caller has it already.
       implementation: a backend of the grouped ops by name, or None for the best available.
       remat: for gradients: multiply gate and up again in the backward pass, in place of keeping both products.
 
@@ -66,14 +68,26 @@ def moe_lora(
     """
     _check_shapes(x, router, experts, config)
     slot_of_token = token_slots(x.shape[0], slots, request_lengths, request_slots)
-    router_pages = (adapters or {}).get("router")
-    plan = None if router_pages is None else dense_plan(slot_of_token, router_pages.scale.shape[0])
-    scores = lora_linear(x, router, None, router_pages, plan, implementation)
+    if scores is None:
+        scores = router_scores(x, router, adapters, slot_of_token, implementation)
     weights, chosen = route(scores, config, router_bias)
     if row_mask is not None:
         chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
         weights = jnp.where(row_mask[:, None], weights, 0.0)  # padding may hold NaN, and NaN times zero is NaN
     return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation, remat)
+
+
+def router_scores(
+    x: Float[Array, "T D"],
+    router: Float[Array, "E D"],
+    adapters: LayerAdapters | None = None,
+    slots: Int[Array, "T"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "T E"]:
+    """The router's float32 scores with each token's own adapter; arguments as in `moe_lora`."""
+    pages = (adapters or {}).get("router")
+    plan = None if pages is None else dense_plan(token_slots(x.shape[0], slots), pages.scale.shape[0])
+    return lora_linear(x, router, None, pages, plan, implementation)
 
 
 def routed_experts(

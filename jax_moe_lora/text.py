@@ -19,6 +19,7 @@ class Tokenizer:
             except Exception as error:  # the library raises plain Exception on a malformed file
                 raise CheckpointError(f"{file} is not a tokenizer that can be read: {error}") from error
             self._encode = lambda text: fast.encode(text).ids
+            self._encode_plain = lambda text: fast.encode(text, add_special_tokens=False).ids
             self._decode = lambda ids: fast.decode(list(ids), skip_special_tokens=True)
             return
         try:
@@ -34,10 +35,21 @@ class Tokenizer:
                 f"{folder} holds no tokenizer that can be read; pass token ids instead of text."
             ) from error
         self._encode = lambda text: slow(text)["input_ids"]
+        self._encode_plain = lambda text: slow(text, add_special_tokens=False)["input_ids"]
         self._decode = lambda ids: str(slow.decode(list(ids), skip_special_tokens=True))
 
     def encode(self, text: str) -> list[int]:
         return list(self._encode(text))
+
+    def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """A prompt as `encode` gives it, which is what a server reads, and the tokens that are to follow it.
+
+        Those are the rest of the joint text's tokens, or the completion's own where a token would reach across.
+        """
+        before, both = self.encode(prompt), self.encode(prompt + completion)
+        if both[: len(before)] == before:
+            return before, both[len(before) :]
+        return before, list(self._encode_plain(completion))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._decode(token_ids)

@@ -1,7 +1,8 @@
 """Attention over a prompt and over a cache, through the best kernel that jax ships, and which one that is.
 
-Neither form takes a mask: a causal `[T, T]` of 8192 tokens would be the largest array of a prefill, and cuDNN's flash
-kernels skip what lengths and causality leave out. No row is ever without a key, so no softmax is over nothing.
+Inference takes no mask: a causal `[T, T]` of 8192 tokens would be the largest array of a prefill, and cuDNN's flash
+kernels skip what lengths and causality leave out. Rows of several examples need one, `[B, 1, T, T]`, which cuDNN adds
+as a bias: the logits of the heads are still never written. No row is ever without a key, so no softmax is over nothing.
 Letters: B requests, T tokens of a request, M positions of the cache, H query heads, G key/value heads, hd head width.
 """
 
@@ -56,6 +57,25 @@ def attend_prompt(
     nothing.
     """
     return _attend(q, k, v, backend, is_causal=True)
+
+
+def attend_packed(
+    q: Float[Array, "B T H hd"],
+    k: Float[Array, "B T G hd"],
+    v: Float[Array, "B T G hd"],
+    segments: Int[Array, "B T"],
+    backend: AttentionBackend,
+) -> Float[Array, "B T H hd"]:
+    """Causal attention within each example of rows that hold several, in q's dtype.
+
+    Args:
+      segments: int32 `[B, T]`, the example that a token belongs to. Padding is one of them: its rows look at nothing
+        else, are finite and mean nothing.
+    """
+    if q.shape[1] % 2:
+        backend = "xla"  # cuDNN has no gradients for a bias of odd length
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return _attend(q, k, v, backend, is_causal=True, mask=same)
 
 
 def attend_cache(

@@ -5,22 +5,23 @@ Layers are unrolled, not scanned (`benchmark/scan.py` has the measurement). `run
 of a kind share one trace, and XLA compiles their kernels once.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.models.attention import choose_attention
 from jax_moe_lora.models.cache import Cache, init_cache
-from jax_moe_lora.models.layer import Step, rms_norm, run_layer
+from jax_moe_lora.models.layer import Bank, Step, rms_norm, run_layer
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites
 from pallas_kernels import BASE_SLOT, Implementation
 
 __all__ = [
+    "Bank",
     "Cache",
     "Step",
     "adapter_sites",
@@ -28,6 +29,9 @@ __all__ = [
     "head",
     "init_cache",
     "logits",
+    "packed_hidden",
+    "packed_logits",
+    "packed_step",
     "prefill",
     "prompt_step",
     "rms_norm",
@@ -37,7 +41,7 @@ __all__ = [
 
 def logits(
     params: ModelParams,
-    bank: AdapterBank | None,
+    bank: Bank | None,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     slots: Int[Array, "B"],
@@ -47,13 +51,64 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Float32 logits at every position of right-padded prompts; those past a request's length mean nothing."""
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
-    hidden, _, _ = _layers(params, bank, params.embedding[tokens], step, None)
+    hidden, *_ = _layers(params, bank, params.embedding[tokens], step, None)
     return head(params, hidden)
+
+
+def packed_logits(
+    params: ModelParams,
+    bank: Bank | None,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T V"]:
+    """Float32 logits at every position of rows that hold several examples each; those of padding mean nothing.
+
+    Args: as in `packed_hidden`.
+    """
+    hidden, _ = packed_hidden(
+        params, bank, tokens, positions, segments, slots, config=config, implementation=implementation
+    )
+    return head(params, hidden)
+
+
+def packed_hidden(
+    params: ModelParams,
+    bank: Bank | None,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    *,
+    config: ModelConfig,
+    keep_scores: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "N E"], ...]]:
+    """What the head reads of rows that hold several examples each.
+
+    Args:
+      positions: int32 `[B, T]`, each token's place in its own example. segments: int32 `[B, T]`, 1 and up for the
+        examples of a row, whose tokens lie side by side; 0 for padding, which costs nothing in the experts.
+      slots: int32 `[B, T]`, each token's adapter, `BASE_SLOT` for the base model.
+      keep_scores: static. Return the routers' scores too.
+
+    Returns:
+      Hidden rows after the last norm, those of padding without meaning; and float32 router scores `[B * T, E]` of each
+      routed layer, where they were asked for.
+    """
+    step = packed_step(positions, segments, slots, bank, params, config, implementation)
+    step = replace(step, keep_scores=keep_scores)
+    hidden, _, _, scores = _layers(params, bank, params.embedding[tokens], step, None)
+    return hidden, scores
 
 
 def prefill(
     params: ModelParams,
-    bank: AdapterBank | None,
+    bank: Bank | None,
     cache: Cache,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -72,14 +127,14 @@ def prefill(
       The filled cache, and float32 `[B, V]` logits after each prompt's last token.
     """
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
-    hidden, keys, values = _layers(params, bank, params.embedding[tokens], step, cache)
+    hidden, keys, values, _ = _layers(params, bank, params.embedding[tokens], step, cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     return Cache(keys, values, lengths.astype(jnp.int32)), head(params, last)[:, 0]
 
 
 def decode(
     params: ModelParams,
-    bank: AdapterBank | None,
+    bank: Bank | None,
     cache: Cache,
     tokens: Int[Array, "B"],
     slots: Int[Array, "B"],
@@ -100,7 +155,7 @@ def decode(
     live = cache.lengths > 0
     row_slots = jnp.where(live, slots, BASE_SLOT)
     step = _step("token", cache.lengths[:, None], live[:, None], row_slots, bank, params, config, implementation)
-    hidden, keys, values = _layers(params, bank, params.embedding[tokens[:, None]], step, cache)
+    hidden, keys, values, _ = _layers(params, bank, params.embedding[tokens[:, None]], step, cache)
     lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, max_length), 0)
     return Cache(keys, values, lengths), head(params, hidden)[:, 0]
 
@@ -109,7 +164,7 @@ def prompt_step(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     slots: Int[Array, "B"],
-    bank: AdapterBank | None,
+    bank: Bank | None,
     params: ModelParams,
     config: ModelConfig,
     implementation: Implementation | None,
@@ -123,12 +178,28 @@ def prompt_step(
     return _step("prompt", positions, real, row_slots, bank, params, config, implementation)
 
 
+def packed_step(
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    slots: Int[Array, "B T"],
+    bank: Bank | None,
+    params: ModelParams,
+    config: ModelConfig,
+    implementation: Implementation | None,
+) -> Step:
+    """What the layers need to read rows of several examples, as `packed_logits` is given them."""
+    real = segments > 0
+    row_slots = jnp.where(real, slots, BASE_SLOT).reshape(-1)
+    step = _step("prompt", positions, real, row_slots, bank, params, config, implementation)
+    return replace(step, segments=segments)
+
+
 def _step(
     kind: Literal["prompt", "token"],
     positions: Int[Array, "B T"],
     row_mask: Bool[Array, "B T"],
     row_slots: Int[Array, "N"],
-    bank: AdapterBank | None,
+    bank: Bank | None,
     params: ModelParams,
     config: ModelConfig,
     implementation: Implementation | None,
@@ -136,23 +207,25 @@ def _step(
     heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     attention = choose_attention(implementation, dtype=params.embedding.dtype, **heads).picked
     plan = None if bank is None else dense_plan(row_slots, bank.num_slots)
-    return Step(positions, row_mask, row_slots, plan, kind, config, implementation, attention)
+    return Step(positions, row_mask, row_slots, plan, None, kind, config, implementation, attention)
 
 
 def _layers(
-    params: ModelParams, bank: AdapterBank | None, hidden: Float[Array, "B T D"], step: Step, cache: Cache | None
-) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...]]:
-    """All layers and the last norm; the cache's keys and values with the step's tokens in them."""
-    keys, values = [], []
+    params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], step: Step, cache: Cache | None
+) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
+    """All layers and the last norm; the cache's keys and values with the step's tokens in them; router scores."""
+    keys, values, scores = [], [], []
     for index, layer in enumerate(params.layers):
         own = None if bank is None else bank.of_layer(index)
-        hidden, stored = run_layer(
+        hidden, stored, own_scores = run_layer(
             layer, own, hidden, step, None if cache is None else (cache.k[index], cache.v[index])
         )
         if stored is not None:
             keys.append(stored[0])
             values.append(stored[1])
-    return rms_norm(hidden, params.norm, step.config.rms_eps), tuple(keys), tuple(values)
+        if own_scores is not None:
+            scores.append(own_scores)
+    return rms_norm(hidden, params.norm, step.config.rms_eps), tuple(keys), tuple(values), tuple(scores)
 
 
 def head(params: ModelParams, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

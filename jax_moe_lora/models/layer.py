@@ -4,22 +4,38 @@ Letters: B requests, T tokens of a request, M positions of the cache, H query he
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.linear import DensePlan, lora_linear
-from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_prompt
+from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_packed, attend_prompt
 from jax_moe_lora.models.cache import KeyValues, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, MoEParams
 from jax_moe_lora.models.rope import rotate
-from jax_moe_lora.moe import LayerAdapters, moe_lora
+from jax_moe_lora.moe import LayerAdapters, moe_lora, router_scores
 from pallas_kernels import Implementation
+
+
+@runtime_checkable
+class LayerBank(Protocol):
+    """The adapters of one layer, as layer 0 of a pytree."""
+
+    def layer(self, layer: int) -> LayerAdapters: ...
+
+
+@runtime_checkable
+class Bank(Protocol):
+    """What a decoder reads its adapters from: an `AdapterBank`, or what training makes of its parameters."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    def of_layer(self, layer: int) -> LayerBank: ...
 
 
 @jax.tree_util.register_dataclass
@@ -30,41 +46,47 @@ class Step:
     Attributes:
       positions, row_mask: `[B, T]`, place of each token in its request, and whether it is one.
       slots: int32 `[B * T]`, adapter slot of each token. plan: of the slots, for the dense projections.
+      segments: int32 `[B, T]`, the example of each token where a row packs several; None where it holds one.
       kind: static. A `prompt` attends to itself; a `token` attends to the cache, whose next position it takes.
+      keep_scores: static. Return the router's scores too.
     """
 
     positions: Int[Array, "B T"]
     row_mask: Bool[Array, "B T"]
     slots: Int[Array, "N"]
     plan: DensePlan | None
+    segments: Int[Array, "B T"] | None
     kind: Literal["prompt", "token"] = field(metadata={"static": True})
     config: ModelConfig = field(metadata={"static": True})
     implementation: Implementation | None = field(metadata={"static": True})
     attention: AttentionBackend = field(metadata={"static": True})
+    keep_scores: bool = field(default=False, metadata={"static": True})
 
 
 @jax.jit
 def run_layer(
     layer: LayerParams,
-    bank: AdapterBank | None,
+    bank: LayerBank | None,
     hidden: Float[Array, "B T D"],
     step: Step,
     cache: KeyValues | None,
-) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+) -> tuple[Float[Array, "B T D"], KeyValues | None, Float[Array, "N E"] | None]:
     """One decoder layer: attention, then its MLP, each behind a norm and with a residual.
 
     Args:
-      bank: the layer's own, from `AdapterBank.of_layer`. cache: the layer's keys and values, or None to keep none.
+      bank: the layer's own, from `Bank.of_layer`. cache: the layer's keys and values, or None to keep none.
 
     Returns:
-      The hidden rows, and the cache with the step's tokens in it.
+      The hidden rows, the cache with the step's tokens in it, and where `step.keep_scores` float32 router scores of the
+      B * T tokens (None in a layer without a router).
     """
     adapters = {} if bank is None else bank.layer(0)
     eps = step.config.rms_eps
     normed = rms_norm(hidden, layer.attention_norm, eps)
     mixed, cache = _attention(layer.attention, adapters, normed, step, cache)
     hidden = hidden + mixed
-    return hidden + _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step), cache
+    y, scores = _mlp(layer, adapters, rms_norm(hidden, layer.mlp_norm, eps), step)
+    return hidden + y, cache, scores if step.keep_scores else None
 
 
 def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -97,7 +119,9 @@ def _attention(
     k = rotate(heads("k", config.num_kv_heads, weights.k_norm), step.positions, config.rope)
     v = heads("v", config.num_kv_heads, None)
     cache = None if cache is None else store(cache, k, v, None if step.kind == "prompt" else step.positions[:, 0])
-    if step.kind == "prompt":
+    if step.segments is not None:
+        mixed = attend_packed(q, k, v, step.segments, step.attention)
+    elif step.kind == "prompt":
         mixed = attend_prompt(q, k, v, step.attention)
     else:
         assert cache is not None
@@ -107,22 +131,30 @@ def _attention(
     return _linear(mixed, weights.o, weights.o_bias, adapters.get("o"), step), cache
 
 
-def _mlp(layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step) -> Float[Array, "B T D"]:
+def _mlp(
+    layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step
+) -> tuple[Float[Array, "B T D"], Float[Array, "N E"] | None]:
+    """The layer's MLP, and its router's scores where it has a router."""
     weights = layer.mlp
     if isinstance(weights, DenseMLPParams):
-        return _dense_mlp(weights, "mlp", adapters, x, step)
+        return _dense_mlp(weights, "mlp", adapters, x, step), None
+    flat = x.reshape(-1, x.shape[-1])
+    scores = router_scores(flat, weights.router, adapters, step.slots, step.implementation)
     rows = moe_lora(
-        x.reshape(-1, x.shape[-1]),
+        flat,
         weights.router,
         weights.experts,
         step.config.moe,
         adapters,
         step.slots,
         row_mask=step.row_mask.reshape(-1),
+        scores=scores,
         implementation=step.implementation,
     )
     y = rows.reshape(x.shape)
-    return y if weights.shared is None else y + _shared_expert(weights, adapters, x, step)
+    if weights.shared is not None:
+        y = y + _shared_expert(weights, adapters, x, step)
+    return y, scores
 
 
 def _shared_expert(

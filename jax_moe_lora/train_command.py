@@ -1,0 +1,222 @@
+"""`jax-moe-lora train`: adapters trained together on one frozen model, from JSONL files to adapter folders."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from jax_moe_lora.errors import InputError
+
+if TYPE_CHECKING:
+    from jax_moe_lora.training.log import Progress as Done
+    from jax_moe_lora.training.recipe import Recipe
+
+LINE_SECONDS = 10.0  # between lines where there is no terminal
+Each = list[str] | None
+
+
+def _each(help: str) -> typer.models.OptionInfo:
+    return typer.Option(help=f"{help}. VALUE for all, NAME=VALUE for one.", show_default=False)
+
+
+def train(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, or a hub id.")],
+    adapter: Annotated[list[str], typer.Option(help="NAME=FILE.jsonl of an adapter to train; repeat for more.")],
+    out: Annotated[Path, typer.Option(help="Folder to make: OUT/NAME for each adapter, metrics and checkpoints.")],
+    steps: Annotated[int, typer.Option(min=1, help="Updates of every adapter.")],
+    rank: Annotated[Each, _each("Rank; default 16")] = None,
+    alpha: Annotated[Each, _each("The update is scaled by alpha / rank; default 2 x rank")] = None,
+    layout: Annotated[Each, _each("fused, per-expert or shared-outer; default fused")] = None,
+    targets: Annotated[Each, _each("Projections, as in gate,up,down,q,v; default gate,up,down")] = None,
+    lr: Annotated[Each, _each("Learning rate; default 2e-4")] = None,
+    schedule: Annotated[Each, _each("constant, cosine or linear, after the warmup; default cosine")] = None,
+    warmup: Annotated[Each, _each("Steps in which the rate rises; default 0")] = None,
+    weight_decay: Annotated[Each, _each("Of AdamW; default 0")] = None,
+    clip: Annotated[Each, _each("Largest norm of the adapter's gradient, or none; default 1")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
+    init: Annotated[str, typer.Option(help="Of A: kaiming or gaussian. B begins at zero.")] = "kaiming",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of an update; the adapters take turns.")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts in which they are computed one by one.")] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row; 512 if not given, or what the model takes.")
+    ] = None,
+    packing: Annotated[bool, typer.Option("--packing/--padding", help="Several examples a row, or one.")] = True,
+    router_loss: Annotated[float, typer.Option(min=0.0, help="Coefficient of the load-balancing loss.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="Of the frozen model: float32, bfloat16 or float16.")] = "bfloat16",
+    eval: Annotated[
+        Each, typer.Option(help="NAME=FILE.jsonl to evaluate an adapter on: loss, and exact answers.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps; only after the last if not given.")] = None,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints; the last two are kept.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT's run from its last checkpoint.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first weights and the order of examples.")] = 0,
+    skip_bad_lines: Annotated[
+        bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be trained on, and count them.")
+    ] = False,
+    write_as: Annotated[
+        str | None, typer.Option(help="Layout of the folders, as in convert; the closest to --layout if not given.")
+    ] = None,
+) -> None:
+    """Train adapters together. Lines are {"prompt", "completion"}, or {"text"}; bad ones are named before anything."""
+    from jax_moe_lora.training.run_folder import check_out
+    from jax_moe_lora.training.trainer import Trainer, check_layout
+
+    check_out(out, resume)
+    check_layout(write_as)
+    data, held_out = _files("--adapter", adapter), _files("--eval", eval or [])
+    for name in set(held_out) - set(data):
+        raise InputError(f"--eval names {name!r}, which no --adapter does.")
+    names = tuple(data)
+    given = {
+        "rank": rank,
+        "alpha": alpha,
+        "layout": layout,
+        "targets": targets,
+        "lr": lr,
+        "schedule": schedule,
+        "warmup": warmup,
+        "weight-decay": weight_decay,
+        "clip": clip,
+    }
+    trainer = Trainer(
+        model,
+        data,
+        steps=steps,
+        recipe=_recipes(names, given, rslora, init),
+        evaluation=held_out,
+        batch_size=batch_size,
+        micro_batches=accumulate,
+        sequence_length=sequence_length,
+        packing=packing,
+        router_loss=router_loss,
+        seed=seed,
+        dtype=dtype,
+        skip_bad_lines=skip_bad_lines,
+    )
+    for name, count in trainer.skipped.items():
+        sys.stdout.write(f"{name}: {count} bad lines left out\n")
+    with Shown(names, steps) as shown:
+        notes = trainer.run(
+            out, resume=resume, save_every=save_every, evaluate_every=eval_every, layout=write_as, report=shown
+        )
+    sys.stdout.write("".join(f"{line}\n" for line in (*notes, *(f"{out / name}: written" for name in names))))
+
+
+def _recipes(names: Sequence[str], given: Mapping[str, Each], rslora: bool, init: Any) -> dict[str, "Recipe"]:
+    """The recipe of each adapter; where an option is not given, the library's default."""
+    from jax_moe_lora.training.recipe import Recipe
+    from jax_moe_lora.training.spec import AdapterSpec
+
+    def of(option: str, convert: Callable[[str], Any], default: Any) -> dict[str, Any]:
+        return overridden(f"--{option}", given[option], names, convert, default)
+
+    ranks, alphas = of("rank", int, AdapterSpec.rank), of("alpha", float, None)
+    layouts, targets = of("layout", str, AdapterSpec.layout), of("targets", _modules, AdapterSpec.targets)
+    rates, schedules = of("lr", float, Recipe.learning_rate), of("schedule", str, Recipe.schedule)
+    warmups, decays = of("warmup", int, Recipe.warmup), of("weight-decay", float, Recipe.weight_decay)
+    clips = of("clip", _number_or_none, Recipe.clip)
+    recipes = {}
+    for name in names:
+        own_alpha = 2.0 * ranks[name] if alphas[name] is None else alphas[name]
+        spec = AdapterSpec(ranks[name], own_alpha, layouts[name], targets[name], rslora, init)
+        recipes[name] = Recipe(spec, rates[name], schedules[name], warmups[name], decays[name], clips[name])
+    return recipes
+
+
+def overridden[Value](
+    option: str,
+    given: Sequence[str] | None,
+    names: Sequence[str],
+    convert: Callable[[str], Value],
+    default: Value,
+) -> dict[str, Value]:
+    """The value of every adapter, from `VALUE` for all and `NAME=VALUE` for one.
+
+    Raises:
+      InputError: a value that is none, a name that no adapter has, or two values for the same.
+    """
+    found: dict[str | None, Value] = {}
+    for entry in given or ():
+        before, equals, after = entry.partition("=")
+        name, text = (before, after) if equals else (None, entry)
+        if name is not None and name not in names:
+            raise InputError(f"{option} {entry} names {name!r}, which no --adapter does.")
+        if name in found:
+            raise InputError(f"{option} is given twice for {'all adapters' if name is None else repr(name)}.")
+        try:
+            found[name] = convert(text)
+        except ValueError as error:
+            kind = "a whole number" if convert is int else "a number"
+            raise InputError(f"{option} {entry} is not {kind}.") from error
+    return {name: found.get(name, found.get(None, default)) for name in names}
+
+
+def _modules(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _number_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+def _files(option: str, entries: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name, equals, file = entry.partition("=")
+        if not (name and equals and file):
+            raise InputError(f"{option} {entry!r} is not NAME=FILE.jsonl.")
+        if name in found:
+            raise InputError(f"{option} {name!r} is given twice.")
+        found[name] = Path(file)
+    return found
+
+
+class Shown:
+    """Progress on standard error: a bar an adapter on a terminal, else a line now and then; a context manager."""
+
+    def __init__(self, names: Sequence[str], steps: int):
+        self._console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+        columns = ("{task.description}", "loss {task.fields[loss]}", "{task.fields[rate]} tokens/s")
+        self._bars = Progress(
+            TextColumn(columns[0]),
+            BarColumn(),
+            MofNCompleteColumn(),
+            *map(TextColumn, columns[1:]),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not sys.stderr.isatty(),
+        )
+        self._tasks: dict[str, TaskID] = {
+            name: self._bars.add_task(name, total=steps, loss="", rate="") for name in names
+        }
+        self._next_line = 0.0
+
+    def __enter__(self) -> "Shown":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, done: "Done") -> None:
+        for name, task in self._tasks.items():
+            rate, loss = f"{done.rates[name]:,.0f}", f"{done.losses[name]:.4f}"
+            self._bars.update(task, completed=done.step, loss=loss, rate=rate)
+        self._say(done)
+
+    def _say(self, done: "Done") -> None:
+        now = self._bars.get_time()
+        if self._bars.disable and (now >= self._next_line or done.step == done.steps):
+            self._next_line = now + LINE_SECONDS
+            each = (f"{name} loss {done.losses[name]:.4f} {done.rates[name]:,.0f} tokens/s" for name in done.losses)
+            self._print(f"step {done.step}/{done.steps}: {'; '.join(each)}")
+        for name, own in done.evaluations.items():
+            right = f"{own.exact_match:.1%} of {own.examples} exact"
+            self._print(f"step {done.step}/{done.steps}: {name} evaluation loss {own.loss:.4f}, {right}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,138 @@
+"""The parameters of one adapter: made new, or from an adapter that was loaded; and back into one that can be written.
+
+Params are `{layer}.{matrix}.{side}` -> float32 matrices as `AdapterSpec.shapes` says, and nothing else: no padding, and
+a matrix that is shared or aliased once.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jax_moe_lora.adapters.lora import LoRAAdapter, Site, uniform
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.training.spec import EXPERTS, OUTER, SIDES, AdapterSpec, Layout
+
+Params = dict[str, Float[Array, "_experts _rows _columns"]]
+
+
+def init_params(spec: AdapterSpec, sites: Mapping[str, Site], key: jax.Array) -> Params:
+    """A new adapter as PEFT makes it: A random by `spec.init`, B zero, so that it changes nothing yet."""
+    shapes = spec.shapes(sites)
+    keys = jax.random.split(key, len(shapes))
+    return {name: _init(spec, name, shape, own) for (name, shape), own in zip(shapes.items(), keys, strict=True)}
+
+
+def _init(spec: AdapterSpec, name: str, shape: tuple[int, int, int], key: jax.Array) -> Float[Array, "E rows columns"]:
+    if name.endswith(".b"):
+        return jnp.zeros(shape, jnp.float32)
+    _, rank, width = shape
+    if spec.init == "gaussian":
+        return jax.random.normal(key, shape, jnp.float32) / rank
+    bound = 1 / math.sqrt(width)  # kaiming_uniform_(a=sqrt(5)) over this many inputs
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def to_adapter(
+    params: Mapping[str, Array],
+    spec: AdapterSpec,
+    sites: Mapping[str, Site],
+    name: str,
+    source: Mapping[str, Any] | None = None,
+) -> LoRAAdapter:
+    """The adapter in host memory, as `write_adapter` writes it (`WRITTEN_AS` has the layout that is its own).
+
+    Args:
+      source: fields of its config to keep, such as `base_model_name_or_path`.
+    """
+    held = jax.device_get(dict(params))
+    weights = {
+        (layer, module): uniform(
+            held[f"{layer}.{spec.matrix(module, 'a')}"],
+            held[f"{layer}.{spec.matrix(module, 'b')}"],
+            spec.scale_of(module),
+            sites[module].num_experts,
+        )
+        for module in spec.targets
+        for layer in sites[module].layers
+    }
+    said = {"task_type": "CAUSAL_LM"} | dict(source or {}) | {"use_rslora": spec.rank_stabilised}
+    return LoRAAdapter(name, weights, said)
+
+
+def from_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tuple[Params, AdapterSpec]:
+    """Params of an adapter that was loaded, to train it further, and the spec that describes it.
+
+    Raises:
+      InputError: what no spec describes: a module that some layers or experts lack, ranks or scales that differ within
+        a module, or sharing of no known layout.
+    """
+    ranks, scales = _one_rank_and_scale(adapter, sites)
+    alpha, stabilised = _alpha(adapter, ranks, scales)
+    rank = max(ranks.values(), key=list(ranks.values()).count)
+    others = tuple((module, own) for module, own in ranks.items() if own != rank)
+    spec = AdapterSpec(rank, alpha, _layout(adapter), tuple(ranks), stabilised, ranks=others)
+    params: Params = {}
+    for (layer, module), weights in adapter.weights.items():
+        own = ranks[module]
+        for side in SIDES:
+            matrix = weights.a[:, :own] if side == "a" else weights.b[:, :, :own]
+            expected = spec.shape(module, side, sites[module])
+            if matrix.shape != expected:
+                problem = f"its {side.upper()} is {list(matrix.shape)}, the {spec.layout} layout has {list(expected)}"
+                raise _error(adapter, layer, module, problem)
+            key = f"{layer}.{spec.matrix(module, side)}"
+            if key not in params:
+                params[key] = jnp.array(matrix.astype(np.float32))
+    return params, spec
+
+
+def _one_rank_and_scale(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tuple[dict[str, int], dict[str, float]]:
+    """Module -> its rank, and its scale, which all its experts and layers must have."""
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    for module in (module for module in sites if module in adapter.modules):
+        for layer in sites[module].layers:
+            weights = adapter.weights.get((layer, module))
+            if weights is None or not weights.ranks.all():
+                raise _error(adapter, layer, module, "it, or one of its experts, is missing")
+            rank, scale = int(weights.ranks[0]), float(weights.scale[0])
+            own = ranks.setdefault(module, rank), scales.setdefault(module, scale)
+            if (weights.ranks != own[0]).any() or (weights.scale != np.float32(own[1])).any():
+                raise _error(adapter, layer, module, "its experts or layers have several ranks or scales")
+    if not ranks:
+        raise InputError(f"Adapter {adapter.name!r} targets nothing that this model has; it cannot be trained further.")
+    return ranks, scales
+
+
+def _alpha(adapter: LoRAAdapter, ranks: Mapping[str, int], scales: Mapping[str, float]) -> tuple[float, bool]:
+    """The one alpha that gives every module its scale, and whether by the square root of its rank."""
+    own = bool(adapter.source.get("use_rslora"))
+    for stabilised in (own, not own):
+        alphas = [scales[module] * (math.sqrt(rank) if stabilised else rank) for module, rank in ranks.items()]
+        if np.allclose(alphas, alphas[0], rtol=1e-6, atol=0):
+            whole = float(round(alphas[0]))
+            return whole if math.isclose(whole, alphas[0], rel_tol=1e-6) else alphas[0], stabilised
+    found = ", ".join(f"{module}: {scales[module]:g} at rank {rank}" for module, rank in ranks.items())
+    raise InputError(
+        f"Adapter {adapter.name!r} cannot be trained further: its scales ({found}) follow from no single alpha."
+    )
+
+
+def _layout(adapter: LoRAAdapter) -> Layout:
+    held = {(module, side): getattr(w, side) for (_, module), w in adapter.weights.items() for side in ("a", "b")}
+    if any(key in held and len(held[key]) == 1 for key in OUTER):
+        return "shared-outer"
+    both = ("gate", "a") in held and ("up", "a") in held
+    return "per-expert" if both and held["gate", "a"] is not held["up", "a"] else "fused"
+
+
+def _error(adapter: LoRAAdapter, layer: int, module: str, problem: str) -> InputError:
+    return InputError(
+        f"Adapter {adapter.name!r} cannot be trained further: layer {layer}, {module}: {problem}; "
+        f"train a new one, or one whose {', '.join(EXPERTS)} are of one kind."
+    )

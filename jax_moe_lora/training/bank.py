@@ -1,0 +1,115 @@
+"""The adapter bank of a training step: the pages of all adapters' parameters, made inside the step.
+
+It is what a decoder reads of an `AdapterBank`, and differentiable: pages are the parameters themselves, padded and put
+side by side, in float32. Where they lie follows from the specs alone, so the tables are constants of the program.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.training.spec import SIDES, AdapterSpec, Side
+from pallas_kernels import RANK_PAGE, LoRAPages
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainingBank:
+    """Pages and tables of every layer. Make one with `training_bank`.
+
+    Attributes:
+      pools: for each layer, pool -> `[N, 16, width]`. A of gate and up have one pool, so that a matrix that they share
+        is one page; every other side of a module has its own. Page 0 is zeros.
+      tables, scales: for each layer, module -> int32 `[S, E, 4]` and float32 `[S, E]`, as in `LoRAPages`.
+      num_slots: S. max_rank: the largest rank of any adapter.
+    """
+
+    pools: tuple[dict[str, Float[Array, "_N 16 _width"]], ...]
+    tables: tuple[dict[str, Int[Array, "S _E 4"]], ...]
+    scales: tuple[dict[str, Float[Array, "S _E"]], ...]
+    num_slots: int = field(metadata={"static": True})
+    max_rank: int = field(metadata={"static": True})
+
+    def of_layer(self, layer: int) -> "TrainingBank":
+        """One layer alone, as layer 0."""
+        one = slice(layer, layer + 1)
+        return replace(self, pools=self.pools[one], tables=self.tables[one], scales=self.scales[one])
+
+    def layer(self, layer: int) -> dict[str, LoRAPages]:
+        """One layer's adapters by module."""
+        pools, tables, scales = self.pools[layer], self.tables[layer], self.scales[layer]
+        return {
+            module: LoRAPages(
+                pools[pool_of(module, "a")], pools[pool_of(module, "b")], tables[module], scales[module], self.max_rank
+            )
+            for module in tables
+        }
+
+
+def training_bank(
+    params: Mapping[str, Mapping[str, Array]],
+    specs: Mapping[str, AdapterSpec],
+    sites: Mapping[str, Site],
+    num_layers: int,
+) -> TrainingBank:
+    """The bank of these adapters, in slots 0, 1, ... as `specs` lists them.
+
+    Args:
+      params: adapter -> its params, as `init_params` makes them.
+    """
+    layers = [_layer(layer, params, specs, sites) for layer in range(num_layers)]
+    pools, tables, scales = zip(*layers, strict=True)
+    return TrainingBank(pools, tables, scales, len(specs), max(spec.max_rank for spec in specs.values()))
+
+
+def pool_of(module: str, side: Side) -> str:
+    """The pool that holds a module's A or B."""
+    return "gate_up.a" if side == "a" and module in ("gate", "up") else f"{module}.{side}"
+
+
+def _layer(
+    layer: int,
+    params: Mapping[str, Mapping[str, Array]],
+    specs: Mapping[str, AdapterSpec],
+    sites: Mapping[str, Site],
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """One layer's pools, tables and scales."""
+    pools: dict[str, list[Array]] = {}
+    first: dict[tuple[int, str], int] = {}  # (slot, matrix) -> its first page
+    tables: dict[str, np.ndarray] = {}
+    scales: dict[str, np.ndarray] = {}
+    for slot, (name, spec) in enumerate(specs.items()):
+        for module in spec.targets:
+            site, rank = sites[module], spec.rank_of(module)
+            if layer not in site.layers:
+                continue
+            table = tables.setdefault(module, np.zeros((len(specs), site.num_experts, 4), np.int32))
+            pages = -(-rank // RANK_PAGE)
+            table[slot, :, 2:] = pages, rank
+            scales.setdefault(module, np.zeros(table.shape[:2], np.float32))[slot] = spec.scale_of(module)
+            for column, side in enumerate(SIDES):
+                key = slot, spec.matrix(module, side)
+                if key not in first:
+                    own = _pages(params[name][f"{layer}.{key[1]}"], side)
+                    pool = pools.setdefault(pool_of(module, side), [jnp.zeros_like(own[:1])])
+                    first[key] = sum(map(len, pool))
+                    pool.append(own)
+                shared = spec.shape(module, side, site)[0] == 1
+                table[slot, :, column] = first[key] + pages * np.arange(site.num_experts) * (not shared)
+    return (
+        {name: jnp.concatenate(pool) for name, pool in pools.items()},
+        {module: jnp.asarray(table) for module, table in tables.items()},
+        {module: jnp.asarray(scale) for module, scale in scales.items()},
+    )
+
+
+def _pages(matrix: Float[Array, "E rows columns"], side: Side) -> Float[Array, "N 16 width"]:
+    """A matrix for each expert as pages, ranks as rows, the last page of each filled up with zeros."""
+    rows = matrix if side == "a" else matrix.swapaxes(1, 2)
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % RANK_PAGE), (0, 0)))
+    return rows.reshape(-1, RANK_PAGE, rows.shape[2])

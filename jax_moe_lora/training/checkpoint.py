@@ -1,0 +1,102 @@
+"""Checkpoints of a run, by orbax: the whole state, the step, and the settings that the run was started with.
+
+A checkpoint gets its name once it is complete, by one rename, so a process may die at any moment; the last two are
+kept. Arrays come back with the bits that they had.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as orbax
+
+from jax_moe_lora.errors import CheckpointError, InputError
+from jax_moe_lora.training.step import TrainState
+
+KEPT = 2
+_SHOWN = 5  # differing settings that are quoted
+
+
+class Checkpoints:
+    """The checkpoints of one run, below a folder; use it as a context manager."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder.absolute()
+        options = orbax.CheckpointManagerOptions(
+            max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
+        )
+        self._manager = orbax.CheckpointManager(self._folder, options=options, item_names=("state", "settings"))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, settings: Mapping[str, Any]) -> None:
+        """Returns once it is complete. A checkpoint of this step that is there already is kept."""
+        if step != self.latest:
+            items = {"state": orbax.args.StandardSave(_by_key(state)), "settings": orbax.args.JsonSave(dict(settings))}
+            self._manager.save(step, args=orbax.args.Composite(**items))
+
+    def restore(self, like: TrainState, settings: Mapping[str, Any]) -> tuple[int, TrainState] | None:
+        """The newest checkpoint's step and state, placed as `like` is; None where there is no checkpoint.
+
+        Raises:
+          InputError: the run was started with other settings. CheckpointError: it cannot be read.
+        """
+        step = self.latest
+        if step is None:
+            return None
+        self._check(self._read(step, settings=orbax.args.JsonRestore()), settings)
+        expected = {
+            key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for key, leaf in _by_key(like).items()
+        }
+        held = self._read(step, state=orbax.args.StandardRestore(expected))
+        return step, jax.tree.unflatten(jax.tree.structure(like), [held[key] for key in expected])
+
+    def _read(self, step: int, **item: Any) -> Any:
+        (name,) = item
+        try:
+            return self._manager.restore(step, args=orbax.args.Composite(**item))[name]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"The checkpoint {self._folder / str(step)} cannot be read: {error}; remove it to go on from the one "
+                "before it.",
+                file=self._folder / str(step),
+            ) from error
+
+    def _check(self, held: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        now = _flat(json.loads(json.dumps(settings)))
+        before = _flat(held)
+        differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if differ:
+            said = [f"{key} was {before.get(key, 'none')!r} and is {now.get(key, 'none')!r}" for key in differ]
+            more = f", and {len(differ) - _SHOWN} more differ" if len(differ) > _SHOWN else ""
+            raise InputError(
+                f"The run in {self._folder.parent} was started with other settings: {'; '.join(said[:_SHOWN])}{more}. "
+                "Resume it with its own, or name a new folder."
+            )
+
+
+def _by_key(state: TrainState) -> dict[str, jax.Array]:
+    """Leaves by their place, such as `params.sql.0.gate_up.a`, whatever classes an optimizer makes its state of."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

@@ -1,0 +1,126 @@
+"""Losses of a batch, and evaluation by them.
+
+The one place that calls the model: a bank is made of the adapters' params, and rows go through the decoder.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.training.adapters import Params
+from jax_moe_lora.training.bank import training_bank
+from jax_moe_lora.training.batch import Batch
+from jax_moe_lora.training.loss import load_balancing, slot_sums, token_losses
+from jax_moe_lora.training.spec import AdapterSpec
+from pallas_kernels import BASE_SLOT, Implementation
+
+HEAD_LOGITS = 2**26  # that many logits at once (256 MiB): of a whole batch they would be its largest array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Losses:
+    """What a batch gave, by slot, in the order of the specs; all 0 for an adapter that is not in it.
+
+    Attributes:
+      loss: float32 `[S]`, mean cross-entropy of the adapter's tokens, in nats. router: float32 `[S]`, its router loss
+        without the coefficient; 0 where it is off.
+      weight: float32 `[S]`, the sum of its tokens' weights. tokens: float32 `[S]`, its tokens, prompts included.
+    """
+
+    loss: Float[Array, "S"]
+    router: Float[Array, "S"]
+    weight: Float[Array, "S"]
+    tokens: Float[Array, "S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Totals:
+    """What the means of a whole batch are divided by, by slot: the sum of weights, and the number of tokens."""
+
+    weight: Float[Array, "S"]
+    tokens: Float[Array, "S"]
+
+    @classmethod
+    def of(cls, batch: Batch, num_slots: int) -> "Totals":
+        ones = jnp.ones(batch.slots.shape, jnp.float32)
+        return cls(slot_sums(batch.weights, batch.slots, num_slots), slot_sums(ones, batch.slots, num_slots))
+
+
+def make_evaluation(
+    config: ModelConfig, specs: Mapping[str, AdapterSpec], implementation: Implementation | None = None
+) -> Callable[[Mapping[str, Params], ModelParams, Batch], Losses]:
+    """The jitted `evaluate(params, model_params, batch) -> losses`, which changes nothing.
+
+    Losses are means over the batch; weighted by `weight` they give the mean over many batches.
+    """
+    evaluate = losses_of(config, specs, False, implementation)
+
+    @jax.jit
+    def run(params: Mapping[str, Params], model: ModelParams, batch: Batch) -> Losses:
+        batch = masked(batch)
+        return evaluate(params, model, batch, Totals.of(batch, len(specs)))
+
+    return run
+
+
+def losses_of(
+    config: ModelConfig, specs: Mapping[str, AdapterSpec], keep_scores: bool, implementation: Implementation | None
+) -> Callable[[Mapping[str, Params], ModelParams, Batch, Totals], Losses]:
+    """Losses of a part of a batch, as shares of the whole batch's means: parts add up."""
+    sites = decoder.adapter_sites(config)
+    if not specs:
+        raise InputError("specs are empty; give at least one adapter to train.")
+    for name, spec in specs.items():
+        spec.check(name, sites)
+
+    def evaluate(params: Mapping[str, Params], model: ModelParams, part: Batch, totals: Totals) -> Losses:
+        bank = training_bank(params, specs, sites, config.num_layers)
+        hidden, scores = decoder.packed_hidden(
+            model,
+            bank,
+            part.tokens,
+            part.positions,
+            part.segments,
+            part.slots,
+            config=config,
+            keep_scores=keep_scores,
+            implementation=implementation,
+        )
+        own = Totals.of(part, len(specs))
+        losses = _head_losses(model, hidden, part.targets) * part.weights
+        mean = slot_sums(losses, part.slots, len(specs)) / jnp.where(totals.weight > 0, totals.weight, 1.0)
+        router = jnp.zeros_like(mean)
+        if scores:
+            share = own.tokens / jnp.maximum(totals.tokens, 1.0)
+            router = load_balancing(scores, part.slots.reshape(-1), len(specs), config.moe.top_k) * share
+        return Losses(mean, router, own.weight, own.tokens)
+
+    return evaluate
+
+
+def _head_losses(model: ModelParams, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Cross-entropy of each target; logits are made for `HEAD_LOGITS` at a time, and again for the gradient."""
+
+    @jax.checkpoint
+    def losses(hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+        return token_losses(decoder.head(model, hidden), targets)
+
+    if targets.size * model.embedding.shape[0] <= HEAD_LOGITS:
+        return losses(hidden, targets)
+    return lax.map(lambda row: losses(row[0][None], row[1][None])[0], (hidden, targets))
+
+
+def masked(batch: Batch) -> Batch:
+    """Padding belongs to nobody, whatever slot and weight it was given."""
+    real = batch.segments > 0
+    return replace(batch, slots=jnp.where(real, batch.slots, BASE_SLOT), weights=jnp.where(real, batch.weights, 0.0))

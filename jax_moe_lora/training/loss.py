@@ -1,0 +1,49 @@
+"""Losses of a batch by slot: each adapter is trained on its own tokens alone.
+
+Sums by slot select before they add: no atomics, so the same bits each time, and a row that is not finite stays its own
+adapter's.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_losses(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Float32 cross-entropy of each target, in nats."""
+    wide = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(wide, axis=-1) - picked
+
+
+def slot_sums(values: Float[Array, "*shape"], slots: Int[Array, "*shape"], num_slots: int) -> Float[Array, "S"]:
+    """The sum of each slot's values; those of any other slot are left out."""
+    return jnp.where(_of_slot(slots.reshape(-1), num_slots), values.reshape(1, -1), 0.0).sum(axis=1)
+
+
+def load_balancing(
+    scores: tuple[Float[Array, "T E"], ...], slots: Int[Array, "T"], num_slots: int, top_k: int
+) -> Float[Array, "S"]:
+    """The router's auxiliary loss over each slot's tokens: `E * sum_e f_e * P_e`; 0 for a slot without tokens.
+
+    f_e is the number of tokens that choose expert e, P_e its mean probability, both over tokens and layers together, as
+    in `load_balancing_loss_func` of transformers (Switch Transformer, equations 4 to 6; there f_e is divided by K).
+
+    Args:
+      scores: float32, of each routed layer. slots: int32 `[T]`, outside `0 .. S - 1` for tokens that do not count.
+    """
+    mine = _of_slot(slots, num_slots)[:, :, None]
+    experts = scores[0].shape[1]
+    chosen_sum = probability_sum = jnp.zeros((num_slots, experts), jnp.float32)
+    for layer in scores:
+        probabilities = jax.nn.softmax(layer.astype(jnp.float32), axis=-1)
+        chosen = jax.nn.one_hot(lax.top_k(probabilities, top_k)[1], experts, dtype=jnp.float32).sum(axis=1)
+        chosen_sum = chosen_sum + jnp.where(mine, chosen[None], 0.0).sum(axis=1)
+        probability_sum = probability_sum + jnp.where(mine, probabilities[None], 0.0).sum(axis=1)
+    rows = jnp.maximum(mine.sum(axis=(1, 2)), 1).astype(jnp.float32)[:, None] * len(scores)
+    return experts * (chosen_sum / rows * (probability_sum / rows)).sum(axis=1)
+
+
+def _of_slot(slots: Int[Array, "N"], num_slots: int) -> Bool[Array, "S N"]:
+    return slots[None, :] == jnp.arange(num_slots, dtype=slots.dtype)[:, None]

@@ -1,0 +1,65 @@
+"""How an adapter is trained: what of the model, at which rate, for how long."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import optax
+
+from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.arguments import number, whole
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.training.spec import AdapterSpec
+
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One adapter's spec, and its AdamW.
+
+    Attributes:
+      spec: what it trains. learning_rate: at its highest.
+      schedule: after the warmup it stays, or falls to zero at the last step, as a cosine or a line.
+      warmup: steps in which it rises, the first of them not at zero.
+      weight_decay: AdamW's. clip: largest norm of the adapter's gradient; None clips nothing.
+    """
+
+    spec: AdapterSpec = field(default_factory=AdapterSpec)
+    learning_rate: float = 2e-4
+    schedule: Schedule = "cosine"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+    def check(self, name: str, sites: Mapping[str, Site], steps: int) -> None:
+        """Raises an `InputError` that names the adapter and the field."""
+        self.spec.check(name, sites)
+        own = f"of adapter {name!r}"
+        above, zero = "a number above zero", "a number from zero"
+        number(f"learning rate {own}", self.learning_rate, lambda value: 0 < value < math.inf, above)
+        number(f"weight decay {own}", self.weight_decay, lambda value: 0 <= value < math.inf, zero)
+        if self.clip is not None:
+            number(f"clip {own}", self.clip, lambda value: 0 < value < math.inf, above)
+        if self.schedule not in get_args(Schedule):
+            expected = ", ".join(get_args(Schedule))
+            raise InputError(f"schedule {own} is {self.schedule!r}; expected one of {expected}.")
+        if whole(f"warmup {own}", self.warmup, 0) >= steps:
+            raise InputError(f"warmup {own} is {self.warmup} of {steps} steps; give fewer than all.")
+
+    def schedule_of(self, steps: int) -> optax.Schedule:
+        """Learning rate by the number of updates before."""
+        after = {
+            "constant": lambda left: optax.constant_schedule(self.learning_rate),
+            "cosine": lambda left: optax.cosine_decay_schedule(self.learning_rate, left),
+            "linear": lambda left: optax.linear_schedule(self.learning_rate, 0.0, left),
+        }[self.schedule](steps - self.warmup)
+        if not self.warmup:
+            return after
+        rise = optax.linear_schedule(self.learning_rate / (self.warmup + 1), self.learning_rate, self.warmup)
+        return optax.join_schedules([rise, after], [self.warmup])
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """Without clipping, which a step does by itself."""
+        return optax.adamw(self.schedule_of(steps), weight_decay=self.weight_decay)

@@ -1,0 +1,107 @@
+"""Batches: every step's rows follow from the seed and the step's number alone, so a resumed run stores no iterator."""
+
+import zlib
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe_lora.training.batch import Batch
+from jax_moe_lora.training.data import Dataset, Example
+from pallas_kernels import BASE_SLOT
+
+Row = tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The examples of one adapter laid out in rows, and its slot."""
+
+    slot: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The rows of every adapter, in turns.
+
+    Attributes:
+      adapters: name -> its rows. batch_size: B. width: T. seed: of the order in which an adapter's rows come, which
+        depends on no other adapter; each epoch has its own.
+    """
+
+    adapters: dict[str, Rows]
+    batch_size: int
+    width: int
+    seed: int
+
+    def batch(self, step: int) -> Batch:
+        """The batch of a step: adapter 0, 1, ... and again, going on where the last step ended."""
+        names = tuple(self.adapters)
+        turns = (divmod(step * self.batch_size + row, len(names)) for row in range(self.batch_size))
+        chosen = [(self.adapters[names[which]].slot, self._row(names[which], turn)) for turn, which in turns]
+        return fill(chosen, self.batch_size, self.width)
+
+    def _row(self, name: str, turn: int) -> Row:
+        rows = self.adapters[name].rows
+        epoch, index = divmod(turn, len(rows))
+        return rows[_order(self.seed, zlib.crc32(name.encode()), epoch, len(rows))[index]]
+
+
+def make_feed(datasets: Mapping[str, Dataset], batch_size: int, width: int, packing: bool, seed: int) -> Feed:
+    """Lays out the examples, slots in the order of `datasets`."""
+    rows = {
+        name: Rows(slot, lay_out(dataset.examples, width, packing))
+        for slot, (name, dataset) in enumerate(datasets.items())
+    }
+    return Feed(rows, batch_size, width, seed)
+
+
+def lay_out(examples: Sequence[Example], width: int, packing: bool) -> tuple[Row, ...]:
+    """One example a row, or as many as fit: the longest first, each into the fullest row that has room."""
+    if not packing:
+        return tuple((example,) for example in examples)
+    rows: list[list[Example]] = []
+    with_room: list[tuple[int, int]] = []  # (positions left, row), the fullest first
+    for example in sorted(examples, key=lambda example: -example.width):
+        fullest = bisect_left(with_room, (example.width, 0))
+        if fullest < len(with_room):
+            room, row = with_room.pop(fullest)
+        else:
+            room, row = width, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        if room > example.width:
+            insort(with_room, (room - example.width, row))
+    return tuple(map(tuple, rows))
+
+
+def whole_batches(adapters: Mapping[str, Rows], batch_size: int, width: int) -> Iterator[Batch]:
+    """Every row once, for evaluation; the last batch is filled up with rows of padding."""
+    every = [(rows.slot, row) for rows in adapters.values() for row in rows.rows]
+    for begin in range(0, len(every), batch_size):
+        yield fill(every[begin : begin + batch_size], batch_size, width)
+
+
+def fill(rows: Sequence[tuple[int, Row]], batch_size: int, width: int) -> Batch:
+    """(slot, examples) rows as arrays `[B, T]`; rows that are missing are padding."""
+    tokens, positions, segments, slots, targets = (np.zeros((batch_size, width), np.int32) for _ in range(5))
+    weights = np.zeros((batch_size, width), np.float32)
+    slots[:] = BASE_SLOT
+    for index, (slot, row) in enumerate(rows):
+        begin = 0
+        for number, example in enumerate(row, 1):
+            here = index, slice(begin, begin + example.width)
+            tokens[here], targets[here] = example.tokens[:-1], example.tokens[1:]
+            positions[here], segments[here], slots[here] = np.arange(example.width), number, slot
+            weights[index, begin + example.learnt - 1 : begin + example.width] = 1
+            begin += example.width
+    return Batch(*map(jnp.asarray, (tokens, positions, segments, slots, targets, weights)))
+
+
+@lru_cache(maxsize=64)
+def _order(seed: int, name: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, name, epoch]).permutation(count)

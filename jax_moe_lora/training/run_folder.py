@@ -1,0 +1,90 @@
+"""The folder of a run: one process writes it at a time, and what it says of its steps agrees with its checkpoint."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jax_moe_lora.errors import InputError
+
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raises an `InputError` where a run cannot begin in this folder, or be resumed from it."""
+    if not out.parent.is_dir():
+        raise InputError(f"{out} cannot be written: there is no folder {out.parent}.")
+    if not os.path.lexists(out):
+        return
+    if not resume:
+        raise InputError(f"{out} exists; go on with its run (--resume, resume=True), or name a new folder.")
+    if not out.is_dir():
+        raise InputError(f"{out} is no folder; name one.")
+    if not (out / CHECKPOINTS).is_dir() and any(out.iterdir()):
+        raise InputError(f"{out} holds files and no run; name another folder.")
+
+
+@contextmanager
+def run_folder(out: Path, resume: bool) -> Iterator[Path]:
+    """Makes the folder where it is not there, and keeps other processes out of it.
+
+    Raises:
+      InputError: as `check_out`; another process trains there; the system refuses to write.
+    """
+    check_out(out, resume)
+    try:
+        out.mkdir(exist_ok=resume)
+        (out / CHECKPOINTS).mkdir(exist_ok=True)
+        lock = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{out} is being written by another run; wait for it, or name another folder.") from error
+        except OSError:  # some network file systems have no locks; there two processes are not told apart
+            pass
+        yield out
+    finally:
+        os.close(lock)
+
+
+class MetricsFile:
+    """JSON lines, one a step, beginning with those of the steps that the run goes on from; use as a context manager."""
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in _lines(path) if _step_of(line) <= step]
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_bytes(b"".join(kept))
+        partial.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "MetricsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+
+    def sync(self) -> None:
+        """Returns once the lines are on disk; a checkpoint promises those of the steps before it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+
+
+def _step_of(line: bytes) -> float:
+    """Infinite for the half line that a killed process leaves behind."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,114 @@
+"""What an adapter trains: rank, scale, layout and the projections that it targets."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.arguments import number, whole
+from jax_moe_lora.errors import InputError
+
+Layout = Literal["fused", "per-expert", "shared-outer"]
+Init = Literal["kaiming", "gaussian"]
+Side = Literal["a", "b"]
+
+SIDES: tuple[Side, ...] = get_args(Side)
+EXPERTS = ("gate", "up", "down")
+# The side that touches the hidden width, as Tinker shares it.
+OUTER = {("gate", "a"), ("up", "a"), ("down", "b")}
+# The name by which `write_adapter` knows a layout.
+WRITTEN_AS: dict[Layout, str] = {"fused": "peft", "per-expert": "peft-per-expert", "shared-outer": "tinker"}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """One adapter to train.
+
+    Attributes:
+      rank: R of every module that `ranks` does not name. alpha: the update is scaled by alpha / R.
+      layout: of the routed experts. `fused`, PEFT's 3-D parameters: gate and up of an expert share one A. `per-expert`:
+        each expert has an A and a B for each module. `shared-outer`, Tinker's: A of gate, A of up and B of down are one
+        matrix for all experts.
+      targets: module names of the model's sites, such as `gate`, `up`, `down`, `router`, `q`, `mlp_up`.
+      rank_stabilised: scale by alpha / sqrt(R).
+      init: of A; B begins at zero. `kaiming` is PEFT's default, uniform within 1 / sqrt(in); `gaussian` is normal with
+        deviation 1 / R.
+      ranks: (module, rank) of those with another rank.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    layout: Layout = "fused"
+    targets: tuple[str, ...] = EXPERTS
+    rank_stabilised: bool = False
+    init: Init = "kaiming"
+    ranks: tuple[tuple[str, int], ...] = ()
+
+    def rank_of(self, module: str) -> int:
+        return dict(self.ranks).get(module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """The factor on the module's update."""
+        rank = self.rank_of(module)
+        return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.rank_of(module) for module in self.targets)
+
+    def matrix(self, module: str, side: Side) -> str:
+        """The name of a module's A or B, which two modules have in common where they share it."""
+        aliased = (
+            self.layout == "fused" and side == "a" and module in ("gate", "up") and {"gate", "up"} <= {*self.targets}
+        )
+        return f"{'gate_up' if aliased else module}.{side}"
+
+    def shape(self, module: str, side: Side, site: Site) -> tuple[int, int, int]:
+        """`[E or 1, R, in]` of A, `[E or 1, out, R]` of B."""
+        shared = self.layout == "shared-outer" and (module, side) in OUTER
+        experts, rank = 1 if shared else site.num_experts, self.rank_of(module)
+        return (experts, rank, site.in_width) if side == "a" else (experts, site.out_width, rank)
+
+    def shapes(self, sites: Mapping[str, Site]) -> dict[str, tuple[int, int, int]]:
+        """Key -> shape of every matrix, by layer: `{layer}.{matrix}.{side}`, as in `0.gate_up.a` or `2.q.b`."""
+        layers = sorted({layer for module in self.targets for layer in sites[module].layers})
+        return {
+            f"{layer}.{self.matrix(module, side)}": self.shape(module, side, sites[module])
+            for layer in layers
+            for module in self.targets
+            if layer in sites[module].layers
+            for side in SIDES
+        }
+
+    def check(self, name: str, sites: Mapping[str, Site]) -> None:
+        """Raises an `InputError` that names the adapter and the field, where the model cannot train this."""
+        own = f"of adapter {name!r}"
+        for field, kinds in (("layout", Layout), ("init", Init)):
+            if getattr(self, field) not in get_args(kinds):
+                raise InputError(
+                    f"{field} {own} is {getattr(self, field)!r}; expected one of {', '.join(get_args(kinds))}."
+                )
+        whole(f"rank {own}", self.rank, 1)
+        number(f"alpha {own}", self.alpha, lambda alpha: 0 < alpha < math.inf, "a number above zero")
+        self._check_targets(own, sites)
+        for module, rank in self.ranks:
+            if module not in self.targets:
+                raise InputError(
+                    f"ranks {own} name {module!r}, which is none of its targets {', '.join(self.targets)}."
+                )
+            whole(f"rank of {module} {own}", rank, 1)
+        if self.matrix("gate", "a") == self.matrix("up", "a") and self.rank_of("gate") != self.rank_of("up"):
+            raise InputError(
+                f"ranks {own} are {self.rank_of('gate')} for gate and {self.rank_of('up')} for up, which share one A "
+                "in the fused layout; give both one rank, or use the per-expert layout."
+            )
+
+    def _check_targets(self, own: str, sites: Mapping[str, Site]) -> None:
+        if not self.targets:
+            raise InputError(f"targets {own} are empty; expected some of {', '.join(sites)}.")
+        for module in self.targets:
+            if module not in sites:
+                raise InputError(f"targets {own} name {module!r}, which this model lacks; expected {', '.join(sites)}.")
+        if len({*self.targets}) < len(self.targets):
+            raise InputError(f"targets {own} name a module twice: {', '.join(self.targets)}.")

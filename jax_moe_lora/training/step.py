@@ -1,0 +1,200 @@
+"""One update of every adapter in a batch: gradients of the adapters alone, each with its own optimizer.
+
+The loss of an adapter is the mean over its own tokens, and the sum over adapters is differentiated: the gradient
+of one does not depend on what the others are given. The base model's weights are an argument, and never change.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_moe_lora.arguments import number, whole
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.training.adapters import Params
+from jax_moe_lora.training.batch import Batch
+from jax_moe_lora.training.evaluation import Losses, Totals, losses_of, masked
+from jax_moe_lora.training.spec import AdapterSpec
+from pallas_kernels import Implementation
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes, by adapter.
+
+    Attributes:
+      params: as `init_params` makes them. optimizer_states: of optax. updates: int32, how often each was updated.
+    """
+
+    params: dict[str, Params]
+    optimizer_states: dict[str, Any]
+    updates: dict[str, Int[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Metrics:
+    """What a step did, by slot.
+
+    Attributes:
+      losses: before the update. gradient_norm: float32 `[S]`, before clipping. updated: bool `[S]`, whether the adapter
+        had a token to learn; all others are as they were.
+    """
+
+    losses: Losses
+    gradient_norm: Float[Array, "S"]
+    updated: Bool[Array, "S"]
+
+
+TrainStep = Callable[[TrainState, ModelParams, Batch], tuple[TrainState, Metrics]]
+
+
+def init_state(params: Mapping[str, Params], optimizers: Mapping[str, optax.GradientTransformation]) -> TrainState:
+    """The state before the first step, of params that `init_params` or `from_adapter` made.
+
+    The first step donates it: hand in arrays that nobody else needs.
+    """
+    return TrainState(
+        {name: dict(own) for name, own in params.items()},
+        {name: optimizers[name].init(own) for name, own in params.items()},
+        {name: jnp.zeros((), jnp.int32) for name in params},
+    )
+
+
+def make_step(
+    config: ModelConfig,
+    specs: Mapping[str, AdapterSpec],
+    optimizers: Mapping[str, optax.GradientTransformation],
+    *,
+    clip: float | Mapping[str, float] | None = None,
+    router_loss: float = 0.0,
+    micro_batches: int = 1,
+    implementation: Implementation | None = None,
+) -> TrainStep:
+    """The jitted `step(state, model_params, batch) -> (state, metrics)`; it donates the state.
+
+    An adapter without a token to learn in the batch keeps its params, its optimizer's state and so its place in its
+    schedule bit for bit. Batches of one shape share one program.
+
+    Args:
+      specs: adapter -> what it trains; the first is slot 0. optimizers: adapter -> its own, schedule included.
+      clip: largest norm of an adapter's gradient, one for all or by adapter; where there is none, nothing is clipped.
+      router_loss: coefficient of the router's auxiliary loss, which each adapter has over its own tokens; 0 is off.
+      micro_batches: parts of a batch that are computed one after the other. The gradient is that of the whole batch's
+        mean; the router's loss is the mean over parts, by each part's share of the adapter's tokens.
+
+    Raises:
+      InputError: a spec that the model cannot train, optimizers for other adapters, or a number out of range. When a
+        batch is first seen: rows that micro_batches does not divide.
+    """
+    if {*optimizers} != {*specs}:
+        raise InputError(f"optimizers are for {_names(optimizers)}; expected one for each of {_names(specs)}.")
+    micro_batches = whole("micro_batches", micro_batches, 1)
+    router_loss = number("router_loss", router_loss, lambda value: 0 <= value < float("inf"), "zero or more")
+    if isinstance(clip, Mapping) and not {*clip} <= {*specs}:
+        raise InputError(f"clip is for {_names(clip)}; expected some of {_names(specs)}.")
+    clips = {name: _clipping(clip.get(name) if isinstance(clip, Mapping) else clip) for name in specs}
+    evaluate = losses_of(config, specs, router_loss > 0, implementation)
+
+    def loss(params: Mapping[str, Params], model: ModelParams, part: Batch, whole_batch: Totals):
+        losses = evaluate(params, model, part, whole_batch)
+        return (losses.loss + router_loss * losses.router).sum(), losses
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, model: ModelParams, batch: Batch) -> tuple[TrainState, Metrics]:
+        batch = masked(batch)
+        totals = Totals.of(batch, len(specs))
+        gradients, losses = _gradients(loss, state.params, model, batch, totals, micro_batches)
+        updated = totals.weight > 0
+        new = {
+            name: _update(optimizers[name], clips[name], _Own.of(state, name), gradients[name], updated[slot])
+            for slot, name in enumerate(specs)
+        }
+        norms = jnp.stack([optax.tree.norm(gradients[name]) for name in specs])
+        return _Own.together(new), Metrics(losses, norms, updated)
+
+    return step
+
+
+def _gradients(
+    loss: Callable[..., tuple[Array, Losses]],
+    params: dict[str, Params],
+    model: ModelParams,
+    batch: Batch,
+    totals: Totals,
+    micro_batches: int,
+) -> tuple[dict[str, Params], Losses]:
+    """Gradients with respect to the params, and losses, of the whole batch."""
+
+    gradient_of = jax.grad(loss, has_aux=True)
+    if micro_batches == 1:
+        return gradient_of(params, model, batch, totals)
+
+    def accumulate(sum_before: dict[str, Params], part: Batch) -> tuple[dict[str, Params], Losses]:
+        own, losses = gradient_of(params, model, part, totals)
+        return jax.tree.map(jnp.add, sum_before, own), losses
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    gradients, parts = lax.scan(accumulate, zeros, _split(batch, micro_batches))
+    return gradients, jax.tree.map(lambda part: part.sum(axis=0), parts)
+
+
+class _Own(NamedTuple):
+    """One adapter's part of the state."""
+
+    params: Params
+    optimizer_state: Any
+    updates: Int[Array, ""]
+
+    @classmethod
+    def of(cls, state: TrainState, name: str) -> "_Own":
+        return cls(state.params[name], state.optimizer_states[name], state.updates[name])
+
+    @staticmethod
+    def together(parts: Mapping[str, "_Own"]) -> TrainState:
+        return TrainState(
+            {name: own.params for name, own in parts.items()},
+            {name: own.optimizer_state for name, own in parts.items()},
+            {name: own.updates for name, own in parts.items()},
+        )
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    clip: optax.GradientTransformation,
+    old: _Own,
+    gradient: Params,
+    present: Bool[Array, ""],
+) -> _Own:
+    """The adapter after one update, or as it was."""
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes a step count with float32
+        clipped, _ = clip.update(gradient, clip.init(gradient))
+        updates, optimizer_state = optimizer.update(clipped, old.optimizer_state, old.params)
+        new = _Own(optax.apply_updates(old.params, updates), optimizer_state, old.updates + 1)
+    return jax.tree.map(lambda new, old: jnp.where(present, new, old), new, old)
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    rows = batch.tokens.shape[0]
+    if rows % parts:
+        raise InputError(f"A batch has {rows} rows, which {parts} micro_batches do not divide; give a multiple.")
+    return jax.tree.map(lambda values: values.reshape(parts, rows // parts, *values.shape[1:]), batch)
+
+
+def _clipping(clip: float | None) -> optax.GradientTransformation:
+    if clip is None:
+        return optax.identity()
+    return optax.clip_by_global_norm(number("clip", clip, lambda norm: 0 < norm < float("inf"), "a number above zero"))
+
+
+def _names(adapters: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, adapters)) or "none"

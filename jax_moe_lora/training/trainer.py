@@ -1,0 +1,291 @@
+"""Training of many adapters at once on one frozen model, from JSONL to adapter folders."""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.adapters.writing import LAYOUTS, write_adapter
+from jax_moe_lora.arguments import sequence, whole
+from jax_moe_lora.checkpoint import load_params, read_model_config
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.hub import local_folder
+from jax_moe_lora.model import DTYPES
+from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.registry import family
+from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.text import Tokenizer
+from jax_moe_lora.training.adapters import init_params, to_adapter
+from jax_moe_lora.training.checkpoint import Checkpoints
+from jax_moe_lora.training.data import Encoder, Lines, read_datasets
+from jax_moe_lora.training.log import Log, Progress
+from jax_moe_lora.training.recipe import Recipe
+from jax_moe_lora.training.rows import Rows, lay_out, make_feed, whole_batches
+from jax_moe_lora.training.run_folder import CHECKPOINTS, METRICS, MetricsFile, run_folder
+from jax_moe_lora.training.scoring import Evaluation, evaluate, make_scoring
+from jax_moe_lora.training.spec import WRITTEN_AS
+from jax_moe_lora.training.step import Metrics, TrainState, init_state, make_step
+from pallas_kernels import Implementation
+
+Source = str | Path | Sequence[Mapping[str, str]]
+"""A JSONL file, or the objects of its lines."""
+
+LOG_EVERY = 10  # steps
+RESERVED = (CHECKPOINTS, METRICS, "__base__")  # names that an adapter cannot have
+EMPTY: Mapping[str, Any] = {}
+
+
+class Trainer:
+    """Adapters that are trained together: each batch holds rows of all of them, and none sees the others' examples."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        data: Mapping[str, Source],
+        *,
+        steps: int,
+        recipe: Recipe | Mapping[str, Recipe] | None = None,
+        evaluation: Mapping[str, Source] = EMPTY,
+        batch_size: int = 8,
+        micro_batches: int = 1,
+        sequence_length: int | None = None,
+        packing: bool = True,
+        router_loss: float = 0.0,
+        seed: int = 0,
+        dtype: str = "bfloat16",
+        skip_bad_lines: bool = False,
+        implementation: Implementation | None = None,
+    ):
+        """Checks everything, reads the data and then the model.
+
+        Args:
+          model: checkpoint folder, or a hub id. data: adapter -> a JSONL file, or the objects of its lines, each
+            `{"prompt", "completion"}` or `{"text"}`. evaluation: the same, of some of the adapters.
+          steps: updates of every adapter. recipe: one for all, or one for each.
+          batch_size: rows of an update, at least one an adapter; they take turns. micro_batches: parts of it that are
+            computed one after the other.
+          sequence_length: tokens of a row; None is 512, or the model's positions where they are fewer.
+          packing: several examples a row.
+          router_loss: coefficient of the load-balancing loss. seed: of the first weights and the order of the examples.
+          dtype: of the frozen model; adapters and their optimizers are float32.
+          skip_bad_lines: leave out lines that cannot be trained on; they are counted in `skipped`.
+
+        Raises:
+          InputError: a bad argument; all lines that cannot be trained on, at once. ConfigError, CheckpointError: the
+          model's folder.
+        """
+        _check_names(data, evaluation)
+        self.steps, self.seed = whole("steps", steps, 1), whole("seed", seed, 0)
+        self.batch_size, self.packing = whole("batch_size", batch_size, 1), packing
+        self.micro_batches = _parts(self.batch_size, micro_batches, len(data))
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        folder = local_folder(model)
+        self.config, self._source = read_model_config(folder), str(model)
+        self.width = _width(sequence_length, self.config.max_positions)
+        self.sites, self.recipes = adapter_sites(self.config), _recipes(recipe, data)
+        for name, own in self.recipes.items():
+            own.check(name, self.sites, self.steps)
+        self.specs = {name: own.spec for name, own in self.recipes.items()}
+        self._schedules = {name: own.schedule_of(self.steps) for name, own in self.recipes.items()}
+        self._optimizers = {name: own.optimizer(self.steps) for name, own in self.recipes.items()}
+        self._step = make_step(
+            self.config,
+            self.specs,
+            self._optimizers,
+            clip={name: own.clip for name, own in self.recipes.items()},
+            router_loss=router_loss,
+            micro_batches=self.micro_batches,
+            implementation=implementation,
+        )
+        self._router_loss, self._score = router_loss, make_scoring(self.config, self.specs, implementation)
+        self._read_data(folder, data, evaluation, skip_bad_lines)
+        self.params = load_params(folder, self.config, dtype)
+        self.state, self.step = self._first_state(), 0
+
+    def _read_data(
+        self, folder: Path, data: Mapping[str, Source], evaluation: Mapping[str, Source], skip: bool
+    ) -> None:
+        eos = next(iter(self.config.eos_token_ids), None)
+        encoder = Encoder(Tokenizer(folder), eos, self.config.vocab_size, self.width)
+        every = {name: _lines(name, source) for name, source in data.items()}
+        held_out = {f"{name} (evaluation)": _lines(name, source) for name, source in evaluation.items()}
+        datasets = read_datasets({**every, **held_out}, encoder, skip)
+        self.datasets = {name: datasets[name] for name in data}
+        self.skipped = {name: dataset.skipped for name, dataset in datasets.items() if dataset.skipped}
+        self._feed = make_feed(self.datasets, self.batch_size, self.width, self.packing, self.seed)
+        self._evaluation = {
+            name: Rows(slot, lay_out(datasets[f"{name} (evaluation)"].examples, self.width, packing=True))
+            for slot, name in enumerate(data)
+            if name in evaluation
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that the result depends on; a checkpoint is resumed with the same alone."""
+        return {
+            "model": {
+                "type": self.config.model_type,
+                "weights": sampled_digest(self.params),
+                "dtype": str(self.params.embedding.dtype),
+            },
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "micro_batches": self.micro_batches,
+            "sequence_length": self.width,
+            "packing": self.packing,
+            "router_loss": self._router_loss,
+            "seed": self.seed,
+            "adapters": {
+                name: {"data": self.datasets[name].digest, **asdict(own)} for name, own in self.recipes.items()
+            },
+        }
+
+    def train_step(self) -> Metrics:
+        """One update of every adapter; its metrics stay on the device until they are read."""
+        self.state, metrics = self._step(self.state, self.params, self._feed.batch(self.step))
+        self.step += 1
+        return metrics
+
+    def evaluate(self) -> dict[str, Evaluation]:
+        """What the adapters do on their evaluation examples, as they are now."""
+        batches = whole_batches(self._evaluation, self._feed.batch_size, self._feed.width)
+        found = evaluate(lambda batch: self._score(self.state.params, self.params, batch), batches, len(self.recipes))
+        return {name: own for name, own in zip(self.recipes, found, strict=True) if own is not None}
+
+    def adapter(self, name: str) -> LoRAAdapter:
+        """An adapter as it is now, for `Model.load_adapter` or `write_adapter`."""
+        source = {"base_model_name_or_path": self._source}
+        return to_adapter(self.state.params[name], self.recipes[name].spec, self.sites, name, source)
+
+    def write(self, out: str | Path, layout: str | None = None) -> list[str]:
+        """Writes every adapter as a folder of its name, each whole or not at all, over what an earlier run left there.
+
+        Args:
+          layout: of `write_adapter`; the spec's own where None. Others may write copies of shared matrices.
+
+        Returns:
+          What is said of each, as `write_adapter` does.
+        """
+        check_layout(layout)
+        names = family(self.config.model_type).ADAPTER_NAMES
+        said = []
+        for name, recipe in self.recipes.items():
+            own = WRITTEN_AS[recipe.spec.layout]
+            options = {"expand": layout not in (None, own), "force": True}
+            notes = write_adapter(self.adapter(name), Path(out) / name, self.sites, names, layout or own, **options)
+            said += [f"{name}: {note}" for note in notes]
+        return said
+
+    def run(
+        self,
+        out: str | Path,
+        *,
+        resume: bool = False,
+        save_every: int = 500,
+        evaluate_every: int | None = None,
+        layout: str | None = None,
+        report: Callable[[Progress], None] | None = None,
+    ) -> list[str]:
+        """Trains to the last step and writes `out/NAME`, beside `out/metrics.jsonl` and `out/checkpoints`.
+
+        Args:
+          resume: go on from the newest checkpoint in `out`, with the bits that a run without an end would have had;
+            without one, begin.
+          save_every: steps between checkpoints. evaluate_every: steps between evaluations, beside that after the last.
+          layout, and what is returned: as `write`. report: called as the run goes on.
+
+        Raises:
+          InputError: `out` exists and is not to be resumed, belongs to a run with other settings, or cannot be written;
+          a loss that is not finite, by its adapter and step.
+        """
+        check_layout(layout)
+        out, save_every = Path(out), whole("save_every", save_every, 1)
+        evaluate_every = whole("evaluate_every", evaluate_every or self.steps, 1)
+        settings = self.settings()
+        with run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
+            if found := checkpoints.restore(self.state, settings):
+                self.step, self.state = found
+            with MetricsFile(out / METRICS, self.step) as metrics:
+                log = Log(self._schedules, self.steps, metrics, report)
+                while self.step < self.steps:
+                    taken = self.train_step()
+                    log.add(self.step, taken)
+                    last = self.step == self.steps
+                    saving, evaluating = last or self.step % save_every == 0, last or self.step % evaluate_every == 0
+                    if saving or evaluating or self.step % LOG_EVERY == 0:
+                        log.write(self.evaluate() if evaluating and self._evaluation else {})
+                    if saving:
+                        metrics.sync()
+                        checkpoints.save(self.step, self.state, settings)
+            return self.write(out, layout)
+
+    def _first_state(self) -> TrainState:
+        """Each adapter's weights follow from the seed and its name, whatever the others are."""
+        key = jax.random.key(self.seed)
+        keys = {name: jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))) for name in self.recipes}
+        params = {name: init_params(own.spec, self.sites, keys[name]) for name, own in self.recipes.items()}
+        return init_state(params, self._optimizers)
+
+
+def sampled_digest(params: ModelParams) -> str:
+    """SHA-256 of some values of every weight: another model has others, and reading all would take minutes."""
+    found = hashlib.sha256()
+    sample = jax.jit(lambda leaf: leaf.reshape(-1)[:: max(1, leaf.size // 256)])
+    for leaf in jax.tree.leaves(params):
+        found.update(np.asarray(sample(leaf)).tobytes())
+    return found.hexdigest()
+
+
+def check_layout(layout: str | None) -> None:
+    """Refuses what `write_adapter` does not write, before the work whose result it is to write."""
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+
+
+def _check_names(data: Mapping[str, Source], evaluation: Mapping[str, Source]) -> None:
+    if not data:
+        raise InputError("data names no adapter; give at least one, with its examples.")
+    for name in data:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name) or name in RESERVED:
+            raise InputError(
+                f"Adapter name {name!r} cannot be a folder's; expected letters, digits, '-', '_' and '.', and none of "
+                f"{', '.join(RESERVED)}."
+            )
+    for name in evaluation:
+        if name not in data:
+            raise InputError(f"evaluation names {name!r}, which is none of the adapters {', '.join(data)}.")
+
+
+def _parts(batch_size: int, micro_batches: int, adapters: int) -> int:
+    if batch_size < adapters:
+        raise InputError(f"batch_size is {batch_size} for {adapters} adapters; give at least one row an adapter.")
+    if batch_size % whole("micro_batches", micro_batches, 1):
+        raise InputError(f"batch_size is {batch_size}, which {micro_batches} micro_batches do not divide.")
+    return micro_batches
+
+
+def _width(sequence_length: int | None, max_positions: int) -> int:
+    if sequence_length is None:
+        return min(512, max_positions)
+    return whole("sequence_length", sequence_length, 1, max_positions)
+
+
+def _recipes(recipe: Recipe | Mapping[str, Recipe] | None, data: Mapping[str, Source]) -> dict[str, Recipe]:
+    if not isinstance(recipe, Mapping):
+        return dict.fromkeys(data, recipe or Recipe())
+    if set(recipe) != set(data):
+        raise InputError(f"recipe names {', '.join(recipe)}; expected one for each of {', '.join(data)}.")
+    return {name: recipe[name] for name in data}
+
+
+def _lines(name: str, source: Source) -> Lines:
+    if isinstance(source, str | Path):
+        return Path(source)
+    return sequence(f"data of {name!r}", source)
