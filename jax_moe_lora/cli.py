@@ -15,6 +15,7 @@ from rich.table import Table
 from jax_moe_lora.benchmark.command import bench, tune
 from jax_moe_lora.benchmark.load_command import bench_load
 from jax_moe_lora.benchmark.model_command import bench_model
+from jax_moe_lora.benchmark.train_command import bench_train
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.train_command import train
 from jax_moe_lora.units import format_bytes
@@ -33,6 +34,7 @@ app.command()(train)
 app.command()(bench)
 app.command("bench-load")(bench_load)
 app.command("bench-model")(bench_model)
+app.command("bench-train")(bench_train)
 app.command()(tune)
 
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gradients import TOLERANCE, arguments, assert_gradients, cotangent, loss, plain, with_pools
 from jax.test_util import check_grads
-from paged import MODULES, PagedLayer, PagedSpec, draw_layer
+from paged import MODULES, PagedSpec, draw_layer
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.linear import dense_plan, lora_linear
 from jax_moe_lora.moe import moe_lora, routed_experts
-from jax_moe_lora.types import ExpertWeights
-from pallas_kernels import LoRAPages, make_plan, page_gradients
+from pallas_kernels import make_plan, page_gradients
 
 RANKS = (4, 16, 17, 40)
 SPECS = {
@@ -29,63 +29,6 @@ SPECS = {
     "bfloat16": PagedSpec(23, 64, 96, 5, 3, slots=5, ranks=RANKS, empty_slots=1),
     "float16": PagedSpec(23, 64, 96, 5, 3, slots=5, ranks=RANKS, dtype="float16", empty_slots=1),
 }
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
-Arguments = tuple[jax.Array, jax.Array, ExpertWeights, dict[int, jax.Array]]
-
-
-def arguments(layer: PagedLayer) -> Arguments:
-    """x, router weights, experts and the pools by width."""
-    return layer.x, layer.gates, layer.experts, {p.a.shape[2]: p.a for p in layer.adapters.values()}
-
-
-def with_pools(layer: PagedLayer, pools: dict[int, jax.Array]) -> dict[str, LoRAPages]:
-    return {m: replace(p, a=pools[p.a.shape[2]], b=pools[p.b.shape[2]]) for m, p in layer.adapters.items()}
-
-
-def loss(layer: PagedLayer, implementation: str, remat: bool, x, gates, experts, pools) -> jax.Array:
-    adapters = with_pools(layer, pools)
-    y = routed_experts(x, gates, layer.chosen, experts, layer.config, adapters, layer.slots, implementation, remat)
-    return (y.astype(jnp.float32) * cotangent(y.shape)).sum()
-
-
-def cotangent(shape: tuple[int, ...]) -> jax.Array:
-    """Of values that every dtype holds exactly."""
-    return jax.random.randint(jax.random.key(5), shape, -8, 9).astype(jnp.float32) / 8
-
-
-def plain(layer: PagedLayer, x, gates, experts, pools) -> jax.Array:
-    """The same in plain jnp, one page at a time; a pair whose expert is out of range is skipped."""
-    routed = (layer.chosen >= 0) & (layer.chosen < layer.spec.experts)
-    expert = jnp.where(routed, layer.chosen, 0)
-    slot = jnp.broadcast_to(layer.slots[:, None], expert.shape)
-
-    def linear(module: str, rows: jax.Array) -> jax.Array:
-        y = jnp.einsum("tkoi,tki->tko", getattr(experts, module)[expert], rows)
-        pages = layer.adapters[module]
-        table, scale = pages.table[slot, expert], pages.scale[slot, expert]
-        for page in range(-(-pages.max_rank // 16)):
-            live = ((slot >= 0) & (page < table[..., 2]))[..., None, None]
-            a, b = (
-                jnp.where(live, pools[width][jnp.where(live[..., 0, 0], table[..., column] + page, 0)], 0)
-                for column, width in enumerate((pages.a.shape[2], pages.b.shape[2]))
-            )
-            y = y + scale[..., None] * jnp.einsum("tkro,tkr->tko", b, jnp.einsum("tkri,tki->tkr", a, rows))
-        return y
-
-    rows = jnp.broadcast_to(x[:, None], (*expert.shape, x.shape[1]))
-    down = linear("down", jax.nn.silu(linear("gate", rows)) * linear("up", rows))
-    y = (jnp.where(routed, gates, 0)[..., None] * down).sum(1)
-    return (y * cotangent(y.shape)).sum()
-
-
-def assert_gradients(found, expected, tolerance: float) -> None:
-    names = jax.tree_util.tree_leaves_with_path(expected)
-    for (path, want), got in zip(names, jax.tree.leaves(found), strict=True):
-        want, got = np.nan_to_num(np.asarray(want, np.float64)), np.asarray(got, np.float64)
-        where = jax.tree_util.keystr(path)
-        assert np.isfinite(got).all(), where
-        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
-        assert error <= tolerance, f"{where}: relative error {error:.1e}, at most {tolerance} was expected"
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
