@@ -32,7 +32,8 @@ def token_rows(
 def _gaps(plan: RoutingPlan) -> Int[Array, "N"]:
     """The rows between experts, and the first ones after the last; beside them numbers that are out of range."""
     ends, total = plan.group_starts + plan.group_sizes, plan.order.shape[0]
-    between = ends[:-1, None] + jnp.arange(plan.alignment, dtype=jnp.int32)[None, :]
+    # `group_start` leaves up to twice the alignment, less two rows.
+    between = ends[:-1, None] + jnp.arange(2 * plan.alignment, dtype=jnp.int32)[None, :]
     between = jnp.where(between < plan.group_starts[1:, None], between, total).reshape(-1)
     return jnp.append(between, ends[-1] + jnp.arange(DEPTH, dtype=jnp.int32))
 

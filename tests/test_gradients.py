@@ -80,8 +80,8 @@ def test_check_grads(name):
         experts = replace(experts, gate_bias=draw(3, 16), up_bias=draw(3, 16), down_bias=draw(3, 16))
         config = replace(layer.config, activation="clamped_swiglu")
 
+        @jax.jit
         def layer_of(x, gates, experts, pools):
-            x, gates, experts, pools = jax.tree.map(jnp.asarray, (x, gates, experts, pools))
             adapters = with_pools(layer, pools)
             return routed_experts(x, gates, layer.chosen, experts, config, adapters, layer.slots, "xla")
 
@@ -90,8 +90,8 @@ def test_check_grads(name):
     config = MoEConfig(16, 16, 3, 2, renormalize=True)
     router = jnp.asarray(3 * rng.normal(size=(3, 16)), jnp.float32)  # apart: no step crosses a choice of expert
 
+    @jax.jit
     def through_router(x, router, pools):
-        x, router, pools = jax.tree.map(jnp.asarray, (x, router, pools))
         return moe_lora(x, router, experts, config, with_pools(layer, pools), layer.slots, implementation="xla")
 
     check_grads(through_router, (x, router, live), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
