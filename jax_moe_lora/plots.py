@@ -67,14 +67,15 @@ def heatmaps(
     )
     for axis, (name, array) in zip(axes[0], values.items(), strict=True):
         image = axis.imshow(array, **style)
-        axis.set(title=name if len(values) > 1 else "", xlabel=xlabel)
+        axis.set_title(name if len(values) > 1 else "", fontsize=10)
+        axis.set_xlabel(xlabel)
         axis.set_xticks(range(len(columns)), columns, fontsize=8)
         axis.set_yticks(range(len(rows)), rows)
         if digits is not None:
             _write(axis, image, array, digits)
     axes[0, 0].set_ylabel(ylabel)
     figure.suptitle(title, fontsize=11)
-    figure.colorbar(image, ax=axes, label=label, shrink=0.95)
+    figure.colorbar(image, ax=axes, label=label, fraction=0.12 / len(values), pad=0.03 / len(values))
     return axes[0]
 
 
@@ -83,7 +84,7 @@ def _write(axis: Any, image: Any, values: Float[np.ndarray, "N M"], digits: int)
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = image.cmap(image.norm(value))
         color = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-        axis.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=7)
+        axis.text(column, row, f"{round(value, digits) + 0.0:.{digits}f}", ha="center", va="center", color=color, fontsize=7)
 
 
 def lines(
@@ -105,7 +106,7 @@ def lines(
       logx: a base-2 axis with a tick at every x. axes: those to draw into, new ones where None.
     """
     if axes is None:
-        _, axes = pyplot().subplots(figsize=(6.4, 3.4), layout="constrained")
+        _, axes = pyplot().subplots(figsize=(7.2, 3.4), layout="constrained")
     x = np.asarray(x)
     points = {"ms": 4} if len(x) <= 32 else {"marker": "", "lw": 1.4}
     for index, (name, values) in enumerate(series.items()):
@@ -123,7 +124,7 @@ def lines(
         axes.set_yscale("log")
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
 
 
