@@ -45,7 +45,7 @@ def heatmaps(
     """Matrices side by side on one colour scale.
 
     Args:
-      panels: name above the panel -> `[N, M]`. rows, columns: the N and M names along the axes.
+      panels: name above the panel -> `[N, M]`; NaN leaves a cell empty. rows, columns: names along the axes, N and M.
       label: what a colour means, with its unit. diverging: zero is white, and the scale symmetric about it.
       digits: decimals of the numbers that are written into the cells; None writes none.
 
@@ -56,8 +56,8 @@ def heatmaps(
     for name, array in values.items():
         if array.shape != (len(rows), len(columns)):
             raise InputError(f"{name} is {list(array.shape)}; {len(rows)} rows and {len(columns)} columns are named.")
-    top = max((np.abs(array).max() for array in values.values()), default=1.0)
-    low = -top if diverging else min((array.min() for array in values.values()), default=0.0)
+    top = max(np.nanmax(np.abs(array) if diverging else array) for array in values.values())
+    low = -top if diverging else min(np.nanmin(array) for array in values.values())
     style = {"cmap": "PuOr_r" if diverging else "cividis", "vmin": low, "vmax": top, "aspect": "auto"}
     cell = 0.42 if digits is not None else 0.2
     width = max(2.2, cell * len(columns))
@@ -82,9 +82,13 @@ def heatmaps(
 def _write(axis: Any, image: Any, values: Float[np.ndarray, "N M"], digits: int) -> None:
     """The numbers of a heatmap, in black on light cells and in white on dark ones."""
     for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
         red, green, blue, _ = image.cmap(image.norm(value))
         color = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "white"
-        axis.text(column, row, f"{round(value, digits) + 0.0:.{digits}f}", ha="center", va="center", color=color, fontsize=7)
+        axis.text(
+            column, row, f"{round(value, digits) + 0.0:.{digits}f}", ha="center", va="center", color=color, fontsize=7
+        )
 
 
 def lines(

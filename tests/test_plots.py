@@ -33,6 +33,9 @@ def test_heatmaps_share_one_scale_and_write_the_numbers():
         assert image.get_clim() == (-7, 7)
     assert [text.get_text() for text in axes[0].texts] == ["0.0", "1.0", "2.0", "3.0"]
     assert [axis.get_title() for axis in axes] == ["one", "two"]
+    (axis,) = plots.heatmaps({"": np.array([[-3.0, np.nan, -0.1]])}, "r", "cde", title="", label="", digits=0)
+    assert [text.get_text() for text in axis.texts] == ["-3", "0"]
+    assert axis.images[0].get_clim() == (-3, -0.1)
     with pytest.raises(InputError, match=r"one is \[2, 2\]; 2 rows and 3 columns are named"):
         plots.heatmaps(panels, ["a", "b"], "cde", title="", label="")
 
