@@ -11,12 +11,14 @@ from jax_moe_lora.inspect.folders import (
 )
 from jax_moe_lora.inspect.parity import Difference, difference
 from jax_moe_lora.inspect.routing import changed_experts, coactivation, divergence, entropy, expert_load
+from jax_moe_lora.inspect.trace import Trace, router_trace
 
 __all__ = [
     "AdapterSummary",
     "Difference",
     "ModelSummary",
     "ModuleSummary",
+    "Trace",
     "changed_experts",
     "coactivation",
     "delta_norm",
@@ -28,6 +30,7 @@ __all__ = [
     "inspect_adapter",
     "inspect_folder",
     "inspect_model",
+    "router_trace",
     "singular_values",
     "spectra",
 ]
