@@ -195,10 +195,3 @@ def parity(
     axes.grid(alpha=0.3, axis="both")
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
-
-
-def experts(values: Float[np.ndarray, "L E"], layers: Names, *, title: str, label: str, digits: int = 2) -> Any:
-    """One number of each layer's experts, such as the norm or the effective rank of an adapter's update."""
-    columns = range(np.shape(values)[1])
-    style: dict[str, Any] = {"title": title, "label": label, "xlabel": "expert", "ylabel": "layer", "digits": digits}
-    return heatmaps({"": values}, layers, columns, **style)[0]

@@ -69,9 +69,3 @@ def test_parity_draws_a_point_a_probe_and_a_line_a_tolerance():
     assert points16.get_xdata().tolist() == errors["bfloat16"]
     assert (limit.get_xdata()[0], limit16.get_xdata()[0]) == (1e-5, 1e-2)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "gate"]
-
-
-def test_experts_draws_a_number_an_expert():
-    axis = plots.experts(np.arange(6.0).reshape(2, 3), [1, 4], title="norms", label="unit")
-    np.testing.assert_array_equal(axis.images[0].get_array(), np.arange(6.0).reshape(2, 3))
-    assert axis.figure.get_suptitle() == "norms"
