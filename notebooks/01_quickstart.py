@@ -60,19 +60,21 @@ for row, name in enumerate(names):
 # Logits after the prompt, minus those of the base model: each adapter pushes its own answer up.
 
 # %%
-import matplotlib.pyplot as plt
+from jax_moe_lora import plots
 
 last = np.asarray(mixed[:, -1])
-letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + [chr(c) for c in range(ord("A"), ord("Z") + 1)]
+letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 columns = [model.tokenizer.encode(letter)[-1] for letter in letters]
 shift = (last - last[0])[1:, columns]
-figure, axes = plt.subplots(figsize=(11, 2.6))
-image = axes.imshow(shift, aspect="auto", cmap="RdBu_r", vmin=-np.abs(shift).max(), vmax=np.abs(shift).max())
-axes.set_yticks(range(len(names) - 1), names[1:])
-axes.set_xticks(range(len(letters)), letters, fontsize=7)
-axes.set_title(f"Change of the next-letter logits after “{prompt(text)}”, adapter minus base model")
-figure.colorbar(image, label="logit change")
-plt.show()
+axes = plots.heatmaps(
+    {"": shift},
+    names[1:],
+    letters,
+    title=f"Change of the next-letter logits after “{prompt(text)}”, adapter minus base model",
+    label="logit change",
+    xlabel="next letter",
+    diverging=True,
+)
 
 # %% [markdown]
 # ## Adapters come and go, nothing recompiles

@@ -176,7 +176,7 @@ def test_the_summary_compares_only_cells_that_both_have(tmp_path):
 
 def test_the_plot_is_drawn_without_the_cells_that_failed(tmp_path):
     rows = [row("none", 1, 60.0), row("none", 4096, 70.0), row("s8r16", 1, 80.0), row("s8r16", 8, 0.0, error="lost")]
-    plots.roofline(rows, "a title", tmp_path / "out.png")
+    plots.save_roofline(rows, "a title", tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 

@@ -64,7 +64,7 @@ def bench(
     if plot and out is not None:
         alike = [row for row in report.merge(old, rows) if (row["routing"], row["slots"]) == (routing, slots)]
         title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"
-        plots.roofline(alike, title, out.with_suffix(".png"))
+        plots.save_roofline(alike, title, out.with_suffix(".png"))
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 

@@ -1,0 +1,46 @@
+"""By how much a result differs from a reference."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jax_moe_lora.errors import InputError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A result beside its reference.
+
+    Attributes:
+      max_abs: largest absolute difference. relative: Frobenius norm of the difference over that of the reference.
+      cosine: of the angle between the two, 1 where they point the same way. equal: they are equal, number for number.
+    """
+
+    max_abs: float
+    relative: float
+    cosine: float
+    equal: bool
+
+
+def difference(
+    result: Float[np.ndarray | jax.Array, "*N"], reference: Float[np.ndarray | jax.Array, "*N"]
+) -> Difference:
+    """Compares two arrays of one shape, in float64. A NaN in either makes no figure look small.
+
+    Raises:
+      InputError: shapes that disagree.
+    """
+    if result.shape != reference.shape:
+        raise InputError(
+            f"The result is {list(result.shape)}, the reference {list(reference.shape)}; give two of one shape."
+        )
+    found, wanted = (np.asarray(array).astype(np.float64) for array in (result, reference))
+    apart, size, length = (float(np.linalg.norm(array)) for array in (found - wanted, wanted, found))
+    return Difference(
+        max_abs=float(np.abs(found - wanted).max(initial=0.0)),
+        relative=0.0 if apart == 0 else apart / size if size else float("inf"),
+        cosine=1.0 if apart == 0 else float((found * wanted).sum() / (size * length)) if size * length else 0.0,
+        equal=bool((found == wanted).all()),
+    )

@@ -1,0 +1,85 @@
+"""What the routers of a model decide for given tokens, layer by layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.model import Model
+from jax_moe_lora.models import decoder
+from jax_moe_lora.requests import check_tokens
+from jax_moe_lora.routing import route
+from pallas_kernels import BASE_SLOT
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Routers' decisions as numpy arrays; L counts the routed layers.
+
+    Attributes:
+      scores: float32 `[L, B, T, E]`, the routers' matmuls, adapters included.
+      weights, experts: float32 and int32 `[L, B, T, K]`, as `routing.route` gives them, largest first.
+      real: bool `[B, T]`, False past a request's length, where the others mean nothing.
+      layers: the routed layers' places in the model.
+    """
+
+    scores: Float[np.ndarray, "L B T E"]
+    weights: Float[np.ndarray, "L B T K"]
+    experts: Int[np.ndarray, "L B T K"]
+    real: Bool[np.ndarray, "B T"]
+    layers: tuple[int, ...]
+
+    @property
+    def num_experts(self) -> int:
+        return self.scores.shape[-1]
+
+    @property
+    def probabilities(self) -> Float[np.ndarray, "L B T E"]:
+        """Softmax of the scores over all experts."""
+        return np.asarray(jax.nn.softmax(jnp.asarray(self.scores), axis=-1))
+
+
+def router_trace(
+    model: Model,
+    token_ids: Sequence[Sequence[int]] | np.ndarray | Array,
+    adapter_names: Sequence[str | None] | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Trace:
+    """Reads right-padded prompts once and keeps what each router decided. Programs of generation are not touched.
+
+    Args:
+      token_ids: integers `[B, T]`. adapter_names: one a row, of adapters that are in a slot; None is the base model.
+      lengths: real tokens of each row, T where None.
+
+    Raises:
+      InputError: shapes that disagree. AdapterNameError: an adapter that is unknown or in no slot.
+    """
+    tokens, real = check_tokens(token_ids, lengths, model.config)
+    names = [None] * len(tokens) if adapter_names is None else list(adapter_names)
+    if len(names) != len(tokens):
+        raise InputError(f"adapter_names has {len(names)} entries for {len(tokens)} rows; give one for each.")
+    state = model.functional(*tokens.shape)
+    index = np.arange(tokens.shape[1], dtype=np.int32)[None]
+    mask = index < real[:, None]
+    slots = np.where(mask, np.asarray(model.slots(names))[:, None], BASE_SLOT).astype(np.int32)
+    rows: list[Any] = [tokens, np.broadcast_to(index, tokens.shape), mask.astype(np.int32), slots]
+    static = {"config": model.config, "implementation": model.implementation}
+    traced = _trace(state.params, state.bank, *map(jnp.asarray, rows), **static)
+    columns = (np.stack(parts).reshape(len(parts), *tokens.shape, -1) for parts in zip(*traced, strict=True))
+    scores, weights, experts = columns
+    routed = tuple(layer for layer, is_routed in enumerate(model.config.moe_layers) if is_routed)
+    return Trace(scores, weights, experts, mask, routed)
+
+
+@partial(jax.jit, static_argnames=("config", "implementation"))
+def _trace(params, bank, tokens, positions, segments, slots, *, config, implementation):
+    """Scores, weights and experts of each routed layer, `[B * T, ...]`."""
+    options = {"config": config, "implementation": implementation, "keep_scores": True}
+    _, scores = decoder.packed_hidden(params, bank, tokens, positions, segments, slots, **options)
+    return [(own, *route(own, config.moe)) for own in scores]
