@@ -175,7 +175,7 @@ def test_a_run_leaves_adapters_metrics_and_its_last_checkpoints(trained):
             assert own["tokens"] >= share
     rates = [line["adapters"]["both"]["learning_rate"] for line in steps]
     np.testing.assert_allclose(rates[:3], [1e-2 / 3, 2e-2 / 3, 1e-2], rtol=1e-5)
-    assert {line["adapters"]["outer"]["learning_rate"] for line in steps} == {pytest.approx(3e-3)}
+    np.testing.assert_allclose([line["adapters"]["outer"]["learning_rate"] for line in steps], 3e-3, rtol=1e-6)
     evaluated = [line for line in lines if "evaluation" in line]
     assert [(line["step"], set(line["evaluation"])) for line in evaluated] == [(6, {"outer"}), (12, {"outer"})]
     assert [done.step for done in told] == [5, 6, 10, 12]
@@ -252,6 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # minutes on two cores that nothing else uses
 def test_the_demos_tasks_are_learnt_in_one_run(tmp_path):
     names = ("upper", "reverse", "shift")
     data = {name: write_task(tmp_path / f"{name}.jsonl", name, 20_000) for name in names}
@@ -273,7 +274,7 @@ def test_the_demos_tasks_are_learnt_in_one_run(tmp_path):
 
 EVERYWHERE = ("gate", "up", "down", "q", "k", "v", "o")
 DEMO = {
-    "steps": 300,
+    "steps": 340,
     "recipe": Recipe(AdapterSpec(16, 32.0, targets=EVERYWHERE), 5e-3, warmup=30),
     "batch_size": 24,
     "sequence_length": 96,

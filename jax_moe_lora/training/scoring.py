@@ -51,8 +51,8 @@ def make_scoring(
         hidden, _ = decoder.packed_hidden(model, bank, *rows, config=config, implementation=implementation)
 
         def of_row(row: tuple[Array, Array]) -> tuple[Array, Array]:  # logits of all rows would be the largest array
-            logits = decoder.head(model, row[0])
-            return token_losses(logits[None], row[1][None])[0], logits.argmax(axis=-1).astype(row[1].dtype) == row[1]
+            logits, targets = decoder.head(model, row[0][None]), row[1][None]
+            return token_losses(logits, targets)[0], logits.argmax(axis=-1)[0].astype(targets.dtype) == row[1]
 
         return lax.map(of_row, (hidden, batch.targets))
 
