@@ -112,24 +112,22 @@ def measure_peft(config: ModelConfig, adapters: int, rank: int, batch: int, leng
     import torch
     import transformers
 
-    moe = config.moe
+    sizes: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.top_k,
+        "moe_intermediate_size": config.moe.expert_width,
+        "norm_topk_prob": True,
+    }
     with torch.device("cuda"):
-        model = transformers.Qwen3MoeForCausalLM(
-            transformers.Qwen3MoeConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                num_experts=moe.num_experts,
-                num_experts_per_tok=moe.top_k,
-                moe_intermediate_size=moe.expert_width,
-                norm_topk_prob=True,
-                dtype=torch.bfloat16,
-            )
-        ).to(torch.bfloat16)
+        model: Any = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes))
+    model = model.to(torch.bfloat16)
     model.set_experts_implementation("grouped_mm")
     targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     lora = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=targets)

@@ -1,6 +1,7 @@
 """`jax-moe-lora bench-train`: one training step of a model of random weights, beside transformers + PEFT."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ def bench_train(
     rank: Annotated[int, typer.Option(min=1)] = 16,
     batch: Annotated[int, typer.Option(help="Rows.", min=1)] = 8,
     length: Annotated[int, typer.Option(help="Tokens of a row.", min=2)] = 1024,
+    vocabulary: Annotated[int | None, typer.Option(help="Another one, to time the layers.", min=2)] = None,
     peer: Annotated[list[str] | None, typer.Option(help=f"Time it too: {PEFT}.")] = None,
     out: Annotated[Path | None, typer.Option(help="Writes OUT.json, after each case.")] = None,
 ) -> None:
@@ -30,6 +32,7 @@ def bench_train(
     from jax_moe_lora.benchmark.random_model import model_config
 
     config = model_config(model, layers)
+    config = config if vocabulary is None else replace(config, vocab_size=vocabulary)
     engines = {"jax_moe_lora": train.measure}
     for name in peer or []:
         if name != PEFT:
@@ -45,7 +48,7 @@ def bench_train(
         floor = train.floor_ms(config, rank, batch * length, measure_ceilings())
         for engine, measure in engines.items():
             row: dict[str, Any] = {"model": model, "layers": layers, "engine": engine, "adapters": count, "rank": rank}
-            row |= {"batch": batch, "length": length, "floor_ms": round(floor, 2)}
+            row |= {"batch": batch, "length": length, "vocabulary": config.vocab_size, "floor_ms": round(floor, 2)}
             try:
                 row |= measure(config, count, rank, batch, length)
                 row["of_floor"] = round(floor / row["ms"], 3)

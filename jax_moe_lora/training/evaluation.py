@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
@@ -18,11 +17,10 @@ from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.bank import training_bank
 from jax_moe_lora.training.batch import Batch
-from jax_moe_lora.training.loss import load_balancing, slot_sums, token_losses
+from jax_moe_lora.training.head import head_losses
+from jax_moe_lora.training.loss import load_balancing, slot_sums
 from jax_moe_lora.training.spec import AdapterSpec
 from pallas_kernels import BASE_SLOT, Implementation
-
-HEAD_LOGITS = 2**26  # that many logits at once (256 MiB): of a whole batch they would be its largest array
 
 
 @jax.tree_util.register_dataclass
@@ -97,7 +95,7 @@ def losses_of(
             implementation=implementation,
         )
         own = Totals.of(part, len(specs))
-        losses = _head_losses(model, hidden, part.targets) * part.weights
+        losses = head_losses(model, hidden, part.targets) * part.weights
         mean = slot_sums(losses, part.slots, len(specs)) / jnp.where(totals.weight > 0, totals.weight, 1.0)
         router = jnp.zeros_like(mean)
         if scores:
@@ -106,18 +104,6 @@ def losses_of(
         return Losses(mean, router, own.weight, own.tokens)
 
     return evaluate
-
-
-def _head_losses(model: ModelParams, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Cross-entropy of each target; logits are made for `HEAD_LOGITS` at a time, and again for the gradient."""
-
-    @jax.checkpoint
-    def losses(hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        return token_losses(decoder.head(model, hidden), targets)
-
-    if targets.size * model.embedding.shape[0] <= HEAD_LOGITS:
-        return losses(hidden, targets)
-    return lax.map(lambda row: losses(row[0][None], row[1][None])[0], (hidden, targets))
 
 
 def masked(batch: Batch) -> Batch:
