@@ -21,7 +21,7 @@ from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import AdapterInUseError, InputError
+from jax_moe_lora.errors import AdapterInUseError, CheckpointError, InputError
 from jax_moe_lora.hub import local_folder
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
@@ -103,6 +103,14 @@ class Model:
         if self._folder is None:
             raise InputError("This model was made without a folder and has no tokenizer; pass token ids.")
         return Tokenizer(self._folder)
+
+    @cached_property
+    def _has_tokenizer(self) -> bool:
+        """Without one, prompts of token ids are answered with token ids alone."""
+        try:
+            return self.tokenizer is not None
+        except (InputError, CheckpointError):
+            return False
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -295,7 +303,7 @@ class Model:
         return self.tokenizer.encode(text)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return "" if self._folder is None else self.tokenizer.decode(token_ids)
+        return self.tokenizer.decode(token_ids) if self._has_tokenizer else ""
 
     def _streamer(self, callback: Callable[[int, int, str], None]) -> Callable[[int, int, list[int], bool], None]:
         texts = TextStream(self._decode)

@@ -15,8 +15,11 @@ import sys
 import time
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 from paged import PagedSpec, draw_layer, wide
+
+from pallas_kernels import grouped_matmul, make_plan, page_gradients, token_rows
 
 SPECS = {
     "stream form, plan kernel": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
@@ -25,9 +28,19 @@ SPECS = {
 }
 
 
+GRADIENTS = {
+    "gradients, stream form": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
+    "gradients, tensor form": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 72)),
+}
+
+
 def main() -> None:
+    chosen = lambda name: all(word in name for word in sys.argv[1:])  # noqa: E731
+    for name, spec in GRADIENTS.items():
+        if chosen(name):
+            gradients(name, spec)
     for name, spec in SPECS.items():
-        if not all(word in name for word in sys.argv[1:]):
+        if not chosen(name):
             continue
         layer = draw_layer(spec, np.random.default_rng(0))
         tokens = np.arange(0, spec.tokens, 7)
@@ -39,6 +52,25 @@ def main() -> None:
             seconds = time.perf_counter() - began
             print(f"{name}, {'with' if adapters else 'no'} adapters: error {error:.1e}, {seconds:.0f} s", flush=True)
             assert error < 1e-2
+
+
+def gradients(name: str, spec: PagedSpec) -> None:
+    """The transposed matmul and the contraction, of one projection."""
+    layer = draw_layer(spec, np.random.default_rng(0))
+    plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
+    pages, weight = layer.adapters["gate"], layer.experts.gate
+    rng = np.random.default_rng(1)
+    x, dy = (
+        token_rows(jnp.asarray(rng.normal(size=(spec.tokens, width)), spec.dtype), plan, "hopper")
+        for width in (spec.hidden, spec.width)
+    )
+    dx = grouped_matmul(
+        dy, weight, plan, transposed=True, adapters=(pages.transposed(),), dtype=dy.dtype, implementation="hopper"
+    )
+    owned = np.asarray(plan.position)
+    sums = [float(np.abs(wide(v)).sum()) for v in (dx[owned], *page_gradients(x, dy, pages, plan, "hopper"))]
+    print(f"{name}: sums {sums}", flush=True)
+    assert np.isfinite(sums).all()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Generation: sampling, stopping, streaming, buckets, and no recompilation."""
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -57,6 +58,19 @@ def test_each_request_is_answered_by_its_own_adapter(model):
 def test_prompts_may_be_token_ids(model):
     ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
     assert texts(model.generate(ids, NAMES, max_new_tokens=10)) == ANSWERS
+
+
+@pytest.mark.parametrize("content", [None, "{}"], ids=["missing", "broken"])
+def test_token_ids_need_no_tokenizer(model, tmp_path, content):
+    shutil.copytree(data_folder() / "model", tmp_path / "model")
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    if content is not None:
+        (tmp_path / "model" / "tokenizer.json").write_text(content)
+    bare = Model.from_pretrained(tmp_path / "model", dtype="float32", max_adapters=1)
+    (out,) = bare.generate([model.tokenizer.encode("abc>")], max_new_tokens=10)
+    assert model.tokenizer.decode(out.token_ids) == "abc"
+    assert out.text == ""
 
 
 def test_prompts_and_names_may_be_arrays(model):

@@ -86,6 +86,7 @@ def packed_hidden(
     *,
     config: ModelConfig,
     keep_scores: bool = False,
+    remat: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "N E"], ...]]:
     """What the head reads of rows that hold several examples each.
@@ -94,14 +95,14 @@ def packed_hidden(
       positions: int32 `[B, T]`, each token's place in its own example. segments: int32 `[B, T]`, 1 and up for the
         examples of a row, whose tokens lie side by side; 0 for padding, which costs nothing in the experts.
       slots: int32 `[B, T]`, each token's adapter, `BASE_SLOT` for the base model.
-      keep_scores: static. Return the routers' scores too.
+      keep_scores: static. Return the routers' scores too. remat: static. As in `moe_lora`.
 
     Returns:
       Hidden rows after the last norm, those of padding without meaning; and float32 router scores `[B * T, E]` of each
       routed layer, where they were asked for.
     """
     step = packed_step(positions, segments, slots, bank, params, config, implementation)
-    step = replace(step, keep_scores=keep_scores)
+    step = replace(step, keep_scores=keep_scores, remat=remat)
     hidden, _, _, scores = _layers(params, bank, params.embedding[tokens], step, None)
     return hidden, scores
 

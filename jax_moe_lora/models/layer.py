@@ -48,7 +48,7 @@ class Step:
       slots: int32 `[B * T]`, adapter slot of each token. plan: of the slots, for the dense projections.
       segments: int32 `[B, T]`, the example of each token where a row packs several; None where it holds one.
       kind: static. A `prompt` attends to itself; a `token` attends to the cache, whose next position it takes.
-      keep_scores: static. Return the router's scores too.
+      keep_scores: static. Return the router's scores too. remat: static. As in `moe_lora`.
     """
 
     positions: Int[Array, "B T"]
@@ -61,6 +61,7 @@ class Step:
     implementation: Implementation | None = field(metadata={"static": True})
     attention: AttentionBackend = field(metadata={"static": True})
     keep_scores: bool = field(default=False, metadata={"static": True})
+    remat: bool = field(default=False, metadata={"static": True})
 
 
 @jax.jit
@@ -150,6 +151,7 @@ def _mlp(
         row_mask=step.row_mask.reshape(-1),
         scores=scores,
         implementation=step.implementation,
+        remat=step.remat,
     )
     y = rows.reshape(x.shape)
     if weights.shared is not None:

@@ -72,7 +72,11 @@ def make_evaluation(
 
 
 def losses_of(
-    config: ModelConfig, specs: Mapping[str, AdapterSpec], keep_scores: bool, implementation: Implementation | None
+    config: ModelConfig,
+    specs: Mapping[str, AdapterSpec],
+    keep_scores: bool,
+    implementation: Implementation | None,
+    remat: bool = False,
 ) -> Callable[[Mapping[str, Params], ModelParams, Batch, Totals], Losses]:
     """Losses of a part of a batch, as shares of the whole batch's means: parts add up."""
     sites = decoder.adapter_sites(config)
@@ -92,6 +96,7 @@ def losses_of(
             part.slots,
             config=config,
             keep_scores=keep_scores,
+            remat=remat,
             implementation=implementation,
         )
         own = Totals.of(part, len(specs))

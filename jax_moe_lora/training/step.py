@@ -78,6 +78,7 @@ def make_step(
     clip: float | Mapping[str, float] | None = None,
     router_loss: float = 0.0,
     micro_batches: int = 1,
+    remat: bool = False,
     implementation: Implementation | None = None,
 ) -> TrainStep:
     """The jitted `step(state, model_params, batch) -> (state, metrics)`; it donates the state.
@@ -91,6 +92,7 @@ def make_step(
       router_loss: coefficient of the router's auxiliary loss, which each adapter has over its own tokens; 0 is off.
       micro_batches: parts of a batch that are computed one after the other. The gradient is that of the whole batch's
         mean; the router's loss is the mean over parts, by each part's share of the adapter's tokens.
+      remat: multiply gate and up again in the backward pass: less memory (2 P F a layer), more time.
 
     Raises:
       InputError: a spec that the model cannot train, optimizers for other adapters, or a number out of range. When a
@@ -103,7 +105,7 @@ def make_step(
     if isinstance(clip, Mapping) and not {*clip} <= {*specs}:
         raise InputError(f"clip is for {_names(clip)}; expected some of {_names(specs)}.")
     clips = {name: _clipping(clip.get(name) if isinstance(clip, Mapping) else clip) for name in specs}
-    evaluate = losses_of(config, specs, router_loss > 0, implementation)
+    evaluate = losses_of(config, specs, router_loss > 0, implementation, remat)
 
     def loss(params: Mapping[str, Params], model: ModelParams, part: Batch, whole_batch: Totals):
         losses = evaluate(params, model, part, whole_batch)

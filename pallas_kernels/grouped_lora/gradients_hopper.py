@@ -102,13 +102,14 @@ def by_rank(
     before = ((end > begin) & (end <= local[:, None])).sum(1, dtype=jnp.int32)
     count = ((begin <= local[:, None]) & (local[:, None] < end)).sum(1, dtype=jnp.int32)
     most = -(-pages.max_rank // RANK_PAGE)
-    page = jnp.arange(-(-most // PAGES_A_STEP) * PAGES_A_STEP, dtype=jnp.int32)[:, None]
+    page = jnp.arange(most, dtype=jnp.int32)[:, None]
     entry = before[None, :] + page
     live = page < count[None, :]
     step = jnp.where(live, steps.first[tile, 0][None, :] + entry // PAGES_A_STEP, 0)
     sixteen = hidden.reshape(*hidden.shape[:2], PAGES_A_STEP, RANK_PAGE)
     own = sixteen[step, jnp.where(live, local[None, :], 0), entry % PAGES_A_STEP]  # [pages, Q, 16]
-    return jnp.where(live[:, :, None], own, 0).transpose(0, 2, 1).reshape(-1, rows.shape[0])
+    by_rank = jnp.where(live[:, :, None], own, 0).transpose(0, 2, 1).reshape(-1, rows.shape[0])
+    return jnp.pad(by_rank, ((0, -by_rank.shape[0] % RANKS), (0, 0)))
 
 
 def _tile_of(rows: Int[Array, "Q"], tiles: Tiles) -> Int[Array, "Q"]:
