@@ -52,12 +52,9 @@ def gradients(dtype: str, implementation: str | None) -> dict[str, dict[str, np.
     params = {}
     for key, (name, spec) in zip(keys, SPECS.items(), strict=True):
         fresh = new_adapter(spec, sites, key)
-        params[name] = {  # B is not zero, so that A has a gradient; rounded, so that every dtype has the same one
-            k: (v if k.endswith(".a") else 0.05 * jax.random.normal(key, v.shape))
-            .astype(jnp.bfloat16)
-            .astype(jnp.float32)
-            for k, v in fresh.items()
-        }
+        # B is not zero, so that A has a gradient; all are rounded, so that every dtype has the same ones.
+        drawn = {k: v if k.endswith(".a") else 0.05 * jax.random.normal(key, v.shape) for k, v in fresh.items()}
+        params[name] = {k: v.astype(jnp.bfloat16).astype(jnp.float32) for k, v in drawn.items()}
     before = jax.device_get(params)
     optimizers = {name: optax.sgd(1.0) for name in SPECS}
     weights = init_params(CONFIG, jax.random.key(0), "bfloat16")
