@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from thunks import dump_options, read_thunks
 
-from jax_moe_lora.adapters.bank import remove
+from jax_moe_lora.adapters.bank import empty_slot, remove
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
+from jax_moe_lora.adapters.updates import compile_updates
 from jax_moe_lora.benchmark.model import lower_case
 from jax_moe_lora.benchmark.random_model import Case, draw_slots, make_bank, model_config
 from jax_moe_lora.compilations import count_compilations
@@ -134,7 +135,8 @@ def test_loading_an_adapter_between_steps_compiles_nothing_and_moves_nothing(ste
                 weights[layer, module] = uniform(a, b, 1.0, site.num_experts)
         return LoRAAdapter(f"rank {rank}", weights)
 
-    bank = insert(remove(bank, 3, donate=True), 3, adapter(16), donate=True)  # compiles what loading runs
+    compile_updates(bank.pages.values(), bank.tables, bank.scales, *empty_slot(bank))  # as create_bank does
+    bank = insert(remove(bank, 3, donate=True), 3, adapter(16), donate=True)
     cache, _ = prefill(bank, slots)
     before = decode(bank, cache, slots)[1]
     used = lambda bank: jax.tree.leaves((bank.pages, bank.tables, bank.scales))  # noqa: E731

@@ -14,6 +14,7 @@ from pallas_kernels import LoRAPages, RoutingPlan, grouped_matmul, make_plan, pa
 from pallas_kernels.dispatch import token_rows
 from pallas_kernels.grouped_lora import gradients_hopper
 from pallas_kernels.grouped_matmul import fused
+from pallas_kernels.steps import make_steps
 from pallas_kernels.tuning import Config
 
 TOLERANCE = 1e-2  # bfloat16
@@ -76,6 +77,20 @@ def test_page_gradients_equal_the_reference_without_races(layer, module):
         want = jnp.nan_to_num(want)  # the reference multiplies poisoned pages by zero
         assert relative(own, want) < TOLERANCE
         assert not np.asarray(own)[np.asarray(want == 0).all((1, 2))].any(), "a page that no row uses"
+
+
+def test_entries_that_no_tile_has_may_hold_anything(layer):
+    """The lists' kernel writes a tile's own entries alone; with many slots the rest is whatever was there."""
+    plan, pages = planned(layer), layer.adapters["gate"]
+    (steps,) = make_steps(plan, ((pages,),))
+    hidden = jnp.ones((steps.bound, steps.tile_rows, 64), "bfloat16")
+    beyond = jnp.arange(steps.entries.shape[2])[None, :] >= 4 * steps.count[:, :1]
+    poisoned = replace(steps, entries=jnp.where(beyond[None], jnp.int32(3), steps.entries).at[4].max(
+        jnp.where(beyond, 10**6, 0)
+    ))  # fmt: skip
+    expected = gradients_hopper.by_rank(hidden, steps, pages, plan)
+    assert np.asarray(expected).any()
+    np.testing.assert_array_equal(gradients_hopper.by_rank(hidden, poisoned, pages, plan), expected)
 
 
 def random_rows(plan: RoutingPlan, pages: LoRAPages, tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -98,9 +98,11 @@ def by_rank(
     rows = jnp.arange(-(-plan.order.shape[0] // DEPTH) * DEPTH, dtype=jnp.int32)
     tile = _tile_of(rows, tiles)
     local = rows - tiles.start[tile]
-    begin, end = steps.entries[BEGIN][tile], steps.entries[END][tile]  # of the entries of a row's tile
-    before = ((end > begin) & (end <= local[:, None])).sum(1, dtype=jnp.int32)
-    count = ((begin <= local[:, None]) & (local[:, None] < end)).sum(1, dtype=jnp.int32)
+    # Of the entries of a row's tile; those beyond its steps are not written.
+    begin, end = steps.entries[BEGIN][tile], steps.entries[END][tile]
+    written = jnp.arange(begin.shape[1], dtype=jnp.int32)[None, :] < steps.count[tile, :1] * PAGES_A_STEP
+    before = (written & (end > begin) & (end <= local[:, None])).sum(1, dtype=jnp.int32)
+    count = (written & (begin <= local[:, None]) & (local[:, None] < end)).sum(1, dtype=jnp.int32)
     most = -(-pages.max_rank // RANK_PAGE)
     page = jnp.arange(most, dtype=jnp.int32)[:, None]
     entry = before[None, :] + page
