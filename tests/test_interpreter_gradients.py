@@ -50,7 +50,7 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "config"), zip(("gate", "gate", "down"), CONFIGS, strict=True))
+@pytest.mark.parametrize(("module", "config"), [*zip(("gate", "gate", "down"), CONFIGS, strict=True)])
 def test_rows_gradient_equals_the_reference_without_races(layer, module, config):
     plan, weight = planned(layer), getattr(layer.experts, module)
     tokens = jax.random.normal(jax.random.key(1), (SPEC.tokens, weight.shape[1]), SPEC.dtype)
