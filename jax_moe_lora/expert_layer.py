@@ -12,13 +12,28 @@ than to multiply again; `remat` multiplies them again.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import CustomVJPPrimal
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from jax_moe_lora.expert_projections import (
+    IN,
+    OUT,
+    Call,
+    Rows,
+    Tables,
+    adapters_of,
+    backward_implementation,
+    combine,
+    products_of,
+    routed,
+    those_of,
+    transposed,
+    unit,
+)
 from jax_moe_lora.types import ExpertWeights
 from pallas_kernels import (
     Activation,
@@ -33,33 +48,6 @@ from pallas_kernels import (
 )
 from pallas_kernels.activations import gated_unit
 from pallas_kernels.plan import row_experts
-
-IN, OUT = ("gate", "up"), ("down",)
-Rows = Float[Array, "Q _width"]
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is static.
-
-    Attributes:
-      pools: for each module that has adapters, which of the arrays hold its pages of A and of B.
-      indices: of what tables and plan are made of: arrays that nothing is differentiated by.
-    """
-
-    activation: Activation
-    implementation: Implementation
-    remat: bool
-    pools: tuple[tuple[str, int, int], ...]
-    max_rank: int
-    indices: jax.tree_util.PyTreeDef
-
-
-class Tables(NamedTuple):
-    """Of one module, as in `LoRAPages`."""
-
-    table: Int[Array, "S E 4"]
-    scale: Float[Array, "S E"]
 
 
 def run(
@@ -98,15 +86,15 @@ def _layer(call: Call, x, weights, arrays, pools, leaves) -> Float[Array, "T D"]
     """Plain containers of arrays, because jax puts its own wrappers into them to say which are differentiated."""
     experts = ExpertWeights(**arrays)
     tables, plan = jax.tree.unflatten(call.indices, leaves)
-    adapters = _adapters(call, x.dtype, pools, tables)
-    steps_in, steps_out = lora_steps(plan, (_of(adapters, IN), _of(adapters, OUT)), call.implementation)
+    adapters = adapters_of(call, x.dtype, pools, tables)
+    steps_in, steps_out = lora_steps(plan, (those_of(adapters, IN), those_of(adapters, OUT)), call.implementation)
     gated = grouped_matmul(
         x,
         (experts.gate, experts.up),
         plan,
         of_tokens=True,
         biases=(experts.gate_bias, experts.up_bias),
-        adapters=_of(adapters, IN),
+        adapters=those_of(adapters, IN),
         steps=steps_in,
         activation=call.activation,
         dtype=x.dtype,
@@ -122,41 +110,12 @@ def _finish(call: Call, gated: Rows, weights, experts, adapters, plan, steps=Non
         experts.down,
         plan,
         biases=(experts.down_bias,),
-        adapters=_of(adapters, OUT),
+        adapters=those_of(adapters, OUT),
         steps=steps,
         dtype=gated.dtype,
         implementation=call.implementation,
     )
     return combine(down, weights, plan).astype(gated.dtype)
-
-
-def combine(rows: Rows, weights: Float[Array, "T K"], plan: RoutingPlan) -> Float[Array, "T D"]:
-    """Sums each token's rows by router weight, in float32 and in the order of its experts; skipped pairs give zeros."""
-    tokens, top_k = weights.shape
-    position, routed = plan.position.reshape(tokens, top_k), _routed(plan).reshape(tokens, top_k)
-    total = jnp.zeros((tokens, rows.shape[1]), jnp.float32)
-    for k in range(top_k):
-        term = weights[:, k : k + 1] * rows[position[:, k]].astype(jnp.float32)
-        total = total + jnp.where(routed[:, k : k + 1], term, 0.0)
-    return total
-
-
-def _routed(plan: RoutingPlan) -> Array:
-    """Bool `[P]`: the pairs that the plan does not skip."""
-    return plan.position < plan.group_starts[-1] + plan.group_sizes[-1]
-
-
-def _adapters(call: Call, dtype, pools, tables) -> dict[str, LoRAPages]:
-    """The modules' pages, in the rows' dtype: float32 ones of an adapter that is trained are rounded here."""
-    cast = [pool.astype(dtype) for pool in pools]
-    return {
-        name: LoRAPages(cast[a], cast[b], tables[name].table, tables[name].scale, call.max_rank)
-        for name, a, b in call.pools
-    }
-
-
-def _of(adapters: dict[str, LoRAPages], modules: tuple[str, ...]) -> tuple[LoRAPages | None, ...]:
-    return tuple(adapters.get(module) for module in modules)
 
 
 @jax.tree_util.register_static
@@ -184,47 +143,25 @@ def _forward(call: Call, *traced: Any) -> tuple[Array, tuple[Any, ...]]:
     else:
         experts = ExpertWeights(**arrays)
         tables, plan = jax.tree.unflatten(call.indices, leaves)
-        adapters = _adapters(call, x.dtype, pools, tables)
-        products = _products(call, token_rows(x, plan, call.implementation), experts, adapters, plan)
-        y = _finish(call, _unit(call, *products), weights, experts, adapters, plan)
+        adapters = adapters_of(call, x.dtype, pools, tables)
+        products = products_of(call, token_rows(x, plan, call.implementation), experts, adapters, plan)
+        y = _finish(call, unit(call, *products), weights, experts, adapters, plan)
     return y, (values, products, wanted)
-
-
-def _products(call: Call, rows: Rows, experts: ExpertWeights, adapters, plan) -> tuple[Rows, Rows]:
-    """Gate's and up's, apart."""
-    gate, up = (
-        grouped_matmul(
-            rows,
-            getattr(experts, name),
-            plan,
-            biases=(getattr(experts, f"{name}_bias"),),
-            adapters=_of(adapters, (name,)),
-            dtype=rows.dtype,
-            implementation=call.implementation,
-        )
-        for name in IN
-    )
-    return gate, up
-
-
-def _unit(call: Call, gate: Rows, up: Rows) -> Rows:
-    """The gated product, in float32 inside."""
-    return gated_unit(call.activation, gate.astype(jnp.float32), up.astype(jnp.float32)).astype(gate.dtype)
 
 
 def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     (x, weights, arrays, pools, leaves), products, wanted = kept
     experts = ExpertWeights(**arrays)
     tables, plan = jax.tree.unflatten(call.indices, leaves)
-    adapters = _adapters(call, x.dtype, pools, tables)
+    adapters = adapters_of(call, x.dtype, pools, tables)
     dtype, pairs = x.dtype, plan.position.shape[0]
     rows_x = token_rows(x, plan, call.implementation)
     rows_dy = token_rows(dy, plan, call.implementation)
-    gate, up = products or _products(call, rows_x, experts, adapters, plan)
+    gate, up = products or products_of(call, rows_x, experts, adapters, plan)
     owned = (row_experts(plan) < plan.group_sizes.shape[0])[:, None]  # the other rows hold anything
     share = jnp.append(weights.reshape(pairs), 0.0)[plan.order][:, None]  # the router's, of each sorted row
 
-    z = _transposed(call, rows_dy, "down", experts, adapters, plan).astype(jnp.float32)
+    z = transposed(call, rows_dy, "down", experts, adapters, plan).astype(jnp.float32)
     wide = gate.astype(jnp.float32), up.astype(jnp.float32)
     gated, pull = jax.vjp(partial(gated_unit, call.activation), *wide)
     clean = lambda d: jnp.where(owned, d, 0.0).astype(dtype)  # noqa: E731
@@ -236,13 +173,13 @@ def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
         owner = row_experts(plan)[plan.position]
         bias = experts.down_bias[jnp.minimum(owner, experts.down_bias.shape[0] - 1)]
         dweights = dweights + (rows_dy[plan.position].astype(jnp.float32) * bias.astype(jnp.float32)).sum(-1)
-    dweights = jnp.where(_routed(plan), dweights, 0.0).reshape(weights.shape).astype(weights.dtype)
+    dweights = jnp.where(routed(plan), dweights, 0.0).reshape(weights.shape).astype(weights.dtype)
 
     dx = jnp.zeros_like(x)
     if wanted.x:
         ones = jnp.ones(weights.shape, jnp.float32)
         parts = (("gate", dgate), ("up", dup))
-        rows = [_transposed(call, d, name, experts, adapters, plan).astype(jnp.float32) for name, d in parts]
+        rows = [transposed(call, d, name, experts, adapters, plan).astype(jnp.float32) for name, d in parts]
         dx = combine(rows[0] + rows[1], ones, plan).astype(dtype)
 
     ends = {"gate": (rows_x, dgate), "up": (rows_x, dup), "down": (by_share, rows_dy)}
@@ -251,30 +188,10 @@ def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     return dx, dweights, dexperts, dpools, [None] * len(leaves)
 
 
-def _transposed(call: Call, dy: Rows, name: str, experts: ExpertWeights, adapters, plan) -> Rows:
-    """What `dy` of a projection gives for its input rows: through the weights, and through the adapters."""
-    pages = adapters.get(name)
-    return grouped_matmul(
-        dy,
-        getattr(experts, name),
-        plan,
-        transposed=True,
-        adapters=() if pages is None else (pages.transposed(),),
-        dtype=dy.dtype,
-        implementation=_of_backward(call),
-    )
-
-
-def _of_backward(call: Call) -> Implementation:
-    """The portable kernels have no backward forms; XLA reads their plans."""
-    return "xla" if call.implementation == "portable" else call.implementation
-
-
 def _expert_gradients(
     wanted: frozenset[str], experts: ExpertWeights, ends: dict[str, tuple[Rows, Rows]], share: Array, plan: RoutingPlan
 ) -> dict[str, Array | None]:
     """Of the arrays that are asked for, zeros for the others."""
-    num_experts, owner = plan.group_sizes.shape[0], row_experts(plan)
 
     def gradient(name: str, value: Array | None) -> Array | None:
         if value is None or name not in wanted:
@@ -282,9 +199,9 @@ def _expert_gradients(
         rows, dy = ends[name.removesuffix("_bias")]
         if not name.endswith("_bias"):
             return weight_gradient(rows, dy, plan).astype(value.dtype)
-        terms = dy.astype(jnp.float32) * (share if name == "down_bias" else 1.0)
-        terms = jnp.where((owner < num_experts)[:, None], terms, 0.0)
-        return jax.ops.segment_sum(terms, owner, num_experts + 1)[:-1].astype(value.dtype)
+        ones = jnp.ones((dy.shape[0], 1), jnp.float32)
+        shared = share if name == "down_bias" else ones
+        return weight_gradient(ones, shared * dy.astype(jnp.float32), plan)[:, :, 0].astype(value.dtype)
 
     return {name: gradient(name, value) for name, value in vars(experts).items()}
 
@@ -297,7 +214,7 @@ def _pool_gradients(
     for name, *places in call.pools:
         if wanted.isdisjoint(places):
             continue
-        gradients = page_gradients(*ends[name], adapters[name], plan, _of_backward(call))
+        gradients = page_gradients(*ends[name], adapters[name], plan, backward_implementation(call))
         for index, own in zip(places, gradients, strict=True):
             before = totals[index]
             totals[index] = own if before is None else before + own

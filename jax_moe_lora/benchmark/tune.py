@@ -19,7 +19,7 @@ from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.benchmark.report import about
 from jax_moe_lora.benchmark.sweep import THREADS, Measure
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.expert_layer import combine
+from jax_moe_lora.expert_projections import combine
 from pallas_kernels import choose, lora_steps, make_plan, tuning
 from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.specs import ADAPTERS, LAYERS
