@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
 from jax_moe_lora.expert_projections import (
@@ -155,6 +155,8 @@ def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     tables, plan = jax.tree.unflatten(call.indices, leaves)
     adapters = adapters_of(call, x.dtype, pools, tables)
     dtype, pairs = x.dtype, plan.position.shape[0]
+    if isinstance(dy, SymbolicZero):  # another output of what is differentiated is the only one that counts
+        dy = jnp.zeros(dy.shape, dy.dtype)
     rows_x = token_rows(x, plan, call.implementation)
     rows_dy = token_rows(dy, plan, call.implementation)
     gate, up = products or products_of(call, rows_x, experts, adapters, plan)

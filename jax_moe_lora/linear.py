@@ -32,7 +32,7 @@ from pallas_kernels import (
     make_plan,
     page_gradients,
 )
-from pallas_kernels.dot import matmul_t
+from pallas_kernels.dot import matmul, matmul_t
 
 MAX_PACKED_RANKS = 2048  # of all slots: as wide as a projection itself; beyond, most of the packed product is zeros
 
@@ -120,7 +120,10 @@ def _looped_backward(static, kept, dy):
     rows_dy = dy[rows.order]
     nothing = jnp.zeros((rows_dy.shape[0], x.shape[1]), jnp.float32)
     dx = grouped_lora(nothing, rows_dy, pages.transposed(), rows, None, implementation)[rows.position]
-    da, db = page_gradients(x[rows.token], rows_dy, pages, rows, implementation)
+    loop: Implementation = (
+        "reference" if implementation == "reference" else "xla"
+    )  # what `grouped_lora` ran, on a plan made for it
+    da, db = page_gradients(x[rows.token], rows_dy, pages, rows, loop)
     return dy, dx.astype(x.dtype), da.astype(a.dtype), db.astype(b.dtype), [None] * len(leaves)
 
 
@@ -156,5 +159,4 @@ def packed_lora(
     hidden = hidden.reshape(tokens, table.shape[0], -1) * scale[None, :, None]
     hidden = jnp.where(mine[:, :, None], hidden, 0.0).reshape(tokens, -1).astype(x.dtype)
     b = packed(pages.b, table[:, 1:2])
-    update = lax.dot_general(hidden, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return y + lax.optimization_barrier(update)
+    return y + lax.optimization_barrier(matmul(hidden, b))

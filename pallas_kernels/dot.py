@@ -29,6 +29,26 @@ def _matmul_t_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Arr
 matmul_t.defvjp(_matmul_t_forward, _matmul_t_backward)
 
 
+@jax.custom_vjp
+def matmul(x: Float[Array, "rows in"], weight: Float[Array, "in out"]) -> Float[Array, "rows out"]:
+    """`x @ weight`, summed, multiplied and differentiated as `matmul_t`."""
+    return _dot(x, weight, (((1,), (0,)), ((), ())))
+
+
+def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(x, weight), (x, weight)
+
+
+def _matmul_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, weight = kept
+    dy = dy.astype(x.dtype)
+    dx = _dot(dy, weight, (((1,), (1,)), ((), ())))
+    return dx.astype(x.dtype), _dot(x, dy, (((0,), (0,)), ((), ()))).astype(weight.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 def batched_matmul_t(
     x: Float[Array, "chunk rows in"], weights: Float[Array, "chunk out in"]
 ) -> Float[Array, "chunk rows out"]:

@@ -14,6 +14,7 @@ from pallas_kernels import BASE_SLOT, LoRAPages
 
 MODULES = ("gate", "up", "down")
 LAYOUTS = ("per_expert", "fused", "shared_outer", "partial")
+# And "shared_some": shared_outer, with no adapter on every other expert.
 # The side that touches the hidden width has one matrix for all experts.
 SHARED_OUTER = {("gate", "a"), ("up", "a"), ("down", "b")}
 
@@ -156,9 +157,11 @@ def draw_adapters(spec: PagedSpec, rng: np.random.Generator):
             for expert in range(spec.experts):
                 if layout == "partial" and (module != "up" or expert % 2):
                     continue
+                if layout == "shared_some" and expert % 2:
+                    continue
                 sides = {}
                 for side, width, scale in (("a", in_width, in_width**-0.5), ("b", out_width, rank**-0.5)):
-                    shared = layout == "shared_outer" and (module, side) in SHARED_OUTER
+                    shared = layout in ("shared_outer", "shared_some") and (module, side) in SHARED_OUTER
                     alias = layout == "fused" and module == "up" and side == "a"
                     key = ("gate" if alias else module, side, -1 if shared else expert)
                     if key not in made:

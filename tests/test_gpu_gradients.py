@@ -24,6 +24,7 @@ SPECS = {
     "empty experts": PagedSpec(130, 256, 192, 64, 4, slots=4, routing="half"),
     "gpt-oss widths": PagedSpec(90, 2880, 2880, 4, 2, slots=2, ranks=(16, 8)),
     "Mixtral's expert width": PagedSpec(70, 256, 14336, 4, 2, slots=2, ranks=(16,)),
+    "a matrix shared by some experts": PagedSpec(300, 256, 192, 8, 2, slots=4, layouts=("shared_some",)),
     "32 slots": PagedSpec(900, 256, 192, 8, 2, slots=32),
     "256 slots": PagedSpec(600, 128, 128, 4, 2, slots=256, ranks=(8, 16)),
     "many rows": PagedSpec(6000, 256, 192, 8, 4, slots=4, ranks=(16, 64)),
@@ -51,6 +52,15 @@ def test_gradients_equal_autodiff_of_the_definition(name):
         again = gradient(x, gates, experts, masters)
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_portable_layers_have_gradients_through_xla():
+    layer = draw_layer(PagedSpec(200, 192, 320, 4, 2, slots=3), np.random.default_rng(2))
+    values = arguments(layer)
+    wide = jax.tree.map(lambda v: v.astype(jnp.float32), values)
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(jax.grad(partial(plain, layer), (0, 1, 3)))(*wide)
+    assert_gradients(jax.jit(jax.grad(partial(loss, layer, "portable", False), (0, 1, 3)))(*values), expected, 1e-2)
 
 
 def test_weights_have_gradients_too():

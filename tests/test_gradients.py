@@ -22,6 +22,7 @@ SPECS = {
     "per-expert": PagedSpec(20, 32, 48, 4, 2, layouts=("per_expert",), dtype="float32"),
     "fused": PagedSpec(20, 32, 48, 4, 2, layouts=("fused",), dtype="float32"),
     "shared-outer": PagedSpec(20, 32, 48, 4, 2, layouts=("shared_outer",), dtype="float32"),
+    "shared-some": PagedSpec(20, 32, 48, 5, 2, layouts=("shared_some",), dtype="float32"),
     "partial": PagedSpec(20, 32, 48, 4, 2, layouts=("partial",), dtype="float32"),
     "one token": PagedSpec(1, 32, 48, 4, 2, dtype="float32", base_rows=0.0),
     "base rows alone": PagedSpec(9, 32, 48, 4, 2, dtype="float32", base_rows=1.0),
@@ -58,6 +59,19 @@ def test_what_nobody_asks_for_is_not_computed():
     # The gradients of three weights and of x through two projections, each a loop over tiles.
     loops = lambda jaxpr: str(jaxpr).count("while[")  # noqa: E731
     assert loops(of_pools) <= loops(of_all) - 5
+
+
+def test_a_loss_on_the_router_alone_gives_the_layer_no_gradient():
+    layer = draw_layer(SPECS["per-expert"], np.random.default_rng(0))
+    x, gates, experts, pools = arguments(layer)
+
+    def of_router(gates, pools):
+        y = routed_experts(x, gates, layer.chosen, experts, layer.config, with_pools(layer, pools), layer.slots, "xla")
+        return gates.sum() + jax.lax.stop_gradient(y).sum()
+
+    dgates, dpools = jax.grad(of_router, (0, 1))(gates, pools)
+    assert (np.asarray(dgates) == 1).all()
+    assert not any(np.asarray(pool).any() for pool in jax.tree.leaves(dpools))
 
 
 def test_float32_pages_beside_16_bit_rows_are_rounded_and_get_float32_gradients():

@@ -1,7 +1,7 @@
 """Losses of a batch by slot: each adapter is trained on its own tokens alone.
 
-Sums by slot select before they add: no atomics, so the same bits each time, and a row that is not finite stays its own
-adapter's.
+Sums by slot select before they add: no atomics, so the same bits each time, and a loss that is not finite stays its own
+adapter's. (Gradients are another matter: kernels multiply a neighbour's rows by zeros, and zero times NaN is NaN.)
 """
 
 import jax

@@ -50,14 +50,19 @@ def page_gradients(
     Args:
       x, dy: rows in sorted order; those of no pair may hold anything, with hopper anything finite (`token_rows`).
       pages, plan: as in `grouped_lora`; the ranks that a matrix's last page is filled up with get zeros. With hopper,
-        experts that share a page are neighbours, as in a matrix that all share.
+        experts that share a page have none with other pages between them, as in a matrix that all share.
       implementation: the backend that the plan was made for.
 
     Returns:
       float32, in the shapes of `pages.a` and `pages.b`: of each page the sum over the rows and experts that use it
       (`dA = sum scale * (dy B).T x`, `dB = sum scale * (x A.T).T dy`), zeros for a page that no row uses. Sums run in
       sorted order: the same bits every time.
+
+    Raises:
+      UnsupportedImplementation: a name that is unknown, or a plan made for another backend.
     """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        choose(implementation)  # raises
     if implementation == "hopper":
         return gradients_hopper.page_gradients(x, dy, pages, plan)
     return _GRADIENTS["reference" if implementation == "reference" else "xla"](x, dy, pages, plan)

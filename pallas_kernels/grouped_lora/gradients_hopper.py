@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
+from pallas_kernels.backend import UnsupportedImplementation
 from pallas_kernels.entries import BEGIN, END, PAGES_A_STEP, RANKS
 from pallas_kernels.grouped_lora import hopper
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
@@ -37,8 +38,8 @@ BUFFERS = 2  # of results on their way out
 class Runs(NamedTuple):
     """For each (slot, expert), int32 `[S * E]`: the rows `begin .. end`, the page run that they add to, its pages.
 
-    A run of neighbouring experts that share their pages is summed at its first one, up to `stop`; the others, and those
-    without pages, have `pages` 0.
+    A run of experts that share their pages is summed at its first one, up to `stop`; the others, and those without
+    pages, have `pages` 0.
     """
 
     begin: Int[Array, "N"]
@@ -55,7 +56,12 @@ def page_gradients(
     plan: RoutingPlan,
     num_sms: int = mosaic.NUM_SMS,
 ) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
-    """What `api.page_gradients` promises. Experts that share pages must be neighbours; all rows must be finite."""
+    """What `api.page_gradients` promises."""
+    if plan.alignment % mosaic.ROW_ALIGNMENT:
+        raise UnsupportedImplementation(
+            f"The plan aligns experts to {plan.alignment} rows, hopper needs {mosaic.ROW_ALIGNMENT}; "
+            "give make_plan implementation='hopper'."
+        )
     other = pages.transposed()
     forward, backward = make_steps(plan, ((pages,), (other,)))
     assert forward is not None
@@ -81,9 +87,13 @@ def runs_of(plan: RoutingPlan, pages: LoRAPages, column: int) -> Runs:
     begin, end = ((v[:, :-1]).T for v in (ends - sizes, ends))
     first, count = pages.table[..., column], pages.table[..., 2]
     slots, experts = first.shape
-    same = jnp.concatenate([jnp.zeros((slots, 1), bool), first[:, 1:] == first[:, :-1]], axis=1) & (count > 0)
-    index = jnp.arange(experts, dtype=jnp.int32)[None, :]
-    borders = jnp.where(same, experts, index)  # where the next run begins: the smallest border beyond
+    index, has = jnp.arange(experts, dtype=jnp.int32)[None, :], count > 0
+    # The last expert before each that has pages: a run goes on past experts that have none.
+    last = lax.cummax(jnp.where(has, index, -1), axis=1)
+    last = jnp.concatenate([jnp.full((slots, 1), -1, jnp.int32), last[:, :-1]], axis=1)
+    before = jnp.take_along_axis(first, jnp.maximum(last, 0), axis=1)
+    same = has & (last >= 0) & (before == first)
+    borders = jnp.where(has & ~same, index, experts)  # where the next run begins: the smallest border beyond
     following = lax.cummin(jnp.concatenate([borders[:, 1:], jnp.full((slots, 1), experts, jnp.int32)], 1), 1, True)
     base = jnp.arange(slots, dtype=jnp.int32)[:, None] * experts
     fields = begin, end, first, jnp.where(same, 0, count), base + following
