@@ -46,7 +46,7 @@ def train(
     ] = None,
     packing: Annotated[bool, typer.Option("--packing/--padding", help="Several examples a row, or one.")] = True,
     router_loss: Annotated[float, typer.Option(min=0.0, help="Coefficient of the load-balancing loss.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="Of the frozen model: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the frozen model: float32 or bfloat16.")] = "bfloat16",
     eval: Annotated[
         Each, typer.Option(help="NAME=FILE.jsonl to evaluate an adapter on: loss, and exact answers.")
     ] = None,
@@ -114,15 +114,14 @@ def _recipes(names: Sequence[str], given: Mapping[str, Each], rslora: bool, init
     def of(option: str, convert: Callable[[str], Any], default: Any) -> dict[str, Any]:
         return overridden(f"--{option}", given[option], names, convert, default)
 
-    ranks, alphas = of("rank", int, AdapterSpec.rank), of("alpha", float, None)
+    ranks, alphas = of("rank", int, AdapterSpec.rank), of("alpha", float, AdapterSpec.alpha)
     layouts, targets = of("layout", str, AdapterSpec.layout), of("targets", _modules, AdapterSpec.targets)
     rates, schedules = of("lr", float, Recipe.learning_rate), of("schedule", str, Recipe.schedule)
     warmups, decays = of("warmup", int, Recipe.warmup), of("weight-decay", float, Recipe.weight_decay)
     clips = of("clip", _number_or_none, Recipe.clip)
     recipes = {}
     for name in names:
-        own_alpha = 2.0 * ranks[name] if alphas[name] is None else alphas[name]
-        spec = AdapterSpec(ranks[name], own_alpha, layouts[name], targets[name], rslora, init)
+        spec = AdapterSpec(ranks[name], alphas[name], layouts[name], targets[name], rslora, init)
         recipes[name] = Recipe(spec, rates[name], schedules[name], warmups[name], decays[name], clips[name])
     return recipes
 

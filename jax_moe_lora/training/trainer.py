@@ -17,7 +17,6 @@ from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.hub import local_folder
-from jax_moe_lora.model import DTYPES
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.registry import family
 from jax_moe_lora.models.sites import adapter_sites
@@ -38,6 +37,7 @@ Source = str | Path | Sequence[Mapping[str, str]]
 """A JSONL file, or the objects of its lines."""
 
 LOG_EVERY = 10  # steps
+DTYPES = ("float32", "bfloat16")
 RESERVED = (CHECKPOINTS, METRICS, "__base__")  # names that an adapter cannot have
 EMPTY: Mapping[str, Any] = {}
 
@@ -74,7 +74,7 @@ class Trainer:
           sequence_length: tokens of a row; None is 512, or the model's positions where they are fewer.
           packing: several examples a row.
           router_loss: coefficient of the load-balancing loss. seed: of the first weights and the order of the examples.
-          dtype: of the frozen model; adapters and their optimizers are float32.
+          dtype: of the frozen model, float32 or bfloat16; adapters and their optimizers are float32.
           skip_bad_lines: leave out lines that cannot be trained on; they are counted in `skipped`.
 
         Raises:
@@ -85,8 +85,7 @@ class Trainer:
         self.steps, self.seed = whole("steps", steps, 1), whole("seed", seed, 0)
         self.batch_size, self.packing = whole("batch_size", batch_size, 1), packing
         self.micro_batches = _parts(self.batch_size, micro_batches, len(data))
-        if dtype not in DTYPES:
-            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        _check_dtype(dtype)
         folder = local_folder(model)
         self.config, self._source = read_model_config(folder), str(model)
         self.width = _width(sequence_length, self.config.max_positions)
@@ -105,7 +104,8 @@ class Trainer:
             micro_batches=self.micro_batches,
             implementation=implementation,
         )
-        self._router_loss, self._score = router_loss, make_scoring(self.config, self.specs, implementation)
+        self._router_loss, self._implementation = router_loss, implementation
+        self._score = make_scoring(self.config, self.specs, implementation)
         self._read_data(folder, data, evaluation, skip_bad_lines)
         self.params = load_params(folder, self.config, dtype)
         self.state, self.step = self._first_state(), 0
@@ -131,10 +131,11 @@ class Trainer:
         """Everything that the result depends on; a checkpoint is resumed with the same alone."""
         return {
             "model": {
-                "type": self.config.model_type,
+                "config": asdict(self.config),
                 "weights": sampled_digest(self.params),
                 "dtype": str(self.params.embedding.dtype),
             },
+            "implementation": self._implementation,
             "steps": self.steps,
             "batch_size": self.batch_size,
             "micro_batches": self.micro_batches,
@@ -261,6 +262,13 @@ def _check_names(data: Mapping[str, Source], evaluation: Mapping[str, Source]) -
     for name in evaluation:
         if name not in data:
             raise InputError(f"evaluation names {name!r}, which is none of the adapters {', '.join(data)}.")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype == "float16":
+        raise InputError("dtype is 'float16', which has no room for gradients; use bfloat16 or float32.")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
 
 
 def _parts(batch_size: int, micro_batches: int, adapters: int) -> int:
