@@ -40,7 +40,7 @@ def train(
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
     init: Annotated[str, typer.Option(help="Of A: kaiming or gaussian. B begins at zero.")] = "kaiming",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of an update; the adapters take turns.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Parts in which they are computed one by one.")] = 1,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Parts in which they are computed one by one.")] = 1,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row; 512 if not given, or what the model takes.")
     ] = None,
@@ -63,12 +63,13 @@ def train(
 ) -> None:
     """Train adapters together. Lines are {"prompt", "completion"}, or {"text"}; bad ones are named before anything."""
     from jax_moe_lora.training.run_folder import check_out
-    from jax_moe_lora.training.trainer import Trainer, check_layout
+    from jax_moe_lora.training.spec import check_layout
+    from jax_moe_lora.training.trainer import Trainer
 
     check_out(out, resume)
     check_layout(write_as)
     data, held_out = _files("--adapter", adapter), _files("--eval", eval or [])
-    for name in set(held_out) - set(data):
+    for name in sorted(set(held_out) - set(data)):
         raise InputError(f"--eval names {name!r}, which no --adapter does.")
     names = tuple(data)
     given = {
@@ -89,7 +90,7 @@ def train(
         recipe=_recipes(names, given, rslora, init),
         evaluation=held_out,
         batch_size=batch_size,
-        micro_batches=accumulate,
+        micro_batches=micro_batches,
         sequence_length=sequence_length,
         packing=packing,
         router_loss=router_loss,
@@ -101,7 +102,7 @@ def train(
         sys.stdout.write(f"{name}: {count} bad lines left out\n")
     with Shown(names, steps) as shown:
         notes = trainer.run(
-            out, resume=resume, save_every=save_every, evaluate_every=eval_every, layout=write_as, report=shown
+            out, resume=resume, save_every=save_every, evaluate_every=eval_every, write_as=write_as, report=shown
         )
     sys.stdout.write("".join(f"{line}\n" for line in (*notes, *(f"{out / name}: written" for name in names))))
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from kill_training import write_task
 
-from jax_moe_lora import InputError, Model
+from jax_moe_lora import AdapterFormatError, InputError, Model
 from jax_moe_lora.cli import main
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.demo.tasks import TASKS, heldout_strings, prompt
@@ -78,12 +78,13 @@ def refusal(monkeypatch, capsys, tmp_path):
         (["--dtype", "int8"], "dtype is 'int8'; expected one of float32, bfloat16"),
         (["--dtype", "float16"], "dtype is 'float16', which has no room for gradients; use bfloat16 or float32"),
         (["--batch-size", "1", "--adapter", "y=x.jsonl"], "batch_size is 1 for 2 adapters"),
-        (["--batch-size", "8", "--accumulate", "3"], "batch_size is 8, which 3 micro_batches do not divide"),
+        (["--batch-size", "8", "--micro-batches", "3"], "batch_size is 8, which 3 micro_batches do not divide"),
         (["--sequence-length", "1000"], "sequence_length is 1000; expected 1 to 256"),
         (["--sequence-length", "3"], "lines cannot be trained on: x.jsonl, line 1 has"),
         (["--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
+        (["--eval", "z=x.jsonl", "--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
         (["--eval", "x=none.jsonl"], "none.jsonl cannot be read"),
-        (["--write-as", "onnx"], "layout is 'onnx'; expected one of peft, peft-per-expert, tinker, tensorrt-llm"),
+        (["--write-as", "onnx"], "write_as is 'onnx'; expected one of peft, peft-per-expert, tinker, tensorrt-llm"),
         (["--out", "no/out"], "there is no folder no"),
         (["--out", "."], ". exists; go on with its run (--resume, resume=True), or name a new folder"),
         (["--out", ".", "--resume"], ". holds files and no run; name another folder"),
@@ -241,6 +242,20 @@ def test_peft_computes_the_loss_of_what_a_run_writes(trained):
     expected = peft_logits(MODEL, out / "both", tokens)
     found = np.asarray(model.logits(tokens, ["both", "both"]))
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_what_cannot_be_written_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    uneven = AdapterSpec(4, layout="shared-outer", ranks=(("down", 2),))
+    trainer = Trainer(MODEL, {"x": LINES[:2]}, steps=1, recipe=Recipe(uneven), sequence_length=16, dtype="float32")
+    monkeypatch.setattr(trainer, "train_step", lambda: pytest.fail("a step was trained"))
+    with pytest.raises(AdapterFormatError, match=r"'x' cannot be written as Tinker.*: layer 0, .* one rank for all"):
+        trainer.run(tmp_path / "out")
+    with pytest.raises(InputError, match="write_as is 'onnx'; expected one of peft, "):
+        trainer.run(tmp_path / "out", write_as="onnx")
+    with pytest.raises(InputError, match="evaluate_every is 0; expected 1 to"):
+        trainer.run(tmp_path / "out", write_as="peft", evaluate_every=0)
+    assert not (tmp_path / "out").exists()
+    assert trainer.write(tmp_path, "peft") != []
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from jax_moe_lora.adapters.formats.config_fields import MAX_ALPHA
 from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.adapters.writing import LAYOUTS
 from jax_moe_lora.arguments import number, whole
 from jax_moe_lora.errors import InputError
 
@@ -120,3 +121,9 @@ class AdapterSpec:
                 raise InputError(f"targets {own} name {module!r}, which this model lacks; expected {', '.join(sites)}.")
         if len({*self.targets}) < len(self.targets):
             raise InputError(f"targets {own} name a module twice: {', '.join(self.targets)}.")
+
+
+def check_layout(write_as: str | None) -> None:
+    """Refuses what `write_adapter` does not write, before the work whose result it is to write."""
+    if write_as is not None and write_as not in LAYOUTS:
+        raise InputError(f"write_as is {write_as!r}; expected one of {', '.join(LAYOUTS)}.")
