@@ -3,7 +3,8 @@
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,7 @@ class Trainer:
         out, save_every = Path(out), whole("save_every", save_every, 1)
         evaluate_every = self.steps if evaluate_every is None else whole("evaluate_every", evaluate_every, 1)
         settings = self.settings()
-        with run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
+        with _writing(out), run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
             if found := checkpoints.restore(self.state, settings):
                 self.step, self.state = found
             with MetricsFile(out / METRICS, self.step) as metrics:
@@ -234,9 +235,9 @@ class Trainer:
                     saving, evaluating = last or self.step % save_every == 0, last or self.step % evaluate_every == 0
                     if saving or evaluating or self.step % LOG_EVERY == 0:
                         log.write(self.evaluate() if evaluating and self._evaluation else {})
-                    if saving:
-                        metrics.sync()
-                        checkpoints.save(self.step, self.state, settings)
+                    if saving:  # after the metrics of the steps before it, which it promises
+                        with _writing(out, ValueError):  # tensorstore's own word for a full disk
+                            checkpoints.save(self.step, self.state, settings)
             return self.write(out, write_as)
 
     def _first_state(self) -> TrainState:
@@ -245,6 +246,16 @@ class Trainer:
         keys = {name: jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))) for name in self.recipes}
         params = {name: init_params(own.spec, self.sites, keys[name]) for name, own in self.recipes.items()}
         return init_state(params, self._optimizers)
+
+
+@contextmanager
+def _writing(out: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """The system's refusals in one sentence: a full disk, a folder that went away."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"{out} cannot be written: {problem}; once it can, go on with --resume.") from error
 
 
 def sampled_digest(params: ModelParams) -> str:
