@@ -40,13 +40,13 @@ def train(
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")] = False,
     init: Annotated[str, typer.Option(help="Of A: kaiming or gaussian. B begins at zero.")] = "kaiming",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of an update; the adapters take turns.")] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Parts in which they are computed one by one.")] = 1,
+    micro_batches: Annotated[int, typer.Option(min=1, help="Parts in which they are computed one by one.")] = 1,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a row; 512 if not given, or what the model takes.")
     ] = None,
     packing: Annotated[bool, typer.Option("--packing/--padding", help="Several examples a row, or one.")] = True,
     router_loss: Annotated[float, typer.Option(min=0.0, help="Coefficient of the load-balancing loss.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="Of the frozen model: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Of the frozen model: float32 or bfloat16.")] = "bfloat16",
     eval: Annotated[
         Each, typer.Option(help="NAME=FILE.jsonl to evaluate an adapter on: loss, and exact answers.")
     ] = None,
@@ -63,12 +63,13 @@ def train(
 ) -> None:
     """Train adapters together. Lines are {"prompt", "completion"}, or {"text"}; bad ones are named before anything."""
     from jax_moe_lora.training.run_folder import check_out
-    from jax_moe_lora.training.trainer import Trainer, check_layout
+    from jax_moe_lora.training.spec import check_layout
+    from jax_moe_lora.training.trainer import Trainer
 
     check_out(out, resume)
     check_layout(write_as)
     data, held_out = _files("--adapter", adapter), _files("--eval", eval or [])
-    for name in set(held_out) - set(data):
+    for name in sorted(set(held_out) - set(data)):
         raise InputError(f"--eval names {name!r}, which no --adapter does.")
     names = tuple(data)
     given = {
@@ -89,7 +90,7 @@ def train(
         recipe=_recipes(names, given, rslora, init),
         evaluation=held_out,
         batch_size=batch_size,
-        micro_batches=accumulate,
+        micro_batches=micro_batches,
         sequence_length=sequence_length,
         packing=packing,
         router_loss=router_loss,
@@ -101,7 +102,7 @@ def train(
         sys.stdout.write(f"{name}: {count} bad lines left out\n")
     with Shown(names, steps) as shown:
         notes = trainer.run(
-            out, resume=resume, save_every=save_every, evaluate_every=eval_every, layout=write_as, report=shown
+            out, resume=resume, save_every=save_every, evaluate_every=eval_every, write_as=write_as, report=shown
         )
     sys.stdout.write("".join(f"{line}\n" for line in (*notes, *(f"{out / name}: written" for name in names))))
 
@@ -114,15 +115,14 @@ def _recipes(names: Sequence[str], given: Mapping[str, Each], rslora: bool, init
     def of(option: str, convert: Callable[[str], Any], default: Any) -> dict[str, Any]:
         return overridden(f"--{option}", given[option], names, convert, default)
 
-    ranks, alphas = of("rank", int, AdapterSpec.rank), of("alpha", float, None)
+    ranks, alphas = of("rank", int, AdapterSpec.rank), of("alpha", float, AdapterSpec.alpha)
     layouts, targets = of("layout", str, AdapterSpec.layout), of("targets", _modules, AdapterSpec.targets)
     rates, schedules = of("lr", float, Recipe.learning_rate), of("schedule", str, Recipe.schedule)
     warmups, decays = of("warmup", int, Recipe.warmup), of("weight-decay", float, Recipe.weight_decay)
     clips = of("clip", _number_or_none, Recipe.clip)
     recipes = {}
     for name in names:
-        own_alpha = 2.0 * ranks[name] if alphas[name] is None else alphas[name]
-        spec = AdapterSpec(ranks[name], own_alpha, layouts[name], targets[name], rslora, init)
+        spec = AdapterSpec(ranks[name], alphas[name], layouts[name], targets[name], rslora, init)
         recipes[name] = Recipe(spec, rates[name], schedules[name], warmups[name], decays[name], clips[name])
     return recipes
 

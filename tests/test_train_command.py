@@ -6,11 +6,13 @@ import re
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_training import write_task
 
-from jax_moe_lora import InputError, Model
+from jax_moe_lora import AdapterFormatError, InputError, Model
 from jax_moe_lora.cli import main
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.demo.tasks import TASKS, heldout_strings, prompt
@@ -59,10 +61,12 @@ def refusal(monkeypatch, capsys, tmp_path):
         (["--steps", "0"], "Invalid value for '--steps'"),
         (["--rank", "many"], "--rank many is not a whole number"),
         (["--rank", "0"], "rank of adapter 'x' is 0; expected 1"),
+        (["--rank", "1000000"], "rank of gate of adapter 'x' is 1000000; expected at most 48, its smaller width"),
         (["--rank", "y=4"], "--rank y=4 names 'y', which no --adapter does"),
         (["--rank", "4", "--rank", "8"], "--rank is given twice for all adapters"),
         (["--rank", "x=4", "--rank", "x=8"], "--rank is given twice for 'x'"),
         (["--alpha", "-1"], "alpha of adapter 'x' is -1.0; expected a number above zero"),
+        (["--alpha", "1e31"], "alpha of adapter 'x' is 1e+31; expected a number above zero, 1e+30 at most"),
         (["--lr", "x=fast"], "--lr x=fast is not a number"),
         (["--lr", "nan"], "learning rate of adapter 'x' is nan; expected a number above zero"),
         (["--layout", "round"], "layout of adapter 'x' is 'round'; expected one of fused, per-expert, shared-outer"),
@@ -73,14 +77,16 @@ def refusal(monkeypatch, capsys, tmp_path):
         (["--weight-decay", "-0.1"], "weight decay of adapter 'x' is -0.1; expected a number from zero"),
         (["--clip", "0"], "clip of adapter 'x' is 0.0; expected a number above zero"),
         (["--init", "zeros"], "init of adapter 'x' is 'zeros'; expected one of kaiming, gaussian"),
-        (["--dtype", "int8"], "dtype is 'int8'; expected one of float32, bfloat16, float16"),
+        (["--dtype", "int8"], "dtype is 'int8'; expected one of float32, bfloat16"),
+        (["--dtype", "float16"], "dtype is 'float16', which has no room for gradients; use bfloat16 or float32"),
         (["--batch-size", "1", "--adapter", "y=x.jsonl"], "batch_size is 1 for 2 adapters"),
-        (["--batch-size", "8", "--accumulate", "3"], "batch_size is 8, which 3 micro_batches do not divide"),
+        (["--batch-size", "8", "--micro-batches", "3"], "batch_size is 8, which 3 micro_batches do not divide"),
         (["--sequence-length", "1000"], "sequence_length is 1000; expected 1 to 256"),
         (["--sequence-length", "3"], "lines cannot be trained on: x.jsonl, line 1 has"),
         (["--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
+        (["--eval", "z=x.jsonl", "--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
         (["--eval", "x=none.jsonl"], "none.jsonl cannot be read"),
-        (["--write-as", "onnx"], "layout is 'onnx'; expected one of peft, peft-per-expert, tinker, tensorrt-llm"),
+        (["--write-as", "onnx"], "write_as is 'onnx'; expected one of peft, peft-per-expert, tinker, tensorrt-llm"),
         (["--out", "no/out"], "there is no folder no"),
         (["--out", "."], ". exists; go on with its run (--resume, resume=True), or name a new folder"),
         (["--out", ".", "--resume"], ". holds files and no run; name another folder"),
@@ -184,15 +190,6 @@ def test_a_run_leaves_adapters_metrics_and_its_last_checkpoints(trained):
 
 
 @pytest.mark.long
-def test_training_lowers_the_loss(trained):
-    _, out, _ = trained
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    for name in ("both", "outer"):
-        losses = [line["adapters"][name]["loss"] for line in lines if "adapters" in line]
-        assert np.mean(losses[-3:]) < 0.8 * losses[0]
-
-
-@pytest.mark.long
 def test_what_a_run_writes_is_what_it_trained(trained):
     """Loaded from disk into a model that serves, both adapters give the losses of the last evaluation."""
     trainer, out, told = trained
@@ -221,41 +218,69 @@ def test_a_finished_run_that_is_resumed_writes_the_same_bytes(trained, tmp_path)
     before = {path: path.read_bytes() for name in ("both", "outer") for path in (out / name).iterdir()}
     with pytest.raises(InputError, match="exists; go on with its run"):
         trainer.run(out)
+    trainer.step, trainer.state = 0, jax.tree.map(jnp.zeros_like, trainer.state)
     trainer.run(out, resume=True, save_every=5)
+    assert trainer.step == 12
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_what_cannot_be_written_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    uneven = AdapterSpec(4, layout="shared-outer", ranks=(("down", 2),))
+    trainer = Trainer(MODEL, {"x": LINES[:2]}, steps=1, recipe=Recipe(uneven), sequence_length=16, dtype="float32")
+    monkeypatch.setattr(trainer, "train_step", lambda: pytest.fail("a step was trained"))
+    with pytest.raises(AdapterFormatError, match=r"'x' cannot be written as Tinker.*: layer 0, .* one rank for all"):
+        trainer.run(tmp_path / "out")
+    with pytest.raises(InputError, match="write_as is 'onnx'; expected one of peft, "):
+        trainer.run(tmp_path / "out", write_as="onnx")
+    with pytest.raises(InputError, match="evaluate_every is 0; expected 1 to"):
+        trainer.run(tmp_path / "out", write_as="peft", evaluate_every=0)
+    assert not (tmp_path / "out").exists()
+    assert trainer.write(tmp_path, "peft") != []
+
+
 @pytest.mark.long
-@pytest.mark.parity
-def test_peft_computes_the_loss_of_what_a_run_writes(trained):
-    pytest.importorskip("peft")
-    from networks import peft_logits
-
-    trainer, out, _ = trained
-    model = Model.from_pretrained(MODEL, dtype="float32")
-    model.load_adapter(trainer.adapter("both"), adapter_name="both")
-    tokens = np.arange(4, 28).reshape(2, 12)
-    expected = peft_logits(MODEL, out / "both", tokens)
-    found = np.asarray(model.logits(tokens, ["both", "both"]))
-    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+def test_a_refusal_of_the_system_is_one_sentence_and_the_run_goes_on_after_it(tmp_path):
+    out, sizes = tmp_path / "out", {"batch_size": 1, "sequence_length": 16, "dtype": "float32"}
+    trainer = Trainer(MODEL, {"x": LINES[:2]}, steps=3, recipe=Recipe(AdapterSpec(2)), **sizes)
+    (out / "checkpoints").mkdir(parents=True)
+    (out / ".metrics.jsonl.partial").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"out cannot be written: No space left on device; once it can, go on"):
+        trainer.run(out, resume=True)
+    (out / "metrics.jsonl").unlink()
+    trainer.step = 0
+    trainer.run(out, resume=True, save_every=1)
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert Model.from_pretrained(MODEL, dtype="float32").load_adapter(out / "x", adapter_name="x") is not None
 
 
 @pytest.mark.long
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_checkpoint(tmp_path):
-    recipe = Recipe(AdapterSpec(2, 4.0), 1e30, "constant", clip=None)
-    trainer = Trainer(
-        MODEL, {"x": LINES[:2]}, steps=9, recipe=recipe, batch_size=1, sequence_length=16, dtype="float32"
-    )
-    with pytest.raises(InputError, match=r"Adapter 'x' has loss .* at step .*; begin again with a lower learning rate"):
-        trainer.run(tmp_path / "out", save_every=1)
-    assert not (tmp_path / "out" / "x").exists()
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(tmp_path):
+    lost = Recipe(AdapterSpec(2, 4.0), 1e30, "constant", clip=None)
+    recipes = {"x": lost, "good": Recipe(AdapterSpec(2, 4.0)), "z": lost}
+    data, sizes = dict.fromkeys(recipes, LINES[:2]), {"batch_size": 3, "sequence_length": 16, "dtype": "float32"}
+    trainer = Trainer(MODEL, data, steps=9, recipe=recipes, **sizes)
+    out = tmp_path / "out"
+    named = r"At step (\d+) these adapters are no longer finite: 'x' \(loss .*\), 'z' \(loss .*\); begin again with"
+    with pytest.raises(InputError, match=named) as stopped:
+        trainer.run(out, save_every=1)
+    step = int(re.match(named, str(stopped.value))[1])
+    assert step > 1
+    assert str(step - 1) in {path.name for path in (out / "checkpoints").iterdir()}
+    assert not any((out / name).exists() for name in recipes)
+    fresh = Trainer(MODEL, data, steps=9, recipe=recipes, **sizes)
+    with pytest.raises(InputError, match=named):
+        fresh.run(tmp_path / "seldom", save_every=9)
+    for folder in (out, tmp_path / "seldom"):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        assert [line["step"] for line in lines] == list(range(1, step))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # minutes on two cores that nothing else uses
 def test_the_demos_tasks_are_learnt_in_one_run(tmp_path):
     names = ("upper", "reverse", "shift")
-    data = {name: write_task(tmp_path / f"{name}.jsonl", name, 20_000) for name in names}
+    data = {name: write_task(tmp_path / f"{name}.jsonl", name, 4_000) for name in names}
     texts = heldout_strings(96)
     held_out = {name: [{"prompt": prompt(t), "completion": TASKS[name](t)} for t in texts] for name in names}
     trainer = Trainer(MODEL, data, evaluation=held_out, dtype="float32", **DEMO)
@@ -265,7 +290,7 @@ def test_the_demos_tasks_are_learnt_in_one_run(tmp_path):
     model = Model.from_pretrained(MODEL, dtype="float32")
     for name in names:
         model.load_adapter(tmp_path / "out" / name, adapter_name=name)
-    asked = [(text, name) for text in texts for name in names]
+    asked = [(text, name) for text in texts[:16] for name in names]
     answers = model.generate([prompt(text) for text, _ in asked], [name for _, name in asked], max_new_tokens=10)
     for name in names:
         right = [TASKS[name](text) == out.text for (text, own), out in zip(asked, answers, strict=True) if own == name]

@@ -4,11 +4,12 @@ import json
 import os
 import random
 import shutil
+import subprocess
 
 import jax
 import numpy as np
 import pytest
-from kill_training import NAMES, digests, finish, kill, some_time_after_a_checkpoint, start, write_task
+from kill_training import NAMES, command, digests, finish, kill, some_time_after_a_checkpoint, start, write_task
 
 from jax_moe_lora import CheckpointError, InputError
 from jax_moe_lora.training.checkpoint import Checkpoints
@@ -31,6 +32,22 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(tmp_path):
     finish(start(tmp_path, out, STEPS))
     assert digests(out) == digests(tmp_path / "whole")
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [str(STEPS - 1), str(STEPS)]
+
+
+@pytest.mark.long
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_where_there_is_room(tmp_path):
+    for name in NAMES:
+        write_task(tmp_path / f"{name}.jsonl", name)
+    whole = command(tmp_path, tmp_path / "out", 4, "--resume", "--rank", "upper=32")
+    limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", *whole]  # KiB a file; a checkpoint has more
+    refused = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    (said,) = (line for line in refused.stderr.splitlines() if line.startswith("jax-moe-lora: "))
+    assert "out cannot be written: " in said
+    assert "File too large" in said
+    assert said.endswith("; once it can, go on with --resume.")
+    assert subprocess.run(whole, capture_output=True, timeout=300).returncode == 0
+    assert all((tmp_path / "out" / name / "adapter_config.json").is_file() for name in NAMES)
 
 
 def state(value: float) -> TrainState:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from layers import assert_close
-from trained import CONFIG, SITES, SPECS, arrays, draw, model, new_params, same_bits, task_batch
+from trained import CONFIG, SITES, SPECS, draw, model, new_params, same_bits, task_batch
 
 from jax_moe_lora import InputError, LoRAAdapter, write_adapter
 from jax_moe_lora.adapters.bank import create_bank
@@ -68,12 +68,21 @@ def test_layouts_share_what_they_say():
         ({"targets": ("q", "q")}, "name a module twice: q, q"),
         ({"ranks": (("q", 4),)}, "ranks of adapter 'mine' name 'q', which is none of its targets gate, up, down"),
         ({"ranks": (("down", 1.5),)}, "rank of down of adapter 'mine' is 1.5; expected a whole number"),
+        ({"rank": 49, "ranks": (("gate", 4), ("up", 4))}, "rank of down of adapter 'mine' is 49; expected at most 48"),
+        ({"ranks": (("down", 49),)}, "rank of down of adapter 'mine' is 49; expected at most 48, its smaller width"),
+        ({"targets": ("router",)}, "rank of router of adapter 'mine' is 16; expected at most 8"),
         ({"ranks": (("up", 4),)}, "are 16 for gate and 4 for up, which share one A in the fused layout"),
     ],
 )
 def test_a_spec_that_cannot_be_trained_is_refused(fields, message):
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         AdapterSpec(**fields).check("mine", SITES)
+
+
+def test_alpha_is_twice_the_rank_where_none_is_given():
+    spec = AdapterSpec(rank=8, layout="per-expert", ranks=(("down", 4),))
+    assert (spec.scale_of("gate"), spec.scale_of("down")) == (2.0, 4.0)
+    assert replace(spec, alpha=8.0).scale_of("gate") == 1.0
 
 
 def test_specs_that_can_be_trained_pass():
@@ -218,4 +227,3 @@ def test_router_loss_is_that_of_transformers():
     slots = jnp.asarray(np.where(mask.ravel(), 1, -1), jnp.int32)
     found = load_balancing(tuple(map(jnp.asarray, scores)), slots, 2, 3)
     np.testing.assert_allclose(np.asarray(found), [0, float(expected)], rtol=1e-6)
-    assert len(arrays(found)) == 1

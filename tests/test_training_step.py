@@ -81,30 +81,34 @@ def test_an_adapter_without_a_token_to_learn_keeps_every_bit(step):
     assert int(after.updates["sort"]) == 1
 
 
-def test_three_adapters_in_one_run_equal_three_solo_runs(step):
+def test_three_adapters_in_one_run_equal_three_solo_runs():
+    step = make_step(SHALLOW[0], SPECS, OPTIMIZERS, clip={"upper": 0.5}, router_loss=0.01)
+
+    def start() -> TrainState:
+        return state_of(new_params(config=SHALLOW[0]), OPTIMIZERS)
+
     def batch(index: int) -> Batch:
         """Some adapters miss some batches."""
         return task_batch([None if index % 5 == place else name for place, name in enumerate(NAMES)], index, 6)
 
     def run(slot: int | None) -> tuple[TrainState, list[np.ndarray]]:
-        now, losses = state(), []
+        now, losses = start(), []
         for index in range(20):
             rows = batch(index)
-            now, metrics = step(now, model(), rows if slot is None else only(rows, slot))
+            now, metrics = step(now, SHALLOW[1], rows if slot is None else only(rows, slot))
             losses.append(np.asarray(metrics.losses.loss))
         return now, losses
 
     mixed, mixed_losses = run(None)
     for slot, name in enumerate(NAMES):
         solo, losses = run(slot)
-        for one, other in zip(arrays(solo.params[name]), arrays(mixed.params[name]), strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=1e-6, err_msg=name)
+        assert same_bits(of(solo, name), of(mixed, name)), name
+        for before, after in zip(arrays(start().params[name]), arrays(mixed.params[name]), strict=True):
+            assert np.linalg.norm(after - before) > 1e-2 * np.linalg.norm(after), f"{name} learnt nothing"
         assert int(solo.updates[name]) == int(mixed.updates[name]) == 16
         np.testing.assert_allclose([l[slot] for l in losses], [l[slot] for l in mixed_losses], rtol=1e-5, atol=1e-7)
         for other in set(NAMES) - {name}:
-            assert same_bits(of(solo, other), of(state(), other)), f"{other} moved in the run of {name} alone"
-        first, last = ([l[slot] for l in mixed_losses if l[slot]][i] for i in (0, -1))
-        assert last < 0.8 * first, f"{name} learnt nothing"
+            assert same_bits(of(solo, other), of(start(), other)), f"{other} moved in the run of {name} alone"
 
 
 def test_batches_of_one_shape_run_one_program_and_take_the_state(step):

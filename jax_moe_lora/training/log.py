@@ -44,26 +44,28 @@ class Log:
     ):
         self._schedules, self._steps, self._file, self._report = schedules, steps, file, report
         self._pending: list[tuple[int, Metrics]] = []
-        self._began = self._last = time.perf_counter()
+        self._last = time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
         self._pending.append((step, metrics))
 
     def write(self, evaluations: Mapping[str, Evaluation]) -> None:
-        """Writes the lines of all steps that were added.
+        """Puts the lines of all steps that were added on disk.
 
         Raises:
-          InputError: a loss or a gradient that is not finite; its adapter is lost, and its last checkpoint is not.
+          InputError: losses or gradients that are not finite, by their adapters, after the lines of the steps before;
+          these adapters are lost, and their last checkpoint is not.
         """
-        lines = [self._line(step, metrics) for step, metrics in jax.device_get(self._pending)]
-        self._pending = []
+        pending, self._pending, lines = jax.device_get(self._pending), [], []
+        for step, metrics in pending:
+            lines.append(self._line(step, metrics))
+            self._file.write(lines[-1])
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        for line in lines:
-            self._file.write({**line, "seconds": round(now - self._began, 3)})
         step, last = lines[-1]["step"], lines[-1]["adapters"]
         if evaluations:
             self._file.write({"step": step, "evaluation": {name: asdict(own) for name, own in evaluations.items()}})
+        self._file.sync()
         if self._report is not None:
             tokens = {name: sum(line["adapters"][name]["tokens"] for line in lines) for name in last}
             self._report(
@@ -77,7 +79,7 @@ class Log:
             )
 
     def _line(self, step: int, metrics: Metrics) -> dict[str, Any]:
-        losses, adapters = metrics.losses, {}
+        losses, adapters, lost = metrics.losses, {}, []
         for slot, (name, schedule) in enumerate(self._schedules.items()):
             own = {
                 "loss": float(losses.loss[slot]),
@@ -87,9 +89,11 @@ class Log:
                 "tokens": int(losses.tokens[slot]),
             }
             if not all(map(math.isfinite, own.values())):
-                raise InputError(
-                    f"Adapter {name!r} has loss {own['loss']:g} and a gradient of norm {own['gradient_norm']:g} at "
-                    f"step {step}; begin again with a lower learning rate or a warmup."
-                )
+                lost.append(f"{name!r} (loss {own['loss']:g}, gradient of norm {own['gradient_norm']:g})")
             adapters[name] = own
+        if lost:
+            raise InputError(
+                f"At step {step} these adapters are no longer finite: {', '.join(lost)}; begin again with a lower "
+                "learning rate or a warmup."
+            )
         return {"step": step, "adapters": adapters}

@@ -1,7 +1,7 @@
 """How an adapter is trained: what of the model, at which rate, for how long."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -63,3 +63,13 @@ class Recipe:
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """Without clipping, which a step does by itself."""
         return optax.adamw(self.schedule_of(steps), weight_decay=self.weight_decay)
+
+
+def recipes_of(recipe: Recipe | Mapping[str, Recipe] | None, names: Iterable[str]) -> dict[str, Recipe]:
+    """The recipe of each adapter, out of one for all or one for each."""
+    names = list(names)
+    if not isinstance(recipe, Mapping):
+        return dict.fromkeys(names, recipe or Recipe())
+    if set(recipe) != set(names):
+        raise InputError(f"recipe names {', '.join(recipe)}; expected one for each of {', '.join(names)}.")
+    return {name: recipe[name] for name in names}

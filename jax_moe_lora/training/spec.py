@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from jax_moe_lora.adapters.formats.config_fields import MAX_ALPHA
 from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.adapters.writing import LAYOUTS
 from jax_moe_lora.arguments import number, whole
 from jax_moe_lora.errors import InputError
 
@@ -26,7 +28,8 @@ class AdapterSpec:
     """One adapter to train.
 
     Attributes:
-      rank: R of every module that `ranks` does not name. alpha: the update is scaled by alpha / R.
+      rank: R of every module that `ranks` does not name, at most the smaller width of each.
+      alpha: the update is scaled by alpha / R; None is twice `rank`.
       layout: of the routed experts. `fused`, PEFT's 3-D parameters: gate and up of an expert share one A. `per-expert`:
         each expert has an A and a B for each module. `shared-outer`, Tinker's: A of gate, A of up and B of down are one
         matrix for all experts.
@@ -38,7 +41,7 @@ class AdapterSpec:
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: float | None = None
     layout: Layout = "fused"
     targets: tuple[str, ...] = EXPERTS
     rank_stabilised: bool = False
@@ -50,8 +53,8 @@ class AdapterSpec:
 
     def scale_of(self, module: str) -> float:
         """The factor on the module's update."""
-        rank = self.rank_of(module)
-        return self.alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+        rank, alpha = self.rank_of(module), 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     @property
     def max_rank(self) -> int:
@@ -90,7 +93,9 @@ class AdapterSpec:
                     f"{field} {own} is {getattr(self, field)!r}; expected one of {', '.join(get_args(kinds))}."
                 )
         whole(f"rank {own}", self.rank, 1)
-        number(f"alpha {own}", self.alpha, lambda alpha: 0 < alpha < math.inf, "a number above zero")
+        if self.alpha is not None:
+            expected = f"a number above zero, {MAX_ALPHA:g} at most"
+            number(f"alpha {own}", self.alpha, lambda alpha: 0 < alpha <= MAX_ALPHA, expected)
         self._check_targets(own, sites)
         for module, rank in self.ranks:
             if module not in self.targets:
@@ -98,6 +103,10 @@ class AdapterSpec:
                     f"ranks {own} name {module!r}, which is none of its targets {', '.join(self.targets)}."
                 )
             whole(f"rank of {module} {own}", rank, 1)
+        for module in self.targets:
+            width = min(sites[module].in_width, sites[module].out_width)
+            if (rank := self.rank_of(module)) > width:
+                raise InputError(f"rank of {module} {own} is {rank}; expected at most {width}, its smaller width.")
         if self.matrix("gate", "a") == self.matrix("up", "a") and self.rank_of("gate") != self.rank_of("up"):
             raise InputError(
                 f"ranks {own} are {self.rank_of('gate')} for gate and {self.rank_of('up')} for up, which share one A "
@@ -112,3 +121,9 @@ class AdapterSpec:
                 raise InputError(f"targets {own} name {module!r}, which this model lacks; expected {', '.join(sites)}.")
         if len({*self.targets}) < len(self.targets):
             raise InputError(f"targets {own} name a module twice: {', '.join(self.targets)}.")
+
+
+def check_layout(write_as: str | None) -> None:
+    """Refuses what `write_adapter` does not write, before the work whose result it is to write."""
+    if write_as is not None and write_as not in LAYOUTS:
+        raise InputError(f"write_as is {write_as!r}; expected one of {', '.join(LAYOUTS)}.")

@@ -3,7 +3,8 @@
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.writing import LAYOUTS, write_adapter
+from jax_moe_lora.adapters.writing import plan_adapter, write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.hub import local_folder
-from jax_moe_lora.model import DTYPES
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.registry import family
 from jax_moe_lora.models.sites import adapter_sites
@@ -26,11 +27,11 @@ from jax_moe_lora.training.adapters import init_params, to_adapter
 from jax_moe_lora.training.checkpoint import Checkpoints
 from jax_moe_lora.training.data import Encoder, Lines, read_datasets
 from jax_moe_lora.training.log import Log, Progress
-from jax_moe_lora.training.recipe import Recipe
+from jax_moe_lora.training.recipe import Recipe, recipes_of
 from jax_moe_lora.training.rows import Rows, lay_out, make_feed, whole_batches
 from jax_moe_lora.training.run_folder import CHECKPOINTS, METRICS, MetricsFile, run_folder
 from jax_moe_lora.training.scoring import Evaluation, evaluate, make_scoring
-from jax_moe_lora.training.spec import WRITTEN_AS
+from jax_moe_lora.training.spec import WRITTEN_AS, check_layout
 from jax_moe_lora.training.step import Metrics, TrainState, init_state, make_step
 from pallas_kernels import Implementation
 
@@ -38,6 +39,7 @@ Source = str | Path | Sequence[Mapping[str, str]]
 """A JSONL file, or the objects of its lines."""
 
 LOG_EVERY = 10  # steps
+DTYPES = ("float32", "bfloat16")
 RESERVED = (CHECKPOINTS, METRICS, "__base__")  # names that an adapter cannot have
 EMPTY: Mapping[str, Any] = {}
 
@@ -74,7 +76,7 @@ class Trainer:
           sequence_length: tokens of a row; None is 512, or the model's positions where they are fewer.
           packing: several examples a row.
           router_loss: coefficient of the load-balancing loss. seed: of the first weights and the order of the examples.
-          dtype: of the frozen model; adapters and their optimizers are float32.
+          dtype: of the frozen model, float32 or bfloat16; adapters and their optimizers are float32.
           skip_bad_lines: leave out lines that cannot be trained on; they are counted in `skipped`.
 
         Raises:
@@ -85,12 +87,11 @@ class Trainer:
         self.steps, self.seed = whole("steps", steps, 1), whole("seed", seed, 0)
         self.batch_size, self.packing = whole("batch_size", batch_size, 1), packing
         self.micro_batches = _parts(self.batch_size, micro_batches, len(data))
-        if dtype not in DTYPES:
-            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        _check_dtype(dtype)
         folder = local_folder(model)
         self.config, self._source = read_model_config(folder), str(model)
         self.width = _width(sequence_length, self.config.max_positions)
-        self.sites, self.recipes = adapter_sites(self.config), _recipes(recipe, data)
+        self.sites, self.recipes = adapter_sites(self.config), recipes_of(recipe, data)
         for name, own in self.recipes.items():
             own.check(name, self.sites, self.steps)
         self.specs = {name: own.spec for name, own in self.recipes.items()}
@@ -105,7 +106,8 @@ class Trainer:
             micro_batches=self.micro_batches,
             implementation=implementation,
         )
-        self._router_loss, self._score = router_loss, make_scoring(self.config, self.specs, implementation)
+        self._router_loss, self._implementation = router_loss, implementation
+        self._score = make_scoring(self.config, self.specs, implementation)
         self._read_data(folder, data, evaluation, skip_bad_lines)
         self.params = load_params(folder, self.config, dtype)
         self.state, self.step = self._first_state(), 0
@@ -131,10 +133,11 @@ class Trainer:
         """Everything that the result depends on; a checkpoint is resumed with the same alone."""
         return {
             "model": {
-                "type": self.config.model_type,
+                "config": asdict(self.config),
                 "weights": sampled_digest(self.params),
                 "dtype": str(self.params.embedding.dtype),
             },
+            "implementation": self._implementation,
             "steps": self.steps,
             "batch_size": self.batch_size,
             "micro_batches": self.micro_batches,
@@ -164,24 +167,34 @@ class Trainer:
         source = {"base_model_name_or_path": self._source}
         return to_adapter(self.state.params[name], self.recipes[name].spec, self.sites, name, source)
 
-    def write(self, out: str | Path, layout: str | None = None) -> list[str]:
+    def write(self, out: str | Path, write_as: str | None = None) -> list[str]:
         """Writes every adapter as a folder of its name, each whole or not at all, over what an earlier run left there.
 
         Args:
-          layout: of `write_adapter`; the spec's own where None. Others may write copies of shared matrices.
+          write_as: a layout of `write_adapter`; the spec's own where None. Others may write copies of shared matrices.
 
         Returns:
           What is said of each, as `write_adapter` does.
         """
-        check_layout(layout)
-        names = family(self.config.model_type).ADAPTER_NAMES
         said = []
-        for name, recipe in self.recipes.items():
-            own = WRITTEN_AS[recipe.spec.layout]
-            options = {"expand": layout not in (None, own), "force": True}
-            notes = write_adapter(self.adapter(name), Path(out) / name, self.sites, names, layout or own, **options)
+        for name in self.recipes:
+            names, layout, expand = self._written(name, write_as)
+            adapter, folder = self.adapter(name), Path(out) / name
+            notes = write_adapter(adapter, folder, self.sites, names, layout, expand=expand, force=True)
             said += [f"{name}: {note}" for note in notes]
         return said
+
+    def _check_written(self, write_as: str | None) -> None:
+        """Raises what `write` would of ranks, scales and sharing, which no step of training changes."""
+        for name in self.recipes:
+            names, layout, expand = self._written(name, write_as)
+            plan_adapter(self.adapter(name), self.sites, names, layout, expand=expand)
+
+    def _written(self, name: str, write_as: str | None) -> tuple[AdapterNames, str, bool]:
+        """Names and layout of an adapter's folder, and whether it may hold copies of what is shared."""
+        check_layout(write_as)
+        own = WRITTEN_AS[self.specs[name].layout]
+        return family(self.config.model_type).ADAPTER_NAMES, write_as or own, write_as not in (None, own)
 
     def run(
         self,
@@ -190,7 +203,7 @@ class Trainer:
         resume: bool = False,
         save_every: int = 500,
         evaluate_every: int | None = None,
-        layout: str | None = None,
+        write_as: str | None = None,
         report: Callable[[Progress], None] | None = None,
     ) -> list[str]:
         """Trains to the last step and writes `out/NAME`, beside `out/metrics.jsonl` and `out/checkpoints`.
@@ -199,17 +212,18 @@ class Trainer:
           resume: go on from the newest checkpoint in `out`, with the bits that a run without an end would have had;
             without one, begin.
           save_every: steps between checkpoints. evaluate_every: steps between evaluations, beside that after the last.
-          layout, and what is returned: as `write`. report: called as the run goes on.
+          write_as, and what is returned: as `write`. report: called as the run goes on.
 
         Raises:
           InputError: `out` exists and is not to be resumed, belongs to a run with other settings, or cannot be written;
-          a loss that is not finite, by its adapter and step.
+          a loss that is not finite, by its adapter and step. AdapterFormatError: an adapter that its layout has no room
+          for, before the first step.
         """
-        check_layout(layout)
+        self._check_written(write_as)
         out, save_every = Path(out), whole("save_every", save_every, 1)
-        evaluate_every = whole("evaluate_every", evaluate_every or self.steps, 1)
+        evaluate_every = self.steps if evaluate_every is None else whole("evaluate_every", evaluate_every, 1)
         settings = self.settings()
-        with run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
+        with _writing(out), run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
             if found := checkpoints.restore(self.state, settings):
                 self.step, self.state = found
             with MetricsFile(out / METRICS, self.step) as metrics:
@@ -221,10 +235,10 @@ class Trainer:
                     saving, evaluating = last or self.step % save_every == 0, last or self.step % evaluate_every == 0
                     if saving or evaluating or self.step % LOG_EVERY == 0:
                         log.write(self.evaluate() if evaluating and self._evaluation else {})
-                    if saving:
-                        metrics.sync()
-                        checkpoints.save(self.step, self.state, settings)
-            return self.write(out, layout)
+                    if saving:  # after the metrics of the steps before it, which it promises
+                        with _writing(out, ValueError):  # tensorstore's own word for a full disk
+                            checkpoints.save(self.step, self.state, settings)
+            return self.write(out, write_as)
 
     def _first_state(self) -> TrainState:
         """Each adapter's weights follow from the seed and its name, whatever the others are."""
@@ -234,6 +248,16 @@ class Trainer:
         return init_state(params, self._optimizers)
 
 
+@contextmanager
+def _writing(out: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """The system's refusals in one sentence: a full disk, a folder that went away."""
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"{out} cannot be written: {problem}; once it can, go on with --resume.") from error
+
+
 def sampled_digest(params: ModelParams) -> str:
     """SHA-256 of some values of every weight: another model has others, and reading all would take minutes."""
     found = hashlib.sha256()
@@ -241,12 +265,6 @@ def sampled_digest(params: ModelParams) -> str:
     for leaf in jax.tree.leaves(params):
         found.update(np.asarray(sample(leaf)).tobytes())
     return found.hexdigest()
-
-
-def check_layout(layout: str | None) -> None:
-    """Refuses what `write_adapter` does not write, before the work whose result it is to write."""
-    if layout is not None and layout not in LAYOUTS:
-        raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
 
 
 def _check_names(data: Mapping[str, Source], evaluation: Mapping[str, Source]) -> None:
@@ -263,6 +281,13 @@ def _check_names(data: Mapping[str, Source], evaluation: Mapping[str, Source]) -
             raise InputError(f"evaluation names {name!r}, which is none of the adapters {', '.join(data)}.")
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype == "float16":
+        raise InputError("dtype is 'float16', which has no room for gradients; use bfloat16 or float32.")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+
+
 def _parts(batch_size: int, micro_batches: int, adapters: int) -> int:
     if batch_size < adapters:
         raise InputError(f"batch_size is {batch_size} for {adapters} adapters; give at least one row an adapter.")
@@ -275,14 +300,6 @@ def _width(sequence_length: int | None, max_positions: int) -> int:
     if sequence_length is None:
         return min(512, max_positions)
     return whole("sequence_length", sequence_length, 1, max_positions)
-
-
-def _recipes(recipe: Recipe | Mapping[str, Recipe] | None, data: Mapping[str, Source]) -> dict[str, Recipe]:
-    if not isinstance(recipe, Mapping):
-        return dict.fromkeys(data, recipe or Recipe())
-    if set(recipe) != set(data):
-        raise InputError(f"recipe names {', '.join(recipe)}; expected one for each of {', '.join(data)}.")
-    return {name: recipe[name] for name in data}
 
 
 def _lines(name: str, source: Source) -> Lines:

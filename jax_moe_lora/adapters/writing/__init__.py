@@ -5,6 +5,6 @@
 folder.
 """
 
-from jax_moe_lora.adapters.writing.write import LAYOUTS, write_adapter
+from jax_moe_lora.adapters.writing.write import LAYOUTS, plan_adapter, write_adapter
 
-__all__ = ["LAYOUTS", "write_adapter"]
+__all__ = ["LAYOUTS", "plan_adapter", "write_adapter"]

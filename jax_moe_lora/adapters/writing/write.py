@@ -26,6 +26,20 @@ from jax_moe_lora.whole_folder import whole_folder
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A folder that is yet to be written.
+
+    Attributes:
+      tensors: by their keys. sidecar: `lora_layout.json`, where there is one. notes: what `write_adapter` returns.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    config: Mapping[str, object]
+    sidecar: Mapping[str, object] | None
+    notes: list[str]
+
+
+@dataclass(frozen=True)
 class Written:
     """A layout that is written.
 
@@ -85,6 +99,26 @@ def write_adapter(
       AdapterFormatError: what the layout has no room for, by layer and module. InputError: an unknown layout, or a
       folder that exists or cannot be written.
     """
+    plan = plan_adapter(adapter, sites, names, layout, expand=expand, fold_scale=fold_scale)
+    planned = {key: Planned(tensor.dtype, tensor.shape) for key, tensor in plan.tensors.items()}
+    with whole_folder(folder, CONFIG, force) as partial:
+        write_tensors(partial / WEIGHTS, planned, plan.tensors.__getitem__)
+        (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+        if plan.sidecar is not None:
+            (partial / SIDECAR).write_text(json.dumps(plan.sidecar, indent=2) + "\n", encoding="utf-8")
+    return plan.notes
+
+
+def plan_adapter(
+    adapter: LoRAAdapter,
+    sites: Mapping[str, Site],
+    names: AdapterNames,
+    layout: str = "peft",
+    *,
+    expand: bool = False,
+    fold_scale: bool = False,
+) -> Plan:
+    """What `write_adapter` would write, with its arguments and its errors, but for those of the folder."""
     if layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     target = LAYOUTS[layout]
@@ -99,16 +133,9 @@ def write_adapter(
     if not parts:
         raise AdapterFormatError(f"Adapter {adapter.name!r} has rank 0 throughout; there is nothing to write.")
     parts, config = settle(draft, parts, target.says, target.all_targets(sites, names))
-    sidecar = target.sidecar(draft)
     tensors = {
         f"base_model.model.model.layers.{part.layer}.{part.path}.lora_{side}.weight": matrix
         for part in parts
         for side, matrix in (("A", part.a), ("B", part.b))
     }
-    planned = {key: Planned(tensor.dtype, tensor.shape) for key, tensor in tensors.items()}
-    with whole_folder(folder, CONFIG, force) as partial:
-        write_tensors(partial / WEIGHTS, planned, tensors.__getitem__)
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if sidecar is not None:
-            (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2) + "\n", encoding="utf-8")
-    return list(draft.notes)
+    return Plan(tensors, config, target.sidecar(draft), list(draft.notes))
