@@ -166,7 +166,12 @@ def listed(pages: tuple[LoRAPages, ...], one_pool: bool, slot: int, expert: int,
 
 @pytest.mark.parametrize(
     ("tokens", "slots", "ranks", "one_pool"),
-    [(40, 3, (4, 40), True), (40, 3, (16,), False), (9, 70, (4, 128), True), (100, 70, (17,), True)],
+    [
+        (40, 3, (4, 40), True),
+        (40, 3, (16,), False),
+        pytest.param(9, 70, (4, 128), True, marks=pytest.mark.long),
+        pytest.param(100, 70, (17,), True, marks=pytest.mark.long),
+    ],
 )
 def test_lists_of_steps_equal_their_definition(tokens, slots, ranks, one_pool):
     rng = np.random.default_rng(0)

@@ -52,6 +52,7 @@ def run(model):
     return lambda *arguments: np.asarray(packed(fn.params, fn.bank, *arguments))
 
 
+@pytest.mark.long
 def test_a_packed_example_has_the_logits_that_it_has_alone(model, examples, run):
     *arguments, begins = pack(examples, np.asarray(model.slots(NAMES)))
     found = run(*arguments)

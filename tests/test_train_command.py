@@ -61,7 +61,7 @@ def refusal(monkeypatch, capsys, tmp_path):
         (["--steps", "0"], "Invalid value for '--steps'"),
         (["--rank", "many"], "--rank many is not a whole number"),
         (["--rank", "0"], "rank of adapter 'x' is 0; expected 1"),
-        (["--rank", "1000000"], "rank of gate of adapter 'x' is 1000000; expected at most 48, its smaller width"),
+        (["--rank", "1000000"], "rank of gate of adapter 'x' is 1000000; expected at most 64, its larger width"),
         (["--rank", "y=4"], "--rank y=4 names 'y', which no --adapter does"),
         (["--rank", "4", "--rank", "8"], "--rank is given twice for all adapters"),
         (["--rank", "x=4", "--rank", "x=8"], "--rank is given twice for 'x'"),

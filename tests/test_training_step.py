@@ -111,6 +111,7 @@ def test_three_adapters_in_one_run_equal_three_solo_runs():
             assert same_bits(of(solo, other), of(start(), other)), f"{other} moved in the run of {name} alone"
 
 
+@pytest.mark.long
 def test_batches_of_one_shape_run_one_program_and_take_the_state(step):
     given = state()
     now, _ = step(given, model(), task_batch(NAMES, 0, 6))
@@ -174,6 +175,7 @@ def test_each_adapter_is_clipped_by_its_own_norm():
             np.testing.assert_allclose(gradient, factor * free[name][key], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_padding_and_rows_of_nobody_change_nothing():
     batch = task_batch([*NAMES, None], 7, 6)
     expected, _ = gradients_of(batch)

@@ -28,7 +28,7 @@ class AdapterSpec:
     """One adapter to train.
 
     Attributes:
-      rank: R of every module that `ranks` does not name, at most the smaller width of each.
+      rank: R of every module that `ranks` does not name, at most the larger width of each.
       alpha: the update is scaled by alpha / R; None is twice `rank`.
       layout: of the routed experts. `fused`, PEFT's 3-D parameters: gate and up of an expert share one A. `per-expert`:
         each expert has an A and a B for each module. `shared-outer`, Tinker's: A of gate, A of up and B of down are one
@@ -104,9 +104,9 @@ class AdapterSpec:
                 )
             whole(f"rank of {module} {own}", rank, 1)
         for module in self.targets:
-            width = min(sites[module].in_width, sites[module].out_width)
+            width = max(sites[module].in_width, sites[module].out_width)
             if (rank := self.rank_of(module)) > width:
-                raise InputError(f"rank of {module} {own} is {rank}; expected at most {width}, its smaller width.")
+                raise InputError(f"rank of {module} {own} is {rank}; expected at most {width}, its larger width.")
         if self.matrix("gate", "a") == self.matrix("up", "a") and self.rank_of("gate") != self.rank_of("up"):
             raise InputError(
                 f"ranks {own} are {self.rank_of('gate')} for gate and {self.rank_of('up')} for up, which share one A "
