@@ -69,9 +69,9 @@ def test_layouts_share_what_they_say():
         ({"targets": ("q", "q")}, "name a module twice: q, q"),
         ({"ranks": (("q", 4),)}, "ranks of adapter 'mine' name 'q', which is none of its targets gate, up, down"),
         ({"ranks": (("down", 1.5),)}, "rank of down of adapter 'mine' is 1.5; expected a whole number"),
-        ({"rank": 49, "ranks": (("gate", 4), ("up", 4))}, "rank of down of adapter 'mine' is 49; expected at most 48"),
+        ({"rank": 65, "ranks": (("gate", 4), ("up", 4))}, "rank of down of adapter 'mine' is 65; expected at most 64"),
         ({"ranks": (("down", 65),)}, "rank of down of adapter 'mine' is 65; expected at most 64, its larger width"),
-        ({"targets": ("router",)}, "rank of router of adapter 'mine' is 16; expected at most 8"),
+        ({"rank": 65, "targets": ("router",)}, "rank of router of adapter 'mine' is 65; expected at most 64"),
         ({"ranks": (("up", 4),)}, "are 16 for gate and 4 for up, which share one A in the fused layout"),
     ],
 )
