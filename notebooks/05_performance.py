@@ -38,7 +38,8 @@ if jax.default_backend() == "gpu":
     measured = about([]) | {"rows": list(sweep(cells, [Ours(), Ours("xla")], method="queue"))}
 else:
     measured = json.loads((results / "h200.json").read_text())
-rows = [row for row in measured["rows"] if "error" not in row]
+uniform = {"routing": "uniform", "slots": "uniform"}  # the files hold other distributions too
+rows = [row for row in measured["rows"] if "error" not in row and uniform.items() <= row.items()]
 print(measured["device"], measured["date"], *measured["ceilings"].items())
 for name in dict.fromkeys(row["adapters"] for row in rows):
     print(f"{name:8} {ADAPTERS[name].slots} adapters, ranks {ADAPTERS[name].ranks}")
@@ -62,6 +63,10 @@ figure = roofline(rows, f"Time of one routed layer, {measured['device']}, {measu
 
 
 # %%
+shape = rows[0]["shape"]
+rows = [row for row in rows if row["shape"] == shape]  # one shape from here on
+
+
 def column(key, **cell):
     """tokens -> figure, of the rows of one engine and adapter set."""
     return {row["tokens"]: row[key] for row in rows if all(row[name] == value for name, value in cell.items())}
@@ -79,7 +84,7 @@ axes = plots.lines(
     tokens,
     {name: over("layer_us", name, tokens) for name in names},
     floor={name: over("floor_us", name, tokens) for name in names},
-    title="Time of a layer with adapters, over the same layer without",
+    title=f"Time of a layer with adapters, over the same layer without ({shape})",
     xlabel="tokens in the batch",
     ylabel="ratio",
     logx=True,
@@ -97,7 +102,7 @@ axes = plots.heatmaps(
     {"": 100 * part},
     ["none", *names],
     tokens,
-    title="Speed of a layer, of what the floor allows",
+    title=f"Speed of a layer, of what the floor allows ({shape})",
     label="% of the floor's speed",
     xlabel="tokens in the batch",
     ylabel="adapters",
@@ -116,7 +121,8 @@ xla = json.loads((results / "grouped_matmul_xla_h200.json").read_text())["rows"]
 h200 = json.loads((results / "h200.json").read_text())
 counts = sorted({row["tokens"] for row in xla})
 time = {(row["expression"], row["tokens"]): row["us"] for row in xla}
-layer = {row["tokens"]: row for row in h200["rows"] if row["adapters"] == "none"}
+plain = uniform | {"shape": "qwen3-30b-a3b", "adapters": "none"}
+layer = {row["tokens"]: row for row in h200["rows"] if plain.items() <= row.items()}
 third = {key: np.array([layer[count][key] / 3 for count in counts]) for key in ("layer_us", "floor_us")}
 axes = plots.lines(
     counts,
