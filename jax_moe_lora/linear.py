@@ -120,9 +120,8 @@ def _looped_backward(static, kept, dy):
     rows_dy = dy[rows.order]
     nothing = jnp.zeros((rows_dy.shape[0], x.shape[1]), jnp.float32)
     dx = grouped_lora(nothing, rows_dy, pages.transposed(), rows, None, implementation)[rows.position]
-    loop: Implementation = (
-        "reference" if implementation == "reference" else "xla"
-    )  # what `grouped_lora` ran, on a plan made for it
+    # What `grouped_lora` ran, on a plan made for it.
+    loop: Implementation = "reference" if implementation == "reference" else "xla"
     da, db = page_gradients(x[rows.token], rows_dy, pages, rows, loop)
     return dy, dx.astype(x.dtype), da.astype(a.dtype), db.astype(b.dtype), [None] * len(leaves)
 

@@ -68,14 +68,13 @@ def page_gradients(
     assert backward is not None
     hidden = by_rank(hopper.shrink(x, (pages.a,), plan.tiles, forward, num_sms), forward, pages, plan)
     dhidden = by_rank(hopper.shrink(dy, (other.a,), plan.tiles, backward, num_sms), backward, pages, plan)
-    used = jnp.zeros(pages.a.shape[0], bool), jnp.zeros(pages.b.shape[0], bool)
     found = []
     for column, (left, right, pool) in enumerate(((dhidden, x, pages.a), (hidden, dy, pages.b))):
         runs = runs_of(plan, pages, column)
         total = contract(left, right, runs, pool.shape[0], num_sms)
         ids = runs.first[:, None] + jnp.arange(left.shape[0] // RANK_PAGE, dtype=jnp.int32)[None, :]
         live = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < runs.pages[:, None]
-        written = used[column].at[jnp.where(live, ids, pool.shape[0])].set(True, mode="drop")
+        written = jnp.zeros(pool.shape[0], bool).at[jnp.where(live, ids, pool.shape[0])].set(True, mode="drop")
         found.append(jnp.where(written[:, None, None], total, 0.0))
     return found[0], found[1]
 
