@@ -96,10 +96,12 @@ def attend_cache(
 
 
 def _attend(q: Array, k: Array, v: Array, backend: AttentionBackend, **masks) -> Array:
-    if backend == "xla" and q.dtype == jnp.float16:
-        # XLA cannot compile jax's float16 product for a GPU where a prompt has one token (jax 0.11.2).
+    if backend == "xla" and q.dtype != jnp.float32:
+        # jax 0.11.2: XLA cannot compile the float16 product for a GPU where a prompt has one token, and the gradient
+        # of the bfloat16 one mixes dtypes where it is compiled, which a caller's strict promotion would refuse.
+        dtype = q.dtype
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        return _attend(q, k, v, backend, **masks).astype(jnp.float16)
+        return _attend(q, k, v, backend, **masks).astype(dtype)
     precision = "highest" if q.dtype == jnp.float32 else "default"
     # jax's own function multiplies bfloat16 by a float32 scale, which a caller's strict promotion would refuse.
     with jax.default_matmul_precision(precision), jax.numpy_dtype_promotion("standard"):

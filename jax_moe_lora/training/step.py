@@ -137,9 +137,7 @@ def _gradients(
 ) -> tuple[dict[str, Params], Losses]:
     """Gradients with respect to the params, and losses, of the whole batch."""
 
-    def gradient_of(*arguments: Any) -> tuple[dict[str, Params], Losses]:
-        with jax.numpy_dtype_promotion("standard"):  # jax's own attention mixes dtypes in its gradient
-            return jax.grad(loss, has_aux=True)(*arguments)
+    gradient_of = jax.grad(loss, has_aux=True)
 
     if micro_batches == 1:
         return gradient_of(params, model, batch, totals)
