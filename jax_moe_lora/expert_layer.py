@@ -6,8 +6,8 @@ nothing costs E times the work: with `z[r] = dy[token of r] @ lin(down)` (unweig
     d weights[t, k] = <z[r], a[r]>        d a[r] = p[r] z[r]        d gate, d up = the unit's own, elementwise
     d x[t] = sum over its rows of lin(gate)^T d gate + lin(up)^T d up
 
-so down's rows are not kept. What is kept: x, the plan, and gate's and up's products (2 P F), which cost less to keep
-than to multiply again; `remat` multiplies them again.
+so down's rows are not kept. What is kept: x, the plan, gate's and up's products (2 P F) and what the adapters' shrinks
+made of the rows, which cost less to keep than to multiply again; `remat` multiplies them again.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,18 @@ from jax_moe_lora.expert_projections import (
     IN,
     OUT,
     Call,
+    Products,
     Rows,
     Tables,
     adapters_of,
     backward_implementation,
     combine,
+    down_of,
     products_of,
     routed,
+    shrink_cotangent,
     those_of,
     transposed,
-    unit,
 )
 from jax_moe_lora.types import ExpertWeights
 from pallas_kernels import (
@@ -48,6 +50,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.activations import gated_unit
 from pallas_kernels.plan import row_experts
+from pallas_kernels.steps import Shrunk
 
 
 def run(
@@ -100,22 +103,7 @@ def _layer(call: Call, x, weights, arrays, pools, leaves) -> Float[Array, "T D"]
         dtype=x.dtype,
         implementation=call.implementation,
     )
-    return _finish(call, gated, weights, experts, adapters, plan, steps_out)
-
-
-def _finish(call: Call, gated: Rows, weights, experts, adapters, plan, steps=None) -> Float[Array, "T D"]:
-    """From the gated product to y."""
-    down = grouped_matmul(
-        gated,
-        experts.down,
-        plan,
-        biases=(experts.down_bias,),
-        adapters=those_of(adapters, OUT),
-        steps=steps,
-        dtype=gated.dtype,
-        implementation=call.implementation,
-    )
-    return combine(down, weights, plan).astype(gated.dtype)
+    return combine(down_of(call, gated, experts, adapters, plan, steps_out), weights, plan).astype(x.dtype)
 
 
 @jax.tree_util.register_static
@@ -144,8 +132,10 @@ def _forward(call: Call, *traced: Any) -> tuple[Array, tuple[Any, ...]]:
         experts = ExpertWeights(**arrays)
         tables, plan = jax.tree.unflatten(call.indices, leaves)
         adapters = adapters_of(call, x.dtype, pools, tables)
-        products = products_of(call, token_rows(x, plan, call.implementation), experts, adapters, plan)
-        y = _finish(call, unit(call, *products), weights, experts, adapters, plan)
+        rows = token_rows(x, plan, call.implementation, clear=False)
+        gated, products = products_of(call, rows, experts, adapters, plan)
+        down = down_of(call, gated, experts, adapters, plan, products.shrunk_out)
+        y = combine(down, weights, plan).astype(x.dtype)
     return y, (values, products, wanted)
 
 
@@ -159,16 +149,20 @@ def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
         dy = jnp.zeros(dy.shape, dy.dtype)
     rows_x = token_rows(x, plan, call.implementation)
     rows_dy = token_rows(dy, plan, call.implementation)
-    gate, up = products or products_of(call, rows_x, experts, adapters, plan)
+    if products is None:
+        _, products = products_of(call, rows_x, experts, adapters, plan)
+    # The barrier keeps XLA from keeping float32 values that both passes compute from these.
+    gate, up = jax.lax.optimization_barrier((products.gate, products.up))
     owned = (row_experts(plan) < plan.group_sizes.shape[0])[:, None]  # the other rows hold anything
-    share = jnp.append(weights.reshape(pairs), 0.0)[plan.order][:, None]  # the router's, of each sorted row
+    share = jnp.append(weights.reshape(pairs), 0.0)[plan.order]  # the router's, of each sorted row
 
-    z = transposed(call, rows_dy, "down", experts, adapters, plan).astype(jnp.float32)
+    shrunk = {"down": shrink_cotangent(call, rows_dy, "down", adapters, plan, products)}
+    z = transposed(call, {"down": rows_dy}, experts, adapters, plan, shrunk).astype(jnp.float32)
     wide = gate.astype(jnp.float32), up.astype(jnp.float32)
     gated, pull = jax.vjp(partial(gated_unit, call.activation), *wide)
     clean = lambda d: jnp.where(owned, d, 0.0).astype(dtype)  # noqa: E731
-    dgate, dup = map(clean, pull(share * z))
-    by_share = clean(share * gated)
+    dgate, dup = map(clean, pull(share[:, None] * z))
+    rows_gated = clean(gated)
 
     dweights = (z * gated).sum(-1)[plan.position]
     if experts.down_bias is not None:
@@ -177,47 +171,77 @@ def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
         dweights = dweights + (rows_dy[plan.position].astype(jnp.float32) * bias.astype(jnp.float32)).sum(-1)
     dweights = jnp.where(routed(plan), dweights, 0.0).reshape(weights.shape).astype(weights.dtype)
 
+    cotangents = {"gate": dgate, "up": dup}
+    shrunk |= {name: shrink_cotangent(call, d, name, adapters, plan, products) for name, d in cotangents.items()}
     dx = jnp.zeros_like(x)
     if wanted.x:
-        ones = jnp.ones(weights.shape, jnp.float32)
-        parts = (("gate", dgate), ("up", dup))
-        rows = [transposed(call, d, name, experts, adapters, plan).astype(jnp.float32) for name, d in parts]
-        dx = combine(rows[0] + rows[1], ones, plan).astype(dtype)
+        rows = transposed(call, cotangents, experts, adapters, plan, shrunk)
+        dx = combine(rows, jnp.ones(weights.shape, jnp.float32), plan).astype(dtype)
 
-    ends = {"gate": (rows_x, dgate), "up": (rows_x, dup), "down": (by_share, rows_dy)}
-    dexperts = _expert_gradients(wanted.experts, experts, ends, share, plan)
-    dpools = _pool_gradients(call, wanted.pools, pools, adapters, ends, plan)
+    ends = {"gate": (rows_x, dgate, None), "up": (rows_x, dup, None), "down": (rows_gated, rows_dy, share)}
+    dexperts = _expert_gradients(wanted.experts, experts, ends, plan)
+    sums = _page_gradients(call, wanted.pools, adapters, ends, plan, products, shrunk)
+    dpools = _of_pools(call, pools, sums)
+    # Together, so that a layer's rows are given up before the next layer's are made.
+    dx, dpools = jax.lax.optimization_barrier((dx, dpools))
     return dx, dweights, dexperts, dpools, [None] * len(leaves)
 
 
+Ends = dict[str, tuple[Rows, Rows, Array | None]]  # of each projection its rows, their cotangents, and a share of each
+
+
 def _expert_gradients(
-    wanted: frozenset[str], experts: ExpertWeights, ends: dict[str, tuple[Rows, Rows]], share: Array, plan: RoutingPlan
+    wanted: frozenset[str], experts: ExpertWeights, ends: Ends, plan: RoutingPlan
 ) -> dict[str, Array | None]:
     """Of the arrays that are asked for, zeros for the others."""
 
     def gradient(name: str, value: Array | None) -> Array | None:
         if value is None or name not in wanted:
             return None if value is None else jnp.zeros_like(value)
-        rows, dy = ends[name.removesuffix("_bias")]
-        if not name.endswith("_bias"):
-            return weight_gradient(rows, dy, plan).astype(value.dtype)
-        ones = jnp.ones((dy.shape[0], 1), jnp.float32)
-        shared = share if name == "down_bias" else ones
-        return weight_gradient(ones, shared * dy.astype(jnp.float32), plan)[:, :, 0].astype(value.dtype)
+        rows, dy, share = ends[name.removesuffix("_bias")]
+        if name.endswith("_bias"):
+            rows = jnp.ones((dy.shape[0], 1), dy.dtype)
+        if share is not None:
+            rows = share[:, None] * rows.astype(jnp.float32)
+            dy = dy.astype(jnp.float32)
+        total = weight_gradient(rows, dy, plan).astype(value.dtype)
+        return total[:, :, 0] if name.endswith("_bias") else total
 
     return {name: gradient(name, value) for name, value in vars(experts).items()}
 
 
-def _pool_gradients(
-    call: Call, wanted: frozenset[int], pools, adapters, ends: dict[str, tuple[Rows, Rows]], plan: RoutingPlan
-) -> list[Array]:
+def _page_gradients(
+    call: Call,
+    wanted: frozenset[int],
+    adapters: dict[str, LoRAPages],
+    ends: Ends,
+    plan: RoutingPlan,
+    products: Products,
+    shrunk: dict[str, Shrunk | None],
+) -> dict[str, tuple[Array, Array]]:
+    """Of each module that has pages in a pool that is asked for."""
+    asked = {name for name, *places in call.pools if not wanted.isdisjoint(places)}
+    found: dict[str, tuple[Array, Array]] = {}
+    for names, of_rows in ((IN, products.shrunk_in), (OUT, products.shrunk_out)):
+        rows, _, share = ends[names[0]]
+        sums = page_gradients(
+            rows,
+            [ends[name][1] for name in names],
+            tuple(adapters[name] if name in asked else None for name in names),
+            plan,
+            backward_implementation(call),
+            share=share,
+            shrunk=(of_rows, [shrunk[name] for name in names]),
+        )
+        found |= {name: own for name, own in zip(names, sums, strict=True) if own is not None}
+    return found
+
+
+def _of_pools(call: Call, pools: list[Array], sums: dict[str, tuple[Array, Array]]) -> list[Array]:
     """Of each pool the sum over the modules whose pages it holds."""
     totals: list[Array | None] = [None] * len(pools)
     for name, *places in call.pools:
-        if wanted.isdisjoint(places):
-            continue
-        gradients = page_gradients(*ends[name], adapters[name], plan, backward_implementation(call))
-        for index, own in zip(places, gradients, strict=True):
+        for index, own in zip(places, sums.get(name, ()), strict=False):
             before = totals[index]
             totals[index] = own if before is None else before + own
     return [

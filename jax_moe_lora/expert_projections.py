@@ -8,8 +8,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.types import ExpertWeights
-from pallas_kernels import Activation, Implementation, LoRAPages, RoutingPlan, grouped_matmul
-from pallas_kernels.activations import gated_unit
+from pallas_kernels import (
+    Activation,
+    Implementation,
+    LoRAPages,
+    RoutingPlan,
+    gated_products,
+    grouped_matmul,
+    input_gradient,
+    lora_steps,
+    shrink,
+)
+from pallas_kernels.steps import Shrunk
 
 IN, OUT = ("gate", "up"), ("down",)
 Rows = Float[Array, "Q _width"]
@@ -68,38 +78,66 @@ def those_of(adapters: dict[str, LoRAPages], modules: tuple[str, ...]) -> tuple[
     return tuple(adapters.get(module) for module in modules)
 
 
-def products_of(call: Call, rows: Rows, experts: ExpertWeights, adapters, plan) -> tuple[Rows, Rows]:
-    """Gate's and up's, apart."""
-    gate, up = (
-        grouped_matmul(
-            rows,
-            getattr(experts, name),
-            plan,
-            biases=(getattr(experts, f"{name}_bias"),),
-            adapters=those_of(adapters, (name,)),
-            dtype=rows.dtype,
-            implementation=call.implementation,
-        )
-        for name in IN
-    )
-    return gate, up
-
-
-def unit(call: Call, gate: Rows, up: Rows) -> Rows:
-    """The gated product, in float32 inside."""
-    return gated_unit(call.activation, gate.astype(jnp.float32), up.astype(jnp.float32)).astype(gate.dtype)
-
-
-def transposed(call: Call, dy: Rows, name: str, experts: ExpertWeights, adapters, plan) -> Rows:
-    """What `dy` of a projection gives for its input rows: through the weights, and through the adapters."""
-    pages = adapters.get(name)
+def down_of(call: Call, gated: Rows, experts: ExpertWeights, adapters, plan, steps) -> Rows:
     return grouped_matmul(
-        dy,
-        getattr(experts, name),
+        gated,
+        experts.down,
         plan,
-        transposed=True,
-        adapters=() if pages is None else (pages.transposed(),),
-        dtype=dy.dtype,
+        biases=(experts.down_bias,),
+        adapters=those_of(adapters, OUT),
+        steps=steps,
+        dtype=gated.dtype,
+        implementation=call.implementation,
+    )
+
+
+class Products(NamedTuple):
+    """What the forward pass keeps. shrunk_in, shrunk_out: of x's rows, and of the gated product (see `Shrunk`)."""
+
+    gate: Rows
+    up: Rows
+    shrunk_in: Shrunk | None
+    shrunk_out: Shrunk | None
+
+
+def products_of(call: Call, rows: Rows, experts: ExpertWeights, adapters, plan) -> tuple[Rows, Products]:
+    """The gated product, and what it is made of."""
+    steps_in, steps_out = lora_steps(plan, (those_of(adapters, IN), those_of(adapters, OUT)), call.implementation)
+    shrunk_in = shrink(rows, those_of(adapters, IN), plan, steps_in, call.implementation)
+    gated, gate, up = gated_products(
+        rows,
+        (experts.gate, experts.up),
+        plan,
+        biases=(experts.gate_bias, experts.up_bias),
+        adapters=those_of(adapters, IN),
+        steps=shrunk_in,
+        activation=call.activation,
+        implementation=call.implementation,
+    )
+    shrunk_out = shrink(gated, those_of(adapters, OUT), plan, steps_out, call.implementation)
+    return gated, Products(gate, up, shrunk_in, shrunk_out)
+
+
+def shrink_cotangent(call: Call, dy: Rows, name: str, adapters, plan, products: Products) -> Shrunk | None:
+    """`dy B` of a projection's rows, by the lists that the forward pass made."""
+    forward = products.shrunk_out if name in OUT else products.shrunk_in
+    if name not in adapters or forward is None:
+        return None
+    steps = forward.steps.transposed(0 if name in OUT else IN.index(name))
+    return shrink(dy, (adapters[name].transposed(),), plan, steps, call.implementation)
+
+
+def transposed(
+    call: Call, cotangents: dict[str, Rows], experts: ExpertWeights, adapters, plan, shrunk: dict[str, Shrunk | None]
+) -> Rows:
+    """What the cotangents of projections that share their rows give for these: through weights and adapters."""
+    names = tuple(cotangents)
+    return input_gradient(
+        list(cotangents.values()),
+        [getattr(experts, name) for name in names],
+        plan,
+        adapters=those_of(adapters, names),
+        shrunk=[shrunk[name] for name in names],
         implementation=backward_implementation(call),
     )
 

@@ -34,6 +34,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.dot import matmul, matmul_t
 
+MAX_MERGED_BYTES = 2**25  # of a projection's float32 result
 MAX_PACKED_RANKS = 2048  # of all slots: as wide as a projection itself; beyond, most of the packed product is zeros
 
 
@@ -78,6 +79,10 @@ def lora_linear(
     """
     if pages is not None and plan is None:
         raise InputError("lora_linear got pages and no plan; give it dense_plan of the rows' slots.")
+    if 4 * x.shape[0] * weight.shape[0] > MAX_MERGED_BYTES:
+        # XLA would merge the matmuls of rows that projections share. That saves launches, but what is merged is taken
+        # apart by copies; behind a barrier x is another value to it.
+        x = lax.optimization_barrier(x)
     # The barrier keeps XLA from folding what follows into the matmul, which would round base rows otherwise.
     y = lax.optimization_barrier(matmul_t(x, weight))
     if pages is not None and plan is not None:
@@ -122,7 +127,9 @@ def _looped_backward(static, kept, dy):
     dx = grouped_lora(nothing, rows_dy, pages.transposed(), rows, None, implementation)[rows.position]
     # What `grouped_lora` ran, on a plan made for it.
     loop: Implementation = "reference" if implementation == "reference" else "xla"
-    da, db = page_gradients(x[rows.token], rows_dy, pages, rows, loop)
+    (sums,) = page_gradients(x[rows.token], (rows_dy,), (pages,), rows, loop)
+    assert sums is not None
+    da, db = sums
     return dy, dx.astype(x.dtype), da.astype(a.dtype), db.astype(b.dtype), [None] * len(leaves)
 
 

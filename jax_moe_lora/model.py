@@ -327,8 +327,6 @@ def _sort_out(held: Sequence[int | Exception], adapter_errors: str) -> tuple[lis
 def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:
     """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
     try:
-        moe = config.moe
-        widths = (moe.expert_width, moe.hidden_size)
-        choose(implementation, dtype=dtype, widths=widths, activation=moe.activation, biases=moe.expert_bias)
+        choose(implementation, dtype=dtype, widths=(config.moe.expert_width, config.moe.hidden_size))
     except UnsupportedImplementation as error:
         raise InputError(str(error)) from error

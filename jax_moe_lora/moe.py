@@ -120,8 +120,6 @@ def routed_experts(
         x.dtype,
         implementation,
         rounded=True,
-        activation=config.activation,
-        biases=(experts.gate_bias, experts.up_bias, experts.down_bias),
     )
     num_slots = next((own.scale.shape[0] for own in pages.values()), 0)
     plan = make_plan(chosen, token_slots(x.shape[0], slots), experts.gate.shape[0], num_slots, choice.picked)

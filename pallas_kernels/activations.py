@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 
-# Those of the form `activation(gate) * up`, which is what the GPU kernels' epilogue computes.
+# Those of the form `activation(gate) * up`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),

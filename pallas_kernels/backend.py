@@ -7,8 +7,6 @@ from typing import Literal, cast
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.activations import ACTIVATIONS, Activation
-
 Implementation = Literal["hopper", "portable", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("hopper", "portable", "xla", "reference")
 WIDTH_MULTIPLE = 64  # one ring stage of the kernels
@@ -36,8 +34,6 @@ def choose(
     widths: Sequence[int] = (),
     result: jax.typing.DTypeLike | None = None,
     slots: int = 0,
-    activation: Activation = "silu",
-    biases: bool = False,
 ) -> Choice:
     """Picks the implementation of the grouped ops; `None` takes the best that runs this call.
 
@@ -45,16 +41,14 @@ def choose(
       implementation: a backend by name, or None.
       dtype: of the rows. operands: dtypes of weights and pages. widths: of the projection's rows, in and out.
       result: dtype of the result, `dtype` where None. slots: adapter slots.
-      activation: of the gated product. biases: whether the projections have any.
 
     Raises:
       UnsupportedImplementation: for a name that is unknown, or known and not able to run the call.
     """
     call = (jnp.dtype(dtype), operands, widths, jnp.dtype(dtype if result is None else result))
-    epilogue = _why_not_epilogue(activation, biases)
     why_not = {
-        "hopper": _why_not_hopper(*call) or _why_not_slots(slots) or epilogue,
-        "portable": _why_not_portable(*call) or epilogue,
+        "hopper": _why_not_hopper(*call) or _why_not_slots(slots),
+        "portable": _why_not_portable(*call),
         "reference": "it is written for reading, not for speed: ask for it by name",
     }
     if implementation is None:
@@ -108,13 +102,6 @@ def _why_not_hopper(
 def _why_not_slots(slots: int) -> str:
     """Empty where the Hopper kernels serve so many adapter slots."""
     return f"it serves up to {MAX_SLOTS} adapter slots, these are {slots}" if slots > MAX_SLOTS else ""
-
-
-def _why_not_epilogue(activation: Activation, biases: bool) -> str:
-    """Empty where the kernels' epilogue has this activation and these biases."""
-    if activation not in ACTIVATIONS:
-        return f"its epilogue has the activations {' and '.join(ACTIVATIONS)}, this is {activation}"
-    return "its epilogue adds no biases" if biases else ""
 
 
 def _why_not_portable(

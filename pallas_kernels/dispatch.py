@@ -4,6 +4,9 @@ A block loads a few tokens' rows into shared memory by TMA and stores each of th
 and the inverse of the sorted order is not needed.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,30 +24,47 @@ BUFFER_BYTES = 64 * 2**10
 
 
 def token_rows(
-    x: Float[Array, "T width"], plan: RoutingPlan, implementation: Implementation
+    x: Float[Array, "T width"], plan: RoutingPlan, implementation: Implementation, *, clear: bool = True
 ) -> Float[Array, "Q width"]:
-    """Each sorted row's token. `implementation`: that of the plan; with hopper the rows between experts are zeros."""
+    """Each sorted row's token.
+
+    Args:
+      implementation: that of the plan. clear: with hopper the rows between experts are zeros, not anything.
+    """
     if implementation != "hopper":
         return x[plan.token]
-    return dispatch(x, plan.position, plan.order.shape[0]).at[_gaps(plan)].set(0, mode="drop")
+    return dispatch(x, plan.position, plan.order.shape[0], gaps=_gaps(plan) if clear else None)
 
 
-def _gaps(plan: RoutingPlan) -> Int[Array, "N"]:
+class Gaps(NamedTuple):
+    """Rows of no pair. end: int32 `[1]`, all experts' rows lie before it. rows: int32 `[N]`, which to clear."""
+
+    end: Int[Array, "1"]
+    rows: Int[Array, "N"]
+
+
+def _gaps(plan: RoutingPlan) -> Gaps:
     """The rows between experts, and the first ones after the last; beside them numbers that are out of range."""
     ends, total = plan.group_starts + plan.group_sizes, plan.order.shape[0]
     # `group_start` leaves up to twice the alignment, less two rows.
     between = ends[:-1, None] + jnp.arange(2 * plan.alignment, dtype=jnp.int32)[None, :]
     between = jnp.where(between < plan.group_starts[1:, None], between, total).reshape(-1)
-    return jnp.append(between, ends[-1] + jnp.arange(DEPTH, dtype=jnp.int32))
+    return Gaps(ends[-1:], jnp.append(between, ends[-1] + jnp.arange(DEPTH, dtype=jnp.int32)))
 
 
 def dispatch(
-    x: Float[Array, "T width"], position: Int[Array, "P"], num_rows: int, num_sms: int = mosaic.NUM_SMS
+    x: Float[Array, "T width"],
+    position: Int[Array, "P"],
+    num_rows: int,
+    num_sms: int = mosaic.NUM_SMS,
+    gaps: Gaps | None = None,
 ) -> Float[Array, "Q width"]:
     """`rows[position[t * K + k]] = x[t]`; the other rows are not written.
 
     Args:
       x: one row a token, its width a multiple of 64. position: sorted row of each pair. num_rows: Q.
+      gaps: rows that become zeros, out of range ones aside. Pairs that the plan skips, which come after `end`, are then
+        not copied.
     """
     tokens, width = x.shape
     top_k = position.shape[0] // tokens
@@ -53,7 +73,8 @@ def dispatch(
     together = min(most, max(1, tokens // num_sms))
     items = pl.cdiv(tokens, together)
 
-    def dispatch_rows(position_of, x, out, buffers, full):
+    def dispatch_rows(position_of, x, *refs, buffers, full):
+        *of_gaps, out = refs
         first = lax.axis_index("sm")
         mine = lax.div(jnp.maximum(items - first + (num_sms - 1), 0), jnp.int32(num_sms))
 
@@ -82,7 +103,29 @@ def dispatch(
                 @pl.when(token < tokens)
                 def _(nth=nth, token=token):
                     for row in [position_of[token * top_k + k] for k in range(top_k)]:
-                        plgpu.copy_smem_to_gmem(buffers.at[buffer, nth], out.at[row], commit_group=False)
+                        copy = partial(plgpu.copy_smem_to_gmem, buffers.at[buffer, nth], commit_group=False)
+                        if of_gaps:
+                            pl.when(row < of_gaps[0][0])(lambda row=row, copy=copy: copy(out.at[row]))
+                        else:
+                            copy(out.at[row])
+
+            plgpu.commit_smem_to_gmem_group()
+
+        if of_gaps:
+            _, row_of = of_gaps
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            zeros = buffers.at[0, 0]
+            zeros[...] = jnp.zeros((chunks, DEPTH), x.dtype)
+            plgpu.commit_smem()
+            count = row_of.shape[0]
+
+            @pl.loop(0, lax.div(jnp.maximum(count - first + (num_sms - 1), 0), jnp.int32(num_sms)))
+            def _(index):
+                row = row_of[first + index * num_sms]
+
+                @pl.when((row >= 0) & (row < num_rows))
+                def _():
+                    plgpu.copy_smem_to_gmem(zeros, out.at[row], commit_group=False)
 
             plgpu.commit_smem_to_gmem_group()
 
@@ -93,10 +136,10 @@ def dispatch(
         out_type=jax.ShapeDtypeStruct((num_rows, chunks, DEPTH), x.dtype),
         grid=(num_sms,),
         grid_names=("sm",),
-        scratch_types=(
-            plgpu.SMEM((BUFFERS, together, chunks, DEPTH), x.dtype),
-            plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
-        ),
+        scratch_types={
+            "buffers": plgpu.SMEM((BUFFERS, together, chunks, DEPTH), x.dtype),
+            "full": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
+        },
         compiler_params=mosaic.compiler_params(),
     )
-    return kernel(position, x.reshape(tokens, chunks, DEPTH)).reshape(num_rows, width)
+    return kernel(position, x.reshape(tokens, chunks, DEPTH), *(gaps or ())).reshape(num_rows, width)

@@ -33,8 +33,16 @@ def release_stage() -> None:
 
 def iota(shape: tuple[int, int], dtype: jax.typing.DTypeLike) -> Int[Array, "rows columns"]:
     """The row of each element of an accumulator, where operands are of `dtype`."""
-    warps = min(WARPS, shape[0] // MMA_ROWS)
-    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.MMA_ACC(dtype, m_warps=warps))
+    return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=_accumulator(shape[0], dtype))
+
+
+def across(rows: int, dtype: jax.typing.DTypeLike) -> Any:
+    """The layout of a vector along the columns of an accumulator of so many rows."""
+    return _accumulator(rows, dtype).reduce(0)
+
+
+def _accumulator(rows: int, dtype: jax.typing.DTypeLike) -> Any:
+    return plgpu.Layout.MMA_ACC(dtype, m_warps=min(WARPS, rows // MMA_ROWS))
 
 
 def compiler_params() -> plgpu.CompilerParams:

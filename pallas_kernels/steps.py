@@ -13,15 +13,15 @@ tile waits for another, and a tile's list is one warpgroup's work (`steps_hopper
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import steps_hopper
-from pallas_kernels.entries import PAGES_A_STEP
+from pallas_kernels.entries import BEGIN, PAGE_A, PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan import RoutingPlan, Tiles
 from pallas_kernels.steps_hopper import BLOCK, StepsOf
@@ -48,6 +48,29 @@ class LoRASteps:
     tile_rows: int = field(metadata={"static": True})
     max_steps: int = field(metadata={"static": True})
     of: StepsOf = field(metadata={"static": True})
+
+    def transposed(self, part: int = 0) -> "LoRASteps":
+        """The same steps for one of the projections, transposed: its pages of A and of B change places.
+
+        Entries of the other projection alone get the zero page on both sides.
+        """
+        page_a, page_b = self.entries[PAGE_A], self.entries[(PAGE_B0, PAGE_B1)[part]]
+        page_a = jnp.where(page_b > 0, jnp.where(page_a < 0, ~page_a, page_a), 0)
+        entries = jnp.stack([page_b, page_a, page_a, *self.entries[BEGIN:]])
+        return replace(self, entries=entries, of=replace(self.of, projections=1, one_pool=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Shrunk:
+    """What the adapters' shrink made of the rows of a projection, or of two that share them.
+
+    Attributes:
+      hidden: `[N, tile rows, 64]`, H of each of the steps.
+    """
+
+    steps: LoRASteps
+    hidden: Float[Array, "N rows 64"]
 
 
 Adapters = tuple[LoRAPages | None, ...]

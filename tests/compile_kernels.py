@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 DUMP = Path(tempfile.mkdtemp())
@@ -20,12 +21,13 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from pallas_kernels import LoRAPages, make_plan  # noqa: E402
-from pallas_kernels.activations import ACTIVATIONS  # noqa: E402
-from pallas_kernels.dispatch import dispatch  # noqa: E402
+from pallas_kernels.activations import gated_unit  # noqa: E402
+from pallas_kernels.dispatch import Gaps, dispatch  # noqa: E402
 from pallas_kernels.grouped_lora import gradients_hopper  # noqa: E402
 from pallas_kernels.grouped_lora import hopper as lora  # noqa: E402
 from pallas_kernels.grouped_lora import portable as lora_portable  # noqa: E402
 from pallas_kernels.grouped_matmul import hopper, portable  # noqa: E402
+from pallas_kernels.grouped_matmul.hopper import Source  # noqa: E402
 from pallas_kernels.plan import Tiles  # noqa: E402
 from pallas_kernels.steps import LoRASteps, make_steps  # noqa: E402
 from pallas_kernels.steps_hopper import StepsOf  # noqa: E402
@@ -91,28 +93,43 @@ def steps(slots: int, one_pool: bool):
     return call, (array((40, 2)), array((40,)), pages, a)
 
 
-def matmul(kernel, config, rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
+def matmul(
+    kernel, config, rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str, biases: bool = False
+):
     depth, out = widths
     count = 2 if gated else 1
     weights = (array((8, out, depth), dtype),) * count
     steps = steps_of(kernel, rows) if with_lora else None
     hidden = array((50, rows, 64), dtype) if with_lora else None
     pages = (array((100, 16, out), dtype),) * count if with_lora else ()
-    unit = ACTIVATIONS["silu"] if gated else None
+    unit = partial(gated_unit, "clamped_swiglu" if biases else "silu") if gated else None
+    added = (array((8, out), dtype),) * count if biases else (None,) * count
 
-    def call(x, weights, tiles, steps, hidden, pages):
-        return kernel(x, weights, tiles, config, unit, steps, hidden, pages)
+    def call(x, weights, tiles, steps, hidden, pages, added):
+        return kernel(x, weights, tiles, config, unit, steps, hidden, pages, added)
 
-    return call, (array((1024, depth), dtype), weights, tiles(rows), steps, hidden, pages)
-
-
-def hopper_matmul(config: Config, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
-    return matmul(hopper.grouped_matmul, config, config.tile_rows, gated, with_lora, widths, dtype)
+    return call, (array((1024, depth), dtype), weights, tiles(rows), steps, hidden, pages, added)
 
 
-def portable_matmul(rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str):
+def hopper_matmul(
+    config: Config,
+    gated: bool,
+    with_lora: bool,
+    widths: tuple[int, int],
+    dtype: str,
+    biases: bool = False,
+    keep: bool = False,
+):
+    def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
+        return hopper.grouped_matmul((Source(x, weights, steps, hidden, pages),), tiles, config, unit, added, keep=keep)
+
+    kernel.__module__ = hopper.__name__
+    return matmul(kernel, config, config.tile_rows, gated, with_lora, widths, dtype, biases)
+
+
+def portable_matmul(rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str, biases: bool = False):
     config = portable_heuristic(rows, 2 if gated else 1, widths[1])
-    return matmul(portable.grouped_matmul, config, rows, gated, with_lora, widths, dtype)
+    return matmul(portable.grouped_matmul, config, rows, gated, with_lora, widths, dtype, biases)
 
 
 def shrink(kernel, rows: int, pools: int, width: int, dtype: str):
@@ -123,11 +140,12 @@ def shrink(kernel, rows: int, pools: int, width: int, dtype: str):
     return call, (array((1024, width), dtype), (array((100, 16, width), dtype),) * pools, tiles(rows), steps)
 
 
-def transposed_matmul(config: Config, with_lora: bool, widths: tuple[int, int], dtype: str):
+def transposed_matmul(config: Config, with_lora: bool, widths: tuple[int, int], dtype: str, sources: int = 1):
     """The gradient of the rows: `widths` are those of its rows and of its result."""
 
-    def kernel(x, weights, tiles, config, unit, steps, hidden, pages):
-        return hopper.grouped_matmul(x, weights, tiles, config, unit, steps, hidden, pages, transposed=True)
+    def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
+        source = Source(x, weights, steps, hidden, pages)
+        return hopper.grouped_matmul((source,) * sources, tiles, config, unit, added, transposed=True)
 
     kernel.__module__ = hopper.__name__
     call, (x, (weight,), *others) = matmul(kernel, config, config.tile_rows, False, with_lora, widths, dtype)
@@ -135,11 +153,12 @@ def transposed_matmul(config: Config, with_lora: bool, widths: tuple[int, int], 
     return call, (x, (array((experts, depth, out), dtype),), *others)
 
 
-def contraction(ranks: int, rows: int, width: int, dtype: str):
-    def call(hidden, rows, runs):
-        return gradients_hopper.contract(hidden, rows, gradients_hopper.Runs(*runs), 300)
+def contraction(ranks: int, rows: int, width: int, dtype: str, several: int = 1):
+    def call(hiddens, rows, runs):
+        own = gradients_hopper.Runs(*runs)
+        return gradients_hopper.contract(hiddens, rows, (own,) * several, (300,) * several)
 
-    return call, (array((ranks, rows), dtype), array((rows, width), dtype), [array((32,))] * 5)
+    return call, ((array((ranks, rows), dtype),) * several, array((rows, width), dtype), [array((32,))] * 5)
 
 
 def portable_cases():
@@ -150,6 +169,8 @@ def portable_cases():
                 yield name, *portable_matmul(rows, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
         yield f"shrink {rows}", *shrink(lora_portable.shrink, rows, 1, 2048, "bfloat16")
     yield "matmul float16, gpt-oss widths", *portable_matmul(64, False, True, (2880, 2880), "float16")
+    for gated in (True, False):
+        yield f"matmul gated={gated}, biases", *portable_matmul(64, gated, True, (2880, 2880), "bfloat16", biases=True)
     yield "matmul of one step of K", *portable_matmul(32, True, True, (64, 64), "bfloat16")
     yield "shrink of two pools, float16", *shrink(lora_portable.shrink, 64, 2, 2880, "float16")
 
@@ -168,8 +189,15 @@ def hopper_cases():
             config = heuristic(pairs, 128)
             name = f"transposed matmul {config.form} lora={with_lora}"
             yield name, *transposed_matmul(config, with_lora, (768, 2048), "bfloat16")
+        yield f"transposed matmul {config.form} of two", *transposed_matmul(config, True, (768, 2048), "bfloat16", 2)
+        kept = hopper_matmul(config, True, True, (2048, 768), "bfloat16", keep=True)
+        yield f"matmul {config.form} that keeps its factors", *kept
+        for gated in (True, False):
+            name = f"matmul {config.form} gated={gated}, gpt-oss biases"
+            yield name, *hopper_matmul(config, gated, True, (2880, 2880), "bfloat16", biases=True)
     yield "transposed matmul float16", *transposed_matmul(heuristic(100, 8), True, (2880, 2880), "float16")
     yield "contraction of pages", *contraction(64, 65536, 2048, "bfloat16")
+    yield "contraction of pages of two", *contraction(64, 65536, 2048, "bfloat16", 2)
     yield "contraction of many pages, float16", *contraction(256, 1024, 2880, "float16")
     for rows in (8, 56, 128):
         yield f"shrink {rows}", *shrink(lora.shrink, rows, 1, 2048, "bfloat16")
@@ -180,8 +208,8 @@ def hopper_cases():
         rows = tokens * top_k + 64
         yield (
             f"dispatch {tokens}",
-            lambda x, position, rows=rows: dispatch(x, position, rows),
-            (array((tokens, width), "bfloat16"), array((tokens * top_k,))),
+            lambda x, position, gaps, rows=rows: dispatch(x, position, rows, gaps=Gaps(*gaps)),
+            (array((tokens, width), "bfloat16"), array((tokens * top_k,)), (array((1,)), array((200,)))),
         )
     for tokens, experts in ((8, 128), (128, 128), (200, 256)):
         yield (

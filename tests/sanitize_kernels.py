@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from paged import PagedSpec, draw_layer, wide
 
-from pallas_kernels import grouped_matmul, make_plan, page_gradients, token_rows
+from pallas_kernels import input_gradient, make_plan, page_gradients, token_rows
 
 SPECS = {
     "stream form, plan kernel": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
@@ -64,11 +64,9 @@ def gradients(name: str, spec: PagedSpec) -> None:
         token_rows(jnp.asarray(rng.normal(size=(spec.tokens, width)), spec.dtype), plan, "hopper")
         for width in (spec.hidden, spec.width)
     )
-    dx = grouped_matmul(
-        dy, weight, plan, transposed=True, adapters=(pages.transposed(),), dtype=dy.dtype, implementation="hopper"
-    )
+    dx = input_gradient((dy,), (weight,), plan, adapters=(pages,), implementation="hopper")
     owned = np.asarray(plan.position)
-    sums = [float(np.abs(wide(v)).sum()) for v in (dx[owned], *page_gradients(x, dy, pages, plan, "hopper"))]
+    sums = [float(np.abs(wide(v)).sum()) for v in (dx[owned], *page_gradients(x, (dy,), (pages,), plan, "hopper")[0])]
     print(f"{name}: sums {sums}", flush=True)
     assert np.isfinite(sums).all()
 

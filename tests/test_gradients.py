@@ -156,5 +156,7 @@ def test_page_gradients_equal_the_definition(module):
         .astype(jnp.float32)
         for size in ((plan.order.shape[0], pages.a.shape[2]), (plan.order.shape[0], pages.b.shape[2]))
     )  # fmt: skip
-    found, expected = (page_gradients(x, dy, pages, plan, name) for name in ("xla", "reference"))
-    assert_gradients(found, expected, 1e-5)
+    share = jnp.asarray(rng.uniform(size=plan.order.shape), jnp.float32)
+    for own in (None, share):
+        found, expected = (page_gradients(x, (dy,), (pages,), plan, name, share=own) for name in ("xla", "reference"))
+        assert_gradients(found, expected, 1e-5)

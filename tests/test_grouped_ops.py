@@ -191,20 +191,6 @@ def test_adapters_of_another_number_of_slots_than_the_plan_are_refused():
         grouped_matmul(jnp.zeros((5, 64)), jnp.zeros((4, 32, 64)), plan, of_tokens=True, adapters=(pages,))
 
 
-@pytest.mark.parametrize(
-    ("call", "why"),
-    [({"activation": "clamped_swiglu"}, "this is clamped_swiglu"), ({"biases": True}, "adds no biases")],
-)
-def test_what_the_kernels_epilogues_lack_is_served_by_xla(monkeypatch, call, why):
-    monkeypatch.setattr(backend, "device_capability", lambda: ((9, 0), "compute capability 9.0"))
-    choice = choose(**call)
-    assert choice.picked == "xla"
-    for name in ("hopper", "portable"):
-        assert why in choice.why_not[name]
-        with pytest.raises(UnsupportedImplementation, match=why):
-            choose(name, **call)
-
-
 def test_more_slots_than_hopper_serves_are_another_backends(monkeypatch):
     monkeypatch.setattr(backend, "device_capability", lambda: ((9, 0), "compute capability 9.0"))
     assert choose(slots=256).picked == "hopper"

@@ -4,6 +4,7 @@ Memory that a kernel has not written reads as NaN there, and so do pages that no
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ def run(layer: PagedLayer, modules: tuple[str, ...], config: Config, slots=None,
     weights = tuple(getattr(layer.experts, m) for m in modules)
     x = jax.random.normal(jax.random.key(0), (spec.tokens, weights[0].shape[2]), spec.dtype)
     pages = tuple(used.get(m) for m in modules)
-    rows = fused.grouped_matmul(x, weights, plan, True, pages, "silu", config=config)
+    (rows,) = fused.grouped_matmul(x, weights, plan, True, pages, "silu", config=config)
     return np.asarray(rows.astype(jnp.float32))[np.asarray(plan.position)]
 
 
@@ -76,6 +77,28 @@ def test_matmul_shrink_and_expand_equal_the_oracle_without_races(layer, config, 
     base = np.repeat(np.asarray(layer.slots) < 0, layer.spec.top_k)
     assert base.any()
     np.testing.assert_array_equal(actual[base], run(layer, modules, CONFIGS[config], adapters={})[base])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [("gate", "up"), ("down",)], ids="+".join)
+@pytest.mark.parametrize("config", ["stream, 24 rows", "tensor"])
+def test_biases_clamped_swiglu_and_kept_factors_equal_the_reference_without_races(layer, config, modules):
+    """gpt-oss's experts, and what training keeps; a bias of the last expert ends where its array does."""
+    spec, gated = layer.spec, len(modules) == 2
+    plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
+    weights, pages = tuple(getattr(layer.experts, m) for m in modules), tuple(layer.adapters[m] for m in modules)
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = 2 * jax.random.normal(keys[0], (spec.tokens, weights[0].shape[2]), spec.dtype)
+    biases = tuple(4 * jax.random.normal(key, w.shape[:2], spec.dtype) for key, w in zip(keys[1:], weights))  # noqa: B905
+    own = {"biases": biases, "config": CONFIGS[config], "keep": gated}
+    found = fused.grouped_matmul(x, weights, plan, True, pages, "clamped_swiglu", **own)
+    call = partial(grouped_matmul, x, plan=plan, of_tokens=True, implementation="reference")
+    wanted = [call(weights[0] if not gated else weights, biases=biases, adapters=pages, activation="clamped_swiglu")]
+    if gated:
+        wanted += [call(w, biases=(b,), adapters=(a,)) for w, b, a in zip(weights, biases, pages, strict=True)]
+    for one, other in zip(found, wanted, strict=True):
+        one, other = (np.asarray(rows.astype(jnp.float32))[np.asarray(plan.position)] for rows in (one, other))
+        assert np.linalg.norm(one - other) / np.linalg.norm(other) < TOLERANCE
 
 
 @pytest.mark.long

@@ -10,12 +10,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from paged import PagedLayer, PagedSpec, draw_layer
 
-from pallas_kernels import LoRAPages, RoutingPlan, grouped_matmul, make_plan, page_gradients
+from pallas_kernels import LoRAPages, RoutingPlan, input_gradient, make_plan, page_gradients, shrink
 from pallas_kernels.dispatch import token_rows
 from pallas_kernels.grouped_lora import gradients_hopper
 from pallas_kernels.grouped_matmul import fused
-from pallas_kernels.steps import make_steps
-from pallas_kernels.tuning import Config
+from pallas_kernels.steps import Shrunk, make_steps
+from pallas_kernels.tuning import Config, deepest
 
 TOLERANCE = 1e-2  # bfloat16
 LAYOUTS = ("per_expert", "fused", "shared_some", "shared_outer")
@@ -51,19 +51,49 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "config"), [*zip(("gate", "gate", "down"), CONFIGS, strict=True)])
-def test_rows_gradient_equals_the_reference_without_races(layer, module, config):
-    plan, weight = planned(layer), getattr(layer.experts, module)
-    tokens = jax.random.normal(jax.random.key(1), (SPEC.tokens, weight.shape[1]), SPEC.dtype)
-    dy, pages = token_rows(tokens, plan, "hopper"), layer.adapters[module].transposed()
-    run = partial(fused.grouped_matmul, dy, (weight,), plan, False, activation="silu", config=CONFIGS[config])
-    found = run(adapters=(pages,), transposed=True)[plan.position]
-    expected = grouped_matmul(dy, weight, plan, transposed=True, adapters=(pages,), implementation="reference")
+@pytest.mark.parametrize(
+    ("modules", "config"), [(("gate", "up"), "stream"), (("gate",), "stream, one warpgroup"), (("down",), "tensor"),
+                            (("gate", "up"), "tensor")]
+)  # fmt: skip
+def test_rows_gradient_equals_the_reference_without_races(layer, modules, config):
+    plan, weights = planned(layer), tuple(getattr(layer.experts, module) for module in modules)
+    keys = jax.random.split(jax.random.key(1), len(modules))
+    dys = tuple(
+        token_rows(jax.random.normal(key, (SPEC.tokens, weight.shape[1]), SPEC.dtype), plan, "hopper")
+        for key, weight in zip(keys, weights, strict=True)
+    )
+    pages, none = tuple(layer.adapters[module] for module in modules), (None,) * len(modules)
+    run = partial(fused.input_gradient, dys, weights, plan, shrunk=none, config=CONFIGS[config])
+    found = run(adapters=pages)[plan.position]
+    expected = input_gradient(dys, weights, plan, adapters=pages, implementation="reference")
     assert relative(found, expected[plan.position]) < TOLERANCE
     if config == "stream":
         base = np.repeat(np.asarray(layer.slots) < 0, SPEC.top_k)
-        alone = run(adapters=(None,), transposed=True)[plan.position]
+        alone = run(adapters=none)[plan.position]
         np.testing.assert_array_equal(np.asarray(found)[base], np.asarray(alone)[base])
+
+
+@pytest.mark.slow
+def test_what_the_forward_pass_shrank_serves_both_projections_backward(layer):
+    """One list for gate and up, of which some adapters share their A, gives each one's gradients and rows."""
+    plan, modules = planned(layer), ("gate", "up")
+    pages, weights = (tuple(each[module] for module in modules) for each in (layer.adapters, vars(layer.experts)))
+    x, dy = random_rows(plan, pages[0], SPEC.tokens)
+    dys = dy, dy[:, ::-1]
+    of_x = shrink(x, pages, plan, implementation="hopper")
+    of_dys = [
+        shrink(dy, (own.transposed(),), plan, of_x.steps.transposed(part), "hopper")
+        for part, (dy, own) in enumerate(zip(dys, pages, strict=True))
+    ]
+    share = jax.random.uniform(jax.random.key(4), plan.order.shape)
+    found = page_gradients(x, dys, pages, plan, "hopper", share=share, shrunk=(of_x, of_dys))
+    expected = page_gradients(x, dys, pages, plan, "reference", share=share)
+    for one, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert relative(one, jnp.nan_to_num(want)) < TOLERANCE
+    config = replace(deepest("stream", plan.tiles.size), num_sms=3, apart=True, stages=2)
+    dx = fused.input_gradient(dys, weights, plan, pages, tuple(of_dys), config)
+    rows = input_gradient(dys, weights, plan, adapters=pages, implementation="reference")
+    assert relative(dx[plan.position], rows[plan.position]) < TOLERANCE
 
 
 @pytest.mark.slow
@@ -72,8 +102,8 @@ def test_page_gradients_equal_the_reference_without_races(layer, module):
     """Ranks above 64, pages shared by all experts, poisoned pages, base rows and rows between experts."""
     plan, pages = planned(layer), layer.adapters[module]
     x, dy = random_rows(plan, pages, SPEC.tokens)
-    found = gradients_hopper.page_gradients(x, dy, pages, plan, num_sms=3)
-    expected = page_gradients(x, dy, pages, plan, "reference")
+    (found,) = gradients_hopper.page_gradients(x, (dy,), (pages,), plan, num_sms=3)
+    (expected,) = page_gradients(x, (dy,), (pages,), plan, "reference")
     for own, want in zip(found, expected, strict=True):
         want = jnp.nan_to_num(want)  # the reference multiplies poisoned pages by zero
         assert relative(own, want) < TOLERANCE
@@ -85,13 +115,14 @@ def test_entries_that_no_tile_has_may_hold_anything(layer):
     plan, pages = planned(layer), layer.adapters["gate"]
     (steps,) = make_steps(plan, ((pages,),))
     hidden = jnp.ones((steps.bound, steps.tile_rows, 64), "bfloat16")
+    ranks = lambda lists: gradients_hopper.by_rank(Shrunk(lists, hidden), pages.max_rank, plan)  # noqa: E731
     beyond = jnp.arange(steps.entries.shape[2])[None, :] >= 4 * steps.count[:, :1]
     poisoned = replace(steps, entries=jnp.where(beyond[None], jnp.int32(3), steps.entries).at[4].max(
         jnp.where(beyond, 10**6, 0)
     ))  # fmt: skip
-    expected = gradients_hopper.by_rank(hidden, steps, pages, plan)
+    expected = ranks(steps)
     assert np.asarray(expected).any()
-    np.testing.assert_array_equal(gradients_hopper.by_rank(hidden, poisoned, pages, plan), expected)
+    np.testing.assert_array_equal(ranks(poisoned), expected)
 
 
 def random_rows(plan: RoutingPlan, pages: LoRAPages, tokens: int) -> tuple[jax.Array, jax.Array]:

@@ -86,3 +86,14 @@ def test_padding_is_multiplied_with_no_expert_and_no_adapter(model, examples):
     np.testing.assert_array_equal(step.row_mask, ~padding)
     assert (np.asarray(step.slots).reshape(padding.shape)[padding] == BASE_SLOT).all()
     assert (np.asarray(step.slots).reshape(padding.shape)[~padding] == slots[1]).all()
+
+
+def test_rows_of_one_example_each_need_no_mask(model, examples):
+    """What lies behind an example is never looked at."""
+    tokens, positions, segments, slots, _ = pack(examples, np.asarray(model.slots(NAMES)))
+    first = segments == 1
+    arguments = tokens, positions, jnp.where(first, 1, 0), slots
+    fn = model.functional(batch=1, max_length=WIDTH)
+    hidden = jax.jit(partial(decoder.packed_hidden, config=model.config), static_argnames="packed")
+    masked, alone = (hidden(fn.params, fn.bank, *arguments, packed=packed)[0] for packed in (True, False))
+    assert_close(np.asarray(alone)[np.asarray(first)], np.asarray(masked)[np.asarray(first)], 1e-6)

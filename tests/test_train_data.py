@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -159,6 +160,10 @@ def feed(request, encoder):
 SIZES = {"x": [1, 2, 3, 4, 5, 6, 7, 8], "y": [3, 3], "z": [8]}
 
 
+def test_rows_of_one_example_each_say_so(feed, request):
+    assert feed.batch(0).packed == ("packing" in request.node.name)
+
+
 def read_back(batch):
     """(slot, tokens with the last target, weights) of every example that a batch holds."""
     found = []
@@ -244,7 +249,7 @@ def test_an_adapters_order_does_not_depend_on_the_others(encoder):
 
 
 def test_shapes_are_those_of_the_settings_alone(feed):
-    shapes = {tuple(leaf.shape for leaf in vars(feed.batch(step)).values()) for step in range(9)}
+    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(feed.batch(step))) for step in range(9)}
     assert shapes == {((4, WIDTH),) * 6}
 
 

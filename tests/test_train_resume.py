@@ -51,7 +51,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_where_there_is_room(tmp
 
 
 def state(value: float) -> TrainState:
-    params = {"x": {"0.gate.a": jax.numpy.full((2, 3, 4), value, "float32"), "0.gate.b": jax.numpy.ones((2, 4, 3))}}
+    params = {"x": {"0.gate.a": jax.numpy.full((2, 3, 4), value, "float32"), "0.gate.b": jax.numpy.ones((2, 3, 4))}}
     import optax
 
     return TrainState(params, {"x": optax.adamw(1e-3).init(params["x"])}, {"x": jax.numpy.int32(7)})

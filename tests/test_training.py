@@ -46,10 +46,10 @@ def test_kaiming_is_peft_s_bound_and_gaussian_its_deviation():
 
 def test_layouts_share_what_they_say():
     shapes = {layout: AdapterSpec(rank=4, layout=layout).shapes(SITES) for layout in WRITTEN_AS}
-    own = {"0.gate.b": (8, 48, 4), "0.up.b": (8, 48, 4), "0.down.a": (8, 4, 48)}
+    own = {"0.gate.b": (8, 4, 48), "0.up.b": (8, 4, 48), "0.down.a": (8, 4, 48)}
     assert {key: s for key, s in shapes["fused"].items() if key[0] == "0"} == own | {
         "0.gate_up.a": (8, 4, 64),
-        "0.down.b": (8, 64, 4),
+        "0.down.b": (8, 4, 64),
     }
     assert shapes["per-expert"]["2.gate.a"] == shapes["per-expert"]["2.up.a"] == (8, 4, 64)
     shared = {key for key, shape in shapes["shared-outer"].items() if shape[0] == 1}

@@ -22,10 +22,10 @@ RATE, REPEATS, QUEUED = 1e-4, 5, 3
 METHOD = (
     f"{QUEUED} steps dispatched one after the other, then one block, per step, median of {REPEATS} after a warm-up; "
     "AdamW; weights bfloat16, adapters float32 on the experts (gate and up of an expert share their A, as PEFT makes "
-    "them); full rows of random tokens, all of them learnt; rows go round over the adapters. peak_gb: what the step "
-    "holds at once: for jax its arguments, results and temporaries as compiled, for torch max_memory_allocated. "
-    "transformers: grouped_mm experts, sdpa attention, PEFT's target_parameters; several adapters one after the other, "
-    "each on its own rows, and one update"
+    "them); full rows of random tokens, one example each, all of them learnt; rows go round over the adapters. "
+    "peak_gb: what the step holds at once: for jax its arguments, results and temporaries as compiled, for torch "
+    "max_memory_allocated. transformers: grouped_mm experts, sdpa attention, PEFT's target_parameters; several "
+    "adapters one after the other, each on its own rows, and one update"
 )
 
 
@@ -72,6 +72,7 @@ def draw_batch(config: ModelConfig, adapters: int, batch: int, length: int) -> B
         jnp.broadcast_to((jnp.arange(batch, dtype=jnp.int32) % adapters)[:, None], shape),
         tokens[:, 1:],
         jnp.ones(shape, jnp.float32),
+        packed=False,
     )
 
 

@@ -52,8 +52,8 @@ def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adap
     plan = make_plan(chosen, slots, experts.gate.shape[0], num_slots, "hopper", rows)
     both, into, out_of = (experts.gate, experts.up), (pages.get("gate"), pages.get("up")), (pages.get("down"),)
     steps = lora_steps(plan, (into, out_of), "hopper")
-    gated = fused.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
-    down = fused.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
+    (gated,) = fused.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
+    (down,) = fused.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
     return combine(down, weights, plan).astype(x.dtype)
 
 

@@ -85,6 +85,7 @@ def packed_hidden(
     slots: Int[Array, "B T"],
     *,
     config: ModelConfig,
+    packed: bool = True,
     keep_scores: bool = False,
     remat: bool = False,
     implementation: Implementation | None = None,
@@ -95,6 +96,7 @@ def packed_hidden(
       positions: int32 `[B, T]`, each token's place in its own example. segments: int32 `[B, T]`, 1 and up for the
         examples of a row, whose tokens lie side by side; 0 for padding, which costs nothing in the experts.
       slots: int32 `[B, T]`, each token's adapter, `BASE_SLOT` for the base model.
+      packed: static. False says that each row holds one example, with its padding behind it: no mask is needed.
       keep_scores: static. Return the routers' scores too. remat: static. As in `moe_lora`.
 
     Returns:
@@ -102,7 +104,7 @@ def packed_hidden(
       routed layer, where they were asked for.
     """
     step = packed_step(positions, segments, slots, bank, params, config, implementation)
-    step = replace(step, keep_scores=keep_scores, remat=remat)
+    step = replace(step, segments=step.segments if packed else None, keep_scores=keep_scores, remat=remat)
     hidden, _, _, scores = _layers(params, bank, params.embedding[tokens], step, None)
     return hidden, scores
 

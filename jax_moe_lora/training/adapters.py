@@ -1,7 +1,7 @@
 """The parameters of one adapter: made new, or from an adapter that was loaded; and back into one that can be written.
 
 Params are `{layer}.{matrix}.{side}` -> float32 matrices as `AdapterSpec.shapes` says, and nothing else: no padding, and
-a matrix that is shared or aliased once.
+a matrix that is shared or aliased once. B is the transpose of a file's: `[E, R, out]`.
 """
 
 import math
@@ -53,7 +53,7 @@ def to_adapter(
     weights = {
         (layer, module): uniform(
             held[f"{layer}.{spec.matrix(module, 'a')}"],
-            held[f"{layer}.{spec.matrix(module, 'b')}"],
+            held[f"{layer}.{spec.matrix(module, 'b')}"].swapaxes(1, 2),
             spec.scale_of(module),
             sites[module].num_experts,
         )
@@ -80,7 +80,7 @@ def from_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tuple[Param
     for (layer, module), weights in adapter.weights.items():
         own = ranks[module]
         for side in SIDES:
-            matrix = weights.a[:, :own] if side == "a" else weights.b[:, :, :own]
+            matrix = weights.a[:, :own] if side == "a" else weights.b[:, :, :own].swapaxes(1, 2)
             expected = spec.shape(module, side, sites[module])
             if matrix.shape != expected:
                 problem = f"its {side.upper()} is {list(matrix.shape)}, the {spec.layout} layout has {list(expected)}"

@@ -95,7 +95,7 @@ def _layer(
             for column, side in enumerate(SIDES):
                 key = slot, spec.matrix(module, side)
                 if key not in first:
-                    own = _pages(params[name][f"{layer}.{key[1]}"], side)
+                    own = _pages(params[name][f"{layer}.{key[1]}"])
                     pool = pools.setdefault(pool_of(module, side), [jnp.zeros_like(own[:1])])
                     first[key] = sum(map(len, pool))
                     pool.append(own)
@@ -108,8 +108,7 @@ def _layer(
     )
 
 
-def _pages(matrix: Float[Array, "E rows columns"], side: Side) -> Float[Array, "N 16 width"]:
-    """A matrix for each expert as pages, ranks as rows, the last page of each filled up with zeros."""
-    rows = matrix if side == "a" else matrix.swapaxes(1, 2)
+def _pages(rows: Float[Array, "E ranks width"]) -> Float[Array, "N 16 width"]:
+    """A matrix for each expert as pages, the last one of each filled up with zeros."""
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % RANK_PAGE), (0, 0)))
     return rows.reshape(-1, RANK_PAGE, rows.shape[2])

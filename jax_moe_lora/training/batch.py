@@ -1,6 +1,6 @@
 """What a training step reads."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -17,6 +17,7 @@ class Batch:
       slots: int32 `[B, T]`, the adapter of a token's example, `BASE_SLOT` for padding.
       targets: int32 `[B, T]`, the token that comes next. weights: float32 `[B, T]`, how much of its loss counts: 1
         where it is to be learnt, 0 in prompts and padding.
+      packed: static. False says that each row holds one example, its padding behind it: attention then needs no mask.
     """
 
     tokens: Int[Array, "B T"]
@@ -25,3 +26,4 @@ class Batch:
     slots: Int[Array, "B T"]
     targets: Int[Array, "B T"]
     weights: Float[Array, "B T"]
+    packed: bool = field(default=True, metadata={"static": True})

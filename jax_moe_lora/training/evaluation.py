@@ -95,6 +95,7 @@ def losses_of(
             part.segments,
             part.slots,
             config=config,
+            packed=part.packed,
             keep_scores=keep_scores,
             remat=remat,
             implementation=implementation,

@@ -29,13 +29,14 @@ class Feed:
     """The rows of every adapter, in turns.
 
     Attributes:
-      adapters: name -> its rows. batch_size: B. width: T. seed: of the order in which an adapter's rows come, which
-        depends on no other adapter; each epoch has its own.
+      adapters: name -> its rows. batch_size: B. width: T. packing: rows may hold several examples.
+      seed: of the order in which an adapter's rows come, which depends on no other adapter; each epoch has its own.
     """
 
     adapters: dict[str, Rows]
     batch_size: int
     width: int
+    packing: bool
     seed: int
 
     def batch(self, step: int) -> Batch:
@@ -43,7 +44,7 @@ class Feed:
         names = tuple(self.adapters)
         turns = (divmod(step * self.batch_size + row, len(names)) for row in range(self.batch_size))
         chosen = [(self.adapters[names[which]].slot, self._row(names[which], turn)) for turn, which in turns]
-        return fill(chosen, self.batch_size, self.width)
+        return fill(chosen, self.batch_size, self.width, self.packing)
 
     def _row(self, name: str, turn: int) -> Row:
         rows = self.adapters[name].rows
@@ -57,7 +58,7 @@ def make_feed(datasets: Mapping[str, Dataset], batch_size: int, width: int, pack
         name: Rows(slot, lay_out(dataset.examples, width, packing))
         for slot, (name, dataset) in enumerate(datasets.items())
     }
-    return Feed(rows, batch_size, width, seed)
+    return Feed(rows, batch_size, width, packing, seed)
 
 
 def lay_out(examples: Sequence[Example], width: int, packing: bool) -> tuple[Row, ...]:
@@ -79,14 +80,14 @@ def lay_out(examples: Sequence[Example], width: int, packing: bool) -> tuple[Row
     return tuple(map(tuple, rows))
 
 
-def whole_batches(adapters: Mapping[str, Rows], batch_size: int, width: int) -> Iterator[Batch]:
+def whole_batches(adapters: Mapping[str, Rows], batch_size: int, width: int, packing: bool = True) -> Iterator[Batch]:
     """Every row once, for evaluation; the last batch is filled up with rows of padding."""
     every = [(rows.slot, row) for rows in adapters.values() for row in rows.rows]
     for begin in range(0, len(every), batch_size):
-        yield fill(every[begin : begin + batch_size], batch_size, width)
+        yield fill(every[begin : begin + batch_size], batch_size, width, packing)
 
 
-def fill(rows: Sequence[tuple[int, Row]], batch_size: int, width: int) -> Batch:
+def fill(rows: Sequence[tuple[int, Row]], batch_size: int, width: int, packing: bool = True) -> Batch:
     """(slot, examples) rows as arrays `[B, T]`; rows that are missing are padding."""
     tokens, positions, segments, slots, targets = (np.zeros((batch_size, width), np.int32) for _ in range(5))
     weights = np.zeros((batch_size, width), np.float32)
@@ -99,7 +100,9 @@ def fill(rows: Sequence[tuple[int, Row]], batch_size: int, width: int) -> Batch:
             positions[here], segments[here], slots[here] = np.arange(example.width), number, slot
             weights[index, begin + example.learnt - 1 : begin + example.width] = 1
             begin += example.width
-    return Batch(*map(jnp.asarray, (tokens, positions, segments, slots, targets, weights)))
+    names = "tokens", "positions", "segments", "slots", "targets", "weights"
+    arrays = tokens, positions, segments, slots, targets, weights
+    return Batch(packed=packing, **{name: jnp.asarray(array) for name, array in zip(names, arrays, strict=True)})
 
 
 @lru_cache(maxsize=64)

@@ -68,10 +68,10 @@ class AdapterSpec:
         return f"{'gate_up' if aliased else module}.{side}"
 
     def shape(self, module: str, side: Side, site: Site) -> tuple[int, int, int]:
-        """`[E or 1, R, in]` of A, `[E or 1, out, R]` of B."""
+        """`[E or 1, R, in]` of A, `[E or 1, R, out]` of B: ranks are rows, as in pages, and updates in place."""
         shared = self.layout == "shared-outer" and (module, side) in OUTER
         experts, rank = 1 if shared else site.num_experts, self.rank_of(module)
-        return (experts, rank, site.in_width) if side == "a" else (experts, site.out_width, rank)
+        return experts, rank, site.in_width if side == "a" else site.out_width
 
     def shapes(self, sites: Mapping[str, Site]) -> dict[str, tuple[int, int, int]]:
         """Key -> shape of every matrix, by layer: `{layer}.{matrix}.{side}`, as in `0.gate_up.a` or `2.q.b`."""

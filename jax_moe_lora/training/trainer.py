@@ -158,7 +158,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Evaluation]:
         """What the adapters do on their evaluation examples, as they are now."""
-        batches = whole_batches(self._evaluation, self._feed.batch_size, self._feed.width)
+        batches = whole_batches(self._evaluation, self._feed.batch_size, self._feed.width, self.packing)
         found = evaluate(lambda batch: self._score(self.state.params, self.params, batch), batches, len(self.recipes))
         return {name: own for name, own in zip(self.recipes, found, strict=True) if own is not None}
 

@@ -1,11 +1,16 @@
 """The contract of the grouped LoRA op, and its dispatch."""
 
+from collections.abc import Sequence
+
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import IMPLEMENTATIONS, Implementation, choose
-from pallas_kernels.grouped_lora import gradients_hopper, reference, xla
+from pallas_kernels.grouped_lora import gradients_hopper, hopper, reference, xla
 from pallas_kernels.grouped_lora.pages import LoRAPages
 from pallas_kernels.plan import RoutingPlan
+from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, make_steps
+
+PageGradients = tuple[Float[Array, "_pages 16 in"], Float[Array, "_pages 16 _out"]]
 
 _BACKENDS = {"xla": xla.grouped_lora, "reference": reference.grouped_lora}
 _GRADIENTS = {"xla": xla.page_gradients, "reference": reference.page_gradients}
@@ -38,31 +43,71 @@ def grouped_lora(
     return backend(y, x, pages, plan, row_index)
 
 
-def page_gradients(
+def shrink(
     x: Float[Array, "Q in"],
-    dy: Float[Array, "Q out"],
-    pages: LoRAPages,
+    adapters: Adapters,
     plan: RoutingPlan,
+    steps: LoRASteps | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
-    """Cotangents of the pages of `y[r] += scale[s, e] * (x[r] @ A[s, e].T) @ B[s, e].T`, for `dy` that of y.
+) -> Shrunk | None:
+    """`scale * x[r] @ A.T` of each sorted row's own adapter, for whoever multiplies by B more than once.
 
     Args:
-      x, dy: rows in sorted order; those of no pair may hold anything, with hopper anything finite (`token_rows`).
-      pages, plan: as in `grouped_lora`; the ranks that a matrix's last page is filled up with get zeros. With hopper,
-        experts that share a page have none with other pages between them, as in a matrix that all share.
+      adapters: of one projection, or of two that share their input. steps: as `lora_steps` made them.
       implementation: the backend that the plan was made for.
 
     Returns:
-      float32, in the shapes of `pages.a` and `pages.b`: of each page the sum over the rows and experts that use it
-      (`dA = sum scale * (dy B).T x`, `dB = sum scale * (x A.T).T dy`), zeros for a page that no row uses. Sums run in
-      sorted order: the same bits every time.
+      What `grouped_matmul`, `input_gradient` and `page_gradients` take; None without adapters, and where the backend
+      multiplies A and B in one go.
+    """
+    if implementation != "hopper" or all(pages is None for pages in adapters):
+        return None
+    if steps is None:
+        (steps,) = make_steps(plan, (adapters,))
+        assert steps is not None
+    return hopper.shrink_adapters(x, adapters, plan.tiles, steps)
+
+
+def page_gradients(
+    x: Float[Array, "Q in"],
+    dys: Sequence[Float[Array, "Q _out"]],
+    adapters: Adapters,
+    plan: RoutingPlan,
+    implementation: Implementation | None = None,
+    *,
+    share: Float[Array, "Q"] | None = None,
+    shrunk: tuple[Shrunk | None, Sequence[Shrunk | None]] = (None, ()),
+) -> list[PageGradients | None]:
+    """Cotangents of the pages of `y[r] += scale[s, e] * (x[r] @ A[s, e].T) @ B[s, e].T`, for `dy` that of y.
+
+    Args:
+      x, dys: rows in sorted order; those of no pair may hold anything, with hopper anything finite (`token_rows`).
+      adapters: of one projection, or of two that share x; a dy for each.
+      plan: as in `grouped_lora`; the ranks that a matrix's last page is filled up with get zeros. With hopper, experts
+        that share a page have none with other pages between them, as in a matrix that all share.
+      implementation: the backend that the plan was made for.
+      share: float32 `[Q]`, a factor on each row's term, or None for ones.
+      shrunk: where they are there already, `shrink` of x by these adapters, and of each dy by the transposed ones (by
+        the steps of the former, `LoRASteps.transposed`).
+
+    Returns:
+      For each of the adapters the sums of A and of B, None for none: float32, in the shapes of `pages.a` and `pages.b`,
+      of each page the sum over the rows and experts that use it (`dA = sum scale * (dy B).T x`,
+      `dB = sum scale * (x A.T).T dy`), zeros for a page that no row uses. Sums run in sorted order: the same bits
+      every time.
 
     Raises:
       UnsupportedImplementation: a name that is unknown, or a plan made for another backend.
     """
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         choose(implementation)  # raises
+    if all(pages is None for pages in adapters):
+        return [None] * len(adapters)
     if implementation == "hopper":
-        return gradients_hopper.page_gradients(x, dy, pages, plan)
-    return _GRADIENTS["reference" if implementation == "reference" else "xla"](x, dy, pages, plan)
+        of_x, of_dys = shrunk
+        given = None if of_x is None else (of_x, tuple(of_dys))
+        return gradients_hopper.page_gradients(x, tuple(dys), adapters, plan, share, given)
+    backend = _GRADIENTS["reference" if implementation == "reference" else "xla"]
+    return [
+        None if pages is None else backend(x, dy, pages, plan, share) for dy, pages in zip(dys, adapters, strict=True)
+    ]

@@ -11,6 +11,7 @@ values of those are cleared, in a copy of their own. Whole output tiles, one blo
 no atomics, the same bits every time. `full[s]` counts the three copies of a stage, `empty[s]` the two warpgroups.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,12 +23,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.backend import UnsupportedImplementation
-from pallas_kernels.entries import BEGIN, END, PAGES_A_STEP, RANKS
+from pallas_kernels.entries import BEGIN, END, PAGE_B0, PAGE_B1, PAGES_A_STEP, RANKS
 from pallas_kernels.grouped_lora import hopper
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DEPTH
 from pallas_kernels.plan import RoutingPlan, Tiles
-from pallas_kernels.steps import LoRASteps, make_steps
+from pallas_kernels.steps import Adapters, Shrunk, make_steps
 
 COLUMNS = 128  # of a compute warpgroup
 STORED = 32  # float32 columns that one store takes: 128 bytes
@@ -51,32 +52,58 @@ class Runs(NamedTuple):
 
 def page_gradients(
     x: Float[Array, "Q in"],
-    dy: Float[Array, "Q out"],
-    pages: LoRAPages,
+    dys: tuple[Float[Array, "Q _out"], ...],
+    adapters: Adapters,
     plan: RoutingPlan,
+    share: Float[Array, "Q"] | None = None,
+    shrunk: tuple[Shrunk, tuple[Shrunk | None, ...]] | None = None,
     num_sms: int = mosaic.NUM_SMS,
-) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
+) -> list[tuple[Float[Array, "_pages 16 in"], Float[Array, "_pages 16 _out"]] | None]:
     """What `api.page_gradients` promises."""
     if plan.alignment % mosaic.ROW_ALIGNMENT:
         raise UnsupportedImplementation(
             f"The plan aligns experts to {plan.alignment} rows, hopper needs {mosaic.ROW_ALIGNMENT}; "
             "give make_plan implementation='hopper'."
         )
-    other = pages.transposed()
-    forward, backward = make_steps(plan, ((pages,), (other,)))
-    assert forward is not None
-    assert backward is not None
-    hidden = by_rank(hopper.shrink(x, (pages.a,), plan.tiles, forward, num_sms), forward, pages, plan)
-    dhidden = by_rank(hopper.shrink(dy, (other.a,), plan.tiles, backward, num_sms), backward, pages, plan)
-    found = []
-    for column, (left, right, pool) in enumerate(((dhidden, x, pages.a), (hidden, dy, pages.b))):
-        runs = runs_of(plan, pages, column)
-        total = contract(left, right, runs, pool.shape[0], num_sms)
-        ids = runs.first[:, None] + jnp.arange(left.shape[0] // RANK_PAGE, dtype=jnp.int32)[None, :]
-        live = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :] < runs.pages[:, None]
-        written = jnp.zeros(pool.shape[0], bool).at[jnp.where(live, ids, pool.shape[0])].set(True, mode="drop")
-        found.append(jnp.where(written[:, None, None], total, 0.0))
-    return found[0], found[1]
+    of_x, of_dys = shrunk or _shrink(x, dys, adapters, plan, num_sms)
+    given = [
+        (part, dy, pages, of_dy)
+        for part, (dy, pages, of_dy) in enumerate(zip(dys, adapters, of_dys, strict=True))
+        if pages is not None and of_dy is not None
+    ]
+    most = max(pages.max_rank for _, _, pages, _ in given)
+    dhiddens = tuple(by_rank(of_dy, most, plan, share) for *_, of_dy in given)
+    runs = tuple(runs_of(plan, pages, 0) for _, _, pages, _ in given)
+    sums_a = contract(dhiddens, x, runs, tuple(pages.a.shape[0] for _, _, pages, _ in given), num_sms)
+    found: list[tuple[Array, Array] | None] = [None] * len(adapters)
+    for (part, dy, pages, _), of_a, sum_a in zip(given, runs, sums_a, strict=True):
+        hidden, of_b = by_rank(of_x, pages.max_rank, plan, share, part), runs_of(plan, pages, 1)
+        (sum_b,) = contract((hidden,), dy, (of_b,), (pages.b.shape[0],), num_sms)
+        found[part] = _written(sum_a, of_a, most), _written(sum_b, of_b, most)
+    return found
+
+
+def _shrink(
+    x: Array, dys: tuple[Array, ...], adapters: Adapters, plan: RoutingPlan, num_sms: int
+) -> tuple[Shrunk, tuple[Shrunk | None, ...]]:
+    """Of the rows, and of each cotangent by its own transposed adapters."""
+    (steps,) = make_steps(plan, (adapters,))
+    assert steps is not None
+    of_dys = tuple(
+        None
+        if pages is None
+        else hopper.shrink_adapters(dy, (pages.transposed(),), plan.tiles, steps.transposed(part), num_sms)
+        for part, (dy, pages) in enumerate(zip(dys, adapters, strict=True))
+    )
+    return hopper.shrink_adapters(x, adapters, plan.tiles, steps, num_sms), of_dys
+
+
+def _written(total: Float[Array, "pages 16 width"], runs: Runs, max_rank: int) -> Float[Array, "pages 16 width"]:
+    """The sums, zeros where no run wrote."""
+    number = jnp.arange(-(-max_rank // RANK_PAGE), dtype=jnp.int32)[None, :]
+    ids = jnp.where(number < runs.pages[:, None], runs.first[:, None] + number, total.shape[0])
+    written = jnp.zeros(total.shape[0], bool).at[ids].set(True, mode="drop")
+    return jnp.where(written[:, None, None], total, 0.0)
 
 
 def runs_of(plan: RoutingPlan, pages: LoRAPages, column: int) -> Runs:
@@ -100,27 +127,32 @@ def runs_of(plan: RoutingPlan, pages: LoRAPages, column: int) -> Runs:
 
 
 def by_rank(
-    hidden: Float[Array, "N rows 64"], steps: LoRASteps, pages: LoRAPages, plan: RoutingPlan
+    shrunk: Shrunk, max_rank: int, plan: RoutingPlan, share: Float[Array, "Q"] | None = None, part: int = 0
 ) -> Float[Array, "ranks columns"]:
-    """The shrink's H by rank and sorted row: each row's own adapter's, zeros beyond its rank. Both multiples of 64."""
-    tiles = plan.tiles
+    """The shrink's H by rank and sorted row: each row's own adapter's, zeros beyond its rank. Both multiples of 64.
+
+    Args:
+      share: a factor on each row. part: which of two projections that share their rows.
+    """
+    tiles, steps, hidden = plan.tiles, shrunk.steps, shrunk.hidden
     rows = jnp.arange(-(-plan.order.shape[0] // DEPTH) * DEPTH, dtype=jnp.int32)
     tile = _tile_of(rows, tiles)
-    local = rows - tiles.start[tile]
-    # Of the entries of a row's tile; those beyond its steps are not written.
-    begin, end = steps.entries[BEGIN][tile], steps.entries[END][tile]
+    local = (rows - tiles.start[tile])[:, None]
+    # Of the entries of a row's tile its own, which follow one another; those beyond the tile's steps are not written.
+    begin, end, page_b = (steps.entries[kind][tile] for kind in (BEGIN, END, (PAGE_B0, PAGE_B1)[part]))
     written = jnp.arange(begin.shape[1], dtype=jnp.int32)[None, :] < steps.count[tile, :1] * PAGES_A_STEP
-    before = (written & (end > begin) & (end <= local[:, None])).sum(1, dtype=jnp.int32)
-    count = (written & (begin <= local[:, None]) & (local[:, None] < end)).sum(1, dtype=jnp.int32)
-    most = -(-pages.max_rank // RANK_PAGE)
-    page = jnp.arange(most, dtype=jnp.int32)[:, None]
-    entry = before[None, :] + page
-    live = page < count[None, :]
+    own = written & (begin <= local) & (local < end) & (page_b > 0)
+    first, count = jnp.argmax(own, axis=1).astype(jnp.int32), own.sum(1, dtype=jnp.int32)
+    page = jnp.arange(-(-max_rank // RANK_PAGE), dtype=jnp.int32)[:, None]
+    entry, live = first[None, :] + page, page < count[None, :]
     step = jnp.where(live, steps.first[tile, 0][None, :] + entry // PAGES_A_STEP, 0)
     sixteen = hidden.reshape(*hidden.shape[:2], PAGES_A_STEP, RANK_PAGE)
-    own = sixteen[step, jnp.where(live, local[None, :], 0), entry % PAGES_A_STEP]  # [pages, Q, 16]
-    by_rank = jnp.where(live[:, :, None], own, 0).transpose(0, 2, 1).reshape(-1, rows.shape[0])
-    return jnp.pad(by_rank, ((0, -by_rank.shape[0] % RANKS), (0, 0)))
+    values = sixteen[step, jnp.where(live, local[None, :, 0], 0), entry % PAGES_A_STEP]  # [pages, Q, 16]
+    if share is not None:
+        factor = jnp.pad(share, (0, rows.shape[0] - share.shape[0]))[None, :, None]
+        values = (values.astype(jnp.float32) * factor).astype(hidden.dtype)
+    of_rank = jnp.where(live[:, :, None], values, 0).transpose(0, 2, 1).reshape(-1, rows.shape[0])
+    return jnp.pad(of_rank, ((0, -of_rank.shape[0] % RANKS), (0, 0)))
 
 
 def _tile_of(rows: Int[Array, "Q"], tiles: Tiles) -> Int[Array, "Q"]:
@@ -131,50 +163,62 @@ def _tile_of(rows: Int[Array, "Q"], tiles: Tiles) -> Int[Array, "Q"]:
 
 
 def contract(
-    hidden: Float[Array, "ranks columns"],
+    hiddens: tuple[Float[Array, "ranks columns"], ...],
     rows: Float[Array, "Q width"],
-    runs: Runs,
-    num_pages: int,
+    runs: tuple[Runs, ...],
+    num_pages: tuple[int, ...],
     num_sms: int = mosaic.NUM_SMS,
-) -> Float[Array, "num_pages 16 width"]:
-    """Of each page run the sum over its rows of `hidden[:, r] rows[r]`, in float32; other pages are not written.
+) -> tuple[Float[Array, "_pages 16 width"], ...]:
+    """For each of `hiddens`, of each page run the sum over its rows of `hidden[:, r] rows[r]`, in float32.
+
+    Pages of no run are not written.
 
     Args:
-      hidden: `by_rank`'s. rows: a width that is a multiple of 64; every value finite.
+      hiddens: `by_rank`'s, one or two of one plan: the rows are read once. rows: a width that is a multiple of 64;
+        every value finite. runs, num_pages: of each of these.
     """
-    ranks, width = hidden.shape[0], rows.shape[1]
-    wide = COMPUTE_WARPGROUPS * COLUMNS
+    several, ranks, width = len(hiddens), hiddens[0].shape[0], rows.shape[1]
+    wide, stages = COMPUTE_WARPGROUPS * COLUMNS, STAGES if several == 1 else STAGES - 1
     rank_blocks, blocks = ranks // RANKS, pl.cdiv(width, wide)
-    items = runs.begin.shape[0] * rank_blocks * blocks
+    items = runs[0].begin.shape[0] * rank_blocks * blocks
 
-    def contract_rows(begin_of, end_of, first_of, pages_of, stop_of, hidden, rows, out, **smem):
+    def contract_rows(begin_of, end_of, *refs, **smem):
+        of_runs, refs = refs[: 3 * several], refs[3 * several :]
+        first_of, pages_of, stop_of = (of_runs[kind::3] for kind in range(3))
+        hiddens, rows, outs = refs[:several], refs[several], refs[several + 1 :]
         ring, hidden_ring, cleared, out_tile, full, empty = (
             smem[name] for name in ("ring", "hidden_ring", "cleared", "out_tile", "full", "empty")
         )
         warpgroup = lax.axis_index("wg")
 
         def place(number):
-            """An item's run, its first page of the run's, how many pages from there, and its first column."""
+            """An item's run, its first page of the run's, how many pages each has from there, and its first column."""
             block, rest = lax.rem(number, jnp.int32(blocks)), lax.div(number, jnp.int32(blocks))
             run, part = lax.div(rest, jnp.int32(rank_blocks)), lax.rem(rest, jnp.int32(rank_blocks))
             first = part * PAGES_A_STEP
-            return run, first, jnp.clip(pages_of[run] - first, 0, PAGES_A_STEP), block * wide
+            pages = [jnp.clip(count[run] - first, 0, PAGES_A_STEP) for count in pages_of]
+            return run, first, pages, block * wide
 
         def over_windows(run, pages, done, window):
-            """`window(row, stage step, begin, end)` for each window of 64 rows of each expert of the run."""
+            """`window(row, stage step, begin, end, wanted)` for each 64 rows of each expert that a page run takes.
+
+            `wanted`: for which of the page runs; they can be shared by different experts.
+            """
+            stops = [jnp.where(own > 0, stop[run], run) for own, stop in zip(pages, stop_of, strict=True)]
 
             def of_expert(own, done):
                 begin, end = begin_of[own], end_of[own]
                 first = lax.div(begin, jnp.int32(DEPTH))
                 count = jnp.where(end > begin, lax.div(end + (DEPTH - 1), jnp.int32(DEPTH)) - first, 0)
+                wanted = [own < stop for stop in stops]
 
                 @pl.loop(0, count)
                 def _(index):
-                    window(pl.multiple_of((first + index) * DEPTH, DEPTH), done + index, begin, end)
+                    window(pl.multiple_of((first + index) * DEPTH, DEPTH), done + index, begin, end, wanted)
 
                 return done + count
 
-            return lax.fori_loop(run, jnp.where(pages > 0, stop_of[run], run), of_expert, done)
+            return lax.fori_loop(run, functools.reduce(jnp.maximum, stops), of_expert, done)
 
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _memory():
@@ -183,86 +227,91 @@ def contract(
             def item(number, done):
                 run, first, pages, column = place(number)
 
-                def window(row, step, begin, end):
-                    del begin, end
-                    stage = mosaic.wait_until_empty(empty, step, STAGES)
+                def window(row, step, *_):
+                    stage = mosaic.wait_until_empty(empty, step, stages)
                     some = pl.ds(row, DEPTH)
-                    plgpu.copy_gmem_to_smem(
-                        hidden.at[pl.ds(first * RANK_PAGE, RANKS), some], hidden_ring.at[stage], full.at[stage]
-                    )
+                    for index, hidden in enumerate(hiddens):
+                        ranks = pl.ds(first * RANK_PAGE, RANKS)
+                        plgpu.copy_gmem_to_smem(hidden.at[ranks, some], hidden_ring.at[stage, index], full.at[stage])
                     for part in range(COMPUTE_WARPGROUPS):
                         columns = pl.ds(column + part * COLUMNS, COLUMNS)
                         plgpu.copy_gmem_to_smem(rows.at[some, columns], ring.at[stage, part], full.at[stage])
 
                 return over_windows(run, pages, done, window)
 
-            mosaic.drain(empty, mosaic.over_items(jnp.int32(items), num_sms, item), STAGES)
+            mosaic.drain(empty, mosaic.over_items(jnp.int32(items), num_sms, item), stages)
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _compute():
             mosaic.take_registers(COMPUTE_WARPGROUPS)
             numbers = plgpu.broadcasted_iota(jnp.int32, (RANKS, DEPTH), 1, layout=plgpu.Layout.WGMMA)
 
+            def store(total, out, page, pages, column):
+                for part in range(COLUMNS // STORED):
+                    mine = out_tile.at[warpgroup, part % BUFFERS]
+                    plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
+                    mine[...] = total[:, part * STORED : (part + 1) * STORED]
+                    plgpu.commit_smem()
+                    some = pl.ds(column + part * STORED, STORED)
+                    for nth in range(PAGES_A_STEP):
+
+                        @pl.when(nth < pages)
+                        def _(nth=nth, mine=mine, some=some):
+                            ranks = mine.at[pl.ds(nth * RANK_PAGE, RANK_PAGE)]
+                            plgpu.copy_smem_to_gmem(ranks, out.at[page + nth, :, some], commit_group=False)
+
+                    plgpu.commit_smem_to_gmem_group()
+
             def item(number, done):
                 run, first, pages, column = place(number)
 
-                def accumulate(acc):
-                    def window(row, step, begin, end):
-                        stage = mosaic.stage_of(step, STAGES)
+                def accumulate(*accs):
+                    def window(row, step, begin, end, wanted):
+                        stage = mosaic.stage_of(step, stages)
                         plgpu.barrier_wait(full.at[stage])
                         inside = (begin <= row) & (end >= row + DEPTH)
+                        for index, acc in enumerate(accs):
+                            hidden = hidden_ring.at[stage, index]
 
-                        @pl.when(inside)
-                        def _():
-                            plgpu.wgmma(acc, hidden_ring.at[stage], ring.at[stage, warpgroup])
+                            @pl.when(inside & wanted[index])
+                            def _(acc=acc, hidden=hidden):
+                                plgpu.wgmma(acc, hidden, ring.at[stage, warpgroup])
 
-                        @pl.when(jnp.logical_not(inside))
-                        def _():
-                            mine = (numbers >= begin - row) & (numbers < end - row)
-                            own = jnp.where(mine, hidden_ring[stage].astype(jnp.float32), 0.0)
-                            cleared.at[warpgroup][...] = own.astype(hidden.dtype)
-                            plgpu.commit_smem()
-                            plgpu.wgmma(acc, cleared.at[warpgroup], ring.at[stage, warpgroup])
+                            @pl.when(jnp.logical_not(inside) & wanted[index])
+                            def _(acc=acc, hidden=hidden, index=index):
+                                mine = (numbers >= begin - row) & (numbers < end - row)
+                                own = jnp.where(mine, hidden[...].astype(jnp.float32), 0.0)
+                                cleared.at[warpgroup, index][...] = own.astype(dtype)
+                                plgpu.commit_smem()
+                                plgpu.wgmma(acc, cleared.at[warpgroup, index], ring.at[stage, warpgroup])
 
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[stage])
 
                     over_windows(run, pages, done, window)
-                    return acc[...]
+                    return tuple(acc[...] for acc in accs)
 
-                @pl.when(pages > 0)
+                @pl.when(functools.reduce(jnp.maximum, pages) > 0)
                 def _():
-                    total = pl.run_scoped(accumulate, plgpu.ACC((RANKS, COLUMNS)))
-                    page = first_of[run] + first
-                    for part in range(COLUMNS // STORED):
-                        mine = out_tile.at[warpgroup, part % BUFFERS]
-                        plgpu.wait_smem_to_gmem(BUFFERS - 1, wait_read_only=True)
-                        mine[...] = total[:, part * STORED : (part + 1) * STORED]
-                        plgpu.commit_smem()
-                        some = pl.ds(column + warpgroup * COLUMNS + part * STORED, STORED)
-                        for nth in range(PAGES_A_STEP):
+                    totals = pl.run_scoped(accumulate, *[plgpu.ACC((RANKS, COLUMNS))] * several)
+                    for total, out, own, count in zip(totals, outs, first_of, pages, strict=True):
+                        store(total, out, own[run] + first, count, column + warpgroup * COLUMNS)
 
-                            @pl.when(nth < pages)
-                            def _(nth=nth, mine=mine, some=some):
-                                ranks = mine.at[pl.ds(nth * RANK_PAGE, RANK_PAGE)]
-                                plgpu.copy_smem_to_gmem(ranks, out.at[page + nth, :, some], commit_group=False)
-
-                        plgpu.commit_smem_to_gmem_group()
-
-                nothing = lambda row, step, begin, end: None  # noqa: E731
-                return over_windows(run, pages, done, nothing)
+                return over_windows(run, pages, done, lambda *_: None)
 
             mosaic.over_items(jnp.int32(items), num_sms, item)
             plgpu.wait_smem_to_gmem(0)
 
     dtype = rows.dtype
     scratch = {
-        "ring": mosaic.tile_smem((STAGES, COMPUTE_WARPGROUPS, DEPTH, COLUMNS), dtype),
-        "hidden_ring": mosaic.tile_smem((STAGES, RANKS, DEPTH), dtype),
-        "cleared": mosaic.tile_smem((COMPUTE_WARPGROUPS, RANKS, DEPTH), dtype),
+        "ring": mosaic.tile_smem((stages, COMPUTE_WARPGROUPS, DEPTH, COLUMNS), dtype),
+        "hidden_ring": mosaic.tile_smem((stages, several, RANKS, DEPTH), dtype),
+        "cleared": mosaic.tile_smem((COMPUTE_WARPGROUPS, several, RANKS, DEPTH), dtype),
         "out_tile": mosaic.row_smem((COMPUTE_WARPGROUPS, BUFFERS, RANKS, STORED), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + 1, num_barriers=STAGES),
-        "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=STAGES),
+        "full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS + several, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
-    out_type = jax.ShapeDtypeStruct((num_pages, RANK_PAGE, width), jnp.float32)
-    return mosaic.run(contract_rows, out_type, scratch, num_sms)(*runs, hidden, rows)
+    out_type = [jax.ShapeDtypeStruct((count, RANK_PAGE, width), jnp.float32) for count in num_pages]
+    of_pages = [array for own in runs for array in (own.first, own.pages, own.stop)]
+    kernel = mosaic.run(contract_rows, out_type, scratch, num_sms)
+    return tuple(kernel(runs[0].begin, runs[0].end, *of_pages, *hiddens, rows))

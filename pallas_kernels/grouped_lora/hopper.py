@@ -20,14 +20,23 @@ from pallas_kernels.entries import BEGIN, END, PAGE_A, PAGES_A_STEP, RANKS, SCAL
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
 from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
-from pallas_kernels.steps import LoRASteps
+from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, with_nothing
 
 MAX_SHARES = 8  # items that a tile's steps are shared out among
 
 
+def shrink_adapters(
+    x: Float[Array, "Q in"], adapters: Adapters, tiles: Tiles, steps: LoRASteps, num_sms: int = mosaic.NUM_SMS
+) -> Shrunk:
+    """`shrink` by the pools of one projection's adapters, or of two's; `steps`: of these."""
+    pages = with_nothing(adapters)
+    pools = (pages[0].a,) if pages[0].a is pages[-1].a else (pages[0].a, pages[-1].a)
+    return Shrunk(steps, shrink(x, pools, tiles, steps, num_sms))
+
+
 def shrink(
     x: Float[Array, "Q in"],
-    pools: tuple[Float[Array, "pages 16 in"], ...],
+    pools: tuple[Float[Array, "_pages 16 in"], ...],
     tiles: Tiles,
     steps: LoRASteps,
     num_sms: int = mosaic.NUM_SMS,

@@ -20,7 +20,7 @@ from pallas_kernels.tuning_portable import DEPTH, SHRINK_STAGES
 
 
 def shrink(
-    x: Float[Array, "Q in"], pools: tuple[Float[Array, "pages 16 in"], ...], tiles: Tiles, steps: PackedSteps
+    x: Float[Array, "Q in"], pools: tuple[Float[Array, "_pages 16 in"], ...], tiles: Tiles, steps: PackedSteps
 ) -> Float[Array, "N rows 64"]:
     """H of every LoRA step: `scale * x[r] @ A.T` in each entry's own rows, zeros in the tile's others.
 

@@ -35,13 +35,19 @@ def grouped_lora(
 
 
 def page_gradients(
-    x: Float[Array, "Q in"], dy: Float[Array, "Q out"], pages: LoRAPages, plan: RoutingPlan
+    x: Float[Array, "Q in"],
+    dy: Float[Array, "Q out"],
+    pages: LoRAPages,
+    plan: RoutingPlan,
+    share: Float[Array, "Q"] | None,
 ) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
     expert, slot = row_experts(plan), row_slots(plan)
     adapted = (slot >= 0) & (expert < pages.table.shape[1])
     first_a, first_b, count, _ = jnp.moveaxis(pages.table[slot, expert], -1, 0)
     scale = pages.scale[slot, expert][:, None]
     rows, others = (jnp.where(adapted[:, None], v, 0).astype(jnp.float32) for v in (x, dy))
+    if share is not None:
+        rows = jnp.where(adapted, share, 0)[:, None] * rows
     total_a, total_b = jnp.zeros(pages.a.shape, jnp.float32), jnp.zeros(pages.b.shape, jnp.float32)
     for page in range(-(-pages.max_rank // RANK_PAGE)):
         live = adapted & (page < count)

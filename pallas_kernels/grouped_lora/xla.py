@@ -39,12 +39,17 @@ def grouped_lora(
 
 
 def page_gradients(
-    x: Float[Array, "Q in"], dy: Float[Array, "Q out"], pages: LoRAPages, plan: RoutingPlan
+    x: Float[Array, "Q in"],
+    dy: Float[Array, "Q out"],
+    pages: LoRAPages,
+    plan: RoutingPlan,
+    share: Float[Array, "Q"] | None,
 ) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
     tiles = plan.lora_tiles
+    x = x.astype(jnp.float32) if share is None else share[:, None] * x.astype(jnp.float32)
 
     def tile(index, totals):
-        expert, rows, others = window(tiles, index, x.astype(jnp.float32), dy.astype(jnp.float32))
+        expert, rows, others = window(tiles, index, x, dy.astype(jnp.float32))
         slot = tiles.slot[index]
         first_a, first_b, count, _ = pages.table[slot, expert]
         scale = pages.scale[slot, expert]

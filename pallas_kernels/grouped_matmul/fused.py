@@ -1,16 +1,21 @@
 """The Hopper backend's host side: gathers rows, lists the adapters' steps, runs shrink and matmul."""
 
+from functools import partial
+
 from jaxtyping import Array, Float
 
 from pallas_kernels import mosaic
-from pallas_kernels.activations import ACTIVATIONS, Activation
+from pallas_kernels.activations import Activation, gated_unit
 from pallas_kernels.backend import UnsupportedImplementation
 from pallas_kernels.dispatch import dispatch
-from pallas_kernels.grouped_lora import hopper as lora
+from pallas_kernels.grouped_lora.hopper import shrink_adapters
 from pallas_kernels.grouped_matmul import hopper
-from pallas_kernels.plan import RoutingPlan, cut_groups
-from pallas_kernels.steps import Adapters, LoRASteps, make_steps, steps_of, with_nothing
+from pallas_kernels.grouped_matmul.hopper import Source
+from pallas_kernels.plan import RoutingPlan, Tiles, cut_groups
+from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, make_steps, steps_of, with_nothing
 from pallas_kernels.tuning import Config, Matmul, config_for
+
+Biases = tuple[Float[Array, "E _out"] | None, ...]
 
 
 def grouped_matmul(
@@ -20,11 +25,42 @@ def grouped_matmul(
     of_tokens: bool,
     adapters: Adapters,
     activation: Activation,
-    steps: LoRASteps | None = None,
+    steps: LoRASteps | Shrunk | None = None,
     config: Config | None = None,
-    transposed: bool = False,
-) -> Float[Array, "Q out"]:
-    """What `api.grouped_matmul` promises, by the Hopper kernels. `config`: `tuning.config_for`'s where None."""
+    biases: Biases = (None, None),
+    keep: bool = False,
+) -> tuple[Float[Array, "Q out"], ...]:
+    """What `api.grouped_matmul` promises, by the Hopper kernels, and with `keep` both factors of a gated product.
+
+    Args:
+      config: `tuning.config_for`'s where None.
+    """
+    config, tiles = _cut(weights, plan, config)
+    rows = dispatch(x, plan.position, plan.order.shape[0], config.num_sms) if of_tokens else x
+    unit = partial(gated_unit, activation) if len(weights) == 2 else None
+    source = _source(rows, weights, adapters, plan, tiles, steps, config)
+    return hopper.grouped_matmul((source,), tiles, config, unit, biases, keep=keep)
+
+
+def input_gradient(
+    dys: tuple[Float[Array, "Q _out"], ...],
+    weights: tuple[Float[Array, "E out in"], ...],
+    plan: RoutingPlan,
+    adapters: Adapters,
+    shrunk: tuple[Shrunk | None, ...],
+    config: Config | None = None,
+) -> Float[Array, "Q in"]:
+    """What `api.input_gradient` promises, by the Hopper kernels."""
+    config, tiles = _cut(weights, plan, config)
+    sources = [
+        _source(dy, (weight,), (pages and pages.transposed(),), plan, tiles, own, config)
+        for dy, weight, pages, own in zip(dys, weights, adapters, shrunk, strict=True)
+    ]
+    return hopper.grouped_matmul(tuple(sources), tiles, config, transposed=True)[0]
+
+
+def _cut(weights: tuple[Array, ...], plan: RoutingPlan, config: Config | None) -> tuple[Config, Tiles]:
+    """How the call is cut, and the tiles that it takes: the plan's, where they have the size."""
     if plan.alignment % mosaic.ROW_ALIGNMENT:
         raise UnsupportedImplementation(
             f"The plan aligns experts to {plan.alignment} rows, hopper needs {mosaic.ROW_ALIGNMENT}; "
@@ -32,20 +68,32 @@ def grouped_matmul(
         )
     pairs = plan.position.shape[0]
     config = config or config_for(Matmul.of(weights, pairs), plan.tiles.size)
-    tiles = plan.tiles
-    if tiles.size != config.tile_rows:
-        tiles = cut_groups(plan.group_sizes, plan.group_starts, pairs, config.tile_rows)
-    rows = dispatch(x, plan.position, plan.order.shape[0], config.num_sms) if of_tokens else x
-    unit = ACTIVATIONS[activation] if len(weights) == 2 else None
+    if plan.tiles.size == config.tile_rows:
+        return config, plan.tiles
+    return config, cut_groups(plan.group_sizes, plan.group_starts, pairs, config.tile_rows)
+
+
+def _source(
+    rows: Array,
+    weights: tuple[Array, ...],
+    adapters: Adapters,
+    plan: RoutingPlan,
+    tiles: Tiles,
+    steps: LoRASteps | Shrunk | None,
+    config: Config,
+) -> Source:
+    """The product and its adapters' expand; what is not given of the steps, or for other tiles, is made."""
     if all(pages is None for pages in adapters):
-        return hopper.grouped_matmul(rows, weights, tiles, config, unit, transposed=transposed)
-    if steps is None or steps.tile_rows != tiles.size:
-        (steps,) = make_steps(plan, (adapters,), tiles)
-        assert steps is not None
+        return Source(rows, weights)
+    lists = steps.steps if isinstance(steps, Shrunk) else steps
+    if lists is None or lists.tile_rows != tiles.size:
+        (lists,) = make_steps(plan, (adapters,), tiles)
+        assert lists is not None
+        steps = None
     pages = with_nothing(adapters)
-    if steps.of != (wanted := steps_of(plan, pages, tiles.size)):
-        raise ValueError(f"steps were made for other adapters ({steps.of}) than these ({wanted}); see lora_steps.")
-    pools = (pages[0].a,) if pages[0].a is pages[-1].a else (pages[0].a, pages[-1].a)
-    hidden = lora.shrink(rows, pools, tiles, steps, config.num_sms)
     pools_b = tuple(own.b for own in pages)
-    return hopper.grouped_matmul(rows, weights, tiles, config, unit, steps, hidden, pools_b, transposed)
+    if isinstance(steps, Shrunk):
+        return Source(rows, weights, lists, steps.hidden, pools_b)
+    if lists.of != (wanted := steps_of(plan, pages, tiles.size)):
+        raise ValueError(f"steps were made for other adapters ({lists.of}) than these ({wanted}); see lora_steps.")
+    return Source(rows, weights, lists, shrink_adapters(rows, adapters, tiles, lists, config.num_sms).hidden, pools_b)

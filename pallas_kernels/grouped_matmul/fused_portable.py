@@ -1,8 +1,10 @@
 """The portable backend's host side: gathers rows, lists the adapters' steps, runs shrink and matmul."""
 
+from functools import partial
+
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import ACTIVATIONS, Activation
+from pallas_kernels.activations import Activation, gated_unit
 from pallas_kernels.backend import UnsupportedImplementation
 from pallas_kernels.grouped_lora import portable as lora
 from pallas_kernels.grouped_matmul import portable
@@ -25,6 +27,7 @@ def grouped_matmul(
     adapters: Adapters,
     activation: Activation,
     config: Config | None = None,
+    biases: tuple[Float[Array, "E out"] | None, ...] = (None, None),
 ) -> Float[Array, "Q out"]:
     """What `api.grouped_matmul` promises, by the portable kernels. `config`: how to cut; the heuristic's if None.
 
@@ -38,13 +41,13 @@ def grouped_matmul(
         )
     config = config or heuristic(plan.tiles.size, len(weights), weights[0].shape[1])
     rows = x[plan.token] if of_tokens else x
-    unit = ACTIVATIONS[activation] if len(weights) == 2 else None
+    unit = partial(gated_unit, activation) if len(weights) == 2 else None
     if all(pages is None for pages in adapters):
-        return portable.grouped_matmul(rows, weights, plan.tiles, config, unit)
+        return portable.grouped_matmul(rows, weights, plan.tiles, config, unit, biases=biases)
     pages = with_nothing(adapters)
     steps = make_packed_steps(plan, plan.tiles, pages)
     pools = (pages[0].a,) if pages[0].a is pages[-1].a else (pages[0].a, pages[-1].a)
     hidden = lora.shrink(rows, pools, plan.tiles, steps)
     return portable.grouped_matmul(
-        rows, weights, plan.tiles, config, unit, steps, hidden, tuple(own.b for own in pages)
+        rows, weights, plan.tiles, config, unit, steps, hidden, tuple(own.b for own in pages), biases
     )

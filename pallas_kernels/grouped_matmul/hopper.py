@@ -16,6 +16,7 @@ next step queued.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,43 +34,80 @@ from pallas_kernels.steps import LoRASteps
 from pallas_kernels.tuning import Config
 
 PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
+ACROSS, DOWN = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)  # a vector along columns, along rows
+
+
+class Source(NamedTuple):
+    """One product that a tile sums.
+
+    Attributes:
+      x: rows in sorted order. weights: one matrix an expert, or two (gated).
+      steps, hidden, pages: the adapters' expand: what each LoRA step holds, its H, and the pools of B pages, one for
+        each weight. None, None and nothing where there are none.
+    """
+
+    x: Float[Array, "Q _in"]
+    weights: tuple[Float[Array, "E _out _in"], ...]
+    steps: LoRASteps | None = None
+    hidden: Float[Array, "N rows 64"] | None = None
+    pages: tuple[Float[Array, "_pages 16 _out"], ...] = ()
+
+    @property
+    def depth_steps(self) -> int:
+        return self.x.shape[1] // DEPTH
+
+    def operands(self, unused: Array) -> tuple[Array, ...]:
+        """As the kernel takes them; what is never read is an array that is there already."""
+        if self.steps is None:
+            return (unused,) * 3 + (self.x, self.weights[0], self.weights[-1]) + (self.x,) * 3
+        lists = self.steps.first, self.steps.count, self.steps.entries
+        ends = self.pages[0], self.pages[-1]
+        return *lists, self.x, self.weights[0], self.weights[-1], self.hidden, *ends  # type: ignore[return-value]
+
+
+OPERANDS = 9  # of a source
 
 
 def grouped_matmul(
-    x: Float[Array, "Q in"],
-    weights: tuple[Float[Array, "E _out _in"], ...],
+    sources: tuple[Source, ...],
     tiles: Tiles,
     config: Config,
-    activation: Callable[[Array], Array] | None = None,
-    steps: LoRASteps | None = None,
-    hidden: Float[Array, "N rows 64"] | None = None,
-    pages: tuple[Float[Array, "pages 16 out"], ...] = (),
+    unit: Callable[[Array, Array], Array] | None = None,
+    biases: tuple[Float[Array, "E _out"] | None, ...] = (None, None),
+    *,
     transposed: bool = False,
-) -> Float[Array, "Q out"]:
-    """`x[r] @ W[e].T`, or `activation(x[r] @ W0[e].T) * (x[r] @ W1[e].T)`, for the rows of each tile.
+    keep: bool = False,
+) -> tuple[Float[Array, "Q out"], ...]:
+    """`x[r] @ W[e].T + b[e]`, or `unit` of two such products (gated), for the rows of each tile.
 
     Args:
-      x: rows in sorted order. weights: one matrix an expert, or two (gated). tiles: of at most `config.tile_rows` rows.
-      steps, hidden, pages: the adapters' expand: what each LoRA step holds, its H, and the pools of B pages, one for
-        each weight.
-      transposed: one weight `[E, in, out]`, `x[r] @ W[e]`. A stage then holds 64 rows of it as it holds 64 ranks of B.
+      sources: one; transposed, one or two, whose products are summed.
+      tiles: of at most `config.tile_rows` rows. biases: of each weight.
+      transposed: one weight a source, `[E, in, out]`, `x[r] @ W[e]`. A stage then holds 64 rows of it as it holds 64
+        ranks of B.
+      keep: of a gated product both factors are results too.
 
     Returns:
-      `[Q, out]` in x's dtype; rows that no tile covers are not written.
+      `[Q, out]` in x's dtype; rows that no tile covers are not written. With `keep` two more, the factors.
     """
-    rows, width = x.shape
-    gated = len(weights) == 2
-    out_width = weights[0].shape[2 if transposed else 1]
+    rows = sources[0].x.shape[0]
+    gated = len(sources[0].weights) == 2
+    out_width = sources[0].weights[0].shape[2 if transposed else 1]
     warpgroups = config.warpgroups
     part_rows = HALF * warpgroups
     columns = part_rows if gated else 2 * part_rows
     blocks = pl.cdiv(out_width, columns)
-    depth_steps = width // DEPTH
+    depth_steps = sum(source.depth_steps for source in sources)
     stages, tile_rows, num_sms = config.stages, config.tile_rows, config.num_sms
     stream = config.form == "stream"
-    with_lora = steps is not None
+    given = [index for index, bias in enumerate(biases) if bias is not None]
+    num_outs = 3 if keep else 1
 
-    def body(expert_of, start_of, rows_of, count, first_of, steps_of, entries, x, w0, w1, hidden, b0, b1, out, **smem):
+    def body(expert_of, start_of, rows_of, count, *refs, **smem):
+        of_sources, refs = refs[: OPERANDS * len(sources)], refs[OPERANDS * len(sources) :]
+        refs_of = [of_sources[OPERANDS * index :][:OPERANDS] for index in range(len(sources))]
+        with_lora = [(source, own) for source, own in zip(sources, refs_of, strict=True) if source.steps is not None]
+        bias_of, outs = dict(zip(given, refs, strict=False)), refs[-num_outs:]
         (weight_ring, page_ring), row_ring = smem["ring"], smem["row_ring"]
         out_tile, full, pages_full, empty = (smem[name] for name in ("out_tile", "full", "pages_full", "empty"))
         warpgroup = lax.axis_index("wg")
@@ -78,7 +116,7 @@ def grouped_matmul(
         def place(number):
             """Tile and first columns of an item; consecutive items share a tile, so its rows come from L2."""
             tile, block = lax.div(number, jnp.int32(blocks)), lax.rem(number, jnp.int32(blocks))
-            return tile, block * columns, steps_of[tile, 0] if with_lora else 0
+            return tile, block * columns, [steps_of[tile, 0] for _, (_, steps_of, *_) in with_lora]
 
         def column(first, part):
             return first + (0 if gated else part * part_rows)
@@ -91,32 +129,36 @@ def grouped_matmul(
                 tile, first, lora_steps = place(number)
                 expert, row = expert_of[tile], pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
 
-                @pl.loop(0, depth_steps)
-                def _(k):
-                    stage = mosaic.wait_until_empty(empty, done + k, stages)
-                    depth = pl.ds(k * DEPTH, DEPTH)
-                    for part, weight in enumerate((w0, w1)):
-                        some = pl.ds(column(first, part), part_rows)
-                        if transposed:
-                            source, target = weight.at[expert, depth, some], page_ring.at[stage, part]
-                        else:
-                            source = weight.at[expert, some, depth]
-                            target = weight_ring.at[stage, pl.ds(part * part_rows, part_rows)]
-                        plgpu.copy_gmem_to_smem(source, target, full.at[stage])
-                    plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
+                for source, (*_, x, w0, w1, _, _, _) in zip(sources, refs_of, strict=True):
 
-                if with_lora:
-                    first_step = first_of[tile, 0]
+                    @pl.loop(0, source.depth_steps)
+                    def _(k, done=done, x=x, weights=(w0, w1)):
+                        stage = mosaic.wait_until_empty(empty, done + k, stages)
+                        depth = pl.ds(k * DEPTH, DEPTH)
+                        for part, weight in enumerate(weights):
+                            some = pl.ds(column(first, part), part_rows)
+                            if transposed:
+                                origin, target = weight.at[expert, depth, some], page_ring.at[stage, part]
+                            else:
+                                origin = weight.at[expert, some, depth]
+                                target = weight_ring.at[stage, pl.ds(part * part_rows, part_rows)]
+                            plgpu.copy_gmem_to_smem(origin, target, full.at[stage])
+                        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
 
-                    @pl.loop(0, lora_steps)
-                    def _(k):
+                    done = done + source.depth_steps
+
+                for (_, own), own_steps in zip(with_lora, lora_steps, strict=True):
+                    first_of, _, entries, _, _, _, hidden, *pools = own
+
+                    @pl.loop(0, own_steps)
+                    def _(k, done=done, first_step=first_of[tile, 0], entries=entries, hidden=hidden, pools=pools):
                         # Read before the wait, which hides what the reads take.
                         page_ids = [
                             [entries[side, tile, k * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
                             for side in (PAGE_B0, PAGE_B1)
                         ]
-                        stage = mosaic.wait_until_empty(empty, done + depth_steps + k, stages)
-                        for part, pool in enumerate((b0, b1)):
+                        stage = mosaic.wait_until_empty(empty, done + k, stages)
+                        for part, pool in enumerate(pools):
                             for q, page in enumerate(page_ids[part]):
                                 plgpu.copy_gmem_to_smem(
                                     pool.at[page, :, pl.ds(column(first, part), part_rows)],
@@ -125,7 +167,9 @@ def grouped_matmul(
                                 )
                         plgpu.copy_gmem_to_smem(hidden.at[first_step + k], row_ring.at[stage], pages_full.at[stage])
 
-                return done + depth_steps + lora_steps
+                    done = done + own_steps
+
+                return done
 
             steps_done = mosaic.over_items(items, num_sms, item)
             mosaic.drain(empty, steps_done, stages)
@@ -168,38 +212,68 @@ def grouped_matmul(
                     def _(k):
                         multiply(done + k, full, lora_products if transposed else depth_products)
 
-                    if with_lora:
+                    last = done + depth_steps
+                    for own_steps in lora_steps:
 
-                        @pl.loop(0, lora_steps)
-                        def _(k):
-                            multiply(done + depth_steps + k, pages_full, lora_products)
+                        @pl.loop(0, own_steps)
+                        def _(k, last=last):
+                            multiply(last + k, pages_full, lora_products)
+
+                        last = last + own_steps
 
                     plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(empty.at[mosaic.stage_of(done + depth_steps + lora_steps - 1, stages)])
+                    plgpu.barrier_arrive(empty.at[mosaic.stage_of(last - 1, stages)])
                     return tuple(acc[...] for acc in accs)
 
                 shape = (HALF, tile_rows) if stream else (HALF, part_rows)
-                part0, part1 = pl.run_scoped(accumulate, *[plgpu.ACC(shape)] * 2)
-                results = (activation(part0) * part1,) if gated else (part0, part1)
-                row, used = start_of[tile], rows_of[tile]
-                if stream:
-                    for part, result in enumerate(results):
-                        mine = out_tile.at[warpgroup]
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        mine.T[...] = plgpu.layout_cast(result.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                parts = pl.run_scoped(accumulate, *[plgpu.ACC(shape)] * 2)
+                store = store_stream if stream else store_tensor
+                store(parts, expert_of[tile], start_of[tile], rows_of[tile], first)
+
+            def results(parts, first, add_bias):
+                """What to store, where to, and from which column on: of two parts `[64, rows]` or `[64, 64]`."""
+                begins, owner = [column(first, part) for part in range(2)], (0, 1 if gated else 0)
+                parts = [
+                    add_bias(value, bias_of[own], begin) if own in bias_of else value
+                    for value, own, begin in zip(parts, owner, begins, strict=True)
+                ]
+                if not gated:
+                    return [(value, outs[0], begin) for value, begin in zip(parts, begins, strict=True)]
+                values = unit(*parts), *parts
+                return [(value, out, first) for value, out in zip(values, outs, strict=False)]
+
+            def bias_vector(bias, expert, begin, layout):
+                """64 of an expert's; widths are multiples of 64, so that it is all inside or all outside."""
+                some = pl.ds(jnp.minimum(begin, out_width - HALF), HALF)
+                return plgpu.load(bias.at[expert, some], layout=layout, optimized=False).astype(jnp.float32)
+
+            def store_stream(parts, expert, row, used, first):
+                def add_bias(value, bias, begin):
+                    vector = bias_vector(bias, expert, begin, DOWN)
+                    return value + lax.broadcast_in_dim(vector, value.shape, (0,))
+
+                for value, out, begin in results(parts, first + warpgroup * HALF, add_bias):
+                    mine = out_tile.at[warpgroup]
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    mine.T[...] = plgpu.layout_cast(value.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                    plgpu.commit_smem()
+                    mosaic.store_rows(mine, out, row, used, pl.ds(begin, HALF))
+
+            def store_tensor(parts, expert, row, used, first):
+                def add_bias(value, bias, begin):
+                    vector = bias_vector(bias, expert, begin, ACROSS)
+                    return value + lax.broadcast_in_dim(vector, value.shape, (1,))
+
+                used, number = jnp.clip(used - warpgroup * HALF, 0, HALF), 0
+                for half in range(part_rows // DEPTH):
+                    of_half = [part[:, half * DEPTH : (half + 1) * DEPTH] for part in parts]
+                    for value, out, begin in results(of_half, first + half * DEPTH, add_bias):
+                        mine = out_tile.at[warpgroup, number % 2]
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        mine[...] = value.astype(out.dtype)
                         plgpu.commit_smem()
-                        begin = column(first, part) + warpgroup * HALF
-                        mosaic.store_rows(mine, out, row, used, pl.ds(begin, HALF))
-                else:
-                    used = jnp.clip(used - warpgroup * HALF, 0, HALF)
-                    for part, result in enumerate(results):
-                        for half in range(2):
-                            mine = out_tile.at[warpgroup, half]
-                            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                            mine[...] = result[:, half * DEPTH : (half + 1) * DEPTH].astype(out.dtype)
-                            plgpu.commit_smem()
-                            begin = column(first, part) + half * DEPTH
-                            mosaic.store_rows(mine, out, row + warpgroup * HALF, used, pl.ds(begin, DEPTH))
+                        mosaic.store_rows(mine, out, row + warpgroup * HALF, used, pl.ds(begin, DEPTH))
+                        number += 1
 
             def let_pass(lora_steps, done):
                 """This warpgroup has no rows in the tile: it only keeps the ring going."""
@@ -212,7 +286,7 @@ def grouped_matmul(
 
                 if with_lora:
 
-                    @pl.loop(0, lora_steps)
+                    @pl.loop(0, sum(lora_steps))
                     def _(k):
                         stage = mosaic.stage_of(done + depth_steps + k, stages)
                         plgpu.barrier_wait(pages_full.at[stage])
@@ -226,12 +300,12 @@ def grouped_matmul(
                     has_rows = rows_of[tile] > warpgroup * HALF
                     pl.when(has_rows)(lambda: multiply_and_store(tile, first, lora_steps, done))
                     pl.when(jnp.logical_not(has_rows))(lambda: let_pass(lora_steps, done))
-                return done + depth_steps + lora_steps
+                return done + depth_steps + sum(lora_steps)
 
             mosaic.over_items(items, num_sms, item)
             plgpu.wait_smem_to_gmem(0)
 
-    dtype = x.dtype
+    dtype = sources[0].x.dtype
     weight_ring = mosaic.tile_smem((stages, 2 * part_rows, DEPTH), dtype)
     page_ring = mosaic.tile_smem(
         (stages, 2, PAGES_A_STEP * RANK_PAGE, part_rows), dtype
@@ -244,14 +318,11 @@ def grouped_matmul(
         "pages_full": plgpu.Barrier(num_arrivals=PAGE_COPIES + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
-    if steps is None:  # never read: arrays that are there already, for no kernel to make others
-        lists, hidden, pages = (tiles.start,) * 3, x, (x,)
-    else:
-        lists = (steps.first, steps.count, steps.entries)
     # What profilers show.
-    body.__name__ = f"{'gated_' if gated else ''}{'transposed_' if transposed else ''}matmul_{config.form}"
-    kernel = mosaic.run(body, jax.ShapeDtypeStruct((rows, out_width), dtype), scratch, num_sms, warpgroups)
-    return kernel(
-        tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), *lists,
-        x, weights[0], weights[-1], hidden, pages[0], pages[-1],
-    )  # fmt: skip
+    kind = f"{'gated_' if gated else ''}{'transposed_' if transposed else ''}"
+    body.__name__ = f"{kind}matmul_{config.form}{'_keep' if keep else ''}"
+    out_type = [jax.ShapeDtypeStruct((rows, out_width), dtype)] * num_outs
+    kernel = mosaic.run(body, out_type, scratch, num_sms, warpgroups)
+    operands = [array for source in sources for array in source.operands(tiles.start)]
+    own_biases = [bias for bias in biases if bias is not None]
+    return tuple(kernel(tiles.expert, tiles.start, tiles.rows, tiles.count.reshape(-1), *operands, *own_biases))

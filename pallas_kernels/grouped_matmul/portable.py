@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP, RANKS
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
-from pallas_kernels.mosaic_portable import compiler_params, release_stage, staged
+from pallas_kernels.mosaic_portable import across, compiler_params, release_stage, staged
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps_packed import PackedSteps
 from pallas_kernels.tuning_portable import DEPTH, EXPAND_STAGES, Config
@@ -33,18 +33,19 @@ def grouped_matmul(
     weights: tuple[Float[Array, "E out in"], ...],
     tiles: Tiles,
     config: Config,
-    activation: Callable[[Array], Array] | None = None,
+    unit: Callable[[Array, Array], Array] | None = None,
     steps: PackedSteps | None = None,
     hidden: Float[Array, "N rows 64"] | None = None,
-    pages: tuple[Float[Array, "pages 16 out"], ...] = (),
+    pages: tuple[Float[Array, "_pages 16 out"], ...] = (),
+    biases: tuple[Float[Array, "E out"] | None, ...] = (None, None),
 ) -> Float[Array, "Q out"]:
-    """`x[r] @ W[e].T`, or `activation(x[r] @ W0[e].T) * (x[r] @ W1[e].T)`, for the rows of each tile.
+    """`x[r] @ W[e].T + b[e]`, or `unit` of two such products (gated), for the rows of each tile.
 
     Args:
       x: rows in sorted order, Q and each tile's first row multiples of `tiles.size`, which is 32 or 64.
       weights: one matrix an expert, or two (gated). config: its columns divide the output width.
       steps, hidden, pages: the adapters' expand: what each LoRA step holds, its H, and the pools of B pages, one for
-        each weight.
+        each weight. biases: of each weight.
 
     Returns:
       `[Q, out]` in x's dtype; rows that no tile covers are not written, those between experts hold anything.
@@ -54,9 +55,11 @@ def grouped_matmul(
     columns, tile_rows = config.columns, tiles.size
     blocks = out_width // columns
     lora = () if steps is None else (steps.start, steps.entries, hidden, *pages)
+    given = [index for index, bias in enumerate(biases[:count]) if bias is not None]
 
     def body(expert_of, start_of, tile_count, x, *refs):
-        weights, lora_refs, out = refs[:count], refs[count:-1], refs[-1]
+        weights, refs, out = refs[:count], refs[count:-1], refs[-1]
+        lora_refs, bias_of = refs[: len(lora)], dict(zip(given, refs[len(lora) :], strict=True))
         item = lax.axis_index("item")  # blocks of a tile follow one another, so its rows come from L2
         tile, block = lax.div(item, jnp.int32(blocks)), lax.rem(item, jnp.int32(blocks))
 
@@ -112,8 +115,13 @@ def grouped_matmul(
             )(x, *[weight.at[expert] for weight in weights])
             if lora_refs:
                 accs = expand(accs, *lora_refs)
-            result = accs[0] if activation is None else activation(accs[0]) * accs[1]
-            target = out.at[pl.ds(row_block * tile_rows, tile_rows), pl.ds(block * columns, columns)]
+            some = pl.ds(block * columns, columns)
+            for index, bias in bias_of.items():
+                vector = plgpu.load(bias.at[expert, some], layout=across(tile_rows, bias.dtype), optimized=False)
+                wide = lax.broadcast_in_dim(vector.astype(jnp.float32), (tile_rows, columns), (1,))
+                accs = (*accs[:index], accs[index] + wide, *accs[index + 1 :])
+            result = accs[0] if unit is None else unit(*accs)
+            target = out.at[pl.ds(row_block * tile_rows, tile_rows), some]
             target[...] = result.astype(out.dtype)
 
     kernel = plgpu.kernel(
@@ -123,4 +131,5 @@ def grouped_matmul(
         grid_names=("item",),
         compiler_params=compiler_params(),
     )
-    return kernel(tiles.expert, tiles.start, tiles.count.reshape(-1), x, *weights, *lora)
+    own_biases = [biases[index] for index in given]
+    return kernel(tiles.expert, tiles.start, tiles.count.reshape(-1), x, *weights, *lora, *own_biases)
