@@ -73,7 +73,7 @@ def dispatch(
     together = min(most, max(1, tokens // num_sms))
     items = pl.cdiv(tokens, together)
 
-    def dispatch_rows(position_of, x, *refs, buffers, full):
+    def dispatch_rows(position_of, x, *refs, buffers, full, zeros=None):
         *of_gaps, out = refs
         first = lax.axis_index("sm")
         mine = lax.div(jnp.maximum(items - first + (num_sms - 1), 0), jnp.int32(num_sms))
@@ -113,9 +113,7 @@ def dispatch(
 
         if of_gaps:
             _, row_of = of_gaps
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            zeros = buffers.at[0, 0]
-            zeros[...] = jnp.zeros((chunks, DEPTH), x.dtype)
+            zeros[...] = jnp.zeros(zeros.shape, x.dtype)
             plgpu.commit_smem()
             count = row_of.shape[0]
 
@@ -125,21 +123,24 @@ def dispatch(
 
                 @pl.when((row >= 0) & (row < num_rows))
                 def _():
-                    plgpu.copy_smem_to_gmem(zeros, out.at[row], commit_group=False)
+                    plgpu.copy_smem_to_gmem(zeros.at[pl.ds(0, chunks)], out.at[row], commit_group=False)
 
             plgpu.commit_smem_to_gmem_group()
 
         plgpu.wait_smem_to_gmem(0)
 
+    scratch = {
+        "buffers": plgpu.SMEM((BUFFERS, together, chunks, DEPTH), x.dtype),
+        "full": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
+    }
+    if gaps is not None:  # a warpgroup stores its threads' number of values, or multiples
+        scratch["zeros"] = plgpu.SMEM((chunks + chunks % 2, DEPTH), x.dtype)
     kernel = plgpu.kernel(
         dispatch_rows,
         out_type=jax.ShapeDtypeStruct((num_rows, chunks, DEPTH), x.dtype),
         grid=(num_sms,),
         grid_names=("sm",),
-        scratch_types={
-            "buffers": plgpu.SMEM((BUFFERS, together, chunks, DEPTH), x.dtype),
-            "full": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
-        },
+        scratch_types=scratch,
         compiler_params=mosaic.compiler_params(),
     )
     return kernel(position, x.reshape(tokens, chunks, DEPTH), *(gaps or ())).reshape(num_rows, width)

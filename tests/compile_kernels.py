@@ -204,7 +204,7 @@ def hopper_cases():
     yield "shrink of two pools, float16", *shrink(lora.shrink, 16, 2, 2880, "float16")
     for slots, one_pool in ((8, True), (32, False), (256, True)):
         yield f"steps of {slots} slots", *steps(slots, one_pool)
-    for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168)):
+    for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168), (300, 2, 192)):
         rows = tokens * top_k + 64
         yield (
             f"dispatch {tokens}",
