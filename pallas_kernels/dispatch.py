@@ -5,7 +5,7 @@ and the inverse of the sorted order is not needed.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def dispatch(
 
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = {
+    scratch: dict[str, Any] = {
         "buffers": plgpu.SMEM((BUFFERS, together, chunks, DEPTH), x.dtype),
         "full": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
     }

@@ -7,6 +7,7 @@ results are written to.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from paged import PagedLayer, PagedSpec, draw_layer, replicated
 
+from jax_moe_lora.moe import routed_experts
 from pallas_kernels import UnsupportedImplementation, choose
 
 pytestmark = pytest.mark.gpu
@@ -157,3 +159,31 @@ def test_kernels_and_xla_agree(implementation):
     kernels = layer.function(implementation)(layer.slots, layer.adapters).astype(jnp.float32)
     xla = layer.function("xla")(layer.slots, layer.adapters).astype(jnp.float32)
     assert float(jnp.linalg.norm(kernels - xla) / jnp.linalg.norm(xla)) < 1e-2
+
+
+@pytest.mark.parametrize("tokens", [37, 3000])
+def test_gpt_oss_experts_equal_the_definition(implementation, tokens):
+    """Biases, and the unit that takes both factors; in float32 by the definition."""
+    layer = draw_layer(PagedSpec(tokens, 2880, 2880, 8, 4, slots=4, ranks=(4, 40)), np.random.default_rng())
+    config = replace(layer.config, activation="clamped_swiglu", expert_bias=True)
+    drawn = np.random.default_rng()
+    names = ("gate_bias", "up_bias", "down_bias")
+    biases = {n: jnp.asarray(drawn.normal(0, 2, (8, 2880)), layer.spec.dtype) for n in names}
+    experts = replace(layer.experts, **biases)
+
+    @partial(jax.jit, static_argnums=3)
+    def run(x, experts, adapters, implementation):
+        return routed_experts(x, layer.gates, layer.chosen, experts, config, adapters, layer.slots, implementation)
+
+    poison()
+    found = run(layer.x, experts, layer.adapters, implementation)
+    assert found.dtype == layer.spec.dtype
+    wide = lambda tree: jax.tree.map(lambda v: v.astype(jnp.float32) if v.dtype == jnp.bfloat16 else v, tree)  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        expected = np.asarray(run(wide(layer.x), wide(experts), wide(layer.adapters), "reference"))
+    error = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
+    print(f"\nrelative error {error:.2e}")
+    assert error <= TOLERANCE["bfloat16"]
+    base = np.asarray(layer.slots) < 0
+    alone = run(layer.x, experts, None, implementation)
+    np.testing.assert_array_equal(np.asarray(found)[base], np.asarray(alone)[base])

@@ -15,7 +15,7 @@ from jax.interpreters import mlir
 from paged import PagedLayer, PagedSpec, draw_layer, replicated
 from test_interpreter import expected
 
-from pallas_kernels import UnsupportedImplementation, backend, choose, make_plan
+from pallas_kernels import UnsupportedImplementation, backend, choose, grouped_matmul, make_plan
 from pallas_kernels.grouped_matmul import fused_portable
 from pallas_kernels.tuning_portable import RESERVED_BYTES, SMEM_BYTES, TILE_ROWS, heuristic, smem_bytes, tile_rows
 
@@ -68,6 +68,23 @@ def test_matmul_shrink_and_expand_equal_the_oracle_without_races(layer, modules)
     base = np.repeat(np.asarray(layer.slots) < 0, layer.spec.top_k)
     assert base.any()
     np.testing.assert_array_equal(actual[base], run(layer, modules, adapters={})[base])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [("gate", "up"), ("down",)], ids="+".join)
+def test_biases_and_clamped_swiglu_equal_the_reference_without_races(layer, modules):
+    spec, gated = layer.spec, len(modules) == 2
+    plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "portable")
+    weights, pages = (tuple(each[m] for m in modules) for each in (vars(layer.experts), layer.adapters))
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = 2 * jax.random.normal(keys[0], (spec.tokens, weights[0].shape[2]), spec.dtype)
+    biases = [4 * jax.random.normal(key, w.shape[:2], spec.dtype) for key, w in zip(keys[1:], weights, strict=False)]
+    found = fused_portable.grouped_matmul(x, weights, plan, True, pages, "clamped_swiglu", biases=tuple(biases))
+    options = {"of_tokens": True, "biases": biases, "adapters": pages, "activation": "clamped_swiglu"}
+    own = weights if gated else weights[0]
+    wanted = grouped_matmul(x, own, plan, **options, implementation="reference")
+    one, other = (np.asarray(rows.astype(jnp.float32))[np.asarray(plan.position)] for rows in (found, wanted))
+    assert np.linalg.norm(one - other) / np.linalg.norm(other) < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.slow
