@@ -133,8 +133,8 @@ def dispatch(
         "buffers": plgpu.SMEM((BUFFERS, together, chunks, DEPTH), x.dtype),
         "full": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
     }
-    if gaps is not None:  # a warpgroup stores its threads' number of values, or multiples
-        scratch["zeros"] = plgpu.SMEM((chunks + chunks % 2, DEPTH), x.dtype)
+    if gaps is not None:  # a warpgroup stores 8 bytes a thread at once, so whole multiples of that
+        scratch["zeros"] = plgpu.SMEM((pl.cdiv(chunks, 8) * 8, DEPTH), x.dtype)
     kernel = plgpu.kernel(
         dispatch_rows,
         out_type=jax.ShapeDtypeStruct((num_rows, chunks, DEPTH), x.dtype),

@@ -204,10 +204,10 @@ def hopper_cases():
     yield "shrink of two pools, float16", *shrink(lora.shrink, 16, 2, 2880, "float16")
     for slots, one_pool in ((8, True), (32, False), (256, True)):
         yield f"steps of {slots} slots", *steps(slots, one_pool)
-    for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168), (300, 2, 192)):
+    for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168), (300, 2, 192), (90, 2, 2880)):
         rows = tokens * top_k + 64
         yield (
-            f"dispatch {tokens}",
+            f"dispatch {tokens} of {width}",
             lambda x, position, gaps, rows=rows: dispatch(x, position, rows, gaps=Gaps(*gaps)),
             (array((tokens, width), "bfloat16"), array((tokens * top_k,)), (array((1,)), array((200,)))),
         )

@@ -78,7 +78,7 @@ def served(request, tmp_path_factory) -> Served:
     return Served(base, paths, model, fn, jax.jit(fn.prefill), tokens, expected)
 
 
-@pytest.mark.parametrize("shortest", [1, 6, LENGTH])
+@pytest.mark.parametrize("shortest", [1, pytest.param(6, marks=pytest.mark.long), LENGTH])
 def test_prompts_of_mixed_adapters_equal_each_ones_own_run(served, shortest):
     lengths = np.minimum(shortest + np.arange(len(served.paths)), LENGTH)
     assert_close(served.read(lengths)[1], served.logits_after(lengths), 1e-5)

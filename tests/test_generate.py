@@ -73,6 +73,7 @@ def test_token_ids_need_no_tokenizer(model, tmp_path, content):
     assert out.text == ""
 
 
+@pytest.mark.long
 def test_prompts_and_names_may_be_arrays(model):
     ids = np.asarray([model.tokenizer.encode(prompt) for prompt in ("abc>", "xyz>")])
     outs = model.generate(ids, np.array(["upper", "reverse"]), max_new_tokens=np.int64(10), temperature=np.float32(0))

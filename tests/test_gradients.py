@@ -33,12 +33,12 @@ SPECS = {
 
 
 CASES = [(name, "xla") for name in SPECS] + [("mixed", "reference")]
-QUICK = ("mixed", "shared-outer")
+QUICK = [("mixed", "xla")]
 
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [pytest.param(*case, marks=() if case[0] in QUICK else pytest.mark.long) for case in CASES],
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.long) for case in CASES],
 )
 def test_gradients_equal_autodiff_of_the_definition(name, implementation):
     layer = draw_layer(SPECS[name], np.random.default_rng(0))
@@ -61,6 +61,7 @@ def test_what_nobody_asks_for_is_not_computed():
     assert loops(of_pools) <= loops(of_all) - 5
 
 
+@pytest.mark.long
 def test_a_loss_on_the_router_alone_gives_the_layer_no_gradient():
     layer = draw_layer(SPECS["per-expert"], np.random.default_rng(0))
     x, gates, experts, pools = arguments(layer)
@@ -88,7 +89,7 @@ def test_float32_pages_beside_16_bit_rows_are_rounded_and_get_float32_gradients(
         assert (np.asarray(wide) != np.asarray(narrow.astype(jnp.float32))).any()
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", "router"])
+@pytest.mark.parametrize("name", ["gpt-oss", pytest.param("router", marks=pytest.mark.long)])
 def test_check_grads(name):
     """Against finite differences: biases and the clamped unit, and the whole layer through its router."""
     rng = np.random.default_rng(1)
@@ -117,7 +118,7 @@ def test_check_grads(name):
     check_grads(through_router, (x, router, live), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_dense_projection(dtype):
     """Attention's and the router's form: the tile loop, with base rows and poisoned pages."""
     spec = PagedSpec(29, 32, 48, 1, 1, slots=4, ranks=RANKS, layouts=("per_expert",), dtype=dtype)

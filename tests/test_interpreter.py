@@ -111,6 +111,7 @@ def test_a_projection_without_adapters_beside_one_that_has_them(layer):
     assert np.linalg.norm(actual - wanted) / np.linalg.norm(wanted) < TOLERANCE
 
 
+@pytest.mark.long
 def test_no_rows_at_all_is_no_hang(layer):
     """All pairs skipped: no tile, no item, nothing waits."""
     plan = make_plan(jnp.full_like(layer.chosen, -1), layer.slots, 3, 4, "hopper")
@@ -139,7 +140,12 @@ def test_every_heuristic_config_fits():
 
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "slots"),
-    [(5, 2, 8, 3), (100, 3, 70, 0), (40, 8, 128, 8), pytest.param(3, 2, 256, 64, marks=pytest.mark.slow)],
+    [
+        (5, 2, 8, 3),
+        pytest.param(100, 3, 70, 0, marks=pytest.mark.long),
+        (40, 8, 128, 8),
+        pytest.param(3, 2, 256, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_the_plan_kernel_equals_the_plan_through_xla(tokens, top_k, experts, slots, monkeypatch):
     rng = np.random.default_rng(0)
@@ -190,7 +196,7 @@ def listed(pages: tuple[LoRAPages, ...], one_pool: bool, slot: int, expert: int,
 @pytest.mark.parametrize(
     ("tokens", "slots", "ranks", "one_pool"),
     [
-        (40, 3, (4, 40), True),
+        pytest.param(40, 3, (4, 40), True, marks=pytest.mark.long),
         (40, 3, (16,), False),
         pytest.param(9, 70, (4, 128), True, marks=pytest.mark.long),
         pytest.param(100, 70, (17,), True, marks=pytest.mark.long),
@@ -239,6 +245,7 @@ def test_steps_of_other_adapters_are_refused(layer):
         fused.grouped_matmul(rows, (layer.experts.down,), plan, False, (down,), "silu", steps)
 
 
+@pytest.mark.long
 def test_xla_reads_a_plan_that_was_made_for_hopper(layer):
     spec = layer.spec
     plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")

@@ -179,6 +179,7 @@ print(status("VmHWM") - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_merge_takes_the_memory_of_a_shard_at_most(tmp_path):
     """A checkpoint of 102 MB in one file; its largest tensor has 4 MB, in float32 and on the disk."""

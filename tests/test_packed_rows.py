@@ -88,6 +88,7 @@ def test_padding_is_multiplied_with_no_expert_and_no_adapter(model, examples):
     assert (np.asarray(step.slots).reshape(padding.shape)[~padding] == slots[1]).all()
 
 
+@pytest.mark.long
 def test_rows_of_one_example_each_need_no_mask(model, examples):
     """What lies behind an example is never looked at."""
     tokens, positions, segments, slots, _ = pack(examples, np.asarray(model.slots(NAMES)))

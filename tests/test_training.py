@@ -118,6 +118,7 @@ def test_logits_are_those_of_the_same_adapters_in_a_served_bank():
         assert np.linalg.norm(change) > 1e-2 * np.linalg.norm(base[mine]), "the adapter changes nothing"
 
 
+@pytest.mark.long
 def test_a_matrix_takes_its_pages_once_however_many_share_it():
     bank = training_bank(new_params(), SPECS, SITES, CONFIG.num_layers)
     pages = {name: pool.shape[0] for name, pool in bank.pools[0].items()}

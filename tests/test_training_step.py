@@ -59,6 +59,7 @@ def of(state: TrainState, name: str):
     return state.params[name], state.optimizer_states[name], state.updates[name]
 
 
+@pytest.mark.long
 def test_an_adapter_without_a_token_to_learn_keeps_every_bit(step):
     now, _ = step(state(), model(), task_batch(NAMES, 0, 6))
     before = jax.tree.map(np.asarray, now)
@@ -195,6 +196,7 @@ def test_padding_and_rows_of_nobody_change_nothing():
     assert metrics.losses.weight.sum() == batch.weights.sum()
 
 
+@pytest.mark.long
 def test_an_adapter_that_has_diverged_stays_alone():
     batch, params = task_batch(NAMES, 8, 6), new_params(trained=True, config=SHALLOW[0])
     expected, _ = gradients_of(batch, params)
