@@ -1,6 +1,6 @@
 """Every Hopper kernel once, for the compute sanitizer, on an H100 or H200:
 
-`PYTHONPATH=.:tests JAX_PLATFORMS=cuda compute-sanitizer --tool TOOL --kernel-name kns=mosaic python
+`PYTHONPATH=.:tests JAX_PLATFORMS=cuda,cpu compute-sanitizer --tool TOOL --kernel-name kns=mosaic python
 tests/sanitize_kernels.py`, with `memcheck` and with `racecheck`. The layers are small: a sanitizer slows a kernel down
 some hundred times. Words after the script's name choose among them. Command buffers are off, and nothing is multiplied
 through XLA: under the sanitizer the process died in command buffers, and in the autotuning of matmuls.
@@ -14,19 +14,19 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")  # each array i
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from gradients import TOLERANCE, arguments, assert_gradients, loss, plain
 from paged import PagedSpec, draw_layer, wide
-
-from pallas_kernels import input_gradient, make_plan, page_gradients, token_rows
 
 SPECS = {
     "stream form, plan kernel": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
     "tensor form, plan kernel": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 40)),
     "tensor form, plan through XLA": PagedSpec(2100, 128, 192, 2, 2, slots=3, ranks=(16,)),
 }
-
 
 GRADIENTS = {
     "gradients, stream form": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
@@ -55,20 +55,17 @@ def main() -> None:
 
 
 def gradients(name: str, spec: PagedSpec) -> None:
-    """The transposed matmul and the contraction, of one projection."""
+    """Of a whole layer: the kernels of both passes. What they should be is computed on the CPU."""
     layer = draw_layer(spec, np.random.default_rng(0))
-    plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
-    pages, weight = layer.adapters["gate"], layer.experts.gate
-    rng = np.random.default_rng(1)
-    x, dy = (
-        token_rows(jnp.asarray(rng.normal(size=(spec.tokens, width)), spec.dtype), plan, "hopper")
-        for width in (spec.hidden, spec.width)
-    )
-    dx = input_gradient((dy,), (weight,), plan, adapters=(pages,), implementation="hopper")
-    owned = np.asarray(plan.position)
-    sums = [float(np.abs(wide(v)).sum()) for v in (dx[owned], *page_gradients(x, (dy,), (pages,), plan, "hopper")[0])]
-    print(f"{name}: sums {sums}", flush=True)
-    assert np.isfinite(sums).all()
+    x, gates, experts, pools = arguments(layer)
+    values = x, gates, experts, jax.tree.map(lambda pool: pool.astype(jnp.float32), pools)
+    wide = jax.device_put(jax.tree.map(lambda v: v.astype(jnp.float32), values), jax.devices("cpu")[0])
+    expected = jax.jit(jax.grad(partial(plain, layer), (0, 1, 3)))(*wide)
+    for remat in (False, True):
+        began = time.perf_counter()
+        found = jax.device_get(jax.jit(jax.grad(partial(loss, layer, "hopper", remat), (0, 1, 3)))(*values))
+        print(f"{name}, remat={remat}: {time.perf_counter() - began:.0f} s", flush=True)
+        assert_gradients(found, jax.device_get(expected), TOLERANCE[spec.dtype])
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_where_there_is_room(tmp
     whole = command(tmp_path, tmp_path / "out", 4, "--resume", "--rank", "upper=32")
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", *whole]  # KiB a file; a checkpoint has more
     refused = subprocess.run(limited, capture_output=True, text=True, timeout=300)
-    assert (refused.returncode, refused.stdout) == (2, "")
-    (said,) = (line for line in refused.stderr.splitlines() if line.startswith("jax-moe-lora: "))
+    assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
+    assert refused.stderr.count("jax-moe-lora: ") == 1, refused.stderr
+    said = refused.stderr.partition("jax-moe-lora: ")[2].splitlines()[0]
     assert "out cannot be written: " in said
     assert "File too large" in said
     assert said.endswith("; once it can, go on with --resume.")
