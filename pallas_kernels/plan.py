@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import plan_hopper, tuning, tuning_portable
+from pallas_kernels import plan_counting, plan_hopper, tuning, tuning_portable
 from pallas_kernels.backend import Implementation
+from pallas_kernels.comparisons import group_start
 from pallas_kernels.mosaic import ROW_ALIGNMENT
 
 BASE_SLOT = -1
@@ -99,13 +100,16 @@ def make_plan(
     tokens, top_k = experts.shape
     pairs = tokens * top_k
     expert = _ids(experts.reshape(pairs), num_experts)
-    slot = jnp.repeat(_ids(slots, num_slots), top_k)
+    slot_of_token = _ids(slots, num_slots)
+    slot = jnp.repeat(slot_of_token, top_k)
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     key = expert * (num_slots + 1) + slot
     alignment, size = _alignment_and_tile(implementation, pairs, num_experts, rows_per_tile)
     hopper = implementation == "hopper"
     if hopper and plan_hopper.runs(pairs, num_experts, num_slots):
         places = _places_by_kernel(key, num_experts, num_slots, alignment, size)
+    elif hopper and plan_counting.runs(pairs, num_experts) and plan_counting.runs(tokens, num_slots):
+        places = _places_by_counting(expert, slot_of_token, key, num_experts, num_slots, alignment, size)
     else:
         places = _places_by_xla(expert, key, num_experts, num_slots, alignment, size, hopper)
     gaps = num_experts + 1 if hopper else min(num_experts, pairs)
@@ -161,6 +165,38 @@ def _places_by_kernel(key: Int[Array, "P"], num_experts: int, num_slots: int, al
     return _Places(found.position, found.sizes, found.starts, segments, found.before, tiles)
 
 
+def _places_by_counting(
+    expert: Int[Array, "P"],
+    slot: Int[Array, "T"],
+    key: Int[Array, "P"],
+    num_experts: int,
+    num_slots: int,
+    alignment: int,
+    size: int,
+) -> _Places:
+    pairs, tokens = expert.shape[0], slot.shape[0]
+    by_slot = None
+    if num_slots:  # tokens sorted by slot, then their pairs by expert
+        by_slot = plan_counting.places(slot, num_slots).position
+        token_of = jnp.zeros(tokens, jnp.int32).at[by_slot].set(jnp.arange(tokens), unique_indices=True)
+        expert = expert.reshape(tokens, -1)[token_of].reshape(pairs)
+    bound = max_tiles(pairs, num_experts, size)
+    found = plan_counting.places(expert, num_experts, alignment, size, bound)
+    position, segments = found.position, found.sizes[:, None]
+    if num_slots:
+        position = position.reshape(tokens, -1)[by_slot].reshape(pairs)
+        segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)
+        segments = segments.reshape(num_experts + 1, num_slots + 1)[:num_experts]
+    lower = _offsets(found.sizes)
+    index = jnp.arange(num_slots + 1)
+    of_lower_slots = jnp.where(index[None, :] < index[:, None], segments[:, None, :], 0).sum(2, dtype=jnp.int32)
+    routed = jnp.full(READABLE, found.sizes.sum(), jnp.int32)
+    before = jnp.concatenate([(lower[:, None] + of_lower_slots).reshape(-1), routed])
+    no_slot = jnp.full_like(found.tile_expert, BASE_SLOT)
+    tiles = Tiles(found.tile_expert, no_slot, found.tile_start, found.tile_rows, found.tile_count, size)
+    return _Places(position, found.sizes, found.starts, segments, before, tiles)
+
+
 def _places_by_xla(
     expert: Int[Array, "P"],
     key: Int[Array, "P"],
@@ -175,7 +211,7 @@ def _places_by_xla(
     sizes = lower[1:] - lower[:-1]
     experts_and_none = jnp.arange(num_experts + 1, dtype=jnp.int32)
     aligned = -(-sizes // alignment) * alignment
-    first = plan_hopper.group_start(lower[:-1], experts_and_none, alignment) if as_kernel else _offsets(aligned)
+    first = group_start(lower[:-1], experts_and_none, alignment) if as_kernel else _offsets(aligned)
     position = _ranks(key, (num_experts + 1) * (num_slots + 1)) + (first - lower[:-1])[expert]
     sizes, starts = sizes[:num_experts], first[:num_experts]
     segments = jnp.zeros((num_experts + 1) * (num_slots + 1), jnp.int32).at[key].add(1)

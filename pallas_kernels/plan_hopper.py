@@ -19,14 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import mosaic
+from pallas_kernels.comparisons import BLOCK, Comparisons, group_start, tiles_of, write_tiles
 
 MAX_PAIRS, MAX_EXPERTS = 4096, 256
-BLOCK, WARPGROUPS = 64, 4
-
-
-def group_start(lower: Int[Array, "N"], expert: Int[Array, "N"], alignment: int) -> Int[Array, "N"]:
-    """First row of an expert that comes after `lower` pairs: aligned, and known without the other experts' sizes."""
-    return (lower + (expert + 1) * (alignment - 1)) & ~(alignment - 1)
+WARPGROUPS = 4
 
 
 def runs(pairs: int, num_experts: int, num_slots: int) -> bool:
@@ -87,28 +83,18 @@ def places_and_tiles(
             plgpu.copy_gmem_to_smem(keys, keys_smem, loaded)
 
         plgpu.barrier_wait(loaded)
-        row, column = (plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), d, layout=plgpu.Layout.WGMMA) for d in (0, 1))
+        compare = Comparisons()
+        row, column, total = compare.row, compare.column, compare.total
 
         def across(ref, chunk):
-            """64 values, one a column."""
-            values = plgpu.load(ref.at[chunk], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-            return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (1,))
-
-        def down(values):
-            return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (0,))
-
-        def total(count, term, first=0, stride=1):
-            """Sum over the columns of every `stride`-th chunk of `term(chunk)`, one value a row."""
-            zero = plgpu.layout_cast(jnp.zeros((BLOCK, BLOCK), jnp.int32), plgpu.Layout.WGMMA)
-            rounds = lax.div(count - first + (stride - 1), jnp.int32(stride))
-            return lax.fori_loop(0, rounds, lambda i, acc: acc + term(first + i * stride), zero).sum(1)
+            return compare.across(ref.at[chunk])
 
         def leave_part(place, count, term):
             """This warpgroup's part of a total, for `sum_of_parts` after the next `meet`."""
             parts[place * WARPGROUPS + warpgroup] = total(count, term, warpgroup, WARPGROUPS)
 
         def rows_of(ref, index):
-            return plgpu.load(ref.at[index], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+            return compare.rows(ref.at[index])
 
         def sum_of_parts(place):
             return sum(rows_of(parts, place * WARPGROUPS + part) for part in range(WARPGROUPS))
@@ -119,8 +105,6 @@ def places_and_tiles(
         def meet():
             plgpu.barrier_arrive(shared)
             plgpu.barrier_wait(shared)
-
-        lane = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
         def expert_of_column(chunk):
             return column + chunk * BLOCK
@@ -142,13 +126,13 @@ def places_and_tiles(
             meet()
 
             def tiles_to(chunk):
-                count = lax.div(across(sizes, chunk) + (tile_rows - 1), jnp.int32(tile_rows))
+                count = tiles_of(across(sizes, chunk), tile_rows)
                 return jnp.where(expert_of_column(chunk) <= expert, count, 0)
 
             @pl.when(mine)
             def _():
                 lower = rows_of(ends, warpgroup) - rows_of(sizes, warpgroup)
-                starts[warpgroup] = group_start(lower, lane + warpgroup * BLOCK, alignment)
+                starts[warpgroup] = group_start(lower, compare.lane + warpgroup * BLOCK, alignment)
                 tile_ends[warpgroup] = total(expert_chunks, tiles_to)
 
             meet()
@@ -159,7 +143,7 @@ def places_and_tiles(
         def _():
             mine = rows_of(keys_smem, job)
             expert = lax.div(mine, jnp.int32(keys_an_expert))
-            for place, bound in enumerate((down(mine), down(expert * keys_an_expert))):
+            for place, bound in enumerate((compare.down(mine), compare.down(expert * keys_an_expert))):
                 leave_part(place, chunks, lambda c, bound=bound: (across(keys_smem, c) < bound).astype(jnp.int32))
             meet()
 
@@ -202,23 +186,8 @@ def places_and_tiles(
 
             @pl.when(chunk * BLOCK < num_tiles)
             def _():
-                index = row + chunk * BLOCK
-                own = total(expert_chunks, lambda c: (across(tile_ends, c) <= index).astype(jnp.int32))
-
-                def of_own(value):
-                    """The value of each tile's own expert; 0 for a tile that is not in use."""
-                    return total(expert_chunks, lambda c: jnp.where(expert_of_column(c) == down(own), value(c), 0))
-
-                size = of_own(lambda c: across(sizes, c))
-                begin = of_own(
-                    lambda c: across(tile_ends, c) - lax.div(across(sizes, c) + (tile_rows - 1), jnp.int32(tile_rows))
-                )
-                start = of_own(lambda c: across(starts, c))
-                within = (lane + chunk * BLOCK - begin) * tile_rows
-                used = jnp.clip(size - within, 0, tile_rows)
-                tile_expert[chunk] = jnp.where(used > 0, own, 0)
-                tile_start[chunk] = jnp.where(used > 0, start + within, 0)
-                tile_used[chunk] = used
+                tables = tile_expert, tile_start, tile_used
+                write_tiles(compare, chunk, (sizes, starts, tile_ends), expert_chunks, tile_rows, tables)
 
     tile_chunks = pl.cdiv(num_tiles, BLOCK)
     lengths = (chunks, expert_chunks, expert_chunks, segment_chunks, tile_chunks, tile_chunks, tile_chunks)

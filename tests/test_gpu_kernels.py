@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from paged import PagedLayer, PagedSpec, draw_layer, replicated
+from plans import assert_kernel_makes_the_plan_of_xla
 
 from jax_moe_lora.moe import routed_experts
-from pallas_kernels import UnsupportedImplementation, choose
+from pallas_kernels import UnsupportedImplementation, choose, plan_counting, plan_hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -187,3 +188,23 @@ def test_gpt_oss_experts_equal_the_definition(implementation, tokens):
     base = np.asarray(layer.slots) < 0
     alone = run(layer.x, experts, None, implementation)
     np.testing.assert_array_equal(np.asarray(found)[base], np.asarray(alone)[base])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tokens", "top_k", "experts", "slots"),
+    [
+        (plan_hopper, 1, 1, 1, 0),
+        (plan_hopper, 37, 3, 70, 5),
+        (plan_hopper, 512, 8, 256, 256),
+        (plan_counting, 3, 2, 8, 0),
+        (plan_counting, 513, 8, 128, 0),
+        (plan_counting, 2048, 8, 128, 8),
+        (plan_counting, 8192, 8, 256, 256),
+        (plan_counting, 8191, 4, 32, 32),
+        (plan_counting, 40000, 2, 8, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)).removeprefix("pallas_kernels."),
+)
+def test_the_plan_kernels_equal_the_plan_through_xla(kernel, tokens, top_k, experts, slots, monkeypatch):
+    require("hopper")
+    assert_kernel_makes_the_plan_of_xla(kernel, (tokens, top_k, experts, slots), monkeypatch)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from paged import PagedLayer, PagedSpec, draw_layer
+from plans import assert_kernel_makes_the_plan_of_xla
 
-from pallas_kernels import LoRAPages, grouped_matmul, make_plan, mosaic, plan_hopper
+from pallas_kernels import LoRAPages, grouped_matmul, make_plan, mosaic, plan_counting, plan_hopper
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.steps import make_steps
@@ -138,34 +139,27 @@ def test_every_heuristic_config_fits():
             assert smem_bytes(config) + mosaic.BARRIER_BYTES <= mosaic.SMEM_BYTES
 
 
+COMPARING = [
+    (5, 2, 8, 3),
+    pytest.param(100, 3, 70, 0, marks=pytest.mark.long),
+    (40, 8, 128, 8),
+    pytest.param(3, 2, 256, 64, marks=pytest.mark.slow),
+]
+COUNTING = [
+    (5, 2, 8, 3),
+    (300, 2, 70, 0),
+    pytest.param(700, 3, 128, 8, marks=pytest.mark.long),
+    pytest.param(200, 8, 256, 64, marks=pytest.mark.slow),
+]
+
+
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "slots"),
-    [
-        (5, 2, 8, 3),
-        pytest.param(100, 3, 70, 0, marks=pytest.mark.long),
-        (40, 8, 128, 8),
-        pytest.param(3, 2, 256, 64, marks=pytest.mark.slow),
-    ],
+    ("kernel", "tokens", "top_k", "experts", "slots"),
+    [pytest.param(plan_hopper, *getattr(c, "values", c), marks=getattr(c, "marks", ())) for c in COMPARING]
+    + [pytest.param(plan_counting, *getattr(c, "values", c), marks=getattr(c, "marks", ())) for c in COUNTING],
 )
-def test_the_plan_kernel_equals_the_plan_through_xla(tokens, top_k, experts, slots, monkeypatch):
-    rng = np.random.default_rng(0)
-    chosen = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32)
-    chosen[rng.random(chosen.shape) < 0.1] = experts  # skipped
-    of_token = jnp.asarray(rng.integers(-1, max(slots, 1), tokens), jnp.int32)
-    arguments = (jnp.asarray(chosen), of_token, experts, slots, "hopper")
-    assert plan_hopper.runs(tokens * top_k, experts, slots)
-    kernel = make_plan(*arguments)
-    monkeypatch.setattr(plan_hopper, "runs", lambda *sizes: False)
-    xla = make_plan(*arguments)
-    for name in ("order", "position", "token", "group_sizes", "group_starts", "segment_sizes"):
-        np.testing.assert_array_equal(getattr(kernel, name), getattr(xla, name), name)
-    count = int(xla.tiles.count)
-    assert int(kernel.tiles.count[0]) == count
-    assert not np.asarray(kernel.tiles.rows)[count:].any()
-    for name in ("expert", "start", "rows"):
-        np.testing.assert_array_equal(
-            np.asarray(getattr(kernel.tiles, name))[:count], np.asarray(getattr(xla.tiles, name))[:count], name
-        )
+def test_the_plan_kernels_equal_the_plan_through_xla(kernel, tokens, top_k, experts, slots, monkeypatch):
+    assert_kernel_makes_the_plan_of_xla(kernel, (tokens, top_k, experts, slots), monkeypatch)
 
 
 def random_pages(rng, slots: int, experts: int, ranks: tuple[int, ...], pool: jax.Array) -> LoRAPages:
