@@ -18,8 +18,14 @@ Square = Int[Array, "64 64"]
 class Comparisons:
     """Made inside a kernel, by each warpgroup. `row`, `column`: the place in a square; `lane`: in 64 rows."""
 
-    def __init__(self) -> None:
-        self.row, self.column = (plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), d, layout=SQUARE) for d in (0, 1))
+    @property
+    def row(self) -> Square:
+        """Made where it is used, as the others, so that it does not take registers meanwhile."""
+        return plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=SQUARE)
+
+    @property
+    def column(self) -> Square:
+        return plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 1, layout=SQUARE)
 
     @property
     def lane(self) -> Int[Array, "64"]:
@@ -50,7 +56,7 @@ def tiles_of(rows: Array, tile_rows: int) -> Array:
 
 
 def write_tiles(
-    compare: Comparisons, chunk: Array, of_groups: tuple[Any, Any, Any], chunks: int, tile_rows: int, outs: Any
+    compare: Comparisons, chunk: Array, of_groups: tuple[Any, Any, Any], chunks: Any, tile_rows: int, outs: Any
 ) -> None:
     """Expert, first row and rows of 64 tiles.
 
@@ -68,7 +74,7 @@ def write_tiles(
         return compare.total(chunks, lambda c: jnp.where(mine(c), value(c), 0))
 
     size = of_own(lambda c: compare.across(sizes.at[c]))
-    begin = of_own(lambda c: compare.across(tile_ends.at[c]) - tiles_of(compare.across(sizes.at[c]), tile_rows))
+    begin = of_own(lambda c: compare.across(tile_ends.at[c])) - tiles_of(size, tile_rows)
     start = of_own(lambda c: compare.across(starts.at[c]))
     within = (compare.lane + chunk * BLOCK - begin) * tile_rows
     used = jnp.clip(size - within, 0, tile_rows)

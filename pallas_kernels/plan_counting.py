@@ -118,6 +118,7 @@ def _place(
         (*group_refs, tile_expert, tile_start, tile_used, tile_count), smem = refs[:6], refs[6:]
         all_counts, own, parts, sizes, starts, first, tile_ends, loaded, shared = smem
         job, warpgroup = lax.axis_index("job"), lax.axis_index("wg")
+        some_blocks = blocks + jnp.minimum(job, 0)  # not known to the compiler, which would unroll, and spill
 
         @pl.when(warpgroup == 0)
         def _():
@@ -160,7 +161,7 @@ def _place(
         def begin(block):
             group = compare.row + block * BLOCK
             other = lambda c: compare.column + c * BLOCK  # noqa: E731
-            lower = compare.total(blocks, lambda c: jnp.where(other(c) < group, compare.across(sizes.at[c]), 0))
+            lower = compare.total(some_blocks, lambda c: jnp.where(other(c) < group, compare.across(sizes.at[c]), 0))
             start = lower if alignment == 1 else group_start(lower, compare.lane + block * BLOCK, alignment)
             starts[block], first[block] = start, start + sum_of_parts(blocks + block)
 
@@ -168,25 +169,27 @@ def _place(
                 counted = (other(c) <= group) & (other(c) < groups)
                 return jnp.where(counted, tiles_of(compare.across(sizes.at[c]), tile_rows), 0)
 
-            tile_ends[block] = compare.total(blocks, tiles_to)
+            tile_ends[block] = compare.total(some_blocks, tiles_to)
 
         for_blocks(begin)
         meet()
 
         @pl.when(job < chunks)
         def _():
-            for part in (warpgroup, PARTS - 1 - warpgroup):
+            @pl.loop(0, 2)
+            def _(half):
+                part = jnp.where(half == 0, warpgroup, PARTS - 1 - warpgroup)
                 mine = compare.rows(own.at[part])
 
-                def same_before(c, part=part, mine=mine):
+                def same_before(c):
                     earlier = compare.column + (c - part) * BLOCK < compare.row
                     return ((compare.across(own.at[c]) == compare.down(mine)) & earlier).astype(jnp.int32)
 
-                def begin_of_own(c, mine=mine):
+                def begin_of_own(c):
                     is_own = compare.column + c * BLOCK == compare.down(mine)
                     return jnp.where(is_own, compare.across(first.at[c]), 0)
 
-                position[job * PARTS + part] = compare.total(blocks, begin_of_own) + compare.total(
+                position[job * PARTS + part] = compare.total(some_blocks, begin_of_own) + compare.total(
                     part + 1, same_before
                 )
 
@@ -205,14 +208,14 @@ def _place(
                     def of_last(c):
                         return jnp.where(compare.column + c * BLOCK == groups - 1, compare.across(tile_ends.at[c]), 0)
 
-                    tile_count[...] = compare.total(blocks, of_last)
+                    tile_count[...] = compare.total(some_blocks, of_last)
 
             chunk = (job - chunks) * WARPGROUPS + warpgroup
 
             @pl.when(chunk * BLOCK < num_tiles)
             def _():
                 tables = tile_expert, tile_start, tile_used
-                write_tiles(compare, chunk, (sizes, starts, tile_ends), blocks, tile_rows, tables)
+                write_tiles(compare, chunk, (sizes, starts, tile_ends), some_blocks, tile_rows, tables)
 
     tile_chunks = pl.cdiv(num_tiles, BLOCK)
     lengths = (chunks * PARTS, blocks, blocks, tile_chunks, tile_chunks, tile_chunks)
