@@ -23,11 +23,13 @@ WARPGROUPS = 4
 PARTS = 2 * WARPGROUPS  # of a chunk: a warpgroup places one with few ids before it, and one with many
 CHUNK = PARTS * BLOCK
 COUNT_BYTES = 196_608  # of shared memory
+MAX_CHUNKS = 256  # the longest side of a TMA box
 
 
 def runs(ids: int, groups: int) -> bool:
-    """Whether all chunks' counts fit into a block's shared memory."""
-    return ids > 0 and 4 * pl.cdiv(ids, CHUNK) * pl.cdiv(groups + 1, BLOCK) * BLOCK <= COUNT_BYTES
+    """Whether one copy brings all chunks' counts into a block's shared memory."""
+    chunks, blocks = pl.cdiv(ids, CHUNK), pl.cdiv(groups + 1, BLOCK)
+    return 0 < chunks <= MAX_CHUNKS and 4 * chunks * blocks * BLOCK <= COUNT_BYTES
 
 
 @dataclass(frozen=True)

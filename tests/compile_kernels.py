@@ -211,7 +211,7 @@ def hopper_cases():
             lambda x, position, gaps, rows=rows: dispatch(x, position, rows, gaps=Gaps(*gaps)),
             (array((tokens, width), "bfloat16"), array((tokens * top_k,)), (array((1,)), array((200,)))),
         )
-    for tokens, experts in ((8, 128), (128, 128), (200, 256), (600, 70), (8192, 256)):
+    for tokens, experts in ((8, 128), (128, 128), (200, 256), (600, 70), (8192, 256), (16384, 8), (16400, 8)):
         yield (
             f"plan {tokens}",
             lambda e, s, experts=experts: make_plan(e, s, experts, 8, "hopper"),
