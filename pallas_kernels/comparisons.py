@@ -1,7 +1,7 @@
-"""Counting by comparing inside a kernel: 64 values down the rows with 64 values across the columns, in registers."""
+"""Counting by comparing inside a kernel, 64 values down with 64 across; and what the plan kernels share."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -49,6 +49,29 @@ class Comparisons:
         zero = plgpu.layout_cast(jnp.zeros((BLOCK, BLOCK), jnp.int32), SQUARE)
         rounds = lax.div(count - first + (stride - 1), jnp.int32(stride))
         return lax.fori_loop(0, rounds, lambda i, acc: acc + term(first + i * stride), zero).sum(1)
+
+
+class Places(NamedTuple):
+    """What a plan kernel finds out. Tables of tiles have lengths that are rounded up to 64.
+
+    Attributes:
+      position: int32 `[N]`. sizes, starts: int32 `[G]`, rows of each group (an expert), and its first row.
+      tile_expert, tile_start, tile_rows: int32 `[M]`. tile_count: int32 `[64]`, all the same.
+    """
+
+    position: Int[Array, "N"]
+    sizes: Int[Array, "G"]
+    starts: Int[Array, "G"]
+    tile_expert: Int[Array, "M"]
+    tile_start: Int[Array, "M"]
+    tile_rows: Int[Array, "M"]
+    tile_count: Int[Array, "64"]
+
+    @classmethod
+    def of(cls, blocks: Sequence[Array], rows: int, groups: int) -> "Places":
+        """Of the kernel's results, `[.., 64]` each."""
+        position, sizes, starts, *tiles = (block.reshape(-1) for block in blocks)
+        return cls(position[:rows], sizes[:groups], starts[:groups], *tiles)
 
 
 def tiles_of(rows: Array, tile_rows: int) -> Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import plan_counting, plan_hopper, tuning, tuning_portable
 from pallas_kernels.backend import Implementation
-from pallas_kernels.comparisons import group_start
+from pallas_kernels.comparisons import Places, group_start
 from pallas_kernels.mosaic import ROW_ALIGNMENT
 
 BASE_SLOT = -1
@@ -157,12 +157,10 @@ def _places_by_kernel(key: Int[Array, "P"], num_experts: int, num_slots: int, al
     pairs = key.shape[0]
     unique = key * pairs + jnp.arange(pairs, dtype=jnp.int32)
     bound = max_tiles(pairs, num_experts, size)
-    found = plan_hopper.places_and_tiles(unique, num_slots + 1, num_experts, alignment, size, bound)
-    bounds = found.before[: num_experts * (num_slots + 1) + 1]
+    found, before = plan_hopper.places_and_tiles(unique, num_slots + 1, num_experts, alignment, size, bound)
+    bounds = before[: num_experts * (num_slots + 1) + 1]
     segments = (bounds[1:] - bounds[:-1]).reshape(num_experts, num_slots + 1)
-    no_slot = jnp.full_like(found.tile_expert, BASE_SLOT)
-    tiles = Tiles(found.tile_expert, no_slot, found.tile_start, found.tile_rows, found.tile_count, size)
-    return _Places(found.position, found.sizes, found.starts, segments, found.before, tiles)
+    return _Places(found.position, found.sizes, found.starts, segments, before, _tiles(found, size))
 
 
 def _places_by_counting(
@@ -192,9 +190,12 @@ def _places_by_counting(
     of_lower_slots = jnp.where(index[None, :] < index[:, None], segments[:, None, :], 0).sum(2, dtype=jnp.int32)
     routed = jnp.full(READABLE, found.sizes.sum(), jnp.int32)
     before = jnp.concatenate([(lower[:, None] + of_lower_slots).reshape(-1), routed])
+    return _Places(position, found.sizes, found.starts, segments, before, _tiles(found, size))
+
+
+def _tiles(found: Places, size: int) -> Tiles:
     no_slot = jnp.full_like(found.tile_expert, BASE_SLOT)
-    tiles = Tiles(found.tile_expert, no_slot, found.tile_start, found.tile_rows, found.tile_count, size)
-    return _Places(position, found.sizes, found.starts, segments, before, tiles)
+    return Tiles(found.tile_expert, no_slot, found.tile_start, found.tile_rows, found.tile_count, size)
 
 
 def _places_by_xla(

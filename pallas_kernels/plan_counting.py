@@ -7,8 +7,6 @@ own chunk, which it counts by comparing. Every block sums all chunks' counts for
 Sorting by (expert, slot) is two such sorts: of the tokens by slot, then of their pairs by expert.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.comparisons import BLOCK, Comparisons, group_start, tiles_of, write_tiles
+from pallas_kernels.comparisons import BLOCK, Comparisons, Places, group_start, tiles_of, write_tiles
 
 WARPGROUPS = 4
 PARTS = 2 * WARPGROUPS  # of a chunk: a warpgroup places one with few ids before it, and one with many
@@ -32,24 +30,6 @@ def runs(ids: int, groups: int) -> bool:
     return 0 < chunks <= MAX_CHUNKS and 4 * chunks * blocks * BLOCK <= COUNT_BYTES
 
 
-@dataclass(frozen=True)
-class Places:
-    """Tables have lengths that are rounded up to 64.
-
-    Attributes:
-      position: int32 `[N]`. sizes, starts: int32 `[G]`, ids of each group, and its first row.
-      tile_expert, tile_start, tile_rows: int32 `[M]`. tile_count: int32 `[64]`, all the same.
-    """
-
-    position: Int[Array, "N"]
-    sizes: Int[Array, "G"]
-    starts: Int[Array, "G"]
-    tile_expert: Int[Array, "M"]
-    tile_start: Int[Array, "M"]
-    tile_rows: Int[Array, "M"]
-    tile_count: Int[Array, "64"]
-
-
 def places(ids: Int[Array, "N"], groups: int, alignment: int = 1, tile_rows: int = 1, num_tiles: int = 1) -> Places:
     """Place of each id in a stable sort, each group's first a multiple of `alignment`, and the groups cut into tiles.
 
@@ -61,17 +41,7 @@ def places(ids: Int[Array, "N"], groups: int, alignment: int = 1, tile_rows: int
     padded = jnp.full(chunks * CHUNK, groups + 1, jnp.int32).at[: ids.shape[0]].set(ids)
     padded = padded.reshape(chunks, PARTS, BLOCK)
     counts = _count(padded, blocks)
-    position, sizes, starts, *tiles = _place(padded, counts, groups, alignment, tile_rows, num_tiles)
-    tile_expert, tile_start, tile_used, tile_count = (table.reshape(-1) for table in tiles)
-    return Places(
-        position.reshape(-1)[: ids.shape[0]],
-        sizes.reshape(-1)[:groups],
-        starts.reshape(-1)[:groups],
-        tile_expert,
-        tile_start,
-        tile_used,
-        tile_count,
-    )
+    return Places.of(_place(padded, counts, groups, alignment, tile_rows, num_tiles), ids.shape[0], groups)
 
 
 def _count(ids: Int[Array, "chunks parts 64"], blocks: int) -> Int[Array, "chunks blocks 64"]:

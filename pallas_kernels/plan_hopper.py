@@ -9,8 +9,6 @@ rows of one slot). Each of its four warpgroups counts a quarter of the keys; par
 `shared` is the barrier of the four warpgroups, `loaded` that of the keys.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.comparisons import BLOCK, Comparisons, group_start, tiles_of, write_tiles
+from pallas_kernels.comparisons import BLOCK, Comparisons, Places, group_start, tiles_of, write_tiles
 
 MAX_PAIRS, MAX_EXPERTS = 4096, 256
 WARPGROUPS = 4
@@ -31,30 +29,12 @@ def runs(pairs: int, num_experts: int, num_slots: int) -> bool:
     return 0 < pairs <= MAX_PAIRS and num_experts <= MAX_EXPERTS and bound < 2**31
 
 
-@dataclass(frozen=True)
-class Places:
-    """What the kernel returns; a count and tables whose lengths are rounded up to 64.
-
-    Attributes:
-      position: int32 `[P]`. sizes, starts: int32 `[E]`, rows of each expert, and its first row.
-      before: int32, pairs of a lower (expert, slot) for each, from (0, 0) on; at least `E * (S + 1) + 64` of them.
-      tile_expert, tile_start, tile_rows: int32 `[N]`. tile_count: int32 `[64]`, all the same.
-    """
-
-    position: Int[Array, "P"]
-    sizes: Int[Array, "E"]
-    starts: Int[Array, "E"]
-    before: Int[Array, "segments"]
-    tile_expert: Int[Array, "N"]
-    tile_start: Int[Array, "N"]
-    tile_rows: Int[Array, "N"]
-    tile_count: Int[Array, "64"]
-
-
 def places_and_tiles(
     keys: Int[Array, "P"], segments: int, num_experts: int, alignment: int, tile_rows: int, num_tiles: int
-) -> Places:
-    """Places of the pairs, sizes and starts of the experts, and tiles.
+) -> tuple[Places, Int[Array, "before"]]:
+    """Places of the pairs, sizes and starts of the experts, and tiles; and `before`.
+
+    The last, int32, is the pairs of a lower (expert, slot) for each, from (0, 0) on: `E * (S + 1) + 64` or more.
 
     Args:
       keys: int32 `[P]`, `(expert * segments + slot) * P + pair`; skipped pairs have `num_experts` for their expert.
@@ -210,14 +190,4 @@ def places_and_tiles(
         ),
         compiler_params=mosaic.compiler_params(),
     )(padded)
-    tile_expert, tile_start, tile_used = (table.reshape(-1) for table in tables)
-    return Places(
-        position.reshape(-1)[:pairs],
-        sizes.reshape(-1)[:num_experts],
-        starts.reshape(-1)[:num_experts],
-        before.reshape(-1),
-        tile_expert,
-        tile_start,
-        tile_used,
-        count,
-    )
+    return Places.of((position, sizes, starts, *tables, count), pairs, num_experts), before.reshape(-1)

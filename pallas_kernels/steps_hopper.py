@@ -15,12 +15,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import mosaic
+from pallas_kernels.comparisons import BLOCK, Comparisons
 from pallas_kernels.entries import PAGES_A_STEP
 from pallas_kernels.plan import Tiles
 
-BLOCK, WARPGROUPS = 64, 4
+WARPGROUPS = 4
 FIRST_A, FIRST_B, COUNT, FACTOR = range(4)  # fields of the packed tables
-ROWS, COLUMNS = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
 # What is known of each slot, a row of shared memory each. Pages are kept less the entry's number, for an addition.
 TOTAL, PASSED, LAST, BORDER, ALIASED, OF_BEGIN, OF_END, A0, B0, SCALE0, A1, B1, SCALE1 = range(13)
@@ -64,22 +64,15 @@ def lists(
         warpgroup = lax.axis_index("wg")
         job = lax.axis_index("job") * WARPGROUPS + warpgroup
         facts = facts.at[warpgroup]
-        index = plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=ROWS)
-        column = plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 1, layout=plgpu.Layout.WGMMA)
-
-        def read(ref):
-            return plgpu.load(ref, layout=ROWS, optimized=False)
+        compare = Comparisons()
+        index, column, read, down = compare.lane, compare.column, compare.rows, compare.down
 
         def spread(value):
             """One value 64 times, in the layout that can be stored."""
             return jnp.where(index < BLOCK, value, 0)
 
-        def down(values):
-            return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (0,))
-
         def across(fact, chunk):
-            values = plgpu.load(facts.at[fact, chunk], layout=COLUMNS, optimized=False)
-            return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (1,))
+            return compare.across(facts.at[fact, chunk])
 
         def over_slots(term):
             """Sum of `term(chunk)`, `[64, 64]` with slots across, over all slots: one value a row."""

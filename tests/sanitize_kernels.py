@@ -25,7 +25,7 @@ from paged import PagedSpec, draw_layer, wide
 SPECS = {
     "stream form, plan kernel": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
     "tensor form, plan kernel": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 40)),
-    "tensor form, plan through XLA": PagedSpec(2100, 128, 192, 2, 2, slots=3, ranks=(16,)),
+    "tensor form, counting plan": PagedSpec(2100, 128, 192, 2, 2, slots=3, ranks=(16,)),
 }
 
 GRADIENTS = {

@@ -139,24 +139,18 @@ def test_every_heuristic_config_fits():
             assert smem_bytes(config) + mosaic.BARRIER_BYTES <= mosaic.SMEM_BYTES
 
 
-COMPARING = [
-    (5, 2, 8, 3),
-    pytest.param(100, 3, 70, 0, marks=pytest.mark.long),
-    (40, 8, 128, 8),
-    pytest.param(3, 2, 256, 64, marks=pytest.mark.slow),
-]
-COUNTING = [
-    (5, 2, 8, 3),
-    (300, 2, 70, 0),
-    pytest.param(700, 3, 128, 8, marks=pytest.mark.long),
-    pytest.param(200, 8, 256, 64, marks=pytest.mark.slow),
-]
-
-
 @pytest.mark.parametrize(
     ("kernel", "tokens", "top_k", "experts", "slots"),
-    [pytest.param(plan_hopper, *getattr(c, "values", c), marks=getattr(c, "marks", ())) for c in COMPARING]
-    + [pytest.param(plan_counting, *getattr(c, "values", c), marks=getattr(c, "marks", ())) for c in COUNTING],
+    [
+        (plan_hopper, 5, 2, 8, 3),
+        pytest.param(plan_hopper, 100, 3, 70, 0, marks=pytest.mark.long),
+        (plan_hopper, 40, 8, 128, 8),
+        pytest.param(plan_hopper, 3, 2, 256, 64, marks=pytest.mark.slow),
+        (plan_counting, 5, 2, 8, 3),
+        (plan_counting, 300, 2, 70, 0),
+        pytest.param(plan_counting, 700, 3, 128, 8, marks=pytest.mark.long),
+        pytest.param(plan_counting, 200, 8, 256, 64, marks=pytest.mark.slow),
+    ],
 )
 def test_the_plan_kernels_equal_the_plan_through_xla(kernel, tokens, top_k, experts, slots, monkeypatch):
     assert_kernel_makes_the_plan_of_xla(kernel, (tokens, top_k, experts, slots), monkeypatch)
