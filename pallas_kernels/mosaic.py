@@ -1,6 +1,8 @@
 """What the Mosaic GPU kernels share: sizes of a ring stage, the walk over work items, stores of part of a tile."""
 
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +14,6 @@ from jaxtyping import Array, Int
 DEPTH = 64  # elements of K that one ring stage holds: one 128-byte swizzle row of a 16-bit type
 COMPUTE_WARPGROUPS = 2  # most
 HALF = 64  # rows of a weight that one ring stage holds for a compute warpgroup, twice
-PART = HALF * COMPUTE_WARPGROUPS
 ROW_ALIGNMENT = 8  # of a tile's first row: TMA reads tiles of 8 rows
 # Two warpgroups at 232 registers a thread and one at 40 fill the register file; 240 would hang the GPU silently.
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
@@ -101,6 +102,14 @@ def drain(empty: Any, steps: Array, stages: int) -> None:
     @pl.loop(jnp.maximum(steps - stages, 0), steps)
     def _(step):
         plgpu.barrier_wait(empty.at[stage_of(step, stages)])
+
+
+def as_wide_as(used: Array, widths: tuple[int, ...], action: Callable[[int], None]) -> None:
+    """Runs `action(width)`, code of its own each, for the first of the ascending widths that is not below `used`."""
+    for fewer, width in itertools.pairwise((-1, *widths)):
+        enough = True if width == widths[-1] else used <= width
+        needed = True if fewer < 0 else used > fewer
+        pl.when(needed & enough)(partial(action, width))
 
 
 def store_rows(tile: Any, out: Any, row: Array, count: Array, columns: Any) -> None:

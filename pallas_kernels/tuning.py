@@ -4,8 +4,8 @@ Static sizes and dtype alone decide, never routing, slots, ranks or whether adap
 bits with and without a bank only if both runs are cut alike. So there is no rank in the keys.
 
 A tuned file has two lists, because a plan is cut before widths are known and both matmuls of a layer read its tiles:
-`tiles` (rows a tile, by experts and pairs) and `matmuls` (form, stages and warpgroups, by experts, pairs, widths, gated
-and dtype).
+`tiles` (rows a tile, by experts and pairs) and `matmuls` (stages and warpgroups, by experts, pairs, widths, gated and
+dtype).
 `pairs` is a power of two; an entry holds for the pairs above half of it. It was measured at its own number, the most: a
 tile that is too large costs little, one that is too small reads weights twice.
 
@@ -19,15 +19,15 @@ import os
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from pallas_kernels.backend import default_device
-from pallas_kernels.mosaic import BARRIER_BYTES, COMPUTE_WARPGROUPS, DEPTH, HALF, NUM_SMS, PART, SMEM_BYTES
+from pallas_kernels.mosaic import BARRIER_BYTES, COMPUTE_WARPGROUPS, DEPTH, HALF, NUM_SMS, SMEM_BYTES
 
-TENSOR_ROWS = 256  # mean rows an expert from which the tensor form is the faster one
-MAX_STREAM_ROWS = 128
+MAX_ROWS = 192  # of a tile: both accumulators in registers
+LEAST_SPLIT = 112  # rows a tile from which tiles are multiplied as what they hold
 VARIABLE = "JAX_MOE_LORA_TUNED"
 FOLDER = Path(__file__).parent / "tuned"
 
@@ -41,18 +41,18 @@ class Config:
     """How one call is cut.
 
     Attributes:
-      form: see `grouped_matmul/hopper.py`. tile_rows: rows a tile, a multiple of 8; 128 in the tensor form.
-      stages: of the ring. warpgroups: that multiply, 1 or 2; 2 in the tensor form.
+      tile_rows: rows a tile, a multiple of 8. stages: of the ring. warpgroups: that multiply, 1 or 2.
+      widths: fewer rows than `tile_rows` as which a tile is multiplied if it has no more; multiples of 8, ascending.
       num_sms: blocks. apart: weights and pages have a ring each; for the interpreter, whose race detector takes two
         views of one ring for the same memory, whatever the stage.
     """
 
-    form: Literal["stream", "tensor"]
     tile_rows: int
     stages: int
     warpgroups: int = COMPUTE_WARPGROUPS
     num_sms: int = NUM_SMS
     apart: bool = False
+    widths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,25 +93,18 @@ def bucket(pairs: int) -> int:
 def smem_bytes(config: Config) -> int:
     """Shared memory that a block takes, barriers aside."""
     stage = (2 * HALF * config.warpgroups + config.tile_rows) * DEPTH * 2
-    out = config.warpgroups * (config.tile_rows * HALF if config.form == "stream" else 2 * HALF * DEPTH) * 2
-    return config.stages * stage + out
+    return config.stages * stage + config.warpgroups * config.tile_rows * HALF * 2
 
 
 def why_not(config: Config) -> str:
     """Empty where the kernels can run the config."""
-    if config.form not in ("stream", "tensor"):
-        return f"form is {config.form!r}; expected 'stream' or 'tensor'"
     for name in ("tile_rows", "stages", "warpgroups"):
         if type(getattr(config, name)) is not int:
             return f"{name} is {getattr(config, name)!r}; expected an integer"
-    rows, most = config.tile_rows, MAX_STREAM_ROWS
-    if not 8 <= rows <= most or rows % 8:
-        return f"tile_rows is {rows}; expected a multiple of 8 up to {most}"
-    if config.form == "tensor" and rows != PART:
-        return f"tile_rows is {rows}; the tensor form takes {PART}"
-    groups = (COMPUTE_WARPGROUPS,) if config.form == "tensor" else (1, COMPUTE_WARPGROUPS)
-    if config.warpgroups not in groups:
-        return f"warpgroups is {config.warpgroups}; expected one of {groups}"
+    if not 8 <= config.tile_rows <= MAX_ROWS or config.tile_rows % 8:
+        return f"tile_rows is {config.tile_rows}; expected a multiple of 8 up to {MAX_ROWS}"
+    if config.warpgroups not in (1, COMPUTE_WARPGROUPS):
+        return f"warpgroups is {config.warpgroups}; expected 1 or {COMPUTE_WARPGROUPS}"
     if config.stages < 2:
         return f"stages is {config.stages}; expected 2 or more"
     if smem_bytes(config) > SMEM_BYTES - BARRIER_BYTES:
@@ -119,9 +112,9 @@ def why_not(config: Config) -> str:
     return ""
 
 
-def deepest(form: Literal["stream", "tensor"], rows: int, warpgroups: int = COMPUTE_WARPGROUPS) -> Config:
+def deepest(rows: int, warpgroups: int = COMPUTE_WARPGROUPS) -> Config:
     """The config with the most stages that fit."""
-    config = Config(form, rows, 2, warpgroups)
+    config = Config(rows, 2, warpgroups)
     while not why_not(larger := replace(config, stages=config.stages + 1)):
         config = larger
     return config
@@ -130,12 +123,39 @@ def deepest(form: Literal["stream", "tensor"], rows: int, warpgroups: int = COMP
 def heuristic(pairs: int, num_experts: int, rows: int | None = None) -> Config:
     """A config that is valid for every shape; `rows`: of a tile, where they are given."""
     mean = pairs / num_experts
-    likely = mean + 3 * mean**0.5  # rows of all but one expert in a thousand, under uniform routing
     if rows is None:
-        rows = PART if mean >= TENSOR_ROWS else min(max(8, -(-int(likely) // 8) * 8), MAX_STREAM_ROWS)
-    if mean >= TENSOR_ROWS and rows == PART:
-        return deepest("tensor", rows)
-    return deepest("stream", rows, 1 if mean <= 1 else COMPUTE_WARPGROUPS)  # with few rows, more and smaller items
+        rows = _likely_rows(mean)
+    config = deepest(rows, 1 if mean <= 1 else COMPUTE_WARPGROUPS)  # with few rows, more and smaller items
+    return replace(config, widths=_likely_widths(mean, rows))
+
+
+def _likely_rows(mean: float) -> int:
+    """Rows a tile. All of an expert's if that can be, or as many in each of its tiles, under uniform routing."""
+    deviation = mean**0.5
+    if mean + 3 * deviation <= MAX_ROWS:  # all but one expert in a thousand
+        rows = max(8, -(-int(mean + 3 * deviation) // 8) * 8)
+        return _wider(rows) if rows >= LEAST_SPLIT else rows
+    tiles = -(-int(mean + deviation) // MAX_ROWS)
+    return _wider(-(-int(mean + deviation) // tiles))
+
+
+def _likely_widths(mean: float, rows: int) -> tuple[int, ...]:
+    """`Config.widths` for the rows that an expert's last tile is likely to have.
+
+    Each is a part of the kernel of its own, so they are few. Tiles of few rows need none: reading their weights takes
+    longer than multiplying them.
+    """
+    if rows < LEAST_SPLIT:
+        return ()
+    rest = mean - max(0, -(-int(mean + mean**0.5) // rows) - 1) * rows
+    likely = {_wider(max(1, int(rest + spread * mean**0.5))) for spread in (0, 0.7, 1.5)}
+    return tuple(sorted(width for width in likely if width < rows))
+
+
+def _wider(rows: int) -> int:
+    """The next multiple of 16, but for 160, where ptxas spills a gated product and its factors."""
+    wide = -(-rows // 16) * 16
+    return 176 if wide == 160 else wide
 
 
 def tile_rows(pairs: int, num_experts: int) -> int:
@@ -151,12 +171,13 @@ def config_for(call: Matmul, rows: int) -> Config:
     Raises:
       ValueError: for rows that no kernel takes. TunedFileError: see `read`.
     """
-    if reason := why_not(Config("stream", rows, 2)):
+    if reason := why_not(Config(rows, 2)):
         raise ValueError(f"The Hopper kernels cannot read these tiles: {reason}.")
     tuned = _current()
     found = tuned.matmuls.get(call.key) if tuned else None
+    likely = heuristic(call.pairs, call.experts, rows)
     # An entry for other tiles than the plan has (of an explicit size, say) would cut them again: more kernels.
-    return found if found and found.tile_rows == rows else heuristic(call.pairs, call.experts, rows)
+    return replace(found, widths=likely.widths) if found and found.tile_rows == rows else likely
 
 
 def source() -> str:
@@ -193,9 +214,9 @@ def parse(content: dict[str, Any], name: str) -> Tuned:
     for entry in content["tiles"]:
         _check_fields(entry, {"experts", "pairs", "tile_rows"}, name)
         _check_new(key := (entry["experts"], entry["pairs"]), tiles, entry, name)
-        _check_config(Config("stream", entry["tile_rows"], 2), entry, name)
+        _check_config(Config(entry["tile_rows"], 2), entry, name)
         tiles[key] = entry["tile_rows"]
-    own, call = ("form", "tile_rows", "stages", "warpgroups"), tuple(Matmul.__dataclass_fields__)
+    own, call = ("tile_rows", "stages", "warpgroups"), tuple(Matmul.__dataclass_fields__)
     for entry in content["matmuls"]:
         _check_fields(entry, {*own, *call}, name)
         key = Matmul(**{field: entry[field] for field in call}).key

@@ -22,11 +22,11 @@ def main() -> None:
     config = model_config("qwen3-30b-a3b", 2)
     for adapters, targets in (("s8r16", "experts"), ("s8r64", "all")):
         case = Case("decode", 8, 512, 1024, adapters)
-        folder = Path(tempfile.mkdtemp())
         began = time.perf_counter()
         lowered = lower_case(case, config, make_bank(config, adapters, targets), None, device)
-        compiled = lowered.compile(dump_options(folder))
-        thunks = read_thunks(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = lowered.compile(dump_options(Path(folder)))
+            thunks = read_thunks(Path(folder))
         cache_bytes = 2 * config.num_layers * 8 * 1024 * config.num_kv_heads * config.head_dim * 2
         line = {
             "adapters": adapters,

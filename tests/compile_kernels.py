@@ -4,9 +4,11 @@
 environment of its own (`make .venv-cuda13/full.stamp`) with jax's CUDA plugin and the CUDA compiler packages.
 """
 
+import atexit
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -14,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 DUMP = Path(tempfile.mkdtemp())
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(DUMP), "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
 import jax  # noqa: E402
@@ -176,24 +179,27 @@ def portable_cases():
 
 
 def hopper_cases():
-    for pairs, experts in ((64, 128), (1024, 128), (4096, 128), (16384, 128), (65536, 128)):
+    for pairs, experts in ((64, 128), (1024, 128), (4096, 128), (16384, 128), (32768, 128), (65536, 128)):
         config = heuristic(pairs, experts)
         for gated in (True, False):
             # Without adapters a kernel is a part of the one with: two sizes are enough.
             for with_lora in (True, False) if pairs in (64, 65536) else (True,):
-                name = f"matmul {config.form} {config.tile_rows} gated={gated} lora={with_lora}"
+                name = f"matmul {config.tile_rows} gated={gated} lora={with_lora}"
                 yield name, *hopper_matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
     yield "matmul float16, gpt-oss widths", *hopper_matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
-    for pairs in (1024, 65536):
+    for pairs in (1024, 32768, 65536):
         for with_lora in (True, False):
             config = heuristic(pairs, 128)
-            name = f"transposed matmul {config.form} lora={with_lora}"
+            name = f"transposed matmul {config.tile_rows} lora={with_lora}"
             yield name, *transposed_matmul(config, with_lora, (768, 2048), "bfloat16")
-        yield f"transposed matmul {config.form} of two", *transposed_matmul(config, True, (768, 2048), "bfloat16", 2)
+        yield (
+            f"transposed matmul {config.tile_rows} of two",
+            *transposed_matmul(config, True, (768, 2048), "bfloat16", 2),
+        )
         kept = hopper_matmul(config, True, True, (2048, 768), "bfloat16", keep=True)
-        yield f"matmul {config.form} that keeps its factors", *kept
+        yield f"matmul {config.tile_rows} that keeps its factors", *kept
         for gated in (True, False):
-            name = f"matmul {config.form} gated={gated}, gpt-oss biases"
+            name = f"matmul {config.tile_rows} gated={gated}, gpt-oss biases"
             yield name, *hopper_matmul(config, gated, True, (2880, 2880), "bfloat16", biases=True)
     yield "transposed matmul float16", *transposed_matmul(heuristic(100, 8), True, (2880, 2880), "float16")
     yield "contraction of pages", *contraction(64, 65536, 2048, "bfloat16")
@@ -224,7 +230,6 @@ def main() -> None:
     cases = {"hopper": hopper_cases, "portable": portable_cases}[backend]
     device = topologies.get_topology_desc(platform="cuda", target_config=target(gpu), topology="1x1x1").devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    seen: set[Path] = set()
     for name, call, arguments in cases():
         if not all(word in name for word in words):
             continue
@@ -235,10 +240,10 @@ def main() -> None:
                 jax.jit(call).lower(*placed).compile()
         except Exception as error:  # reported, and the other kernels still compile
             line["error"] = f"{type(error).__name__}: {error}"[:500]
-        for file in sorted(set(DUMP.iterdir()) - seen):
-            seen.add(file)
-            text = file.read_text(errors="ignore")
-            line["ptxas"] += re.findall(r".*(?:spill stores|registers|C75\d\d).*", text) if "ptxas" in file.name else []
+        for file in sorted(DUMP.iterdir()):
+            if "ptxas" in file.name:
+                line["ptxas"] += re.findall(r".*(?:spill stores|registers|C75\d\d).*", file.read_text(errors="ignore"))
+            file.unlink()  # a kernel's passes fill hundreds of megabytes
         print(json.dumps(line), flush=True)
 
 

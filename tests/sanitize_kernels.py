@@ -23,14 +23,14 @@ from gradients import TOLERANCE, arguments, assert_gradients, loss, plain
 from paged import PagedSpec, draw_layer, wide
 
 SPECS = {
-    "stream form, plan kernel": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
-    "tensor form, plan kernel": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 40)),
-    "tensor form, counting plan": PagedSpec(2100, 128, 192, 2, 2, slots=3, ranks=(16,)),
+    "short tiles, plan kernel": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
+    "long tiles, plan kernel": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 40)),
+    "long tiles, counting plan": PagedSpec(2100, 128, 192, 2, 2, slots=3, ranks=(16,)),
 }
 
 GRADIENTS = {
-    "gradients, stream form": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
-    "gradients, tensor form": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 72)),
+    "gradients, short tiles": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
+    "gradients, long tiles": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 72)),
 }
 
 

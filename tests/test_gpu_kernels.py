@@ -36,6 +36,7 @@ SPECS = {
     "one slot": PagedSpec(65, 256, 128, 8, 2, slots=1, ranks=(8,)),
     "32 slots": PagedSpec(257, 256, 192, 8, 2, slots=32, ranks=(4, 16, 64), empty_slots=3),
     "256 slots": PagedSpec(1000, 128, 192, 4, 2, slots=256, ranks=(4, 16, 20), empty_slots=11),
+    "a long tile an expert": PagedSpec(1000, 256, 192, 16, 2, slots=8, ranks=(4, 16, 17, 40)),
     "many rows": PagedSpec(3001, 320, 192, 4, 2, slots=8),
     "many rows, float16": PagedSpec(2500, 256, 448, 8, 4, slots=8, dtype="float16"),
     "many rows, 128 experts": PagedSpec(4100, 512, 320, 128, 8, slots=8),

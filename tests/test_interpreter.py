@@ -18,15 +18,16 @@ from pallas_kernels import LoRAPages, grouped_matmul, make_plan, mosaic, plan_co
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.steps import make_steps
-from pallas_kernels.tuning import Config, heuristic, smem_bytes
+from pallas_kernels.tuning import MAX_ROWS, Config, heuristic, smem_bytes
 
 TOLERANCE = 1e-2  # bfloat16
 SPEC = PagedSpec(14, 192, 192, 3, 2, slots=4, ranks=(4, 16, 17, 40))
 CONFIGS = {
-    "stream, 8 rows": Config("stream", 8, 3, num_sms=2, apart=True),
-    "stream, one warpgroup": Config("stream", 16, 4, 1, num_sms=3, apart=True),
-    "stream, 24 rows": Config("stream", 24, 2, num_sms=3, apart=True),
-    "tensor": Config("tensor", 128, 3, num_sms=2, apart=True),
+    "8 rows": Config(8, 3, num_sms=2, apart=True),
+    "one warpgroup": Config(16, 4, 1, num_sms=3, apart=True),
+    "24 rows": Config(24, 2, num_sms=3, apart=True),
+    "as wide as a tile has rows": Config(48, 2, num_sms=2, apart=True, widths=(8, 16)),
+    "128 rows": Config(128, 3, num_sms=2, apart=True, widths=(64,)),
 }
 
 
@@ -47,7 +48,8 @@ def run(layer: PagedLayer, modules: tuple[str, ...], config: Config, slots=None,
     """One projection's rows by pair `[P, out]`."""
     spec = layer.spec
     used = layer.adapters if adapters is None else adapters
-    plan = make_plan(layer.chosen, layer.slots if slots is None else slots, spec.experts, spec.slots, "hopper")
+    slots = layer.slots if slots is None else slots
+    plan = make_plan(layer.chosen, slots, spec.experts, spec.slots, "hopper", config.tile_rows)
     weights = tuple(getattr(layer.experts, m) for m in modules)
     x = jax.random.normal(jax.random.key(0), (spec.tokens, weights[0].shape[2]), spec.dtype)
     pages = tuple(used.get(m) for m in modules)
@@ -81,8 +83,21 @@ def test_matmul_shrink_and_expand_equal_the_oracle_without_races(layer, config, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("slots", [2, 9])
+def test_adapters_anywhere_in_long_tiles(slots):
+    """The shrink's windows: wide and narrow, at both ends of a tile and between, and several of one run of rows."""
+    spec = PagedSpec(620, 64, 64, 2, 1, slots, (16, 32), ("per_expert",), base_rows=0.05)
+    drawn = draw_layer(spec, np.random.default_rng(1))
+    config = Config(184, 2, num_sms=2, apart=True, widths=(48, 96))
+    actual, wanted = run(drawn, ("gate", "up"), config), expected(drawn, ("gate", "up"))
+    assert np.linalg.norm(actual - wanted) / np.linalg.norm(wanted) < TOLERANCE
+    base = np.asarray(drawn.slots) < 0
+    np.testing.assert_array_equal(actual[base], run(drawn, ("gate", "up"), config, adapters={})[base])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", [("gate", "up"), ("down",)], ids="+".join)
-@pytest.mark.parametrize("config", ["stream, 24 rows", "tensor"])
+@pytest.mark.parametrize("config", ["24 rows", "128 rows"])
 def test_biases_clamped_swiglu_and_kept_factors_equal_the_reference_without_races(layer, config, modules):
     """gpt-oss's experts, and what training keeps; a bias of the last expert ends where its array does."""
     spec, gated = layer.spec, len(modules) == 2
@@ -104,7 +119,7 @@ def test_biases_clamped_swiglu_and_kept_factors_equal_the_reference_without_race
 
 @pytest.mark.long
 def test_a_projection_without_adapters_beside_one_that_has_them(layer):
-    config = CONFIGS["stream, 24 rows"]
+    config = CONFIGS["24 rows"]
     only_up = {"up": layer.adapters["up"]}
     own = {key: value for key, value in layer.matrices.items() if key[0] == "up"}
     actual = run(layer, ("gate", "up"), config, adapters=only_up)
@@ -117,7 +132,7 @@ def test_no_rows_at_all_is_no_hang(layer):
     """All pairs skipped: no tile, no item, nothing waits."""
     plan = make_plan(jnp.full_like(layer.chosen, -1), layer.slots, 3, 4, "hopper")
     x = jnp.ones((layer.spec.tokens, layer.spec.hidden), "bfloat16")
-    fused.grouped_matmul(x, (layer.experts.gate,), plan, True, (None,), "silu", config=CONFIGS["stream, 8 rows"])
+    fused.grouped_matmul(x, (layer.experts.gate,), plan, True, (None,), "silu", config=CONFIGS["8 rows"])
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "width", "num_sms"), [(5, 2, 128, 2), (37, 3, 64, 3), (40, 1, 192, 2)])
@@ -134,7 +149,8 @@ def test_every_heuristic_config_fits():
         for experts in (1, 8, 64, 128, 256):
             config = heuristic(pairs, experts)
             assert config.tile_rows % 8 == 0
-            assert 8 <= config.tile_rows <= 128
+            assert 8 <= config.tile_rows <= MAX_ROWS
+            assert all(0 < width < config.tile_rows and width % 8 == 0 for width in config.widths)
             assert config.stages >= 2
             assert smem_bytes(config) + mosaic.BARRIER_BYTES <= mosaic.SMEM_BYTES
 

@@ -21,9 +21,9 @@ TOLERANCE = 1e-2  # bfloat16
 LAYOUTS = ("per_expert", "fused", "shared_some", "shared_outer")
 SPEC = PagedSpec(40, 128, 192, 3, 2, slots=4, ranks=(4, 16, 17, 72), layouts=LAYOUTS)
 CONFIGS = {
-    "stream": Config("stream", 24, 2, num_sms=3, apart=True),
-    "stream, one warpgroup": Config("stream", 16, 3, 1, num_sms=2, apart=True),
-    "tensor": Config("tensor", 128, 3, num_sms=2, apart=True),
+    "24 rows": Config(24, 2, num_sms=3, apart=True),
+    "one warpgroup": Config(16, 3, 1, num_sms=2, apart=True),
+    "128 rows": Config(128, 3, num_sms=2, apart=True, widths=(64,)),
 }
 
 
@@ -52,8 +52,8 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("modules", "config"), [(("gate", "up"), "stream"), (("gate",), "stream, one warpgroup"), (("down",), "tensor"),
-                            (("gate", "up"), "tensor")]
+    ("modules", "config"), [(("gate", "up"), "24 rows"), (("gate",), "one warpgroup"), (("down",), "128 rows"),
+                            (("gate", "up"), "128 rows")]
 )  # fmt: skip
 def test_rows_gradient_equals_the_reference_without_races(layer, modules, config):
     plan, weights = planned(layer), tuple(getattr(layer.experts, module) for module in modules)
@@ -67,7 +67,7 @@ def test_rows_gradient_equals_the_reference_without_races(layer, modules, config
     found = run(adapters=pages)[plan.position]
     expected = input_gradient(dys, weights, plan, adapters=pages, implementation="reference")
     assert relative(found, expected[plan.position]) < TOLERANCE
-    if config == "stream":
+    if config == "24 rows":
         base = np.repeat(np.asarray(layer.slots) < 0, SPEC.top_k)
         alone = run(adapters=none)[plan.position]
         np.testing.assert_array_equal(np.asarray(found)[base], np.asarray(alone)[base])
@@ -90,7 +90,7 @@ def test_what_the_forward_pass_shrank_serves_both_projections_backward(layer):
     expected = page_gradients(x, dys, pages, plan, "reference", share=share)
     for one, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative(one, jnp.nan_to_num(want)) < TOLERANCE
-    config = replace(deepest("stream", plan.tiles.size), num_sms=3, apart=True, stages=2)
+    config = replace(deepest(plan.tiles.size), num_sms=3, apart=True, stages=2)
     dx = fused.input_gradient(dys, weights, plan, pages, tuple(of_dys), config)
     rows = input_gradient(dys, weights, plan, adapters=pages, implementation="reference")
     assert relative(dx[plan.position], rows[plan.position]) < TOLERANCE

@@ -56,7 +56,7 @@ def test_all_candidates_are_valid_and_the_heuristic_is_the_first(experts, pairs)
 def test_the_faster_config_is_written_and_found_again(clock, tmp_path, monkeypatch):
     first = heuristic(128, 16)
     rows = next(c.gate_up.tile_rows for c in tile_candidates(128, 16)[1:] if c.gate_up != first)
-    deepest = tuning.deepest("stream", rows)
+    deepest = tuning.deepest(rows)
 
     def us(candidate):
         cost = 100.0 if candidate.gate_up.tile_rows == rows else 120.0
@@ -71,7 +71,7 @@ def test_the_faster_config_is_written_and_found_again(clock, tmp_path, monkeypat
     assert (matmul["gated"], matmul["in_width"], matmul["stages"]) == (False, 64, deepest.stages - 2)
     monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "new" / "cpu.json"))
     assert tuning.tile_rows(100, 16) == rows
-    assert config_for(Matmul(16, 128, 64, 128, False, "bfloat16"), rows) == Config("stream", rows, deepest.stages - 2)
+    assert config_for(Matmul(16, 128, 64, 128, False, "bfloat16"), rows) == Config(rows, deepest.stages - 2)
     assert config_for(Matmul(16, 128, 128, 64, True, "bfloat16"), rows) == heuristic(128, 16, rows)
 
 

@@ -1,8 +1,8 @@
 """Finds configs of the Hopper kernels that beat the heuristic, and keeps them as a tuned file (`tuning.py`).
 
 One cell is a shape and a number of tokens. Its layer is timed with each way to cut it: first the rows a tile, with
-which plan and both matmuls go, then form and stages of each matmul. A config must not depend on adapters, so a cell's
-score is the geometric mean over several adapter sets, relative to the heuristic's time.
+which plan and both matmuls go, then stages and warpgroups of each matmul. A config must not depend on adapters, so a
+cell's score is the geometric mean over several adapter sets, relative to the heuristic's time.
 """
 
 import json
@@ -23,10 +23,24 @@ from jax_moe_lora.expert_projections import combine
 from pallas_kernels import choose, lora_steps, make_plan, tuning
 from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.specs import ADAPTERS, LAYERS
-from pallas_kernels.tuning import PART, Config, Matmul, bucket, deepest, heuristic, why_not
+from pallas_kernels.tuning import Config, Matmul, bucket, deepest, heuristic, why_not
 
-LADDER = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128)  # rows a tile that are tried, near the heuristic's
-TENSOR_TRIED = 64  # mean rows an expert from which the tensor form is tried
+LADDER = (
+    8,
+    16,
+    24,
+    32,
+    40,
+    48,
+    64,
+    80,
+    96,
+    112,
+    128,
+    144,
+    176,
+    192,
+)  # rows a tile that are tried, near the heuristic's
 LEAST_GAIN = 0.02  # of an entry: timings of the same program differ by about 1 %
 LARGEST_ERROR = 1e-2  # relative, of bfloat16 against the float32 oracle
 Tell = Callable[[str], Any]
@@ -40,8 +54,8 @@ class Candidate:
     down: Config
 
     def __str__(self) -> str:
-        """Form, rows a tile, stages and warpgroups: `stream 24 x 6 x 2, tensor 128 x 4 x 2`."""
-        return ", ".join(f"{c.form} {c.tile_rows} x {c.stages} x {c.warpgroups}" for c in (self.gate_up, self.down))
+        """Rows a tile, stages and warpgroups: `24 x 6 x 2, 24 x 5 x 2`."""
+        return ", ".join(f"{c.tile_rows} x {c.stages} x {c.warpgroups}" for c in (self.gate_up, self.down))
 
 
 def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adapters):
@@ -61,22 +75,17 @@ def tile_candidates(pairs: int, num_experts: int) -> list[Candidate]:
     """The heuristic's cut, then those of fewer and more rows a tile."""
     first = heuristic(pairs, num_experts)
     near = [rows for rows in LADDER if first.tile_rows / 2 <= rows <= first.tile_rows * 2]
-    configs = [first, *(deepest("stream", rows) for rows in near)]
-    if pairs / num_experts >= TENSOR_TRIED:
-        configs.append(deepest("tensor", PART))
+    configs = [first, *(heuristic(pairs, num_experts, rows) for rows in near)]
     return [Candidate(config, config) for config in dict.fromkeys(configs)]
 
 
 def matmul_candidates(best: Candidate) -> list[Candidate]:
-    """One matmul of `best` with fewer stages, the other number of warpgroups, or in the other form."""
+    """One matmul of `best` with fewer stages, or the other number of warpgroups."""
     found = []
     for name in ("gate_up", "down"):
         own: Config = getattr(best, name)
         configs = [replace(own, stages=own.stages - fewer) for fewer in (1, 2)]
-        if own.form == "stream":
-            configs.append(deepest("stream", own.tile_rows, 3 - own.warpgroups))
-        if own.tile_rows == PART:
-            configs.append(deepest("stream" if own.form == "tensor" else "tensor", PART))
+        configs.append(replace(deepest(own.tile_rows, 3 - own.warpgroups), widths=own.widths))
         found += [replace(best, **{name: config}) for config in configs if not why_not(config)]
     return found
 
@@ -226,5 +235,5 @@ def add_entries(content: dict[str, Any], problem: Problem, pairs: int, best: Can
         key = vars(Matmul.of(weights, pairs))
         content["matmuls"] = [e for e in content["matmuls"] if {k: e[k] for k in key} != key]
         if config != heuristic(pairs, experts, rows):
-            own = {name: getattr(config, name) for name in ("form", "tile_rows", "stages", "warpgroups")}
+            own = {name: getattr(config, name) for name in ("tile_rows", "stages", "warpgroups")}
             content["matmuls"].append(key | own | measured)

@@ -1,12 +1,16 @@
 """The shrink on Hopper: each tile's rows times the A pages that they need, as masked H tiles for the expand.
 
 A work item is a share of one tile's LoRA steps: few tiles with many steps would not fill the SMs. Two compute
-warpgroups take two steps at a time (64 ranks each, on wgmma's M side; the tile's rows on its N side), so the rows are
-streamed once for eight pages. A ring stage holds 128 or 256 elements of K of eight A pages and of the rows: few large
-copies, since all threads of a warpgroup arrive for each.
+warpgroups take two steps at a time (64 ranks each, on wgmma's M side), so rows are streamed once for eight pages. Rows
+of a tile are sorted by slot, and so are its steps: two steps need the rows of their own slots alone, a window of the
+tile (on wgmma's N side, of a few widths). The rest of their H is zeros.
+A ring stage holds 128 or 256 elements of K of eight A pages and of the window's rows: few large copies, since all
+threads of a warpgroup arrive for each.
 `full[s]` counts nine TMA copies; `half_full[s]` five, where a last step is alone and one warpgroup has nothing to do;
 `empty[s]` the two warpgroups.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +26,10 @@ from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, with_nothing
 
+WIDTHS = (32, 96)  # rows of a window, where that is not a whole tile
+MASKED_ROWS = 64  # of a window, that are masked at a time
+ZERO_ROWS = 32  # of H, that are cleared at a time
+DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of an accumulator
 MAX_SHARES = 8  # items that a tile's steps are shared out among
 
 
@@ -41,7 +49,7 @@ def shrink(
     steps: LoRASteps,
     num_sms: int = mosaic.NUM_SMS,
 ) -> Float[Array, "N rows 64"]:
-    """H of every LoRA step: `scale * x[r] @ A.T` in each entry's own rows, zeros in the tile's others.
+    """H of every LoRA step: `scale * x[r] @ A.T` in each entry's own rows, zeros in the others that the tile has.
 
     Args:
       x: rows in sorted order. pools: the pool of A pages, or one for each of two projections (see `LoRASteps`).
@@ -52,13 +60,14 @@ def shrink(
     width, tile_rows = x.shape[1], tiles.size
     depth = 256 if tile_rows <= 32 else 128  # elements of K a stage; past the width TMA reads zeros
     depth_steps = pl.cdiv(width, depth)
+    widths = (*(rows for rows in WIDTHS if rows < tile_rows), tile_rows)
     stages = _stages(tile_rows, depth)
     # Tiles of few rows seldom have all the steps that they could: their shares would mostly be empty.
     shares = max(1, min(MAX_SHARES, steps.max_steps // (4 if tile_rows <= 32 else 2)))
 
-    def shrink_rows(start_of, count, first_of, steps_of, entries, x, pool0, pool1, out, **smem):
-        page_ring, row_ring, out_tile, full, half_full, empty = (
-            smem[name] for name in ("page_ring", "row_ring", "out_tile", "full", "half_full", "empty")
+    def shrink_rows(start_of, rows_of, count, first_of, steps_of, entries, x, pool0, pool1, out, **smem):
+        page_ring, row_ring, out_tile, zeros, full, half_full, empty = (
+            smem[name] for name in ("page_ring", "row_ring", "out_tile", "zeros", "full", "half_full", "empty")
         )
         warpgroup = lax.axis_index("wg")
 
@@ -82,6 +91,25 @@ def shrink(
             pairs = lax.div(steps + 1, jnp.int32(2))
             return tile, steps, share, lax.div(jnp.maximum(pairs - share + (shares - 1), 0), jnp.int32(shares))
 
+        def rows_of_pair(tile, steps, index):
+            """First row of a pair of steps in its tile, a multiple of 8, and the rows from there to its last."""
+            first = 2 * index * PAGES_A_STEP
+            last = jnp.minimum(2 * index + 1, steps - 1) * PAGES_A_STEP + (PAGES_A_STEP - 1)
+            end = entries[END, tile, last]
+            for q in range(1, 2 * PAGES_A_STEP):  # of entries that are not in use it is 0
+                end = jnp.maximum(end, entries[END, tile, jnp.maximum(last - q, first)])
+            begin = lax.div(entries[BEGIN, tile, first], jnp.int32(ROW_ALIGNMENT)) * ROW_ALIGNMENT
+            return begin, end - begin
+
+        def in_window(tile, steps, index, action):
+            """`action(first row, width)`: the narrowest window of the tile that holds the rows of a pair of steps."""
+            begin, used = rows_of_pair(tile, steps, index)
+
+            def sized(width):
+                action(pl.multiple_of(jnp.minimum(begin, tile_rows - width), ROW_ALIGNMENT), width)
+
+            mosaic.as_wide_as(used, widths, sized)
+
         @pl.when(warpgroup == COMPUTE_WARPGROUPS)
         def _memory():
             mosaic.give_registers(COMPUTE_WARPGROUPS)
@@ -99,21 +127,22 @@ def shrink(
                         for q in range(PAGES_A_STEP)
                     ]
 
-                    def copy(k, page_ids, barriers):
-                        stage = mosaic.wait_until_empty(empty, done + k, stages)
-                        some = pl.ds(k * depth, depth)
-                        for number, page in enumerate(page_ids):
-                            half, q = divmod(number, PAGES_A_STEP)
-                            target = page_ring.at[stage, half, pl.ds(q * RANK_PAGE, RANK_PAGE)]
-                            copy_page(page, some, target, barriers.at[stage])
-                        plgpu.copy_gmem_to_smem(
-                            x.at[pl.ds(row, tile_rows), some], row_ring.at[stage], barriers.at[stage]
+                    def copies(low, rows):
+                        def copy(k, page_ids, barriers):
+                            stage, some = mosaic.wait_until_empty(empty, done + k, stages), pl.ds(k * depth, depth)
+                            for number, page in enumerate(page_ids):
+                                half, q = divmod(number, PAGES_A_STEP)
+                                target = page_ring.at[stage, half, pl.ds(q * RANK_PAGE, RANK_PAGE)]
+                                copy_page(page, some, target, barriers.at[stage])
+                            target = row_ring.at[stage, pl.ds(0, rows)]
+                            plgpu.copy_gmem_to_smem(x.at[pl.ds(row + low, rows), some], target, barriers.at[stage])
+
+                        pl.when(both)(lambda: pl.loop(0, depth_steps)(lambda k: copy(k, page_ids, full)))
+                        pl.when(jnp.logical_not(both))(
+                            lambda: pl.loop(0, depth_steps)(lambda k: copy(k, page_ids[:PAGES_A_STEP], half_full))
                         )
 
-                    pl.when(both)(lambda: pl.loop(0, depth_steps)(lambda k: copy(k, page_ids, full)))
-                    pl.when(jnp.logical_not(both))(
-                        lambda: pl.loop(0, depth_steps)(lambda k: copy(k, page_ids[:PAGES_A_STEP], half_full))
-                    )
+                    in_window(tile, steps, index, copies)
                     return done + depth_steps
 
                 return lax.fori_loop(0, pairs, pair, done)
@@ -123,6 +152,8 @@ def shrink(
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _compute():
             mosaic.take_registers(COMPUTE_WARPGROUPS)
+            zeros.at[warpgroup][...] = jnp.zeros((ZERO_ROWS, RANKS), x.dtype)
+            plgpu.commit_smem()
 
             def item(number, done):
                 tile, steps, share, pairs = share_of(number)
@@ -130,39 +161,66 @@ def shrink(
 
                 def pair(turn, done):
                     index = share + turn * shares
+                    both = 2 * index + 1 < steps
 
-                    def multiply(barriers):
+                    def wait(stage):
+                        pl.when(both)(lambda: plgpu.barrier_wait(full.at[stage]))
+                        pl.when(jnp.logical_not(both))(lambda: plgpu.barrier_wait(half_full.at[stage]))
+
+                    step = 2 * index + warpgroup
+
+                    def of_ranks(field):
+                        """`[64]`: of the entry that each of the step's ranks belongs to."""
+                        rank = plgpu.broadcasted_iota(jnp.int32, (RANKS,), 0, layout=DOWN)
+                        values = [entries[field, tile, step * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
+                        chosen = jnp.full(rank.shape, values[0])
+                        for q in range(1, PAGES_A_STEP):
+                            chosen = jnp.where(rank >= q * RANK_PAGE, values[q], chosen)
+                        return chosen
+
+                    def multiply(low, width):
                         def accumulate(acc):
                             @pl.loop(0, depth_steps)
                             def _(k):
                                 stage = mosaic.stage_of(done + k, stages)
-                                plgpu.barrier_wait(barriers.at[stage])
-                                plgpu.wgmma(acc, page_ring.at[stage, warpgroup], row_ring.at[stage].T)
+                                wait(stage)
+                                rows = row_ring.at[stage, pl.ds(0, width)]
+                                plgpu.wgmma(acc, page_ring.at[stage, warpgroup], rows.T)
                                 plgpu.wgmma_wait(0)
                                 plgpu.barrier_arrive(empty.at[stage])
 
                             return acc[...]
 
-                        acc = pl.run_scoped(accumulate, plgpu.ACC((RANKS, tile_rows)))
-                        step = 2 * index + warpgroup
-                        entry = lax.div(_iota((RANKS, tile_rows), 0), jnp.int32(RANK_PAGE))
-                        rows = _iota((RANKS, tile_rows), 1)
-
-                        def of_entry(field):
-                            values = [entries[field, tile, step * PAGES_A_STEP + q] for q in range(PAGES_A_STEP)]
-                            chosen = jnp.full((RANKS, tile_rows), values[0])
-                            for q in range(1, PAGES_A_STEP):
-                                chosen = jnp.where(entry == q, values[q], chosen)
-                            return chosen
-
-                        mine = (rows >= of_entry(BEGIN)) & (rows < of_entry(END))
-                        result = jnp.where(
-                            mine, acc * lax.bitcast_convert_type(of_entry(SCALE), jnp.float32), 0.0
-                        ).astype(out.dtype)
+                        acc = pl.run_scoped(accumulate, plgpu.ACC((RANKS, width)))
+                        begins, ends, scales = (of_ranks(field) for field in (BEGIN, END, SCALE))
+                        scales = lax.bitcast_convert_type(scales, jnp.float32)
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        out_tile.at[warpgroup].T[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
+                        for begin in range(0, width, MASKED_ROWS):  # all at once would spill
+                            some = acc[:, begin : begin + MASKED_ROWS]
+                            rows = plgpu.broadcasted_iota(jnp.int32, some.shape, 1, layout=plgpu.Layout.WGMMA)
+                            rows = rows + (low + begin)
+                            wide = partial(lax.broadcast_in_dim, shape=some.shape, broadcast_dimensions=(0,))
+                            mine = (rows >= wide(begins)) & (rows < wide(ends))
+                            result = jnp.where(mine, some * wide(scales), 0.0).astype(out.dtype)
+                            target = out_tile.at[warpgroup, pl.ds(begin, some.shape[1])].T
+                            target[...] = plgpu.layout_cast(result, plgpu.Layout.WGMMA_TRANSPOSED)
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(out_tile.at[warpgroup], out.at[first + step])
+                        hidden, own = out.at[first + step], out_tile.at[warpgroup, pl.ds(0, width)]
+                        plgpu.copy_smem_to_gmem(own, hidden.at[pl.ds(low, width)])
+                        clear(hidden, 0, low)
+                        clear(hidden, low + width, jnp.maximum(rows_of[tile] - (low + width), 0))
+
+                    def clear(hidden, begin, rows):
+                        """Rows of the step's H beside the window."""
+                        wholes, own = lax.div(rows, jnp.int32(ZERO_ROWS)), zeros.at[warpgroup]
+
+                        @pl.loop(0, wholes)
+                        def _(index):
+                            target = hidden.at[pl.ds(begin + index * ZERO_ROWS, ZERO_ROWS)]
+                            plgpu.copy_smem_to_gmem(own, target, commit_group=False)
+
+                        done = wholes * ZERO_ROWS
+                        mosaic.store_rows(own, hidden, begin + done, rows - done, pl.ds(0, RANKS))
 
                     def let_pass():
                         """No step for this warpgroup: it only keeps the ring going."""
@@ -173,11 +231,9 @@ def shrink(
                             plgpu.barrier_wait(half_full.at[stage])
                             plgpu.barrier_arrive(empty.at[stage])
 
-                    both = 2 * index + 1 < steps
-                    alone = jnp.logical_not(both)
-                    pl.when(both)(lambda: multiply(full))
-                    pl.when(alone & (warpgroup == 0))(lambda: multiply(half_full))
-                    pl.when(alone & (warpgroup == 1))(let_pass)
+                    has_step = both | (warpgroup == 0)
+                    pl.when(has_step)(lambda: in_window(tile, steps, index, multiply))
+                    pl.when(jnp.logical_not(has_step))(let_pass)
                     return done + depth_steps
 
                 return lax.fori_loop(0, pairs, pair, done)
@@ -190,19 +246,27 @@ def shrink(
         "page_ring": mosaic.tile_smem((stages, COMPUTE_WARPGROUPS, RANKS, depth), dtype),
         "row_ring": mosaic.tile_smem((stages, tile_rows, depth), dtype),
         "out_tile": mosaic.row_smem((COMPUTE_WARPGROUPS, tile_rows, RANKS), dtype),
+        "zeros": plgpu.SMEM((COMPUTE_WARPGROUPS, ZERO_ROWS, RANKS), dtype),
         "full": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS * PAGES_A_STEP + 1, num_barriers=stages),
         "half_full": plgpu.Barrier(num_arrivals=PAGES_A_STEP + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
-    kernel = mosaic.run(shrink_rows, jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype), scratch, num_sms)
-    return kernel(tiles.start, tiles.count.reshape(-1), steps.first, steps.count, steps.entries, x, pools[0], pools[-1])
+    out_type = jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), dtype)
+    kernel = mosaic.run(shrink_rows, out_type, scratch, num_sms)
+    return kernel(
+        tiles.start,
+        tiles.rows,
+        tiles.count.reshape(-1),
+        steps.first,
+        steps.count,
+        steps.entries,
+        x,
+        pools[0],
+        pools[-1],
+    )
 
 
 def _stages(tile_rows: int, depth: int) -> int:
     stage = (COMPUTE_WARPGROUPS * RANKS + tile_rows) * depth * 2
-    out = COMPUTE_WARPGROUPS * tile_rows * RANKS * 2
+    out = COMPUTE_WARPGROUPS * (tile_rows + ZERO_ROWS) * RANKS * 2
     return min(8, (mosaic.SMEM_BYTES - mosaic.BARRIER_BYTES - out) // stage)
-
-
-def _iota(shape: tuple[int, int], dimension: int) -> Array:
-    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)

@@ -7,8 +7,9 @@ a warpgroup each, and the tile's rows: part 0 and 1 are gate and up of the same 
 of one weight (plain). After K come the LoRA steps: four pages of B in place of the weights, and the step's H (see
 `steps.py`) in place of the rows.
 
-    stream form: a warpgroup's accumulators are [64 weight rows, tile rows]: any number of rows a tile, for few rows
-    tensor form: a warpgroup's accumulators are [64 tile rows, 128 weight rows]: for many rows
+Weights are on wgmma's M side and the tile's rows on its N side: a warpgroup's accumulators are [64 weight rows, rows].
+N may be any multiple of 8, so a tile can be all rows of an expert, however few. A kernel has code for a few widths
+(`Config.widths`); a tile is multiplied by the narrowest one that holds its rows.
 
 `full[s]` counts the TMA copies of a step of K into stage s, `pages_full[s]` those of a LoRA step; `empty[s]` counts the
 compute warpgroups that are done with it. They let go of a stage one step late, so that the tensor cores always have the
@@ -16,6 +17,7 @@ next step queued.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,7 +36,7 @@ from pallas_kernels.steps import LoRASteps
 from pallas_kernels.tuning import Config
 
 PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
-ACROSS, DOWN = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)  # a vector along columns, along rows
+DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of an accumulator
 
 
 class Source(NamedTuple):
@@ -99,7 +101,7 @@ def grouped_matmul(
     blocks = pl.cdiv(out_width, columns)
     depth_steps = sum(source.depth_steps for source in sources)
     stages, tile_rows, num_sms = config.stages, config.tile_rows, config.num_sms
-    stream = config.form == "stream"
+    widths = *config.widths, tile_rows
     given = [index for index, bias in enumerate(biases) if bias is not None]
     num_outs = 3 if keep else 1
 
@@ -125,9 +127,17 @@ def grouped_matmul(
         def _memory():
             mosaic.give_registers(warpgroups)
 
+            def copy_rows(used, rows, stage, barrier):
+                """`rows(count)`, of as many rows as a tile of `used` rows is multiplied as."""
+
+                def sized(count):
+                    plgpu.copy_gmem_to_smem(rows(count), row_ring.at[stage, pl.ds(0, count)], barrier.at[stage])
+
+                mosaic.as_wide_as(used, widths, sized)
+
             def item(number, done):
                 tile, first, lora_steps = place(number)
-                expert, row = expert_of[tile], pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
+                expert, row, used = expert_of[tile], pl.multiple_of(start_of[tile], ROW_ALIGNMENT), rows_of[tile]
 
                 for source, (*_, x, w0, w1, _, _, _) in zip(sources, refs_of, strict=True):
 
@@ -143,7 +153,7 @@ def grouped_matmul(
                                 origin = weight.at[expert, some, depth]
                                 target = weight_ring.at[stage, pl.ds(part * part_rows, part_rows)]
                             plgpu.copy_gmem_to_smem(origin, target, full.at[stage])
-                        plgpu.copy_gmem_to_smem(x.at[pl.ds(row, tile_rows), depth], row_ring.at[stage], full.at[stage])
+                        copy_rows(used, lambda count: x.at[pl.ds(row, count), depth], stage, full)
 
                     done = done + source.depth_steps
 
@@ -165,7 +175,8 @@ def grouped_matmul(
                                     page_ring.at[stage, part, pl.ds(q * RANK_PAGE, RANK_PAGE)],
                                     pages_full.at[stage],
                                 )
-                        plgpu.copy_gmem_to_smem(hidden.at[first_step + k], row_ring.at[stage], pages_full.at[stage])
+                        own_hidden = hidden.at[first_step + k]
+                        copy_rows(used, lambda count: own_hidden.at[pl.ds(0, count)], stage, pages_full)
 
                     done = done + own_steps
 
@@ -177,9 +188,8 @@ def grouped_matmul(
         @pl.when(warpgroup < warpgroups)
         def _compute():
             mosaic.take_registers(warpgroups)
-            own = pl.ds(warpgroup * HALF, HALF)
 
-            def multiply_and_store(tile, first, lora_steps, done):
+            def multiply_and_store(tile, first, lora_steps, done, count):
                 def accumulate(*accs):
                     def multiply(step, ready, products):
                         stage = mosaic.stage_of(step, stages)
@@ -193,20 +203,17 @@ def grouped_matmul(
                             plgpu.barrier_arrive(empty.at[mosaic.stage_of(step - 1, stages)])
 
                     def products(stage, operand):
-                        """`operand(part)`: this stage's 64 of K by this warpgroup's rows of that part's weights."""
-                        rows = row_ring.at[stage]
-                        for part, acc in enumerate(accs):
-                            yield (acc, operand(part).T, rows.T) if stream else (acc, rows.at[own], operand(part))
+                        """`operand(part)`: this warpgroup's 64 rows of that part's weights, by this stage's 64 of K."""
+                        rows = row_ring.at[stage, pl.ds(0, count)]
+                        return [(acc, operand(part), rows.T) for part, acc in enumerate(accs)]
 
                     def depth_products(stage):
-                        begin, count = (warpgroup * HALF, HALF) if stream else (0, part_rows)
-                        yield from products(
-                            stage, lambda part: weight_ring.at[stage, pl.ds(part * part_rows + begin, count)].T
-                        )
+                        own = [pl.ds(part * part_rows + warpgroup * HALF, HALF) for part in range(2)]
+                        return products(stage, lambda part: weight_ring.at[stage, own[part]])
 
                     def lora_products(stage):
-                        some = own if stream else slice(None)
-                        yield from products(stage, lambda part: page_ring.at[stage, part, :, some])
+                        own = pl.ds(warpgroup * HALF, HALF)
+                        return products(stage, lambda part: page_ring.at[stage, part, :, own].T)
 
                     @pl.loop(0, depth_steps)
                     def _(k):
@@ -225,81 +232,45 @@ def grouped_matmul(
                     plgpu.barrier_arrive(empty.at[mosaic.stage_of(last - 1, stages)])
                     return tuple(acc[...] for acc in accs)
 
-                shape = (HALF, tile_rows) if stream else (HALF, part_rows)
-                parts = pl.run_scoped(accumulate, *[plgpu.ACC(shape)] * 2)
-                store = store_stream if stream else store_tensor
-                store(parts, expert_of[tile], start_of[tile], rows_of[tile], first)
+                parts = pl.run_scoped(accumulate, *[plgpu.ACC((HALF, count))] * 2)
+                store(parts, expert_of[tile], start_of[tile], rows_of[tile], first + warpgroup * HALF)
 
-            def results(parts, first, add_bias):
-                """What to store, where to, and from which column on: of two parts `[64, rows]` or `[64, 64]`."""
-                begins, owner = [column(first, part) for part in range(2)], (0, 1 if gated else 0)
-                parts = [
-                    add_bias(value, bias_of[own], begin) if own in bias_of else value
-                    for value, own, begin in zip(parts, owner, begins, strict=True)
-                ]
-                if not gated:
-                    return [(value, outs[0], begin) for value, begin in zip(parts, begins, strict=True)]
-                values = unit(*parts), *parts
-                return [(value, out, first) for value, out in zip(values, outs, strict=False)]
+            def store(parts, expert, row, used, first):
+                """`first`: of this warpgroup's columns."""
+                begins = [column(first, part) for part in range(2)]
 
-            def bias_vector(bias, expert, begin, layout):
-                """64 of an expert's; widths are multiples of 64, so that it is all inside or all outside."""
-                some = pl.ds(jnp.minimum(begin, out_width - HALF), HALF)
-                return plgpu.load(bias.at[expert, some], layout=layout, optimized=False).astype(jnp.float32)
+                def biased(part, some):
+                    own, value = part if gated else 0, parts[part][:, some]
+                    if own not in bias_of:
+                        return value
+                    # Widths are multiples of 64, so that these are all inside or all outside.
+                    columns = pl.ds(jnp.minimum(begins[part], out_width - HALF), HALF)
+                    vector = plgpu.load(bias_of[own].at[expert, columns], layout=DOWN, optimized=False)
+                    return value + lax.broadcast_in_dim(vector.astype(jnp.float32), value.shape, (0,))
 
-            def store_stream(parts, expert, row, used, first):
-                def add_bias(value, bias, begin):
-                    vector = bias_vector(bias, expert, begin, DOWN)
-                    return value + lax.broadcast_in_dim(vector, value.shape, (0,))
+                def result(number, some):
+                    if not gated:
+                        return biased(number, some)
+                    return biased(number - 1, some) if number else unit(biased(0, some), biased(1, some))
 
-                for value, out, begin in results(parts, first + warpgroup * HALF, add_bias):
-                    mine = out_tile.at[warpgroup]
+                rows = parts[0].shape[1]
+                # The gated product beside both factors would not fit into registers: it comes last, and in parts.
+                together = HALF if keep else rows
+                mine = out_tile.at[warpgroup]
+                for number in reversed(range(num_outs if gated else 2)):
+                    out, begin = (outs[number], first) if gated else (outs[0], begins[number])
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    mine.T[...] = plgpu.layout_cast(value.astype(out.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                    for low in range(0, rows, together):
+                        value = result(number, slice(low, low + together)).astype(out.dtype)
+                        target = mine.at[pl.ds(low, value.shape[1])].T
+                        target[...] = plgpu.layout_cast(value, plgpu.Layout.WGMMA_TRANSPOSED)
                     plgpu.commit_smem()
                     mosaic.store_rows(mine, out, row, used, pl.ds(begin, HALF))
 
-            def store_tensor(parts, expert, row, used, first):
-                def add_bias(value, bias, begin):
-                    vector = bias_vector(bias, expert, begin, ACROSS)
-                    return value + lax.broadcast_in_dim(vector, value.shape, (1,))
-
-                used, number = jnp.clip(used - warpgroup * HALF, 0, HALF), 0
-                for half in range(part_rows // DEPTH):
-                    of_half = [part[:, half * DEPTH : (half + 1) * DEPTH] for part in parts]
-                    for value, out, begin in results(of_half, first + half * DEPTH, add_bias):
-                        mine = out_tile.at[warpgroup, number % 2]
-                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                        mine[...] = value.astype(out.dtype)
-                        plgpu.commit_smem()
-                        mosaic.store_rows(mine, out, row + warpgroup * HALF, used, pl.ds(begin, DEPTH))
-                        number += 1
-
-            def let_pass(lora_steps, done):
-                """This warpgroup has no rows in the tile: it only keeps the ring going."""
-
-                @pl.loop(0, depth_steps)
-                def _(k):
-                    stage = mosaic.stage_of(done + k, stages)
-                    plgpu.barrier_wait(full.at[stage])
-                    plgpu.barrier_arrive(empty.at[stage])
-
-                if with_lora:
-
-                    @pl.loop(0, sum(lora_steps))
-                    def _(k):
-                        stage = mosaic.stage_of(done + depth_steps + k, stages)
-                        plgpu.barrier_wait(pages_full.at[stage])
-                        plgpu.barrier_arrive(empty.at[stage])
-
             def item(number, done):
                 tile, first, lora_steps = place(number)
-                if stream:
-                    multiply_and_store(tile, first, lora_steps, done)
-                else:
-                    has_rows = rows_of[tile] > warpgroup * HALF
-                    pl.when(has_rows)(lambda: multiply_and_store(tile, first, lora_steps, done))
-                    pl.when(jnp.logical_not(has_rows))(lambda: let_pass(lora_steps, done))
+                multiply = partial(multiply_and_store, tile, first, lora_steps, done)
+                mosaic.as_wide_as(rows_of[tile], widths, multiply)
                 return done + depth_steps + sum(lora_steps)
 
             mosaic.over_items(items, num_sms, item)
@@ -307,20 +278,18 @@ def grouped_matmul(
 
     dtype = sources[0].x.dtype
     weight_ring = mosaic.tile_smem((stages, 2 * part_rows, DEPTH), dtype)
-    page_ring = mosaic.tile_smem(
-        (stages, 2, PAGES_A_STEP * RANK_PAGE, part_rows), dtype
-    )  # a stage takes the same bytes
+    page_ring = mosaic.tile_smem((stages, 2, PAGES_A_STEP * RANK_PAGE, part_rows), dtype)  # as many bytes a stage
     scratch = {
         "ring": (weight_ring, page_ring) if config.apart else plgpu.RefUnion(weight_ring, page_ring),
         "row_ring": mosaic.tile_smem((stages, tile_rows, DEPTH), dtype),
-        "out_tile": mosaic.row_smem((warpgroups, tile_rows, HALF) if stream else (warpgroups, 2, HALF, DEPTH), dtype),
+        "out_tile": mosaic.row_smem((warpgroups, tile_rows, HALF), dtype),
         "full": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "pages_full": plgpu.Barrier(num_arrivals=PAGE_COPIES + 1, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     # What profilers show.
     kind = f"{'gated_' if gated else ''}{'transposed_' if transposed else ''}"
-    body.__name__ = f"{kind}matmul_{config.form}{'_keep' if keep else ''}"
+    body.__name__ = f"{kind}matmul{'_keep' if keep else ''}"
     out_type = [jax.ShapeDtypeStruct((rows, out_width), dtype)] * num_outs
     kernel = mosaic.run(body, out_type, scratch, num_sms, warpgroups)
     operands = [array for source in sources for array in source.operands(tiles.start)]
