@@ -2,6 +2,8 @@
 
 import csv
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -89,6 +91,44 @@ def test_keep_adds_to_earlier_results_and_measures_a_cell_once(tmp_path):
     content = json.loads(out.with_suffix(".json").read_text())
     assert [row["tokens"] for row in content["rows"]] == [3, 5]
     assert len(content["commands"]) == 2
+
+
+def test_sweeps_that_take_turns_never_measure_at_once(tmp_path):
+    inside, most = [], []
+
+    class Slow:
+        name = "slow"
+
+        def why_not(self, adapters):
+            return ""
+
+        def prepare(self, problem, method):
+            return lambda repeats: self.measure()
+
+        def measure(self):
+            inside.append(self)
+            time.sleep(0.05)
+            most.append(len(inside))
+            inside.remove(self)
+            return {}
+
+    def run():
+        return list(sweep.sweep(sweep.Cells(["small"], ["none"], [1, 2, 3]), [Slow()], turns=tmp_path))
+
+    with ThreadPoolExecutor(3) as pool:
+        rows = [done.result() for done in [pool.submit(run) for _ in range(3)]]
+    assert [len(own) for own in rows] == [3, 3, 3]
+    assert most == [1] * 9
+
+
+@pytest.mark.slow
+def test_runs_that_keep_one_out_add_to_it_together(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(bench, **SMALL | {"tokens": [t]}, out=tmp_path / "cpu", keep=True) for t in (3, 5)]
+        for one in runs:
+            one.result()
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    assert sorted(row["tokens"] for row in content["rows"]) == [3, 5]
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):

@@ -28,13 +28,19 @@ def bench(
     method: Annotated[str, typer.Option(help="loop, queue, or both (twice the compilations): the smaller.")] = "both",
     repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
     out: Annotated[Path | None, typer.Option(help="Writes OUT.csv and OUT.json, and OUT.png with --plot.")] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the other cells that OUT.json has already.")] = False,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="Keep the other cells that OUT.json has. Several runs with one OUT may go together."
+        ),
+    ] = False,
     peers: Annotated[Path | None, typer.Option(help="CSV with these columns, to compare with.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Needs the plots extra.")] = False,
 ) -> None:
     """Time the layer with adapters: from x, router weights and expert ids to y, beside its floor.
 
-    A cell that fails is named in the table and in OUT.json, the others are measured, and the exit code is 1.
+    A cell that fails is named in the table and in OUT.json, the others are measured, and the exit code is 1. Runs that
+    --keep one OUT compile beside each other and take turns on the GPU.
     """
     from jax_moe_lora.benchmark import plots, report
     from jax_moe_lora.benchmark.peers import find_peers
@@ -42,31 +48,46 @@ def bench(
 
     _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
     known = report.read_peers(peers) if peers else {}
-    old, commands = report.read_rows(out.with_suffix(".json")) if keep and out else ([], [])
-    head = report.about([*commands, typed()])
+    if keep and out:
+        report.read_rows(out.with_suffix(".json"))  # refused before the work
+    head = report.about([])
     names = adapters or ["none", "s8r16"]
     others = find_peers(peer or [], names, lambda said: sys.stderr.write(f"{said}\n"))
     head["versions"] |= report.versions(*(package for other in others for package in other.packages))
     cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
     rows: list[dict[str, Any]] = []
-    for row in sweep(cells, [Ours(implementation), *others], repeats, method):  # type: ignore[arg-type]
+    all_rows: list[dict[str, Any]] = []
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    engines = [Ours(implementation), *others]  # type: ignore[arg-type]
+    for row in sweep(cells, engines, repeats, method, out.parent if out and keep else None):  # type: ignore[arg-type]
         rows.append(row)
         sys.stderr.write(f"{row}\n")
         if out is not None:  # after each row: a sweep that is cut off keeps what it has
-            all_rows = report.merge(old, rows)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.with_suffix(".csv").write_text(report.write_csv(all_rows))
-            out.with_suffix(".json").write_text(report.write_json(all_rows, head))
+            all_rows = _write(out, rows, head, keep)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_table(rows, known))
     for line in report.summary(rows, known, VLLM):
         console.print(line)
     if plot and out is not None:
-        alike = [row for row in report.merge(old, rows) if (row["routing"], row["slots"]) == (routing, slots)]
+        alike = [row for row in all_rows if (row["routing"], row["slots"]) == (routing, slots)]
         title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"
         plots.save_roofline(alike, title, out.with_suffix(".png"))
     if any("error" in row for row in rows):
         raise typer.Exit(1)
+
+
+def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bool) -> list[dict[str, Any]]:
+    """OUT.csv and OUT.json with these rows, and with `keep` the others that are there by now; returns all."""
+    from jax_moe_lora.benchmark import report
+
+    old, commands = report.read_rows(out.with_suffix(".json")) if keep else ([], [])
+    if len(rows) == 1 or not keep:  # else this run's command is among those that were read
+        commands = [*commands, typed()]
+    all_rows = report.merge(old, rows)
+    out.with_suffix(".csv").write_text(report.write_csv(all_rows))
+    out.with_suffix(".json").write_text(report.write_json(all_rows, head | {"commands": commands}))
+    return all_rows
 
 
 def _check(

@@ -1,10 +1,15 @@
 """Measures every combination of shape, adapters, tokens and engine, a row each; what fails is a row too."""
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+import jax
 
 from jax_moe_lora.benchmark.layer import Method, compile_layer, own_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
@@ -58,18 +63,30 @@ class Cells:
 
 
 def sweep(
-    cells: Cells, engines: Sequence[Engine], repeats: int = 20, method: Method = "both"
+    cells: Cells,
+    engines: Sequence[Engine],
+    repeats: int = 20,
+    method: Method = "both",
+    turns: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yields a row a cell and engine. All cells of one shape are compiled side by side, then measured one by one.
 
     A cell that raises gives a row with `error` in place of figures, and the sweep goes on.
+
+    Args:
+      turns: a folder; sweeps with the same one take turns on the device, and what they yield is done with in turn too.
+        They compile beside each other.
     """
     for shape in cells.shapes:
-        base = make_problem(shape)
+        with in_turn(turns):
+            base = make_problem(shape)
+            jax.block_until_ready((base.x, base.experts))
         with ThreadPoolExecutor(THREADS) as pool:
             started: list[tuple[dict[str, Any], Future[Measure]]] = []
             for name in cells.adapters:
-                problem = base.with_adapters(name)
+                with in_turn(turns):
+                    problem = base.with_adapters(name)
+                    jax.block_until_ready([(own.a, own.b) for own in (problem.adapters or {}).values()])
                 for count in cells.tokens:
                     drawn = problem.with_tokens(count, cells.routing, ADAPTERS[name], cells.slots)
                     for engine in engines:
@@ -78,9 +95,24 @@ def sweep(
                             started.append((cell, pool.submit(engine.prepare, drawn, method)))
             pool.shutdown(wait=True)  # a compiler beside a measurement would show in it
             started.reverse()
-            while started:
-                cell, future = started.pop()  # and what it holds is let go of
-                yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
+            with in_turn(turns):
+                while started:
+                    cell, future = started.pop()  # and what it holds is let go of
+                    yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
+
+
+@contextmanager
+def in_turn(folder: Path | None) -> Iterator[None]:
+    """Waits until no other process or thread is in here with this folder; None is no wait."""
+    if folder is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _guarded(future: "Future[Measure]", repeats: int) -> dict[str, Any]:
