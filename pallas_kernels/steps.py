@@ -2,8 +2,9 @@
 
 An entry is one page of A with the page(s) of B that belong to it, a run of the tile's rows (those of one slot) and a
 scale. Four entries of a tile make a step: 64 ranks, which a kernel multiplies as it multiplies 64 elements of K. The
-step's H is `[tile rows, 64]`: each entry's 16 columns hold `scale * x A^T` in its own rows and zeros in all others, so
-that `H @ B` adds to each row its own adapter's update and to a base row nothing.
+step's H is `[tile rows, 64]`: each entry's 16 columns hold `scale * x A^T` in its own rows and zeros in the others that
+the tile has (beyond them anything), so that `H @ B` adds to each row its own adapter's update and to a base row
+nothing.
 
 Where two projections share their input (gate and up) an entry serves both if they alias their A, and has the zero page
 for the other one if not.
@@ -66,7 +67,7 @@ class Shrunk:
     """What the adapters' shrink made of the rows of a projection, or of two that share them.
 
     Attributes:
-      hidden: `[N, tile rows, 64]`, H of each of the steps.
+      hidden: `[N, tile rows, 64]`, H of each of the steps; rows that a tile does not have may hold anything.
     """
 
     steps: LoRASteps

@@ -1,7 +1,8 @@
 """How the Hopper kernels cut a call: a frozen config, explicit, from the device's tuned file, or by a heuristic.
 
 Static sizes and dtype alone decide, never routing, slots, ranks or whether adapters are there: a base row keeps its
-bits with and without a bank only if both runs are cut alike. So there is no rank in the keys.
+bits with and without a bank only if both runs are cut alike. So there is no rank in the keys. (As how wide a tile is
+multiplied, of its config's widths, follows from its rows and so from routing, and from nothing of the adapters.)
 
 A tuned file has two lists, because a plan is cut before widths are known and both matmuls of a layer read its tiles:
 `tiles` (rows a tile, by experts and pairs) and `matmuls` (stages and warpgroups, by experts, pairs, widths, gated and
@@ -14,6 +15,7 @@ function is traced: set the variable before, a jitted function keeps what it was
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -105,6 +107,9 @@ def why_not(config: Config) -> str:
         return f"tile_rows is {config.tile_rows}; expected a multiple of 8 up to {MAX_ROWS}"
     if config.warpgroups not in (1, COMPUTE_WARPGROUPS):
         return f"warpgroups is {config.warpgroups}; expected 1 or {COMPUTE_WARPGROUPS}"
+    ascending = (0, *config.widths, config.tile_rows)
+    if any(width % 8 for width in config.widths) or any(a >= b for a, b in itertools.pairwise(ascending)):
+        return f"widths are {config.widths}; expected multiples of 8, ascending, below tile_rows"
     if config.stages < 2:
         return f"stages is {config.stages}; expected 2 or more"
     if smem_bytes(config) > SMEM_BYTES - BARRIER_BYTES:

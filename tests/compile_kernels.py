@@ -187,7 +187,7 @@ def hopper_cases():
                 name = f"matmul {config.tile_rows} gated={gated} lora={with_lora}"
                 yield name, *hopper_matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
     yield "matmul float16, gpt-oss widths", *hopper_matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
-    for pairs in (1024, 32768, 65536):
+    for pairs in (1024, 16384, 32768, 65536):
         for with_lora in (True, False):
             config = heuristic(pairs, 128)
             name = f"transposed matmul {config.tile_rows} lora={with_lora}"
@@ -205,7 +205,7 @@ def hopper_cases():
     yield "contraction of pages", *contraction(64, 65536, 2048, "bfloat16")
     yield "contraction of pages of two", *contraction(64, 65536, 2048, "bfloat16", 2)
     yield "contraction of many pages, float16", *contraction(256, 1024, 2880, "float16")
-    for rows in (8, 56, 128):
+    for rows in (8, 56, 176):
         yield f"shrink {rows}", *shrink(lora.shrink, rows, 1, 2048, "bfloat16")
     yield "shrink of two pools, float16", *shrink(lora.shrink, 16, 2, 2880, "float16")
     for slots, one_pool in ((8, True), (32, False), (256, True)):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-# The older compiler and the other GPUs see a part of the kernels: each form of each.
+# The older compiler and the other GPUs see a part of the kernels.
 @pytest.mark.parametrize(("cuda", "words", "least"), [("cuda13", (), 20), ("cuda12", ("matmul", "gated=True"), 5)])
 def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(cuda, words, least):
     assert compile_all(cuda, "hopper", "h200", *words) > least

@@ -44,21 +44,22 @@ def bench(
     """
     from jax_moe_lora.benchmark import plots, report
     from jax_moe_lora.benchmark.peers import find_peers
-    from jax_moe_lora.benchmark.sweep import Cells, Ours, sweep
+    from jax_moe_lora.benchmark.sweep import Cells, Ours, in_turn, sweep
 
     _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
     known = report.read_peers(peers) if peers else {}
-    if keep and out:
-        report.read_rows(out.with_suffix(".json"))  # refused before the work
-    head = report.about([])
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with in_turn(out.parent if out and keep else None):  # of what another run may be writing, and of the ceilings
+        if keep and out:
+            report.read_rows(out.with_suffix(".json"))  # refused before the work
+        head = report.about([])
     names = adapters or ["none", "s8r16"]
     others = find_peers(peer or [], names, lambda said: sys.stderr.write(f"{said}\n"))
     head["versions"] |= report.versions(*(package for other in others for package in other.packages))
     cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
     rows: list[dict[str, Any]] = []
     all_rows: list[dict[str, Any]] = []
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
     engines = [Ours(implementation), *others]  # type: ignore[arg-type]
     for row in sweep(cells, engines, repeats, method, out.parent if out and keep else None):  # type: ignore[arg-type]
         rows.append(row)

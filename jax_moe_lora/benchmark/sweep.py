@@ -75,7 +75,7 @@ def sweep(
 
     Args:
       turns: a folder; sweeps with the same one take turns on the device, and what they yield is done with in turn too.
-        They compile beside each other.
+        They compile beside each other's measurements: of a loop, which the host does not steer, that is harmless.
     """
     for shape in cells.shapes:
         with in_turn(turns):
@@ -93,7 +93,7 @@ def sweep(
                         if not engine.why_not(name):
                             cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
                             started.append((cell, pool.submit(engine.prepare, drawn, method)))
-            pool.shutdown(wait=True)  # a compiler beside a measurement would show in it
+            pool.shutdown(wait=True)  # this run's compilers, beside its measurements, would show in them
             started.reverse()
             with in_turn(turns):
                 while started:

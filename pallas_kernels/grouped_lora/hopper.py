@@ -55,7 +55,8 @@ def shrink(
       x: rows in sorted order. pools: the pool of A pages, or one for each of two projections (see `LoRASteps`).
 
     Returns:
-      `[N, tiles.size, 64]` in x's dtype; steps that are not in use are not written.
+      `[N, tiles.size, 64]` in x's dtype; steps that are not in use, and rows that a tile does not have, may hold
+      anything.
     """
     width, tile_rows = x.shape[1], tiles.size
     depth = 256 if tile_rows <= 32 else 128  # elements of K a stage; past the width TMA reads zeros
@@ -219,8 +220,8 @@ def shrink(
                             target = hidden.at[pl.ds(begin + index * ZERO_ROWS, ZERO_ROWS)]
                             plgpu.copy_smem_to_gmem(own, target, commit_group=False)
 
-                        done = wholes * ZERO_ROWS
-                        mosaic.store_rows(own, hidden, begin + done, rows - done, pl.ds(0, RANKS))
+                        cleared = wholes * ZERO_ROWS
+                        mosaic.store_rows(own, hidden, begin + cleared, rows - cleared, pl.ds(0, RANKS))
 
                     def let_pass():
                         """No step for this warpgroup: it only keeps the ring going."""
