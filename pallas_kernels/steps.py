@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import steps_hopper
 from pallas_kernels.entries import BEGIN, PAGE_A, PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
-from pallas_kernels.plan import RoutingPlan, Tiles
+from pallas_kernels.plan import RoutingPlan, Tiles, max_tiles
 from pallas_kernels.steps_hopper import BLOCK, StepsOf
 
 
@@ -95,7 +95,8 @@ def make_steps(
     """
     tiles = plan.tiles if tiles is None else tiles
     num_experts, segments = plan.segment_sizes.shape
-    num_slots, pairs, num_tiles = segments - 1, plan.position.shape[0], tiles.expert.shape[0]
+    num_slots, pairs = segments - 1, plan.position.shape[0]
+    num_tiles = max_tiles(pairs, num_experts, tiles.size)  # the table may be longer
     complete = [with_nothing(own) for own in projections if any(pages is not None for pages in own)]
     if not complete:
         return [None] * len(projections)

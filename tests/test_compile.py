@@ -82,5 +82,5 @@ def test_the_layer_takes_the_rows_and_one_activation_and_little_else():
     assert len(lines) == 2
     for line in lines:
         # What adapters add is H, 64 ranks a step: as many steps as the static bound of the slots and ranks.
-        allowed = 1.03 if line["adapters"] == "none" else 1.27
+        allowed = 1.03 if line["adapters"] == "none" else 1.25
         assert line["temp"] <= allowed * (line["rows"] + line["activation"]), line

@@ -25,22 +25,8 @@ from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.specs import ADAPTERS, LAYERS
 from pallas_kernels.tuning import Config, Matmul, bucket, deepest, heuristic, why_not
 
-LADDER = (
-    8,
-    16,
-    24,
-    32,
-    40,
-    48,
-    64,
-    80,
-    96,
-    112,
-    128,
-    144,
-    176,
-    192,
-)  # rows a tile that are tried, near the heuristic's
+# Rows a tile that are tried, near the heuristic's.
+LADDER = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 144, 176, 192)
 LEAST_GAIN = 0.02  # of an entry: timings of the same program differ by about 1 %
 LARGEST_ERROR = 1e-2  # relative, of bfloat16 against the float32 oracle
 Tell = Callable[[str], Any]

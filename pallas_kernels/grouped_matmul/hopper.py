@@ -36,6 +36,7 @@ from pallas_kernels.steps import LoRASteps
 from pallas_kernels.tuning import Config
 
 PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
+STORED_ROWS = 64  # of a tile, at a time, where factors are kept
 DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of an accumulator
 
 
@@ -255,7 +256,7 @@ def grouped_matmul(
 
                 rows = parts[0].shape[1]
                 # The gated product beside both factors would not fit into registers: it comes last, and in parts.
-                together = HALF if keep else rows
+                together = STORED_ROWS if keep else rows
                 mine = out_tile.at[warpgroup]
                 for number in reversed(range(num_outs if gated else 2)):
                     out, begin = (outs[number], first) if gated else (outs[0], begins[number])
