@@ -8,9 +8,11 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.mosaic import DOWN
+
 BLOCK = 64
 SQUARE = plgpu.Layout.WGMMA
-DOWN, ACROSS = SQUARE.reduce(1), SQUARE.reduce(0)
+ACROSS = SQUARE.reduce(0)
 
 Square = Int[Array, "64 64"]
 

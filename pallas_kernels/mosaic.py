@@ -20,6 +20,7 @@ COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 NUM_SMS = 132  # of an H100 or H200
 SMEM_BYTES = 232_448  # a block's shared memory on sm_90
 BARRIER_BYTES = 1024  # room for barriers and alignment
+DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of an accumulator
 
 
 def tile_smem(shape: tuple[int, ...], dtype: Any) -> Any:

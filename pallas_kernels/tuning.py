@@ -141,6 +141,8 @@ def _likely_rows(mean: float) -> int:
         rows = max(8, -(-int(mean + 3 * deviation) // 8) * 8)
         return _wider(rows) if rows >= LEAST_SPLIT else rows
     tiles = -(-int(mean + deviation) // MAX_ROWS)
+    if tiles == 1:
+        return MAX_ROWS
     return _wider(-(-int(mean + deviation) // tiles))
 
 
@@ -153,7 +155,7 @@ def _likely_widths(mean: float, rows: int) -> tuple[int, ...]:
     if rows < LEAST_SPLIT:
         return ()
     rest = mean - max(0, -(-int(mean + mean**0.5) // rows) - 1) * rows
-    likely = {_wider(max(1, int(rest + spread * mean**0.5))) for spread in (0, 0.7, 1.5)}
+    likely = {_wider(max(1, int(rest + spread * mean**0.5))) for spread in (-0.5, 0, 0.7, 1.5)}
     return tuple(sorted(width for width in likely if width < rows))
 
 

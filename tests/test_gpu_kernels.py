@@ -17,7 +17,9 @@ from paged import PagedLayer, PagedSpec, draw_layer, replicated
 from plans import assert_kernel_makes_the_plan_of_xla
 
 from jax_moe_lora.moe import routed_experts
-from pallas_kernels import UnsupportedImplementation, choose, plan_counting, plan_hopper
+from pallas_kernels import UnsupportedImplementation, choose, make_plan, plan_counting, plan_hopper
+from pallas_kernels.grouped_matmul import fused
+from pallas_kernels.tuning import heuristic
 
 pytestmark = pytest.mark.gpu
 
@@ -135,6 +137,21 @@ def test_shared_equals_replicated(slot, tokens, implementation):
     copies = replicated(layer, slot)
     shared = layer.function(implementation)(layer.slots, layer.adapters)
     assert bool((copies.function(implementation)(layer.slots, copies.adapters) == shared).all())
+
+
+def test_a_rows_bits_do_not_depend_on_how_wide_its_tile_is_multiplied():
+    require("hopper")
+    layer = draw_layer(SPECS["a long tile an expert"], np.random.default_rng())
+    plan = make_plan(layer.chosen, layer.slots, layer.spec.experts, layer.spec.slots, "hopper")
+    config = heuristic(layer.chosen.size, layer.spec.experts)
+    assert config.tile_rows == plan.tiles.size
+    assert len(np.unique(np.searchsorted(config.widths, np.asarray(plan.tiles.rows)))) > 1
+    weights, pages = (layer.experts.gate, layer.experts.up), (layer.adapters["gate"], layer.adapters["up"])
+    some, all_alike = (
+        fused.grouped_matmul(layer.x, weights, plan, True, pages, "silu", config=own)[0][plan.position]
+        for own in (config, replace(config, widths=()))
+    )
+    assert bool((some == all_alike).all())
 
 
 @pytest.mark.parametrize("side", ["a", "b"])

@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import make_plan, tuning
@@ -100,6 +101,19 @@ def test_the_heuristic_is_valid_whatever_the_tiles(shape):
         pairs = tokens * spec.top_k
         for rows in (None, 8, 24, 128):
             assert why_not(heuristic(pairs, spec.num_experts, rows)) == ""
+
+
+@pytest.mark.parametrize("mean", np.arange(112, 2100, 9.5))
+def test_long_tiles_multiply_few_rows_that_they_do_not_have(mean):
+    """Under uniform routing; and are few enough to have little code."""
+    experts = 64
+    config = heuristic(int(mean * experts), experts)
+    rows = np.random.default_rng(0).multinomial(int(mean * experts), np.full(experts, 1 / experts), size=40)
+    widths = np.array([0, *config.widths, config.tile_rows])
+    whole, rest = np.divmod(rows, config.tile_rows)
+    multiplied = whole * config.tile_rows + widths[np.searchsorted(widths, rest)]
+    assert multiplied.sum() < 1.2 * rows.sum()
+    assert len(config.widths) <= 4
 
 
 def test_every_committed_file_is_valid_and_named_after_its_device():

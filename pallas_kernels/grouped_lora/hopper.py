@@ -22,14 +22,13 @@ from jaxtyping import Array, Float
 from pallas_kernels import mosaic
 from pallas_kernels.entries import BEGIN, END, PAGE_A, PAGES_A_STEP, RANKS, SCALE
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
-from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, ROW_ALIGNMENT
+from pallas_kernels.mosaic import COMPUTE_WARPGROUPS, DOWN, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, with_nothing
 
 WIDTHS = (32, 96)  # rows of a window, where that is not a whole tile
 MASKED_ROWS = 64  # of a window, that are masked at a time
 ZERO_ROWS = 32  # of H, that are cleared at a time
-DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of an accumulator
 MAX_SHARES = 8  # items that a tile's steps are shared out among
 
 
@@ -131,8 +130,8 @@ def shrink(
                     def copies(low, rows):
                         def copy(k, page_ids, barriers):
                             stage, some = mosaic.wait_until_empty(empty, done + k, stages), pl.ds(k * depth, depth)
-                            for number, page in enumerate(page_ids):
-                                half, q = divmod(number, PAGES_A_STEP)
+                            for nth, page in enumerate(page_ids):
+                                half, q = divmod(nth, PAGES_A_STEP)
                                 target = page_ring.at[stage, half, pl.ds(q * RANK_PAGE, RANK_PAGE)]
                                 copy_page(page, some, target, barriers.at[stage])
                             target = row_ring.at[stage, pl.ds(0, rows)]

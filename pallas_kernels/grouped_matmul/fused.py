@@ -13,7 +13,7 @@ from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.grouped_matmul.hopper import Source
 from pallas_kernels.plan import RoutingPlan, Tiles, cut_groups
 from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, make_steps, steps_of, with_nothing
-from pallas_kernels.tuning import Config, Matmul, config_for
+from pallas_kernels.tuning import Config, Matmul, config_for, why_not
 
 Biases = tuple[Float[Array, "E _out"] | None, ...]
 
@@ -66,6 +66,8 @@ def _cut(weights: tuple[Array, ...], plan: RoutingPlan, config: Config | None) -
             f"The plan aligns experts to {plan.alignment} rows, hopper needs {mosaic.ROW_ALIGNMENT}; "
             "give make_plan implementation='hopper'."
         )
+    if config is not None and (reason := why_not(config)):
+        raise ValueError(f"The Hopper kernels cannot be cut like this: {reason}.")
     pairs = plan.position.shape[0]
     config = config or config_for(Matmul.of(weights, pairs), plan.tiles.size)
     if plan.tiles.size == config.tile_rows:

@@ -30,14 +30,13 @@ from jaxtyping import Array, Float
 from pallas_kernels import mosaic
 from pallas_kernels.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.grouped_lora.pages import RANK_PAGE
-from pallas_kernels.mosaic import DEPTH, HALF, ROW_ALIGNMENT
+from pallas_kernels.mosaic import DEPTH, DOWN, HALF, ROW_ALIGNMENT
 from pallas_kernels.plan import Tiles
 from pallas_kernels.steps import LoRASteps
 from pallas_kernels.tuning import Config
 
 PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
 STORED_ROWS = 64  # of a tile, at a time, where factors are kept
-DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of an accumulator
 
 
 class Source(NamedTuple):
@@ -128,11 +127,11 @@ def grouped_matmul(
         def _memory():
             mosaic.give_registers(warpgroups)
 
-            def copy_rows(used, rows, stage, barrier):
-                """`rows(count)`, of as many rows as a tile of `used` rows is multiplied as."""
+            def copy_rows(used, origin, stage, barrier):
+                """`origin(count)`, of as many rows as a tile of `used` rows is multiplied as."""
 
                 def sized(count):
-                    plgpu.copy_gmem_to_smem(rows(count), row_ring.at[stage, pl.ds(0, count)], barrier.at[stage])
+                    plgpu.copy_gmem_to_smem(origin(count), row_ring.at[stage, pl.ds(0, count)], barrier.at[stage])
 
                 mosaic.as_wide_as(used, widths, sized)
 
