@@ -146,7 +146,7 @@ axes = plots.lines(
 
 # %%
 model = json.loads((results / "h200_model.json").read_text())
-steps = [row for row in model["rows"] if row["kind"] == "decode"]
+steps = [row for row in model["rows"] if (row["kind"], row["adapters"]) == ("decode", "s8r16")]
 axes = plots.lines(
     [row["batch"] for row in steps],
     {"decode step": [row["ms"] for row in steps]},
