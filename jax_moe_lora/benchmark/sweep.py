@@ -75,7 +75,8 @@ def sweep(
 
     Args:
       turns: a folder; sweeps with the same one take turns on the device, and what they yield is done with in turn too.
-        They compile beside each other's measurements: of a loop, which the host does not steer, that is harmless.
+        They compile beside each other's measurements: of loops of a few tokens, which wait for the host, that shows
+        where all processors compile (82 us in place of 41 for one token on an H200).
     """
     for shape in cells.shapes:
         with in_turn(turns):
