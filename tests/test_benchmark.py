@@ -93,6 +93,19 @@ def test_keep_adds_to_earlier_results_and_measures_a_cell_once(tmp_path):
     assert len(content["commands"]) == 2
 
 
+@pytest.mark.slow
+def test_floors_that_are_kept_together_are_of_the_same_ceilings(tmp_path):
+    out = tmp_path / "cpu"
+    bench(**SMALL, out=out)
+    content = json.loads(out.with_suffix(".json").read_text())
+    content["ceilings"] = {"bytes_per_s": 1e6, "flop_per_s": 1e6}  # as another process may have found them
+    out.with_suffix(".json").write_text(json.dumps(content))
+    bench(**SMALL, out=out, keep=True)
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert found["ceilings"] == content["ceilings"]
+    assert found["rows"][0]["floor_us"] > 100 * content["rows"][0]["floor_us"]
+
+
 def test_sweeps_that_take_turns_never_measure_at_once(tmp_path):
     inside, most = [], []
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import make_plan, tuning
+from pallas_kernels.grouped_matmul import fused
 from pallas_kernels.specs import LAYERS, TOKENS
 from pallas_kernels.tuning import Config, Matmul, TunedFileError, bucket, config_for, heuristic, tile_rows, why_not
 
@@ -55,6 +56,18 @@ def test_the_plan_decides_the_tiles_and_the_matmul_follows(use):
     assert config_for(Matmul(**MATMUL), 40) == heuristic(64, 8, 40)
     with pytest.raises(ValueError, match="tile_rows is 20; expected a multiple of 8"):
         config_for(Matmul(**MATMUL), 20)
+
+
+def test_a_config_that_no_kernel_can_run_is_refused():
+    x, weight = jnp.zeros((4, 64), jnp.bfloat16), jnp.zeros((8, 64, 64), jnp.bfloat16)
+
+    def call(config):
+        plan = make_plan(jnp.zeros((4, 2), jnp.int32), jnp.zeros(4, jnp.int32), 8, 0, "hopper")
+        return fused.grouped_matmul(x, (weight,), plan, True, (None,), "silu", config=config)
+
+    jax.eval_shape(lambda: call(Config(16, 2)))
+    with pytest.raises(ValueError, match=r"cannot be cut like this: tile_rows is 20; expected a multiple of 8"):
+        jax.eval_shape(lambda: call(Config(20, 2)))
 
 
 def test_off_and_a_rewritten_file(use, monkeypatch):

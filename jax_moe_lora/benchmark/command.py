@@ -2,8 +2,10 @@
 
 import os
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,6 +14,9 @@ from rich.table import Table
 from jax_moe_lora.errors import InputError
 from pallas_kernels import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
+
+if TYPE_CHECKING:
+    from jax_moe_lora.benchmark.ceilings import Ceilings
 
 VLLM = "vllm-0.33.0-triton"  # as the peers' CSV calls it
 PEERS = ("ragged_dot", "tokamax", "torch_grouped_mm", "transformers_peft")
@@ -43,6 +48,7 @@ def bench(
     --keep one OUT compile beside each other and take turns on the GPU.
     """
     from jax_moe_lora.benchmark import plots, report
+    from jax_moe_lora.benchmark.ceilings import measure_ceilings
     from jax_moe_lora.benchmark.peers import find_peers
     from jax_moe_lora.benchmark.sweep import Cells, Ours, in_turn, sweep
 
@@ -50,9 +56,10 @@ def bench(
     known = report.read_peers(peers) if peers else {}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-    with in_turn(out.parent if out and keep else None):  # of what another run may be writing, and of the ceilings
+    turns = out.parent if out and keep else None
+    with in_turn(turns):  # of what another run may be writing, and of the ceilings
         if keep and out:
-            report.read_rows(out.with_suffix(".json"))  # refused before the work
+            report.read_kept(out.with_suffix(".json"))  # refused before the work
         head = report.about([])
     names = adapters or ["none", "s8r16"]
     others = find_peers(peer or [], names, lambda said: sys.stderr.write(f"{said}\n"))
@@ -61,7 +68,8 @@ def bench(
     rows: list[dict[str, Any]] = []
     all_rows: list[dict[str, Any]] = []
     engines = [Ours(implementation), *others]  # type: ignore[arg-type]
-    for row in sweep(cells, engines, repeats, method, out.parent if out and keep else None):  # type: ignore[arg-type]
+    limits = partial(_ceilings, out) if out and keep else measure_ceilings
+    for row in sweep(cells, engines, repeats, method, turns, limits):  # type: ignore[arg-type]
         rows.append(row)
         sys.stderr.write(f"{row}\n")
         if out is not None:  # after each row: a sweep that is cut off keeps what it has
@@ -78,11 +86,21 @@ def bench(
         raise typer.Exit(1)
 
 
+def _ceilings(out: Path) -> "Ceilings":
+    """Those of the rows that OUT.json has, for one file has one; this run's where there are none yet."""
+    from jax_moe_lora.benchmark import report
+    from jax_moe_lora.benchmark.ceilings import measure_ceilings
+
+    return report.read_kept(out.with_suffix(".json")).ceilings or measure_ceilings()
+
+
 def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bool) -> list[dict[str, Any]]:
     """OUT.csv and OUT.json with these rows, and with `keep` the others that are there by now; returns all."""
     from jax_moe_lora.benchmark import report
 
-    old, commands = report.read_rows(out.with_suffix(".json")) if keep else ([], [])
+    old, commands, ceilings = report.read_kept(out.with_suffix(".json")) if keep else ([], [], None)
+    if ceilings:
+        head = head | {"ceilings": asdict(ceilings)}
     if len(rows) == 1 or not keep:  # else this run's command is among those that were read
         commands = [*commands, typed()]
     all_rows = report.merge(old, rows)

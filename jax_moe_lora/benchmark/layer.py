@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
+from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.oracle import relative_error
 from jax_moe_lora.benchmark.problem import Pooled, Problem
 from jax_moe_lora.moe import routed_experts
@@ -114,7 +114,6 @@ def figures(problem: Problem, timed: dict[str, list[float]], error: float) -> di
     by_method = {f"{name}_us": round(statistics.median(times) * 1e6, 1) for name, times in timed.items()}
     return by_method | {
         "layer_us": round(statistics.median(best) * 1e6, 1),
-        "floor_us": round(floor_us(problem, measure_ceilings()), 1),
         "rel_err": float(f"{error:.4g}"),
         "min_us": round(min(best) * 1e6, 1),
         "max_us": round(max(best) * 1e6, 1),

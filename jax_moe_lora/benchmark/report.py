@@ -9,11 +9,11 @@ from dataclasses import asdict
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from jax_moe_lora.benchmark.ceilings import measure_ceilings
+from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import METHOD
 from jax_moe_lora.errors import InputError
 from pallas_kernels import tuning
@@ -64,13 +64,22 @@ def write_json(rows: Sequence[Row], head: dict[str, Any]) -> str:
     return json.dumps(head | {"rows": list(rows)}, indent=1) + "\n"
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Rows and commands of a JSON that an earlier run wrote, on this device; nothing where there is none yet."""
+class Kept(NamedTuple):
+    """What a JSON holds that another run is added to. `ceilings`: None where there is no such file yet."""
+
+    rows: list[Row]
+    commands: list[str]
+    ceilings: Ceilings | None
+
+
+def read_kept(path: Path) -> Kept:
+    """Of a JSON that an earlier run wrote, on this device."""
     if not path.exists():
-        return [], []
+        return Kept([], [], None)
     try:
         content = json.loads(path.read_text())
-        rows, commands, _ = content["rows"], content["commands"], content["versions"]["jax"]
+        kept = Kept(content["rows"], content["commands"], Ceilings(**content["ceilings"]))
+        _ = content["versions"]["jax"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no results of this command ({error!r}); leave out --keep.") from error
     now = about([])
@@ -81,7 +90,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         raise InputError(
             f"{path} was measured with {content['versions']}, this is {now['versions']}; give another --out."
         )
-    return rows, commands
+    return kept
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:

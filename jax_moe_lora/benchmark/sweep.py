@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
-from jax_moe_lora.benchmark.layer import Method, compile_layer, own_layer
+from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
+from jax_moe_lora.benchmark.layer import Method, compile_layer, floor_us, own_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
 from pallas_kernels import Implementation
 from pallas_kernels.specs import ADAPTERS
@@ -68,6 +70,7 @@ def sweep(
     repeats: int = 20,
     method: Method = "both",
     turns: Path | None = None,
+    ceilings: Callable[[], Ceilings] = measure_ceilings,
 ) -> Iterator[dict[str, Any]]:
     """Yields a row a cell and engine. All cells of one shape are compiled side by side, then measured one by one.
 
@@ -77,13 +80,14 @@ def sweep(
       turns: a folder; sweeps with the same one take turns on the device, and what they yield is done with in turn too.
         They compile beside each other's measurements: of loops of a few tokens, which wait for the host, that shows
         where all processors compile (82 us in place of 41 for one token on an H200).
+      ceilings: gives those of the floors; asked for when it is the turn to measure.
     """
     for shape in cells.shapes:
         with in_turn(turns):
             base = make_problem(shape)
             jax.block_until_ready((base.x, base.experts))
         with ThreadPoolExecutor(THREADS) as pool:
-            started: list[tuple[dict[str, Any], Future[Measure]]] = []
+            started: list[tuple[dict[str, Any], Callable[[Ceilings], float], Future[Measure]]] = []
             for name in cells.adapters:
                 with in_turn(turns):
                     problem = base.with_adapters(name)
@@ -93,12 +97,14 @@ def sweep(
                     for engine in engines:
                         if not engine.why_not(name):
                             cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
-                            started.append((cell, pool.submit(engine.prepare, drawn, method)))
+                            started.append((cell, partial(floor_us, drawn), pool.submit(engine.prepare, drawn, method)))
             pool.shutdown(wait=True)  # this run's compilers, beside its measurements, would show in them
             started.reverse()
             with in_turn(turns):
+                limits = ceilings()
                 while started:
-                    cell, future = started.pop()  # and what it holds is let go of
+                    cell, floor, future = started.pop()  # and what they hold is let go of
+                    cell |= {"floor_us": round(floor(limits), 1)}
                     yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
 
 
