@@ -27,8 +27,21 @@ lint: .venv/full.stamp
 	.venv/bin/lint-imports
 
 # On the newest jax that installs: the quick tests of what touches jax. Files and configs are the same on any.
-NEWEST := $(addprefix tests/test_,attention.py bank.py contracts.py dense.py export.py generate.py grouped_ops.py \
-	interpreter.py interpreter_portable.py model_contracts.py nn.py plan.py pool.py torch_parity.py tuning.py)
+NEWEST := tests/jax_moe_lora/models/test_attention.py \
+	tests/jax_moe_lora/adapters/test_bank.py \
+	tests/jax_moe_lora/layer/test_contracts.py \
+	tests/jax_moe_lora/layer/test_dense.py \
+	tests/jax_moe_lora/serving/test_export.py \
+	tests/jax_moe_lora/serving/test_generate.py \
+	tests/pallas_kernels/grouped_matmul/test_grouped_ops.py \
+	tests/pallas_kernels/hopper/test_interpreter.py \
+	tests/pallas_kernels/portable/test_interpreter_portable.py \
+	tests/jax_moe_lora/models/test_model_contracts.py \
+	tests/jax_moe_lora/layer/test_nn.py \
+	tests/pallas_kernels/plan/test_plan.py \
+	tests/jax_moe_lora/adapters/test_pool.py \
+	tests/jax_moe_lora/layer/test_torch_parity.py \
+	tests/pallas_kernels/hopper/test_tuning.py
 newest: .venv-newest/full.stamp
 	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not long and not gpu" $(NEWEST)
 

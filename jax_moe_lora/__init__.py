@@ -7,7 +7,6 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.adapters.validation.finding import Finding
 from jax_moe_lora.adapters.writing import write_adapter
-from jax_moe_lora.compilations import count_compilations
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
 from jax_moe_lora.errors import (
     AdapterFormatError,
@@ -19,14 +18,15 @@ from jax_moe_lora.errors import (
     InputError,
     JaxMoELoRAError,
 )
-from jax_moe_lora.linear import lora_linear
-from jax_moe_lora.merge import merge_adapter
-from jax_moe_lora.model import Functional, Model
-from jax_moe_lora.moe import moe_lora, routed_experts
-from jax_moe_lora.requests import Generation
-from jax_moe_lora.types import ExpertWeights
-from jax_moe_lora.validation import validate
-from pallas_kernels import BASE_SLOT
+from jax_moe_lora.layer.linear import lora_linear
+from jax_moe_lora.layer.moe import moe_lora, routed_experts
+from jax_moe_lora.serving.model import Functional, Model
+from jax_moe_lora.serving.requests import Generation
+from jax_moe_lora.tools.compilations import count_compilations
+from jax_moe_lora.tools.merge import merge_adapter
+from jax_moe_lora.tools.validate import validate
+from pallas_kernels.ops import BASE_SLOT
+from pallas_kernels.routed_experts.weights import ExpertWeights
 
 __all__ = [
     "BASE_SLOT",

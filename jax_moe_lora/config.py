@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pallas_kernels import Activation
+from pallas_kernels.ops import Activation
 
 RouterKind = Literal["softmax_topk", "topk_softmax", "sigmoid_bias"]
 

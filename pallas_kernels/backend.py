@@ -11,7 +11,7 @@ Implementation = Literal["hopper", "portable", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("hopper", "portable", "xla", "reference")
 WIDTH_MULTIPLE = 64  # one ring stage of the kernels
 MAX_WIDTH = 256 * 64  # a row in one TMA box
-MAX_SLOTS = 256  # `steps_hopper.py` unrolls over them
+MAX_SLOTS = 256  # `hopper.py` unrolls over them
 
 
 class UnsupportedImplementation(ValueError):

@@ -13,12 +13,27 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # Parameter trees are left out: they also hold shapes, shardings and numpy arrays.
+KERNELS = [
+    "activations",
+    "backend",
+    "dispatch",
+    "grouped_lora",
+    "grouped_matmul",
+    "hopper",
+    "lora_steps",
+    "pages",
+    "plan",
+    "portable",
+    "routed_experts.api",
+    "routed_experts.projections",
+    "xla",
+]
 CHECKED = [
-    "moe",
-    "linear",
-    "routing",
-    "generate",
-    "nn",
+    "layer.moe",
+    "layer.linear",
+    "layer.routing",
+    "layer.nn",
+    "serving.programs",
     "adapters.bank",
     "adapters.extraction",
     "models.attention",
@@ -27,4 +42,5 @@ CHECKED = [
     "models.layer",
     "models.rope",
 ]
-_hook = install_import_hook(["pallas_kernels"] + [f"jax_moe_lora.{name}" for name in CHECKED], "beartype.beartype")
+_hooked = [f"pallas_kernels.{name}" for name in KERNELS] + [f"jax_moe_lora.{name}" for name in CHECKED]
+_hook = install_import_hook(_hooked, "beartype.beartype")

@@ -9,8 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 UV = shutil.which("uv") or str(ROOT / ".uv" / "bin" / "uv")
 
 

@@ -1,12 +1,11 @@
 """The README's Python runs as it stands, and prints what it says."""
 
 import re
-from pathlib import Path
 
 import jax
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 

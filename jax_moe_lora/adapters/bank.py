@@ -18,7 +18,7 @@ from jax_moe_lora.adapters.updates import compile_updates, permute, set_slot
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
-from pallas_kernels import RANK_PAGE, LoRAPages
+from pallas_kernels.ops import RANK_PAGE, LoRAPages
 
 FREE, RESERVED = -1, -2
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.bank import AdapterBank, check_slot
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights
 from jax_moe_lora.adapters.updates import chunk_rows
-from pallas_kernels import RANK_PAGE
+from pallas_kernels.ops import RANK_PAGE
 
 
 def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:

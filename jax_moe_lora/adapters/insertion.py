@@ -22,7 +22,7 @@ from jax_moe_lora.adapters.packing import PackedAdapter, allocate, chunks, pack,
 from jax_moe_lora.adapters.updates import chunk_rows, scatter, scatter_columns, set_slot
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.errors import BankFullError, InputError
-from pallas_kernels import RANK_PAGE
+from pallas_kernels.ops import RANK_PAGE
 
 
 def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = False) -> AdapterBank:

@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  (numpy learns bfloat16 by it)
 import numpy as np
 
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
-from pallas_kernels import RANK_PAGE
+from pallas_kernels.ops import RANK_PAGE
 
 
 def pages_of(ranks: np.ndarray) -> np.ndarray:

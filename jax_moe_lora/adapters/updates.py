@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import RANK_PAGE
+from pallas_kernels.ops import RANK_PAGE
 
 CHUNK_BYTES = 4 * 2**20
 

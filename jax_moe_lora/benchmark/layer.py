@@ -16,8 +16,8 @@ from jaxtyping import Array
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.oracle import relative_error
 from jax_moe_lora.benchmark.problem import Pooled, Problem
-from jax_moe_lora.moe import routed_experts
-from pallas_kernels import Implementation
+from jax_moe_lora.layer.moe import routed_experts
+from pallas_kernels.ops import Implementation
 
 LAYERS_A_CALL = 8
 WRONG = 2e-2  # relative error above which a result is none: bfloat16 and peers that round more often stay below 1e-2

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jax_moe_lora import generate as programs
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, uniform
 from jax_moe_lora.adapters.pool import AdapterPool
@@ -22,6 +21,7 @@ from jax_moe_lora.benchmark.random_model import DTYPE, sites_of
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
+from jax_moe_lora.serving import programs
 
 SLOTS, REPEATS, STEPS = 3, 5, 64
 COPY_BYTES = 2**30

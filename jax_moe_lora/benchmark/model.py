@@ -17,7 +17,7 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
-from pallas_kernels import Implementation
+from pallas_kernels.ops import Implementation
 
 REPEATS = 5
 THREADS = 4  # compilations side by side

@@ -1,7 +1,7 @@
 """What the layer should give, in float32 and without any of its code: a matrix and a vector at a time.
 
 On the device, where the weights are: a Mixtral expert takes 0.7 GB in float32. The tests compare it with
-`jax_moe_lora.reference`.
+`jax_moe_lora.layer.reference`.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jax_moe_lora.benchmark.problem import Pooled, Problem
-from pallas_kernels import RANK_PAGE, LoRAPages
+from pallas_kernels.ops import RANK_PAGE, LoRAPages
 
 CHECKED = 4  # tokens that are compared with the oracle
 

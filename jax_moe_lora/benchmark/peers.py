@@ -21,8 +21,8 @@ from jax_moe_lora.benchmark.layer import LAYERS_A_CALL, Method, compile_layer, f
 from jax_moe_lora.benchmark.oracle import relative_error
 from jax_moe_lora.benchmark.problem import Problem
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.types import ExpertWeights
-from pallas_kernels import RANK_PAGE
+from pallas_kernels.ops import RANK_PAGE
+from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS
 
 Measure = Callable[[int], dict[str, Any]]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.plots import COLORS, MARKERS, pyplot
+from jax_moe_lora.inspect.plots import COLORS, MARKERS, pyplot
 
 
 def save_roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:

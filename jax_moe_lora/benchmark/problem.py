@@ -11,9 +11,9 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.moe import LayerAdapters
-from jax_moe_lora.types import ExpertWeights
-from pallas_kernels import RANK_PAGE, LoRAPages
+from jax_moe_lora.layer.moe import LayerAdapters
+from pallas_kernels.ops import RANK_PAGE, LoRAPages
+from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
 
 MODULES = ("gate", "up", "down")

@@ -16,7 +16,7 @@ import jax
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import METHOD
 from jax_moe_lora.errors import InputError
-from pallas_kernels import tuning
+from pallas_kernels.hopper import tuning
 
 PEER_COLUMNS = ("shape", "tokens", "adapters", "engine", "layer_us", "floor_us", "rel_err")
 COLUMNS = (*PEER_COLUMNS, "min_us", "max_us", "compile_s", "routing", "slots")

@@ -15,7 +15,7 @@ import jax
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import Method, compile_layer, floor_us, own_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
-from pallas_kernels import Implementation
+from pallas_kernels.ops import Implementation
 from pallas_kernels.specs import ADAPTERS
 
 THREADS = min(8, os.cpu_count() or 1)  # compilers beside each other

@@ -19,11 +19,12 @@ from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.benchmark.report import about
 from jax_moe_lora.benchmark.sweep import THREADS, Measure
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.expert_projections import combine
-from pallas_kernels import choose, lora_steps, make_plan, tuning
-from pallas_kernels.grouped_matmul import fused
+from pallas_kernels.grouped_matmul import hopper
+from pallas_kernels.hopper import tuning
+from pallas_kernels.hopper.tuning import Config, Matmul, bucket, deepest, heuristic, why_not
+from pallas_kernels.ops import choose, lora_steps, make_plan
+from pallas_kernels.routed_experts.projections import combine
 from pallas_kernels.specs import ADAPTERS, LAYERS
-from pallas_kernels.tuning import Config, Matmul, bucket, deepest, heuristic, why_not
 
 # Rows a tile that are tried, near the heuristic's.
 LADDER = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 144, 176, 192)
@@ -52,8 +53,8 @@ def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adap
     plan = make_plan(chosen, slots, experts.gate.shape[0], num_slots, "hopper", rows)
     both, into, out_of = (experts.gate, experts.up), (pages.get("gate"), pages.get("up")), (pages.get("down"),)
     steps = lora_steps(plan, (into, out_of), "hopper")
-    (gated,) = fused.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
-    (down,) = fused.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
+    (gated,) = hopper.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
+    (down,) = hopper.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
     return combine(down, weights, plan).astype(x.dtype)
 
 

@@ -7,9 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.compilations import count_compilations
 from jax_moe_lora.demo.tasks import MAX_LENGTH, TASKS, heldout_strings, prompt
-from jax_moe_lora.model import Model
+from jax_moe_lora.serving.model import Model
+from jax_moe_lora.tools.compilations import count_compilations
 
 BASE = "base"
 NEW_TOKENS = MAX_LENGTH + 2

@@ -9,9 +9,9 @@ from jax_moe_lora.inspect.folders import (
     inspect_folder,
     inspect_model,
 )
-from jax_moe_lora.inspect.parity import Difference, difference
 from jax_moe_lora.inspect.routing import changed_experts, coactivation, divergence, entropy, expert_load
 from jax_moe_lora.inspect.trace import Trace, router_trace
+from jax_moe_lora.parity.difference import Difference, difference
 
 __all__ = [
     "AdapterSummary",

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.model import Model
+from jax_moe_lora.layer.routing import route
 from jax_moe_lora.models import decoder
-from jax_moe_lora.requests import check_tokens
-from jax_moe_lora.routing import route
-from pallas_kernels import BASE_SLOT
+from jax_moe_lora.serving.model import Model
+from jax_moe_lora.serving.requests import check_tokens
+from pallas_kernels.ops import BASE_SLOT
 
 
 @dataclass(frozen=True)

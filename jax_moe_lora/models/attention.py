@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import Implementation
 from pallas_kernels.backend import default_device
+from pallas_kernels.ops import Implementation
 
 AttentionBackend = Literal["cudnn", "xla"]
 MIN_CAPABILITY = 8.0  # of cuDNN's flash attention

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.linear import dense_plan, lora_linear
+from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.models.attention import choose_attention
 from jax_moe_lora.models.cache import Cache, init_cache
 from jax_moe_lora.models.layer import Bank, Step, rms_norm, run_layer
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites
-from pallas_kernels import BASE_SLOT, Implementation
+from pallas_kernels.ops import BASE_SLOT, Implementation
 
 __all__ = [
     "Bank",

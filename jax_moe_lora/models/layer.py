@@ -12,13 +12,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.linear import DensePlan, lora_linear
+from jax_moe_lora.layer.linear import DensePlan, lora_linear
+from jax_moe_lora.layer.moe import LayerAdapters, moe_lora, router_scores
 from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_packed, attend_prompt
 from jax_moe_lora.models.cache import KeyValues, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, MoEParams
 from jax_moe_lora.models.rope import rotate
-from jax_moe_lora.moe import LayerAdapters, moe_lora, router_scores
-from pallas_kernels import Implementation
+from pallas_kernels.ops import Implementation
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.types import ExpertWeights
+from pallas_kernels.routed_experts.weights import ExpertWeights
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.training.spec import SIDES, AdapterSpec, Side
-from pallas_kernels import RANK_PAGE, LoRAPages
+from pallas_kernels.ops import RANK_PAGE, LoRAPages
 
 
 @jax.tree_util.register_dataclass

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int
 
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.safetensors_io import parse_json
-from jax_moe_lora.text import Tokenizer
+from jax_moe_lora.files.safetensors_io import parse_json
+from jax_moe_lora.files.tokenizer import Tokenizer
 
 SHOWN = 10  # bad lines that are quoted; of the others the number is said
 KNOWN = ({"prompt", "completion"}, {"text"})

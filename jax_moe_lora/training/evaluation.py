@@ -20,7 +20,7 @@ from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.head import head_losses
 from jax_moe_lora.training.loss import load_balancing, slot_sums
 from jax_moe_lora.training.spec import AdapterSpec
-from pallas_kernels import BASE_SLOT, Implementation
+from pallas_kernels.ops import BASE_SLOT, Implementation
 
 
 @jax.tree_util.register_dataclass

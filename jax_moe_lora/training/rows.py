@@ -11,7 +11,7 @@ import numpy as np
 
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.data import Dataset, Example
-from pallas_kernels import BASE_SLOT
+from pallas_kernels.ops import BASE_SLOT
 
 Row = tuple[Example, ...]
 

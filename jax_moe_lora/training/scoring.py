@@ -17,7 +17,7 @@ from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import masked
 from jax_moe_lora.training.loss import token_losses
 from jax_moe_lora.training.spec import AdapterSpec
-from pallas_kernels import Implementation
+from pallas_kernels.ops import Implementation
 
 Scores = tuple[Float[Array, "B T"], Bool[Array, "B T"]]
 

@@ -23,7 +23,7 @@ from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import Losses, Totals, losses_of, masked
 from jax_moe_lora.training.spec import AdapterSpec
-from pallas_kernels import Implementation
+from pallas_kernels.ops import Implementation
 
 
 @jax.tree_util.register_dataclass

@@ -16,13 +16,13 @@ from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.writing import plan_adapter, write_adapter
 from jax_moe_lora.arguments import sequence, whole
-from jax_moe_lora.checkpoint import load_params, read_model_config
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.hub import local_folder
+from jax_moe_lora.files.hub import local_folder
+from jax_moe_lora.files.tokenizer import Tokenizer
+from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.loading import load_params, read_model_config
 from jax_moe_lora.models.params import ModelParams
-from jax_moe_lora.models.registry import family
 from jax_moe_lora.models.sites import adapter_sites
-from jax_moe_lora.text import Tokenizer
 from jax_moe_lora.training.adapters import init_params, to_adapter
 from jax_moe_lora.training.checkpoint import Checkpoints
 from jax_moe_lora.training.data import Encoder, Lines, read_datasets
@@ -33,7 +33,7 @@ from jax_moe_lora.training.run_folder import CHECKPOINTS, METRICS, MetricsFile, 
 from jax_moe_lora.training.scoring import Evaluation, evaluate, make_scoring
 from jax_moe_lora.training.spec import WRITTEN_AS, check_layout
 from jax_moe_lora.training.step import Metrics, TrainState, init_state, make_step
-from pallas_kernels import Implementation
+from pallas_kernels.ops import Implementation
 
 Source = str | Path | Sequence[Mapping[str, str]]
 """A JSONL file, or the objects of its lines."""

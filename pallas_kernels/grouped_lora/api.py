@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import IMPLEMENTATIONS, Implementation, choose
-from pallas_kernels.grouped_lora import gradients_hopper, hopper, reference, xla
-from pallas_kernels.grouped_lora.pages import LoRAPages
-from pallas_kernels.plan import RoutingPlan
-from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, make_steps
+from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, reference, xla
+from pallas_kernels.lora_steps.api import Adapters, LoRASteps, Shrunk, make_steps
+from pallas_kernels.pages import LoRAPages
+from pallas_kernels.plan.api import RoutingPlan
 
 PageGradients = tuple[Float[Array, "_pages 16 in"], Float[Array, "_pages 16 _out"]]
 
@@ -65,7 +65,7 @@ def shrink(
     if steps is None:
         (steps,) = make_steps(plan, (adapters,))
         assert steps is not None
-    return hopper.shrink_adapters(x, adapters, plan.tiles, steps)
+    return hopper_shrink.shrink_adapters(x, adapters, plan.tiles, steps)
 
 
 def page_gradients(
@@ -106,7 +106,7 @@ def page_gradients(
     if implementation == "hopper":
         of_x, of_dys = shrunk
         given = None if of_x is None else (of_x, tuple(of_dys))
-        return gradients_hopper.page_gradients(x, tuple(dys), adapters, plan, share, given)
+        return hopper_gradients.page_gradients(x, tuple(dys), adapters, plan, share, given)
     backend = _GRADIENTS["reference" if implementation == "reference" else "xla"]
     return [
         None if pages is None else backend(x, dy, pages, plan, share) for dy, pages in zip(dys, adapters, strict=True)

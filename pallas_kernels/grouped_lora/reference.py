@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_lora.pages import RANK_PAGE, LoRAPages
-from pallas_kernels.plan import RoutingPlan, row_experts, row_slots
+from pallas_kernels.pages import RANK_PAGE, LoRAPages
+from pallas_kernels.plan.api import RoutingPlan, row_experts, row_slots
 
 
 def grouped_lora(

@@ -9,11 +9,11 @@ from jaxtyping import Array, Float
 from pallas_kernels.activations import Activation, gated_unit
 from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
 from pallas_kernels.grouped_lora.api import grouped_lora
-from pallas_kernels.grouped_lora.pages import LoRAPages
-from pallas_kernels.grouped_matmul import fused, fused_portable, reference, xla
-from pallas_kernels.mosaic import ROW_ALIGNMENT
-from pallas_kernels.plan import RoutingPlan
-from pallas_kernels.steps import Adapters, LoRASteps, Shrunk, make_steps
+from pallas_kernels.grouped_matmul import hopper, portable, reference, xla
+from pallas_kernels.hopper.ring import ROW_ALIGNMENT
+from pallas_kernels.lora_steps.api import Adapters, LoRASteps, Shrunk, make_steps
+from pallas_kernels.pages import LoRAPages
+from pallas_kernels.plan.api import RoutingPlan
 
 _MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
 
@@ -61,9 +61,9 @@ def grouped_matmul(
         return jnp.zeros((plan.order.shape[0], several[0].shape[1]), dtype)
     picked = _pick(x, several, plan, pages, dtype, implementation)
     if picked == "hopper":
-        return fused.grouped_matmul(x, several, plan, of_tokens, pages, activation, steps, biases=own_biases)[0]
+        return hopper.grouped_matmul(x, several, plan, of_tokens, pages, activation, steps, biases=own_biases)[0]
     if picked == "portable":
-        return fused_portable.grouped_matmul(x, several, plan, of_tokens, pages, activation, biases=own_biases)
+        return portable.grouped_matmul(x, several, plan, of_tokens, pages, activation, biases=own_biases)
     row_index = plan.token if of_tokens else None
     products = _products(picked, x, several, plan, own_biases, pages, row_index)
     return (products[0] if len(products) == 1 else gated_unit(activation, *products)).astype(dtype)
@@ -90,12 +90,12 @@ def gated_products(
         return (jnp.zeros((plan.order.shape[0], weights[0].shape[1]), x.dtype),) * 3
     picked = _pick(x, weights, plan, pages, x.dtype, implementation)
     if picked == "hopper":
-        return fused.grouped_matmul(  # type: ignore[return-value]
+        return hopper.grouped_matmul(  # type: ignore[return-value]
             x, weights, plan, False, pages, activation, steps, biases=own_biases, keep=True
         )
     if picked == "portable":
         gate, up = (
-            fused_portable.grouped_matmul(x, (weight,), plan, False, (own,), activation, biases=(bias,))
+            portable.grouped_matmul(x, (weight,), plan, False, (own,), activation, biases=(bias,))
             for weight, bias, own in zip(weights, own_biases, pages, strict=True)
         )
     else:
@@ -138,7 +138,7 @@ def input_gradient(
         return jnp.zeros((plan.order.shape[0], several[0].shape[2]), dtype)
     picked = _pick(dys[0], several, plan, pages, dtype, implementation)
     if picked == "hopper":
-        return fused.input_gradient(tuple(dys), several, plan, pages, tuple(shrunk) or (None,) * len(several))
+        return hopper.input_gradient(tuple(dys), several, plan, pages, tuple(shrunk) or (None,) * len(several))
     if picked == "portable":
         if implementation is not None:
             raise UnsupportedImplementation("portable has no transposed form; use implementation='xla' or None.")
@@ -180,7 +180,7 @@ def _pick(
     if implementation is None:
         if picked == "hopper" and plan.alignment % ROW_ALIGNMENT:
             return "xla"
-        if picked == "portable" and not fused_portable.reads(plan):
+        if picked == "portable" and not portable.reads(plan):
             return "xla"
     return picked
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.plan import RoutingPlan, row_experts
+from pallas_kernels.plan.api import RoutingPlan, row_experts
 
 
 def grouped_matmul(

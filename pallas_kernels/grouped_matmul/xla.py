@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dot import batched_matmul, batched_matmul_t, outer
-from pallas_kernels.plan import RoutingPlan
-from pallas_kernels.tiles import over_tiles, window
+from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.xla.dot import batched_matmul, batched_matmul_t, outer
+from pallas_kernels.xla.tile_loop import over_tiles, window
 
 
 def grouped_matmul(

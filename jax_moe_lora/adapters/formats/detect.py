@@ -13,7 +13,7 @@ from jax_moe_lora.adapters.formats.tinker import SGLANG, TINKER
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, TRTLLM, share_sides
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.safetensors_io import TensorFile, open_tensors, unchanged
+from jax_moe_lora.files.safetensors_io import TensorFile, open_tensors, unchanged
 
 STACKS = (TINKER, SGLANG, TRTLLM)
 LAYOUTS = (WRAPPERS, PER_EXPERT, *STACKS)

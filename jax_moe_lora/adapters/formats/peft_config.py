@@ -11,7 +11,7 @@ from jax_moe_lora.adapters.formats import config_fields
 from jax_moe_lora.adapters.formats.config_fields import Malformed, shown
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.safetensors_io import read_json
+from jax_moe_lora.files.safetensors_io import read_json
 
 CONFIG = "adapter_config.json"
 # Every field of peft 0.21's LoraConfig is used by `PeftConfig`, harmless (below), or refused where it is set.

@@ -21,7 +21,7 @@ from jax_moe_lora.adapters.formats.names import TRTLLM_PARTS
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.tinker import stacks
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.safetensors_io import read_json
+from jax_moe_lora.files.safetensors_io import read_json
 
 SIDECAR = "lora_layout.json"
 TRTLLM = stacks("TensorRT-LLM", TRTLLM_PARTS)

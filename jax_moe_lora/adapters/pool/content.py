@@ -8,7 +8,7 @@ from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS
 from jax_moe_lora.adapters.formats.peft_config import CONFIG
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.safetensors_io import Stamp, open_regular, stamp_of
+from jax_moe_lora.files.safetensors_io import Stamp, open_regular, stamp_of
 
 Stamps = dict[str, Stamp]
 

@@ -24,7 +24,7 @@ from jax_moe_lora.adapters.pool.content import Version, stamps, version
 from jax_moe_lora.adapters.pool.registry import Entry, Registry, Source
 from jax_moe_lora.adapters.pool.status import AdapterInfo, AdapterStatus
 from jax_moe_lora.errors import AdapterFormatError, AdapterInUseError, AdapterNameError, BankFullError
-from pallas_kernels import BASE_SLOT
+from pallas_kernels.ops import BASE_SLOT
 
 Result = TypeVar("Result")
 Read = Callable[[Path, str], LoRAAdapter]

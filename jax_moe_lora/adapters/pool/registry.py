@@ -14,7 +14,7 @@ from typing import Literal
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool.content import Version
 from jax_moe_lora.errors import AdapterNameError
-from pallas_kernels import BASE_SLOT
+from pallas_kernels.ops import BASE_SLOT
 
 BASE_NAMES = (None, "__base__")
 State = Literal["registered", "loading", "ready", "failed"]

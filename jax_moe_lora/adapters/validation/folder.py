@@ -20,7 +20,7 @@ from jax_moe_lora.adapters.validation.finding import Finding, finding_of
 from jax_moe_lora.adapters.validation.hints import hints
 from jax_moe_lora.adapters.validation.values import CheckedTensors
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.safetensors_io import TensorFile
+from jax_moe_lora.files.safetensors_io import TensorFile
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.validation.bank_rules import all_finite, not_finite
 from jax_moe_lora.adapters.validation.finding import Finding
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.safetensors_io import TensorFile
+from jax_moe_lora.files.safetensors_io import TensorFile
 
 # Matrices start at a root mean square of about 1 / sqrt(width), and training moves it by less than this.
 ABSURD = 10.0

@@ -1,0 +1,183 @@
+"""`jax-moe-lora bench` and `tune`: the routed layer, over named shapes, adapters and token counts."""
+
+import os
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jax_moe_lora.errors import InputError
+from pallas_kernels.ops import UnsupportedImplementation, choose
+from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
+
+if TYPE_CHECKING:
+    from jax_moe_lora.benchmark.ceilings import Ceilings
+
+VLLM = "vllm-0.33.0-triton"  # as the peers' CSV calls it
+PEERS = ("ragged_dot", "tokamax", "torch_grouped_mm", "transformers_peft")
+
+
+def bench(
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(LAYERS)}; repeat for more.")] = None,
+    adapters: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ADAPTERS)}; repeat for more.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeat for more.", min=1)] = None,
+    routing: Annotated[str, typer.Option(help="uniform, zipf, or quarter (of the experts are hit).")] = "uniform",
+    slots: Annotated[str, typer.Option(help="uniform, one (for all tokens), or half-base.")] = "uniform",
+    implementation: Annotated[str | None, typer.Option(help="A backend by name; the best one if not given.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Time it too: of {', '.join(PEERS)}; repeat.")] = None,
+    method: Annotated[str, typer.Option(help="loop, queue, or both (twice the compilations): the smaller.")] = "both",
+    repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
+    out: Annotated[Path | None, typer.Option(help="Writes OUT.csv and OUT.json, and OUT.png with --plot.")] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep", help="Keep the other cells that OUT.json has. Several runs with one OUT may go together."
+        ),
+    ] = False,
+    peers: Annotated[Path | None, typer.Option(help="CSV with these columns, to compare with.")] = None,
+    plot: Annotated[bool, typer.Option("--plot", help="Needs the plots extra.")] = False,
+) -> None:
+    """Time the layer with adapters: from x, router weights and expert ids to y, beside its floor.
+
+    A cell that fails is named in the table and in OUT.json, the others are measured, and the exit code is 1. Runs that
+    --keep one OUT compile beside each other and take turns on the GPU.
+    """
+    from jax_moe_lora.benchmark import plots, report
+    from jax_moe_lora.benchmark.ceilings import measure_ceilings
+    from jax_moe_lora.benchmark.peers import find_peers
+    from jax_moe_lora.benchmark.sweep import Cells, Ours, in_turn, sweep
+
+    _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
+    known = report.read_peers(peers) if peers else {}
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    turns = out.parent if out and keep else None
+    with in_turn(turns):  # of what another run may be writing, and of the ceilings
+        if keep and out:
+            report.read_kept(out.with_suffix(".json"))  # refused before the work
+        head = report.about([])
+    names = adapters or ["none", "s8r16"]
+    others = find_peers(peer or [], names, lambda said: sys.stderr.write(f"{said}\n"))
+    head["versions"] |= report.versions(*(package for other in others for package in other.packages))
+    cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
+    rows: list[dict[str, Any]] = []
+    all_rows: list[dict[str, Any]] = []
+    engines = [Ours(implementation), *others]  # type: ignore[arg-type]
+    limits = partial(_ceilings, out) if out and keep else measure_ceilings
+    for row in sweep(cells, engines, repeats, method, turns, limits):  # type: ignore[arg-type]
+        rows.append(row)
+        sys.stderr.write(f"{row}\n")
+        if out is not None:  # after each row: a sweep that is cut off keeps what it has
+            all_rows = _write(out, rows, head, keep)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(_table(rows, known))
+    for line in report.summary(rows, known, VLLM):
+        console.print(line)
+    if plot and out is not None:
+        alike = [row for row in all_rows if (row["routing"], row["slots"]) == (routing, slots)]
+        title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"
+        plots.save_roofline(alike, title, out.with_suffix(".png"))
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+
+
+def _ceilings(out: Path) -> "Ceilings":
+    """Those of the rows that OUT.json has, for one file has one; this run's where there are none yet."""
+    from jax_moe_lora.benchmark import report
+    from jax_moe_lora.benchmark.ceilings import measure_ceilings
+
+    return report.read_kept(out.with_suffix(".json")).ceilings or measure_ceilings()
+
+
+def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bool) -> list[dict[str, Any]]:
+    """OUT.csv and OUT.json with these rows, and with `keep` the others that are there by now; returns all."""
+    from jax_moe_lora.benchmark import report
+
+    old, commands, ceilings = report.read_kept(out.with_suffix(".json")) if keep else ([], [], None)
+    if ceilings:
+        head = head | {"ceilings": asdict(ceilings)}
+    if len(rows) == 1 or not keep:  # else this run's command is among those that were read
+        commands = [*commands, typed()]
+    all_rows = report.merge(old, rows)
+    out.with_suffix(".csv").write_text(report.write_csv(all_rows))
+    out.with_suffix(".json").write_text(report.write_json(all_rows, head | {"commands": commands}))
+    return all_rows
+
+
+def _check(
+    out: Path | None, need_out: dict[str, bool], method: str, peers: Path | None, implementation: str | None
+) -> None:
+    """Refuses options that cannot be, before the work."""
+    for name, given in need_out.items():
+        if given and out is None:
+            raise InputError(f"--{name} came without --out; give the name that the files start with.")
+    if method not in ("both", "loop", "queue"):
+        raise InputError(f"--method is {method!r}; expected both, loop or queue.")
+    if peers is not None and not peers.is_file():
+        raise InputError(f"There is no file {peers}; give a CSV with the columns of bench's own.")
+    try:
+        choose(implementation)
+    except UnsupportedImplementation as error:
+        raise InputError(str(error)) from error
+
+
+def _table(rows: list[dict[str, Any]], known: Any) -> Table:
+    """`times as fast`: the best peer's time over ours."""
+    from jax_moe_lora.benchmark.report import peers_of
+
+    table = Table(
+        "shape",
+        "adapters",
+        "tokens",
+        "engine",
+        "us",
+        "floor",
+        "of floor",
+        "error",
+        title="One layer",
+    )
+    for title in ("best peer", "its us", "times as fast"):
+        table.add_column(title)
+    for row in rows:
+        cells = [row["shape"], row["adapters"], row["tokens"], row["engine"]]
+        if "error" in row:
+            table.add_row(*map(str, cells), "failed", "", "", row["error"])
+            continue
+        cells += [row["layer_us"], row["floor_us"], f"{row['floor_us'] / row['layer_us']:.2f}", f"{row['rel_err']:.1e}"]
+        if peers := peers_of(row, known):
+            best = min(peers, key=lambda name: peers[name])
+            cells += [best, peers[best], f"{peers[best] / row['layer_us']:.2f}"]
+        table.add_row(*map(str, cells))
+    return table
+
+
+def tune(
+    out: Annotated[Path, typer.Option(help="The tuned file; entries of other cells that it has are kept.")],
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(LAYERS)}; repeat for more.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeat for more.", min=1)] = None,
+    adapters: Annotated[list[str] | None, typer.Option(help="All of them count alike; repeat for more.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
+    tiles_only: Annotated[bool, typer.Option("--tiles-only", help="Only rows a tile: half the time.")] = False,
+) -> None:
+    """Find configs of the kernels that are faster on this GPU than the heuristic's; each is checked, then timed."""
+    from jax_moe_lora.benchmark.tune import tune as tune_cells
+
+    table = Table("shape", "tokens", "gate_up, down", "us", "heuristic's", "gain", title="Tuned configs")
+    cells = shape or ["qwen3-30b-a3b"], tokens or list(TOKENS), adapters or ["none", "s8r16"]
+    tell = lambda said: sys.stderr.write(f"{said}\n")  # noqa: E731
+    for row in tune_cells(*cells, repeats, tiles_only, out, typed(), tell):
+        times = [", ".join(map(str, row[name].values())) for name in ("us", "heuristic_us")]
+        table.add_row(row["shape"], str(row["tokens"]), str(row["best"]), *times, f"{row['gain']:.1%}")
+        tell({**row, "best": str(row["best"])})
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def typed() -> str:
+    """What was typed, without the folders of the machine that it was typed on."""
+    words = [word.split("=") for word in sys.argv[1:]]
+    return " ".join(["jax-moe-lora", *("=".join(Path(p).name if os.sep in p else p for p in word) for word in words)])

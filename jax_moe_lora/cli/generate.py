@@ -1,0 +1,126 @@
+"""Requests of the command line: read from JSONL, run in mixed batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.safetensors_io import parse_json
+from jax_moe_lora.serving.model import Model
+from jax_moe_lora.serving.requests import Request
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request uses where its line does not say."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line: a prompt, its adapter, and how to sample. `where` is what errors call it."""
+
+    where: str
+    prompt: str
+    adapter: str | None
+    options: dict[str, Any]
+
+
+def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaults: Defaults) -> list[Job]:
+    """The jobs of a JSONL file, or of prompts that all use one adapter.
+
+    Raises:
+      InputError: neither or both forms, a file that cannot be read, or a bad line, by its number.
+    """
+    if (file is None) == (not prompts):
+        raise InputError("Give either --requests FILE.jsonl or at least one --prompt.")
+    if file is None:
+        return [Job(f"--prompt {n}", prompt, use, asdict(defaults)) for n, prompt in enumerate(prompts, 1)]
+    if use is not None:
+        raise InputError("--use goes with --prompt; in --requests each line names its own adapter.")
+    try:
+        lines = file.read_bytes().decode("utf-8").split("\n")  # splitlines would also split at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+    jobs = [_job(f"{file}, line {number}", line, defaults) for number, line in enumerate(lines, 1) if line.strip()]
+    if not jobs:
+        raise InputError(f"{file} holds no requests.")
+    return jobs
+
+
+def _job(where: str, line: str, defaults: Defaults) -> Job:
+    raw = parse_json(line, where, InputError)
+    if not isinstance(raw.get("prompt"), str):
+        raise InputError(
+            f'{where} has no "prompt" text; expected an object such as {{"prompt": "...", "adapter": "sql"}}.'
+        )
+    adapter = raw.get("adapter")
+    if adapter is not None and not isinstance(adapter, str):
+        raise InputError(f"{where} has adapter {adapter!r}; expected a name or null.")
+    options = asdict(defaults)
+    unknown = set(raw) - {"prompt", "adapter"} - set(options)
+    if unknown:
+        raise InputError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, adapter, {', '.join(options)}.")
+    for name, default in options.items():
+        value = raw.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else int | float):
+            raise InputError(f"{where} has {name} {value!r}; expected a number like {default}.")
+        options[name] = value
+    return Job(where, raw["prompt"], adapter, options)
+
+
+def load_model(
+    model: str, adapters: Sequence[str], jobs: Sequence[Job], dtype: str, max_rank: int, adapter_memory: str
+) -> Model:
+    """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before loading."""
+    named: dict[str, str] = {}
+    for entry in adapters:
+        name, equals, folder = entry.partition("=")
+        if not (name and equals and folder):
+            raise InputError(f"--adapter {entry!r} is not NAME=DIR.")
+        if name in named:
+            raise InputError(f"--adapter {name!r} is given twice.")
+        named[name] = folder
+    missing = {job.adapter for job in jobs} - set(named) - {None, "__base__"}
+    if missing:
+        raise InputError(
+            f"Requests use adapters that are not given: {', '.join(sorted(map(str, missing)))}; add --adapter NAME=DIR."
+        )
+    served = Model.from_pretrained(
+        model, dtype=dtype, max_adapters=max(1, len(named)), max_rank=max_rank, adapter_memory=adapter_memory
+    )
+    for name, folder in named.items():
+        served.load_adapter(folder, adapter_name=name)
+    return served
+
+
+def run_jobs(model: Model, jobs: Sequence[Job], batch_size: int, progress: bool = False) -> Iterator[dict[str, Any]]:
+    """The answers in the order of the jobs; requests of nearby lengths run together, whatever their adapters are.
+
+    Raises:
+      InputError: a request that the model cannot answer, by its line; nothing has run then.
+    """
+    requests = [Request.make(j.where, j.prompt, model.tokenizer.encode, model.config, **j.options) for j in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: len(requests[index].token_ids))
+    answers: dict[int, dict[str, Any]] = {}
+    for begin in range(0, len(order), batch_size):
+        some = order[begin : begin + batch_size]
+        batch = [jobs[index] for index in some]
+        options: dict[str, Any] = {name: [job.options[name] for job in batch] for name in batch[0].options}
+        prompts = [requests[index].token_ids for index in some]
+        outs = model.generate(prompts, [j.adapter for j in batch], progress=progress, **options)
+        for index, job, out in zip(some, batch, outs, strict=True):
+            answers[index] = {
+                "prompt": job.prompt,
+                "adapter": job.adapter,
+                "text": out.text,
+                "finish_reason": out.finish_reason,
+                "tokens": len(out.token_ids),
+            }
+    return (answers[index] for index in range(len(jobs)))

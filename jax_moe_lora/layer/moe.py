@@ -1,0 +1,140 @@
+"""The pure layer: a Mixture-of-Experts layer whose rows each use their own LoRA adapter."""
+
+from collections.abc import Mapping
+from typing import get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.layer.linear import dense_plan, lora_linear
+from jax_moe_lora.layer.routing import route, token_slots
+from pallas_kernels.ops import (
+    Activation,
+    Implementation,
+    LoRAPages,
+    choose_for,
+    make_plan,
+)
+from pallas_kernels.routed_experts import api as expert_layer
+from pallas_kernels.routed_experts.weights import ExpertWeights
+
+LayerAdapters = Mapping[str, LoRAPages]
+"""One layer's view of a bank: module name -> its pages. A module that is missing has no adapters."""
+
+EXPERT_MODULES = ("gate", "up", "down")
+
+
+def moe_lora(
+    x: Float[Array, "T D"],
+    router: Float[Array, "E D"],
+    experts: ExpertWeights,
+    config: MoEConfig,
+    adapters: LayerAdapters | None = None,
+    slots: Int[Array, "T"] | None = None,
+    *,
+    request_lengths: Int[Array, "N"] | None = None,
+    request_slots: Int[Array, "N"] | None = None,
+    router_bias: Float[Array, "E"] | None = None,
+    row_mask: Bool[Array, "T"] | None = None,
+    scores: Float[Array, "T E"] | None = None,
+    implementation: Implementation | None = None,
+    remat: bool = False,
+) -> Float[Array, "T D"]:
+    """Routes each token to its top-k experts and applies them with the token's own adapter.
+
+    With expert e in a token's top-k, router weight p_e, slot s, and
+    `lin(W, A, B; x) = x W[e]^T + c (x A[s,e]^T) B[s,e]^T`: `y = sum_e p_e * lin(down; act(lin(gate; x)) * lin(up; x))`.
+
+    Args:
+      x: `[T, D]`, float32, bfloat16 or float16. router: `[E, D]`. experts: all experts' weights.
+      config: sizes, router and activation (static).
+      adapters: the layer's adapters, from `AdapterBank.layer`; None serves the base model.
+      slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none; or, per request,
+        request_lengths and request_slots: int32 `[N]`.
+      router_bias: `[E]`, as in `routing.route`. row_mask: `[T]`, False for padding: such rows are
+        multiplied with no expert and give zeros.
+      scores: what `router_scores` gives for these arguments, where the caller has it already.
+      implementation: a backend of the grouped ops by name, or None for the best available.
+      remat: for gradients: multiply gate and up again in the backward pass, in place of keeping both products.
+
+    Returns:
+      `[T, D]` in x's dtype. A base row has the bits of `adapters=None`; a row's bits do not depend on other rows'
+      adapters.
+
+    Raises:
+      InputError: both forms of slots, half of one, or shapes that disagree with the config.
+    """
+    _check_shapes(x, router, experts, config)
+    slot_of_token = token_slots(x.shape[0], slots, request_lengths, request_slots)
+    if scores is None:
+        scores = router_scores(x, router, adapters, slot_of_token, implementation)
+    weights, chosen = route(scores, config, router_bias)
+    if row_mask is not None:
+        chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
+        weights = jnp.where(row_mask[:, None], weights, 0.0)  # padding may hold NaN, and NaN times zero is NaN
+    return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation, remat)
+
+
+def router_scores(
+    x: Float[Array, "T D"],
+    router: Float[Array, "E D"],
+    adapters: LayerAdapters | None = None,
+    slots: Int[Array, "T"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "T E"]:
+    """The router's float32 scores with each token's own adapter; arguments as in `moe_lora`."""
+    pages = (adapters or {}).get("router")
+    plan = None if pages is None else dense_plan(token_slots(x.shape[0], slots), pages.scale.shape[0])
+    return lora_linear(x, router, None, pages, plan, implementation)
+
+
+def routed_experts(
+    x: Float[Array, "T D"],
+    weights: Float[Array, "T K"],
+    chosen: Int[Array, "T K"],
+    experts: ExpertWeights,
+    config: MoEConfig,
+    adapters: LayerAdapters | None = None,
+    slots: Int[Array, "T"] | None = None,
+    implementation: Implementation | None = None,
+    remat: bool = False,
+) -> Float[Array, "T D"]:
+    """The layer after its router: each token through its chosen experts, weighted and summed.
+
+    Args:
+      weights: float32 `[T, K]`, router weights. chosen: int32 `[T, K]`; an id outside `0 .. E-1` is skipped.
+      adapters: float32 pages beside 16-bit rows are rounded to these, and their gradients are float32.
+      Others as in `moe_lora`.
+    """
+    if config.activation not in get_args(Activation):
+        raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(get_args(Activation))}.")
+    if x.shape[0] == 0:
+        return x
+    pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
+    choice = choose_for(
+        x,
+        (experts.gate, experts.up, experts.down),
+        pages.values(),
+        x.dtype,
+        implementation,
+        rounded=True,
+    )
+    num_slots = next((own.scale.shape[0] for own in pages.values()), 0)
+    plan = make_plan(chosen, token_slots(x.shape[0], slots), experts.gate.shape[0], num_slots, choice.picked)
+    return expert_layer.run(x, weights, experts, pages, plan, config.activation, choice.picked, remat)
+
+
+def _check_shapes(x: Array, router: Array, experts: ExpertWeights, config: MoEConfig) -> None:
+    e, d, f = config.num_experts, config.hidden_size, config.expert_width
+    if x.shape[1:] != (d,):
+        raise InputError(f"x has shape {list(x.shape)}; the config expects {['T', d]}.")
+    shapes = {"router": (e, d), "gate": (e, f, d), "up": (e, f, d), "down": (e, d, f)}
+    biases = {"gate_bias": (e, f), "up_bias": (e, f), "down_bias": (e, d)}
+    for name, shape in (shapes | biases).items():
+        array = router if name == "router" else getattr(experts, name)
+        found = "none" if array is None else list(array.shape)
+        expected = "none" if name in biases and not config.expert_bias else list(shape)
+        if found != expected:
+            raise InputError(f"{name} has shape {found}; the config expects {expected}.")

@@ -1,0 +1,97 @@
+"""From router scores to experts and their weights, and from requests to token slots."""
+
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.config import MoEConfig, RouterKind
+from jax_moe_lora.errors import InputError
+from pallas_kernels.ops import BASE_SLOT
+
+
+def route(
+    scores: Float[Array, "T E"], config: MoEConfig, bias: Float[Array, "E"] | None = None
+) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """Chooses each token's experts.
+
+    Args:
+      scores: float32 `[T, E]`, the router's matmul.
+      bias: `[E]`, added to the scores; with `sigmoid_bias` it is for the choice alone and no part of the weights.
+
+    Returns:
+      `(weights float32 [T, K], experts int32 [T, K])`, largest first; of equal scores the lower expert wins.
+    """
+    if bias is not None and config.router != "sigmoid_bias":
+        scores = scores + bias.astype(scores.dtype)[None]
+    if config.router == "softmax_topk":
+        weights, experts = lax.top_k(jax.nn.softmax(scores, axis=-1), config.top_k)
+    elif config.router == "topk_softmax":
+        top, experts = lax.top_k(scores, config.top_k)
+        weights = jax.nn.softmax(top, axis=-1)
+    elif config.router == "sigmoid_bias":
+        sigmoid = jax.nn.sigmoid(scores)
+        _, experts = lax.top_k(sigmoid if bias is None else sigmoid + bias[None], config.top_k)
+        weights = jnp.take_along_axis(sigmoid, experts, axis=-1)
+    else:
+        raise InputError(f"router is {config.router!r}; expected one of {', '.join(get_args(RouterKind))}.")
+    if config.renormalize:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return weights * config.scaling, experts.astype(jnp.int32)
+
+
+def token_slots(
+    num_tokens: int,
+    slots: Int[Array, "T"] | None = None,
+    request_lengths: Int[Array, "N"] | None = None,
+    request_slots: Int[Array, "N"] | None = None,
+) -> Int[Array, "T"]:
+    """The adapter slot of each token, given per token or per request.
+
+    Args:
+      slots: int32 `[T]`, a slot per token; or
+      request_lengths, request_slots: int32 `[N]`, tokens and slot of each request, in order. Tokens past the last
+        request have no adapter. Nothing given at all: no token has one.
+
+    Raises:
+      InputError: both forms, half a form, a wrong shape or dtype, or (where the values are known) lengths that are
+        negative or sum to more than T.
+    """
+    if slots is not None and (request_lengths is not None or request_slots is not None):
+        raise InputError(
+            "slots came together with request_lengths or request_slots; give slots per token or per request."
+        )
+    if (request_lengths is None) != (request_slots is None):
+        given, missing = (
+            ("request_slots", "request_lengths") if request_lengths is None else ("request_lengths", "request_slots")
+        )
+        raise InputError(f"{given} came without {missing}; the per-request form needs both.")
+    if slots is not None:
+        return _check("slots", slots, (num_tokens,))
+    if request_lengths is None or request_slots is None:
+        return jnp.full(num_tokens, BASE_SLOT, jnp.int32)
+    lengths = _check("request_lengths", request_lengths, None)
+    per_request = _check("request_slots", request_slots, lengths.shape)
+    if not isinstance(lengths, jax.core.Tracer):
+        known = np.asarray(lengths)
+        if (known < 0).any() or known.sum() > num_tokens:
+            raise InputError(
+                f"request_lengths are {known.tolist()}; expected none negative and a sum of at most {num_tokens}."
+            )
+    request = jnp.searchsorted(jnp.cumsum(lengths), jnp.arange(num_tokens), side="right")
+    return jnp.append(per_request, BASE_SLOT)[request].astype(jnp.int32)
+
+
+def _check(name: str, values: Int[Array, "N"], shape: tuple[int, ...] | None) -> Int[Array, "N"]:
+    if not isinstance(values, jax.Array):
+        values = np.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise InputError(f"{name} has dtype {values.dtype}; expected integers.")
+    if values.ndim != 1 or (shape is not None and values.shape != shape):
+        raise InputError(f"{name} has shape {list(values.shape)}; expected {list(shape) if shape else '[N]'}.")
+    if values.dtype.itemsize == 8:  # a cast to 32 bits would wrap around, onto another adapter's slot
+        values = values.clip(-1 if jnp.issubdtype(values.dtype, jnp.signedinteger) else 0, 2**31 - 1)
+    return jnp.asarray(values).astype(jnp.int32)

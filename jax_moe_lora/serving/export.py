@@ -1,0 +1,76 @@
+"""The decode step as a file: saved with `jax.export`, run elsewhere without this library.
+
+The exported program takes and returns flat lists of arrays; `Step.inputs` and `Step.outputs` name them. Parameters and
+bank are arguments, so one file serves any adapters that are loaded into a bank of these sizes.
+
+On a GPU: import `jax.experimental.pallas.mosaic_gpu` where the program runs; it tells the kernels where their runtime
+library is. cuDNN's attention is no call that jax keeps stable: run the file with the jax version that wrote it, or
+export a model made with `implementation="xla"`. XLA picks matmul kernels by timing them, so two processes give the same
+bits where they share its choices: `XLA_FLAGS=--xla_gpu_per_fusion_autotune_cache_dir=DIR` in both.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.serving.model import Functional
+
+
+@dataclass(frozen=True)
+class Step:
+    """An exported step.
+
+    Attributes:
+      program: what `jax.export.deserialize` reads; its `call(*arrays)` returns the outputs in order.
+      inputs, outputs: the arrays' names, such as `params.layers[0].mlp.router` and `cache.k[0]`.
+    """
+
+    program: bytes
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def decode_arguments(fn: Functional, cache: Any, tokens: jax.Array, slots: jax.Array) -> list[jax.Array]:
+    """The flat arrays of one decode step, in the order of `Step.inputs`."""
+    return jax.tree.leaves((fn.params, fn.bank, cache, tokens, slots))
+
+
+def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None) -> Step:
+    """Exports the decode step of `model.functional(batch, max_length)`; the cache is donated.
+
+    Args:
+      platforms: of the program, such as `("cuda",)`; that of the running process where None.
+
+    Raises:
+      InputError: flatbuffers, which the format needs, is not installed.
+    """
+    cache = fn.init_cache()
+    batch = cache.lengths.shape[0]
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    named = {"params": fn.params, "bank": fn.bank, "cache": cache, "tokens": rows, "slots": rows}
+    leaves, tree = jax.tree.flatten(tuple(named.values()))
+
+    def flat(*arrays: jax.Array) -> list[jax.Array]:
+        return jax.tree.leaves(fn.decode(*jax.tree.unflatten(tree, arrays)))
+
+    inputs = _names(named)
+    donated = tuple(index for index, name in enumerate(inputs) if name.startswith("cache."))
+    step = jax.jit(flat, donate_argnums=donated)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+    checks = [export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")]
+    exported = export.export(step, platforms=platforms, disabled_checks=checks)(*shapes)
+    try:
+        program = bytes(exported.serialize())
+    except ImportError as error:
+        raise InputError("Exporting needs flatbuffers, which is not installed; install the `export` extra.") from error
+    return Step(program, inputs, (*_names({"cache": cache}), "logits"))
+
+
+def _names(trees: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(
+        name + jax.tree_util.keystr(path) for name, tree in trees.items() for path, _ in jax.tree.leaves_with_path(tree)
+    )

@@ -1,0 +1,332 @@
+"""The surface that most users touch: a checkpoint, adapters by name, and batches that mix them."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jax_moe_lora.adapters.bank import AdapterBank, create_bank
+from jax_moe_lora.adapters.formats.detect import read_adapter
+from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
+from jax_moe_lora.adapters.writing import write_adapter
+from jax_moe_lora.arguments import sequence, whole
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import AdapterInUseError, CheckpointError, InputError
+from jax_moe_lora.files.hub import local_folder
+from jax_moe_lora.files.sizes import parse_bytes
+from jax_moe_lora.files.tokenizer import TextStream, Tokenizer
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.decoder import Cache
+from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.loading import load_params, read_model_config
+from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.serving import programs
+from jax_moe_lora.serving.requests import Batch, Generation, check_tokens, decode_loop, make_requests
+from pallas_kernels.ops import BASE_SLOT, Implementation, UnsupportedImplementation, choose
+
+Result = TypeVar("Result")
+DTYPES = ("float32", "bfloat16", "float16")
+_logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
+
+
+@dataclass(frozen=True)
+class Functional:
+    """The model as data and pure functions, for a user's own `jax.jit`.
+
+    `prefill(params, bank, cache, tokens [B, T], lengths [B], slots [B]) -> (cache, float32 logits [B, V])`;
+    `decode(params, bank, cache, tokens [B], slots [B]) -> (cache, float32 logits [B, V])`. The cache may be donated.
+    """
+
+    params: ModelParams
+    bank: AdapterBank
+    init_cache: Callable[[], Cache]
+    prefill: Callable[..., tuple[Cache, Array]]
+    decode: Callable[..., tuple[Cache, Array]]
+
+
+class Model:
+    """A Mixture-of-Experts model and the adapters that its requests use. Make one with `from_pretrained`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: ModelParams,
+        bank: AdapterBank,
+        folder: Path | None = None,
+        implementation: Implementation | None = None,
+    ):
+        self.config, self.params, self.implementation = config, params, implementation
+        self._folder, self._pool = folder, AdapterPool(bank, self._read_adapter)
+        self._compiled: set[Any] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str = "bfloat16",
+        max_adapters: int = 8,
+        max_rank: int = 64,
+        adapter_memory: int | str = "4GiB",
+        implementation: Implementation | None = None,
+    ) -> "Model":
+        """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
+
+        Args:
+          path: folder with `config.json` and safetensors files. dtype: of weights, cache and adapters.
+          max_adapters, max_rank: adapters loaded at once, and the largest rank among them.
+          adapter_memory: budget of the adapters, such as `"4GiB"`, or bytes; never more than they can use.
+
+        Raises:
+          ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument.
+        """
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        memory = parse_bytes(adapter_memory)
+        max_adapters, max_rank = whole("max_adapters", max_adapters, 1), whole("max_rank", max_rank, 1)
+        folder = local_folder(path)
+        config = read_model_config(folder)
+        _check_implementation(implementation, config, dtype)
+        bank = create_bank(decoder.adapter_sites(config), max_adapters, max_rank, memory, dtype)
+        return cls(config, load_params(folder, config, dtype), bank, folder, implementation)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        if self._folder is None:
+            raise InputError("This model was made without a folder and has no tokenizer; pass token ids.")
+        return Tokenizer(self._folder)
+
+    @cached_property
+    def _has_tokenizer(self) -> bool:
+        """Without one, prompts of token ids are answered with token ids alone."""
+        try:
+            return self.tokenizer is not None
+        except (InputError, CheckpointError):
+            return False
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """The adapters that are in a slot, by name."""
+        return {loaded.name: loaded for loaded in self._pool.loaded()}
+
+    @property
+    def adapter_status(self) -> dict[str, AdapterStatus]:
+        """What every registered adapter is doing, by name."""
+        return self._pool.statuses()
+
+    def load_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> AdapterInfo:
+        """Loads an adapter under a name; it keeps its slot until it is unloaded.
+
+        Nothing recompiles, running requests go on, and a failure leaves everything as it was.
+
+        Args:
+          adapter: a folder in any layout that `read_adapter` knows, or an adapter in memory.
+
+        Raises:
+          AdapterFormatError: the files are not understood or do not fit. AdapterNameError: the name is taken or
+          reserved. BankFullError: no slot or not enough pages are free.
+        """
+        self._pool.register(adapter_name, self._source(adapter), pinned=True)
+        try:
+            self._pool.load(adapter_name)
+            return self.adapters[adapter_name]
+        except BaseException:
+            with suppress(AdapterInUseError):  # interrupted, and the loader goes on
+                self._pool.forget(adapter_name)
+            raise
+
+    def register_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> None:
+        """Makes an adapter known; the first request that names it loads it, and later ones may evict it.
+
+        Any number can be registered. A folder whose content has changed is read again before the next request.
+
+        Raises:
+          AdapterNameError: the name is taken or reserved.
+        """
+        self._pool.register(adapter_name, self._source(adapter))
+
+    def prefetch_adapters(self, adapter_names: Sequence[str]) -> None:
+        """Begins to load registered adapters into slots that nobody uses, and does not wait."""
+        self._pool.prefetch(sequence("adapter_names", adapter_names))
+
+    def pin_adapter(self, adapter_name: str, pinned: bool = True) -> None:
+        """Keeps a registered adapter in its slot once it is there, or lets it be evicted again."""
+        self._pool.pin(adapter_name, pinned)
+
+    def unload_adapter(self, adapter_name: str) -> None:
+        """Forgets an adapter and frees its slot. Raises AdapterInUseError while a running request holds it."""
+        self._pool.forget(adapter_name)
+
+    def save_adapter(
+        self, adapter: str | LoRAAdapter, folder: str | Path, layout: str = "peft", **options: bool
+    ) -> list[str]:
+        """Writes an adapter from memory, or by its name: what its source holds, or the bank where its folder is gone.
+
+        Options (`expand`, `fold_scale`, `force`), what is returned and raised: as `write_adapter`.
+        """
+        if not isinstance(adapter, LoRAAdapter):
+            adapter = self._pool.fetch(adapter)
+        sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
+        return write_adapter(adapter, folder, sites, names, layout, **options)
+
+    def slots(self, adapter_names: Sequence[str | None]) -> Array:
+        """int32 `[B]`: the slots of a batch's adapters, for `functional`."""
+        return jnp.asarray(self._pool.slots(sequence("adapter_names", adapter_names)), jnp.int32)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        adapter_names: Sequence[str | None] | None = None,
+        *,
+        max_new_tokens: int | Sequence[int] = 64,
+        temperature: float | Sequence[float] = 0.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        seed: int | Sequence[int] = 0,
+        callback: Callable[[int, int, str], None] | None = None,
+        progress: bool = False,
+        pad_to: tuple[int, int] | None = None,
+        adapter_errors: Literal["raise", "return"] = "raise",
+    ) -> list[Generation]:
+        """Answers a batch of prompts, each with its own adapter.
+
+        Args:
+          prompts: texts, or token ids. adapter_names: one for each prompt; `None` and `"__base__"` are the base model.
+          max_new_tokens, temperature (0 is greedy), top_k (0 is off), top_p, seed: one value, or one a prompt.
+          callback: called with (prompt's index, token id, new text) as tokens come; the joined texts are the answer.
+            A character of several tokens comes with its last one, the rest of a broken one with the last of all.
+          progress: show a progress bar. pad_to: (batch, prompt tokens) to pad to, instead of the smallest bucket: two
+            batches padded alike run the same program.
+          adapter_errors: what to do about an adapter that cannot be loaded (a corrupt file, say): `raise`, and nobody
+            is answered, or `return`: its requests alone get the `error` and no tokens.
+
+        Raises:
+          InputError: a bad argument or a prompt that is empty or too long. AdapterNameError: an unknown adapter.
+          BankFullError: the batch names more adapters than there are slots that are not pinned.
+        """
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        prompts = sequence("prompts", prompts)
+        requests = make_requests(prompts, self._encode, self.config, **options, seed=seed)
+        names = self._names(adapter_names, len(requests))
+        if not requests:
+            return []
+        batch = Batch.make(requests, pad_to)
+        with self._pool.hold(names) as held:
+            slots, failed = _sort_out(held, adapter_errors)
+            cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)
+            tokens_of = decode_loop(
+                batch,
+                partial(self._run, programs.start, cache),
+                partial(self._run, programs.advance),
+                batch.pad_slots(slots),
+                self.config.eos_token_ids,
+                callback and self._streamer(callback),
+                progress,
+                failed,
+            )
+        return [
+            Generation(self._decode(ids), ids, None if name == "__base__" else name, reason, failed.get(index))
+            for index, ((ids, reason), name) in enumerate(zip(tokens_of, names, strict=True))
+        ]
+
+    def logits(
+        self,
+        token_ids: Sequence[Sequence[int]] | np.ndarray | Array,
+        adapter_names: Sequence[str | None] | None = None,
+        lengths: Sequence[int] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Float32 logits at every position of right-padded prompts.
+
+        Args:
+          token_ids: integers `[B, T]`. lengths: real tokens of each row, T where None; logits past them mean nothing.
+        """
+        tokens, real = check_tokens(token_ids, lengths, self.config)
+        with self._pool.hold(self._names(adapter_names, len(tokens))) as held:
+            slots, _ = _sort_out(held, "raise")
+            arguments = (jnp.asarray(tokens), jnp.asarray(real), jnp.asarray(slots, jnp.int32))
+            return jax.block_until_ready(self._run(_logits, *arguments))
+
+    def functional(self, batch: int, max_length: int) -> Functional:
+        """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each.
+
+        The bank is the one of this moment: after loading or unloading an adapter, take the new one.
+
+        Raises:
+          InputError: a size that is no whole number, or a length that the model has no positions for.
+        """
+        batch = whole("batch", batch, 1)
+        max_length = whole("max_length", max_length, 1, self.config.max_positions)
+        static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
+        return Functional(
+            params=self.params,
+            bank=self._pool.lend(),
+            init_cache=partial(decoder.init_cache, self.config, batch, max_length, self._dtype),
+            prefill=partial(decoder.prefill, **static),
+            decode=partial(decoder.decode, **static),
+        )
+
+    def _run(self, program: Callable[..., Result], *arguments: Any) -> Result:
+        """Starts a program with the bank of this moment; while it is compiled, other requests go on."""
+        call = partial(program, config=self.config, implementation=self.implementation)
+        key = program, jax.tree.structure(arguments), *(x.shape for x in jax.tree.leaves(arguments))
+        start = self._pool.using if key in self._compiled else self._pool.pausing_loads
+        result = start(lambda bank: call(self.params, bank, *arguments))
+        self._compiled.add(key)
+        return result
+
+    def _source(self, adapter: str | Path | LoRAAdapter) -> Path | LoRAAdapter:
+        return adapter if isinstance(adapter, LoRAAdapter) else local_folder(adapter)
+
+    def _read_adapter(self, folder: Path, name: str) -> LoRAAdapter:
+        names = family(self.config.model_type).ADAPTER_NAMES
+        return read_adapter(folder, decoder.adapter_sites(self.config), names, name)
+
+    @property
+    def _dtype(self) -> np.dtype:
+        return self.params.embedding.dtype
+
+    def _names(self, adapter_names: Sequence[str | None] | None, count: int) -> list[str | None]:
+        names = [None] * count if adapter_names is None else list(sequence("adapter_names", adapter_names))
+        if len(names) != count:
+            raise InputError(f"adapter_names has {len(names)} entries for {count} prompts; give one for each.")
+        return names
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids) if self._has_tokenizer else ""
+
+    def _streamer(self, callback: Callable[[int, int, str], None]) -> Callable[[int, int, list[int], bool], None]:
+        texts = TextStream(self._decode)
+
+        def stream(index: int, token: int, so_far: list[int], last: bool) -> None:
+            new_text = texts.take(index, so_far, last)
+            if new_text or token not in self.config.eos_token_ids:
+                callback(index, token, new_text)
+
+        return stream
+
+
+def _sort_out(held: Sequence[int | Exception], adapter_errors: str) -> tuple[list[int], dict[int, Exception]]:
+    """The slot of each request, and by its index why one has none; such a row is a base row that nobody reads."""
+    failed = {index: slot for index, slot in enumerate(held) if isinstance(slot, Exception)}
+    if failed and adapter_errors == "raise":
+        raise next(iter(failed.values()))
+    return [BASE_SLOT if isinstance(slot, Exception) else slot for slot in held], failed
+
+
+def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:
+    """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
+    try:
+        choose(implementation, dtype=dtype, widths=(config.moe.expert_width, config.moe.hidden_size))
+    except UnsupportedImplementation as error:
+        raise InputError(str(error)) from error

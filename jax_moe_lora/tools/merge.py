@@ -1,0 +1,140 @@
+"""An adapter merged into a copy of its base checkpoint, tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
+from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.adapters.validation.bank_rules import check_adapter
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import CheckpointError, ConfigError, InputError
+from jax_moe_lora.files.folders import whole_folder
+from jax_moe_lora.files.safetensors_io import DTYPES, TensorFile, read_json
+from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
+from jax_moe_lora.files.sizes import parse_bytes
+from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.loading import INDEX, SINGLE, checked_files, read_model_config
+from jax_moe_lora.models.names import projection_tensors
+from jax_moe_lora.models.sites import adapter_sites
+
+DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Weights in other forms, which would still be those of the base model.
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".gguf",
+    ".onnx",
+)
+
+
+def merge_adapter(
+    adapter: LoRAAdapter,
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    force: bool = False,
+) -> None:
+    """Writes a checkpoint whose weights are the base model's plus the adapter's update: `W + scale * B @ A`.
+
+    One tensor is in memory at a time. Sums are float32's, cast once. The other files of the folder (config, tokenizer,
+    licence) are copied, but for weights in other forms.
+
+    Args:
+      model: folder of the base checkpoint, which is not changed. dtype: of all tensors; each keeps its own where None.
+      max_shard_size: of a shard's tensors, such as `"5GB"`, or bytes; a larger tensor has a shard to itself.
+      force: replace `out`, if it holds a model.
+
+    Raises:
+      AdapterFormatError: the adapter does not fit the model. ConfigError, CheckpointError: the base checkpoint is not
+      read, or a merged weight is not finite in its dtype, by name. InputError: a bad argument, or `out` exists.
+    """
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
+    limit, model = parse_bytes(max_shard_size), Path(model)
+    config = read_model_config(model)
+    check_adapter(adapter, adapter_sites(config), MAX_RANK, np.dtype(np.float32))
+    with ExitStack() as opened:
+        files, deltas = checked_files(model, config, opened), _deltas(config, adapter)
+        planned = {
+            name: Planned(DTYPES[DTYPE_NAMES[dtype] if dtype else file.infos[name].dtype], file.infos[name].shape)
+            for name, file in files.items()
+        }
+        with whole_folder(out, "config.json", force) as partial:
+            for shard, names in (shards := _shards(planned, limit)).items():
+                write_tensors(
+                    partial / shard,
+                    {name: planned[name] for name in names},
+                    lambda name: _merged(name, files[name], planned[name].dtype, deltas.get(name)),
+                )
+            if len(shards) > 1:
+                _write_index(partial, shards, sum(tensor.nbytes for tensor in planned.values()))
+            _copy_others(model, partial, dtype)
+            opened.close()  # refuses a shard that was written to meanwhile, before the folder appears
+
+
+def _write_index(folder: Path, shards: Mapping[str, list[str]], total_size: int) -> None:
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(planned: Mapping[str, Planned], limit: int) -> dict[str, list[str]]:
+    """Shard -> its tensors, in the order of the base checkpoint's files, so that each is read once from end to end."""
+    groups: list[list[str]] = []
+    room = 0
+    for name, tensor in planned.items():
+        if not groups or tensor.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    return {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
+
+
+def _deltas(config: ModelConfig, adapter: LoRAAdapter) -> dict[str, Callable[[], np.ndarray]]:
+    """Checkpoint tensor -> what makes its update, float32 `[out, in]`."""
+    tensors = projection_tensors(config, family(config.model_type).ADAPTER_NAMES)
+
+    def delta(key: tuple[int, str], expert: int) -> Callable[[], np.ndarray]:
+        return lambda: adapter.weights[key].delta(expert)
+
+    return {
+        tensors[key][expert]: delta(key, int(expert))
+        for key, weights in adapter.weights.items()
+        for expert in np.flatnonzero(weights.ranks)
+    }
+
+
+def _merged(name: str, file: TensorFile, dtype: np.dtype, delta: Callable[[], np.ndarray] | None) -> np.ndarray:
+    """A tensor of the base checkpoint, updated and cast."""
+    base = file.get_tensor(name)
+    with np.errstate(over="ignore"):
+        merged = base if delta is None else base.astype(np.float32) + delta()
+        merged = merged.astype(dtype, copy=False)
+    if not np.isfinite(merged).all():
+        raise CheckpointError(f"{name} of {file.path.parent} with the adapter is not finite in {merged.dtype}.")
+    return merged
+
+
+def _copy_others(model: Path, partial: Path, dtype: str | None) -> None:
+    for path in sorted(model.iterdir()):
+        if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and not path.name.startswith("."):
+            shutil.copyfile(path, partial / path.name)
+    if dtype is not None:  # by which transformers loads it
+        raw = read_json(model / "config.json", ConfigError)
+        name = "torch_dtype" if "torch_dtype" in raw else "dtype"
+        (partial / "config.json").write_text(json.dumps(raw | {name: dtype}, indent=2) + "\n", encoding="utf-8")

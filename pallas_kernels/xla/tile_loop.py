@@ -1,0 +1,74 @@
+"""The loop over tiles that the XLA backends share."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.plan.api import Tiles
+
+# Tiles a step. A CPU gains nothing from batching and would copy the weights; a GPU's time is the number of kernels, so
+# it takes many, and the bound keeps the gathered weights small (`bench.py` compares).
+CPU_CHUNK, GPU_CHUNK = 1, 64
+
+TileFunction = Callable[
+    [Int[Array, "chunk"], Int[Array, "chunk size"], Float[Array, "chunk size N"]], Float[Array, "chunk size N"]
+]
+
+
+def over_tiles(tiles: Tiles, out: Float[Array, "P N"], tile_rows: TileFunction) -> Float[Array, "P N"]:
+    """Replaces the rows of each tile by `tile_rows(tile indices, sorted row ids, old rows)`; others keep their bits.
+
+    The trip count follows the tiles in use, so the cost follows the routed rows and not the table's bound.
+    """
+    if tiles.expert.shape[0] == 0:
+        return out
+    return lax.platform_dependent(
+        out,
+        cpu=partial(_one_by_one, tiles, tile_rows),
+        default=partial(_in_chunks, tiles, tile_rows, min(GPU_CHUNK, tiles.expert.shape[0])),
+    )
+
+
+def _one_by_one(tiles: Tiles, tile_rows: TileFunction, out: Float[Array, "P N"]) -> Float[Array, "P N"]:
+    size = tiles.size
+    last = out.shape[0] - size
+
+    def step(index, out):
+        # The window may begin before the tile where it would pass the end; the mask keeps its neighbours' rows.
+        start = jnp.minimum(tiles.start[index], last)
+        rows = start + jnp.arange(size, dtype=jnp.int32)
+        mine = (rows >= tiles.start[index]) & (rows < tiles.start[index] + tiles.rows[index])
+        old = lax.dynamic_slice_in_dim(out, start, size)
+        new = tile_rows(index[None], rows[None], old[None])[0]
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], new, old), start, 0)
+
+    return lax.fori_loop(0, tiles.count.reshape(-1)[0], step, out)
+
+
+def _in_chunks(tiles: Tiles, tile_rows: TileFunction, chunk: int, out: Float[Array, "P N"]) -> Float[Array, "P N"]:
+    total, bound = out.shape[0], tiles.expert.shape[0]
+    within = jnp.arange(tiles.size, dtype=jnp.int32)[None, :]
+
+    def step(number, out):
+        index = number * chunk + jnp.arange(chunk, dtype=jnp.int32)
+        live = index < bound
+        index = jnp.minimum(index, bound - 1)
+        mine = live[:, None] & (within < tiles.rows[index][:, None])
+        rows = jnp.minimum(tiles.start[index][:, None] + within, total - 1)
+        new = tile_rows(index, rows, out[rows])
+        return out.at[jnp.where(mine, rows, total)].set(new, mode="drop")
+
+    return lax.fori_loop(0, -(-tiles.count.reshape(-1)[0] // chunk), step, out)
+
+
+def window(tiles: Tiles, index: Int[Array, ""], *arrays: Float[Array, "Q _width"]) -> tuple[Array, ...]:
+    """A tile's expert, and its `tiles.size` rows of each array: zeros where it has fewer rows."""
+    last = arrays[0].shape[0] - tiles.size
+    start = jnp.clip(tiles.start[index], 0, last)
+    rows = start + jnp.arange(tiles.size, dtype=jnp.int32)
+    mine = (rows >= tiles.start[index]) & (rows < tiles.start[index] + tiles.rows[index])
+    own = [lax.dynamic_slice_in_dim(array, start, tiles.size) for array in arrays]
+    return tiles.expert[index], *(jnp.where(mine[:, None], rows, 0) for rows in own)

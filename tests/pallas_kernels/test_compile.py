@@ -1,0 +1,84 @@
+"""Kernels and whole decode steps, compiled on any machine, with the CUDA 13 and the CUDA 12 packages.
+
+The Hopper kernels become SASS for sm_90a, the portable ones for a GPU of each generation from sm_80 on.
+"""
+
+import json
+import os
+import subprocess
+
+import pytest
+from support import ROOT
+
+
+@pytest.mark.slow
+# The older compiler and the other GPUs see a part of the kernels.
+@pytest.mark.parametrize(("cuda", "words", "least"), [("cuda13", (), 20), ("cuda12", ("matmul", "gated=True"), 5)])
+def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(cuda, words, least):
+    assert compile_all(cuda, "hopper", "h200", *words) > least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cuda", "gpu", "words", "least"),
+    [("cuda13", "a100", (), 12)]
+    + [("cuda13", gpu, ("64",), 4) for gpu in ("l40s", "h200", "b200", "rtx6000pro")]
+    + [("cuda12", gpu, ("matmul 64", "lora=True"), 1) for gpu in ("a100", "h200")],
+)
+def test_portable_kernels_compile_without_spills(cuda, gpu, words, least):
+    assert compile_all(cuda, "portable", gpu, *words) > least
+
+
+def run_script(name: str, *arguments: str, cuda: str = "cuda13") -> list[dict]:
+    """The lines of JSON that a script prints, in the environment that compiles for GPUs."""
+    python = ROOT / f".venv-{cuda}" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"make .venv-{cuda}/full.stamp")
+    result = subprocess.run(
+        [python, ROOT / "tests" / "support" / name, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+
+
+def compile_all(cuda: str, backend: str, gpu: str, *words: str) -> int:
+    """Compiles kernels of these words in a process of its own and returns how many; each must be free of spills."""
+    lines = run_script("compile_kernels.py", backend, gpu, *words, cuda=cuda)
+    kernels = 0
+    for line in lines:
+        assert line["error"] is None, line
+        said = "\n".join(line["ptxas"])
+        kernels += "registers" in said
+        assert "C7510" not in said, f"{line['name']}: wgmma is serialized"
+        assert "C7511" not in said, f"{line['name']}: wgmma is serialized"
+        for report in line["ptxas"]:
+            if "spill stores" in report:
+                assert " 0 bytes spill stores, 0 bytes spill loads" in report, line
+    return kernels
+
+
+@pytest.mark.slow
+def test_a_decode_step_is_one_cuda_graph_whatever_adapters_are_on():
+    """Nothing is launched outside it, and no loop or branch waits for the host."""
+    lines = run_script("compile_decode.py")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["graphs"] == 1, line
+        assert line["outside"] == {}, line
+        assert not {"kWhile", "kConditional"} & line["inside"].keys(), line
+        assert line["donated"], line
+
+
+@pytest.mark.slow
+def test_the_layer_takes_the_rows_and_one_activation_and_little_else():
+    """No copy of the weights, no delta, no second array of P x D: the down projection's rows reuse the first one."""
+    lines = run_script("compile_memory.py", "none", "s8r64")
+    assert len(lines) == 2
+    for line in lines:
+        # What adapters add is H, 64 ranks a step: as many steps as the static bound of the slots and ranks.
+        allowed = 1.03 if line["adapters"] == "none" else 1.25
+        assert line["temp"] <= allowed * (line["rows"] + line["activation"]), line
