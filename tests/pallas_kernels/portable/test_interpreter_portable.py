@@ -15,8 +15,9 @@ from jax.interpreters import mlir
 from support.paged import PagedLayer, PagedSpec, draw_layer, replicated
 from test_interpreter import expected
 
+from pallas_kernels import backend
 from pallas_kernels.grouped_matmul import portable
-from pallas_kernels.ops import UnsupportedImplementation, backend, choose, grouped_matmul, make_plan
+from pallas_kernels.ops import UnsupportedImplementation, choose, grouped_matmul, make_plan
 from pallas_kernels.portable.tuning import RESERVED_BYTES, SMEM_BYTES, TILE_ROWS, heuristic, smem_bytes, tile_rows
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
