@@ -1,83 +1,104 @@
-"""The roofline plot of a sweep: what was reached beside what the device allows. Needs the `plots` extra."""
+"""The roofline figure of a sweep: measured times beside those that the device allows. Needs the `plots` extra."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.inspect.plots import COLORS, MARKERS, pyplot
+from jax_moe_lora.inspect.style import Look, looks, pyplot, subplots
+
+Row = dict[str, Any]
 
 
-def save_roofline(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """`roofline` as a PNG at `path`, where no display is needed."""
+def save_roofline(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Writes `roofline` as a PNG; needs no display.
+
+    Args:
+      rows: those of `roofline`.
+      title: that of `roofline`.
+      path: the file.
+    """
     pyplot().switch_backend("Agg")
     figure = roofline(rows, title)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     pyplot().close(figure)
 
 
-def roofline(rows: Sequence[dict[str, Any]], title: str) -> Any:
-    """Microseconds a layer over tokens beside the floor, and the part of the floor's speed; a column a shape.
+def roofline(rows: Sequence[Row], title: str) -> Any:
+    """Time per layer over tokens beside the floor, and the share of the floor's speed reached; a column per shape.
 
     Args:
-      rows: of one routing and slot distribution, as `sweep` yields them; those with an error are left out.
-      title: device and date.
+      rows: rows of one routing and one slot distribution, as `sweep` yields them; rows with an error are left out.
+      title: what was measured: device and date.
 
     Returns:
       The figure.
+
+    Raises:
+      InputError: matplotlib is not installed.
     """
     rows = [row for row in rows if "error" not in row]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    names = list(dict.fromkeys(row["adapters"] for row in rows))
-    engines = list(dict.fromkeys(row["engine"] for row in rows))
-    size = (1.6 + 3.4 * max(len(shapes), 1), 5.6)
-    figure, axes = pyplot().subplots(
-        2, max(len(shapes), 1), figsize=size, squeeze=False, sharex="col", sharey="row", height_ratios=(2, 1)
-    )
-    for column, shape in enumerate(shapes):
-        times, parts = axes[0][column], axes[1][column]
-        for name in names:
-            for engine in engines:
-                cells = [row for row in rows if (row["shape"], row["adapters"], row["engine"]) == (shape, name, engine)]
-                marker = MARKERS[engines.index(engine) % len(MARKERS)]
-                _lines(times, parts, cells, COLORS[names.index(name) % len(COLORS)], marker, engine == engines[0])
-        times.set(title=shape, xscale="log", yscale="log")
-        times.set_xscale("log", base=2)
-        ticks = sorted({row["tokens"] for row in rows if row["shape"] == shape})
-        parts.set(xlabel="tokens", ylim=(0, 1.05), xticks=ticks, xticklabels=[_short(tick) for tick in ticks])
-        parts.minorticks_off()
-        for axis in (times, parts):
-            axis.grid(alpha=0.3, which="major")
-    axes[0][0].set_ylabel("microseconds a layer")
-    axes[1][0].set_ylabel("floor / reached")
-    keys = _keys(names, engines)
+    sets = looks(row["adapters"] for row in rows)
+    engines = looks(row["engine"] for row in rows)
+    columns = max(len(shapes), 1)
+    size = (1.6 + max(3.4 * columns, 5.6), 5.6)
+    figure, axes = subplots(2, columns, figsize=size, squeeze=False, sharex="col", sharey="row", height_ratios=(2, 1))
+    for shape, times, shares in zip(shapes, *axes, strict=False):
+        _column(times, shares, [row for row in rows if row["shape"] == shape], sets, engines)
+        times.set_title(shape)
+    axes[0][0].set_ylabel("µs per layer")
+    axes[1][0].set_ylabel("share of the\nfloor's speed")
+    axes[1][0].set_ylim(0, 1.05 * max([1.0, *(row["floor_us"] / row["layer_us"] for row in rows)]))
+    keys = _keys(sets, engines)
     figure.suptitle(title, fontsize=10)
-    columns = min(len(keys), 2 + 2 * len(shapes))
-    figure.tight_layout(rect=(0, 0.045 * -(-len(keys) // columns), 1, 1))
-    figure.legend(handles=keys, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    most = 2 + 2 * columns
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), most), frameon=False, fontsize=9)
     return figure
 
 
-def _lines(times: Any, parts: Any, cells: list[dict[str, Any]], color: str, marker: str, with_floor: bool) -> None:
+def _column(times: Any, shares: Any, rows: Sequence[Row], sets: dict[str, Look], engines: dict[str, Look]) -> None:
+    """Draws one shape: the times above, the shares of the floor's speed below."""
+    for adapters, (color, marker) in sets.items():
+        for index, (engine, look) in enumerate(engines.items()):
+            cells = [row for row in rows if (row["adapters"], row["engine"]) == (adapters, engine)]
+            _curve(times, shares, cells, color, look.marker if len(engines) > 1 else marker, with_floor=index == 0)
+    ticks = sorted({row["tokens"] for row in rows})
+    times.set_yscale("log")
+    times.set_xscale("log", base=2)
+    shares.axhline(1, color="0.3", ls=":")
+    shares.set(xlabel="tokens in the batch", xticks=ticks, xticklabels=[_short(tick) for tick in ticks])
+    shares.minorticks_off()
+    for axis in (times, shares):
+        axis.grid(alpha=0.3, which="major")
+
+
+def _curve(times: Any, shares: Any, cells: Sequence[Row], color: str, marker: str, *, with_floor: bool) -> None:
+    """Draws one engine with one set of adapters."""
     cells = sorted(cells, key=lambda row: row["tokens"])
     tokens, reached = [row["tokens"] for row in cells], [row["layer_us"] for row in cells]
     floor = [row["floor_us"] for row in cells]
-    times.plot(tokens, reached, color=color, marker=marker, ms=4)
-    parts.plot(tokens, [f / r for f, r in zip(floor, reached, strict=True)], color=color, marker=marker, ms=4)
+    look = {"color": color, "marker": marker, "ms": 4.5, "lw": 1.4}
+    times.plot(tokens, reached, **look)
+    shares.plot(tokens, [f / r for f, r in zip(floor, reached, strict=True)], **look)
     if with_floor:
         times.plot(tokens, floor, color=color, ls=":")
 
 
-def _keys(names: Sequence[str], engines: Sequence[str]) -> list[Any]:
-    """Of the legend: a colour an adapter set, a marker an engine where there are several."""
+def _keys(sets: dict[str, Look], engines: dict[str, Look]) -> list[Any]:
+    """The legend's entries: a colour per set of adapters and, where there are several engines, a marker per engine."""
     from matplotlib.lines import Line2D
 
-    keys = [Line2D([], [], color=COLORS[index % len(COLORS)], label=name) for index, name in enumerate(names)]
+    several = len(engines) > 1
+    keys = [
+        Line2D([], [], color=look.color, marker="" if several else look.marker, ms=4.5, label=name)
+        for name, look in sets.items()
+    ]
     keys.append(Line2D([], [], color="0.3", ls=":", label="floor"))
-    if len(engines) > 1:
-        for engine, marker in zip(engines, MARKERS * len(engines), strict=False):
-            keys.append(Line2D([], [], color="0.3", marker=marker, ms=4, label=engine))
+    if several:
+        keys += [Line2D([], [], color="0.3", marker=look.marker, ms=4.5, label=name) for name, look in engines.items()]
     return keys
 
 
 def _short(tokens: int) -> str:
+    """1024 tokens and their multiples as 1k, 2k, ..."""
     return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)

@@ -1,9 +1,9 @@
-"""Figures of arrays: what `jax_moe_lora.inspect` and a benchmark give. Needs the `plots` extra.
+"""Figures of arrays, such as those that `jax_moe_lora.inspect` and the benchmarks return. Needs the `plots` extra.
 
-Every function takes arrays and returns matplotlib's axes, to which a caller may add. Colours are those of Okabe and Ito
-and of cividis, which colour-blind readers tell apart.
+Every function takes arrays and returns matplotlib's axes, to which a caller may add. `style.py` says how figures look.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,23 +11,11 @@ import numpy as np
 from jaxtyping import Float
 
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.inspect.style import looks, subplots
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "os^Dvx*"
 Names = Sequence[Any]
-
-
-def pyplot() -> Any:
-    """matplotlib's pyplot.
-
-    Raises:
-      InputError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise InputError("Plots need matplotlib; install jax-moe-lora[plots].") from error
-    return pyplot
+MANY_CELLS = 2048  # from here on a heatmap is an image: vector cells would make a large file
+MOST_POINTS = 32  # markers on a curve
 
 
 def heatmaps(
@@ -45,31 +33,42 @@ def heatmaps(
     """Matrices side by side on one colour scale.
 
     Args:
-      panels: name above the panel -> `[N, M]`; NaN leaves a cell empty. rows, columns: names along the axes, N and M.
-      label: what a colour means, with its unit. diverging: zero is white, and the scale symmetric about it.
-      digits: decimals of the numbers that are written into the cells; None writes none.
+      panels: title of the panel -> `[N, M]`; NaN leaves a cell empty.
+      rows: the N names along the vertical axis.
+      columns: the M names along the horizontal axis; where they would overlap, only every second or third is written.
+      title: what the figure shows.
+      label: what a colour means, with its unit.
+      xlabel: what the columns are.
+      ylabel: what the rows are.
+      diverging: zero is white, and the scale is symmetric about it.
+      digits: decimals of the numbers written into the cells; None writes none.
 
     Returns:
       The panels' axes, an array `[panels]`.
+
+    Raises:
+      InputError: a panel is not N x M, or matplotlib is not installed.
     """
     values = {name: np.asarray(array, np.float64) for name, array in panels.items()}
     for name, array in values.items():
         if array.shape != (len(rows), len(columns)):
-            raise InputError(f"{name} is {list(array.shape)}; {len(rows)} rows and {len(columns)} columns are named.")
+            raise InputError(
+                f"Panel {name!r} has shape {list(array.shape)}; expected [{len(rows)}, {len(columns)}], "
+                "the numbers of row and column names."
+            )
     top = max(np.nanmax(np.abs(array) if diverging else array) for array in values.values())
     low = -top if diverging else min(np.nanmin(array) for array in values.values())
-    style = {"cmap": "PuOr_r" if diverging else "cividis", "vmin": low, "vmax": top, "aspect": "auto"}
-    cell = 0.42 if digits is not None else 0.2
+    scale = {"cmap": "PuOr_r" if diverging else "cividis", "vmin": low, "vmax": top}
+    cell = 0.42 if digits is not None else min(0.2, 10 / len(columns))  # inches
     width = max(2.2, cell * len(columns))
     size = (1.6 + len(values) * (width + 0.25), 1.3 + max(0.9, 0.3 * len(rows)))
-    figure, axes = pyplot().subplots(
-        1, len(values), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
+    figure, axes = subplots(1, len(values), figsize=size, squeeze=False, sharex=True, sharey=True)
+    every = math.ceil(0.085 * max(len(str(name)) for name in columns) * len(columns) / width)
     for axis, (name, array) in zip(axes[0], values.items(), strict=True):
-        image = axis.imshow(array, **style)
+        image = _cells(axis, array, scale)
         axis.set_title(name if len(values) > 1 else "", fontsize=10)
         axis.set_xlabel(xlabel)
-        axis.set_xticks(range(len(columns)), columns, fontsize=8)
+        axis.set_xticks(range(0, len(columns), every), [str(name) for name in columns[::every]], fontsize=8)
         axis.set_yticks(range(len(rows)), rows)
         if digits is not None:
             _write(axis, image, array, digits)
@@ -79,8 +78,20 @@ def heatmaps(
     return axes[0]
 
 
+def _cells(axis: Any, values: Float[np.ndarray, "N M"], scale: dict[str, Any]) -> Any:
+    """A coloured cell per value, centred on its row and column number; the first row is on top."""
+    count, width = values.shape
+    many = values.size >= MANY_CELLS
+    lines = {} if many else {"edgecolors": "white", "linewidth": 0.5}
+    mesh = axis.pcolormesh(
+        np.arange(width + 1) - 0.5, np.arange(count + 1) - 0.5, values, rasterized=many, **scale, **lines
+    )
+    axis.set_ylim(count - 0.5, -0.5)
+    return mesh
+
+
 def _write(axis: Any, image: Any, values: Float[np.ndarray, "N M"], digits: int) -> None:
-    """The numbers of a heatmap, in black on light cells and in white on dark ones."""
+    """Writes the numbers into a heatmap: black on light cells, white on dark ones."""
     for (row, column), value in np.ndenumerate(values):
         if np.isnan(value):
             continue
@@ -106,18 +117,30 @@ def lines(
     """Curves over one x.
 
     Args:
-      x: `[N]`. series: name -> `[N]`; NaN leaves a gap. floor: name -> `[N]`, drawn dotted in its series' colour.
-      logx: a base-2 axis with a tick at every x. axes: those to draw into, new ones where None.
+      x: `[N]`.
+      series: name -> `[N]`; NaN leaves a gap. Colour and marker follow from the name.
+      title: what the figure shows.
+      xlabel: what x is, with its unit.
+      ylabel: what the curves are, with their unit.
+      floor: name of a series -> `[N]`, drawn as a dotted line in that series' colour.
+      logx: the horizontal axis is logarithmic to base 2, with a tick at every x.
+      logy: the vertical axis is logarithmic.
+      axes: the axes to draw into; None makes new ones.
+
+    Returns:
+      The axes.
+
+    Raises:
+      InputError: matplotlib is not installed.
     """
     if axes is None:
-        _, axes = pyplot().subplots(figsize=(7.2, 3.4), layout="constrained")
+        _, axes = subplots(figsize=(7.2, 3.4))
     x = np.asarray(x)
-    points = {"ms": 4} if len(x) <= 32 else {"marker": "", "lw": 1.4}
-    for index, (name, values) in enumerate(series.items()):
-        look: dict[str, Any] = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
-        axes.plot(x, values, label=name, **look | points)
+    for name, (color, marker) in looks(series).items():
+        look = {"color": color, "marker": marker, "ms": 4.5, "lw": 1.4, "markevery": math.ceil(len(x) / MOST_POINTS)}
+        axes.plot(x, series[name], label=name, **look)
         if floor and name in floor:
-            axes.plot(x, floor[name], color=look["color"], ls=":")
+            axes.plot(x, floor[name], color=color, ls=":")
     if floor:
         axes.plot([], [], color="0.3", ls=":", label="floor")
     if logx:
@@ -133,10 +156,17 @@ def lines(
 
 
 def expert_load(loads: Mapping[str, Float[np.ndarray, "L E"]], layers: Names | None = None) -> Any:
-    """Layer x expert load of several routings, in per cent of a layer's routed pairs.
+    """Load of each layer's experts under several routings, in per cent of the layer's routed pairs.
 
     Args:
-      loads: name -> `inspect.expert_load`. layers: their numbers, 0 to L-1 where None.
+      loads: title of the panel -> what `inspect.expert_load` returns.
+      layers: the L layers' numbers; None is 0 to L-1.
+
+    Returns:
+      The panels' axes, an array `[panels]`.
+
+    Raises:
+      InputError: the loads differ in shape, or matplotlib is not installed.
     """
     count, experts = next(iter(loads.values())).shape
     return heatmaps(
@@ -147,46 +177,67 @@ def expert_load(loads: Mapping[str, Float[np.ndarray, "L E"]], layers: Names | N
         label="% of routed pairs",
         xlabel="expert",
         ylabel="layer",
-        digits=0,
+        digits=_digits(experts),
     )
 
 
 def coactivation(together: Float[np.ndarray, "L E E"], layers: Names | None = None) -> Any:
-    """How often expert j comes along where expert i is chosen, a panel a layer; the diagonal is left at zero.
+    """How often expert j is chosen together with expert i, a panel per layer; the diagonal is left at zero.
 
     Args:
-      together: `inspect.coactivation`.
+      together: what `inspect.coactivation` returns.
+      layers: the L layers' numbers; None is 0 to L-1.
+
+    Returns:
+      The panels' axes, an array `[L]`.
+
+    Raises:
+      InputError: matplotlib is not installed.
     """
     together = np.asarray(together, np.float64)
     count, experts, _ = together.shape
     chosen = together.diagonal(axis1=1, axis2=2)[:, :, None]
     along = np.where(np.eye(experts, dtype=bool), 0.0, 100 * together / np.where(chosen > 0, chosen, 1.0))
+    numbers = range(count) if layers is None else layers
     return heatmaps(
-        {f"layer {name}": part for name, part in zip(layers or range(count), along, strict=True)},
+        {f"layer {number}": part for number, part in zip(numbers, along, strict=True)},
         range(experts),
         range(experts),
-        title="Experts that are chosen together",
+        title="Experts chosen together",
         label="% of the tokens of i that also choose j",
         xlabel="expert j",
         ylabel="expert i",
-        digits=0,
+        digits=_digits(experts),
     )
+
+
+def _digits(experts: int) -> int | None:
+    """Whole numbers in the cells while these are few enough to be read."""
+    return 0 if experts <= 32 else None
 
 
 def parity(
     relative: Mapping[str, Float[np.ndarray, "N"]], probes: Names, tolerance: Mapping[str, float], axes: Any = None
 ) -> Any:
-    """Relative Frobenius errors of probes, a colour a dtype; a line is what the dtype's rounding explains.
+    """Relative Frobenius errors of probes, a colour per dtype; a dotted line is the dtype's tolerance.
 
     Args:
-      relative: dtype -> `[N]`; what is below 1e-9 is drawn there. probes: the N names. tolerance: dtype -> limit.
+      relative: dtype -> `[N]`; errors below 1e-9 are drawn at 1e-9.
+      probes: the N names.
+      tolerance: dtype -> largest error that its rounding explains.
+      axes: the axes to draw into; None makes new ones.
+
+    Returns:
+      The axes.
+
+    Raises:
+      InputError: matplotlib is not installed.
     """
     if axes is None:
-        _, axes = pyplot().subplots(figsize=(7.2, 0.9 + 0.27 * len(probes)), layout="constrained")
+        _, axes = subplots(figsize=(7.2, 0.9 + 0.27 * len(probes)))
     rows = np.arange(len(probes))
-    for index, (dtype, errors) in enumerate(relative.items()):
-        color = COLORS[index % len(COLORS)]
-        axes.plot(np.maximum(errors, 1e-9), rows, ls="", marker=MARKERS[index], color=color, label=dtype)
+    for dtype, (color, marker) in looks(relative).items():
+        axes.plot(np.maximum(relative[dtype], 1e-9), rows, ls="", marker=marker, color=color, label=dtype)
         axes.axvline(tolerance[dtype], color=color, ls=":")
     axes.plot([], [], color="0.3", ls=":", label="tolerance")
     axes.set(xscale="log", xlabel="relative Frobenius error", title="Error against the float32 reference, by probe")
