@@ -1,10 +1,9 @@
 """Measures every combination of shape, adapters, tokens and engine, a row each; what fails is a row too."""
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import jax
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import Method, compile_layer, floor_us, own_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
+from jax_moe_lora.files.locks import locked_folder
 from pallas_kernels.ops import Implementation
 from pallas_kernels.specs import ADAPTERS
 
@@ -111,15 +111,8 @@ def sweep(
 @contextmanager
 def in_turn(folder: Path | None) -> Iterator[None]:
     """Waits until no other process or thread is in here with this folder; None is no wait."""
-    if folder is None:
+    with locked_folder(folder, wait=True) if folder else nullcontext():
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _guarded(future: "Future[Measure]", repeats: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`jax-moe-lora` and its commands. Exit code 2 and one sentence on bad input."""
 
 import json
-import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,8 @@ from jax_moe_lora.cli.bench_model import bench_model
 from jax_moe_lora.cli.bench_train import bench_train
 from jax_moe_lora.cli.convert import convert, merge
 from jax_moe_lora.cli.train import train
-from jax_moe_lora.errors import InputError, JaxMoELoRAError
+from jax_moe_lora.errors import JaxMoELoRAError
+from jax_moe_lora.files.folders import check_writable, whole_file
 from jax_moe_lora.files.sizes import format_bytes
 from pallas_kernels.hopper.tuning import TunedFileError
 
@@ -65,7 +65,7 @@ def demo(
     console.print(f"Compilations while mixing, unloading and loading again: {report.summary['compilations']}")
     console.print(f"Tokens per second: {report.summary['tokens_per_second']}")
     if json_file is not None:
-        write_atomically(json_file, json.dumps(report.summary, indent=2) + "\n")
+        whole_file(json_file, json.dumps(report.summary, indent=2) + "\n")
 
 
 @app.command()
@@ -100,7 +100,7 @@ def generate(
     if out is None:
         sys.stdout.write(text)
     else:
-        write_atomically(out, text)
+        whole_file(out, text)
 
 
 @app.command()
@@ -166,29 +166,6 @@ def validate(
         sys.stdout.write(f"{adapter}{layout}: {len(report.errors)} errors, {warnings} warnings\n")
     if report.errors:
         raise typer.Exit(1)
-
-
-def check_writable(path: Path | None) -> None:
-    """Refuses a file that cannot be written, before the work whose result it is to hold."""
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: there is no folder {path.parent}.")
-    if path.is_dir():
-        raise InputError(f"{path} cannot be written: it is a folder; name a file.")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be written: the folder {path.parent} takes no new files.")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def _ranges(numbers: list[int]) -> str:

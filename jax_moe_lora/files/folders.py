@@ -1,7 +1,6 @@
-"""Folders that appear whole or not at all, whatever happens while they are written."""
+"""Folders and files that appear whole or not at all, whatever happens while they are written."""
 
 import ctypes
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.locks import LockedError, locked_folder
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
@@ -29,58 +29,106 @@ def whole_folder(out: str | Path, marker: str, force: bool = False) -> Iterator[
     """
     out = Path(os.path.abspath(out))
     partial, replaced = (out.with_name(f".{out.name}.{what}") for what in ("partial", "replaced"))
-    try:
+    with writing_to(out):
         _put_back(out, replaced)
         _check(out, marker, force)
-        lock = _claim(partial, out)
-        try:
-            yield partial
-            _sync(partial)
-            _move(partial, out, replaced)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)  # gone already, the old `out`, or what was left unfinished
-            os.close(lock)
+        partial.mkdir(exist_ok=True)
+        with _claimed(partial, out):
+            _empty(partial)
+            try:
+                yield partial
+                _sync(partial)
+                _move(partial, out, replaced)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)  # gone already, the old `out`, or what was left unfinished
         _sync_entry(out.parent)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
+
+
+def whole_file(path: Path, content: str | bytes) -> None:
+    """Writes a file, which has the new content once all of it is on disk, and the old one until then.
+
+    Args:
+      path: the file, which is replaced if it exists.
+      content: bytes, or text that is written as UTF-8.
+
+    Raises:
+      InputError: the system refuses to write.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing_to(path):
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            _sync_entry(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def writing_to(path: Path, *kinds: type[Exception], advice: str = "") -> Iterator[None]:
+    """Turns the system's refusals to write, such as a full disk, into one sentence.
+
+    Args:
+      path: the file or folder that the sentence names.
+      kinds: exceptions that mean the same as an `OSError`.
+      advice: what to do, the end of the sentence.
+
+    Raises:
+      InputError: in place of each of those exceptions.
+    """
+    try:
+        yield
+    except (OSError, *kinds) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written: {problem}{advice and f'; {advice}'}.") from error
+
+
+def check_parent(path: Path) -> None:
+    """Raises an `InputError` if the folder that `path` would be written in does not exist."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: there is no folder {path.parent}.")
+
+
+def check_writable(path: Path | None) -> None:
+    """Raises an `InputError` if a file cannot be written, before the work whose result it is to hold."""
+    if path is None:
+        return
+    check_parent(path)
+    if path.is_dir():
+        raise InputError(f"{path} cannot be written: it is a folder; name a file.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path} cannot be written: the folder {path.parent} takes no new files.")
 
 
 def _check(out: Path, marker: str, force: bool) -> None:
-    if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written: there is no folder {out.parent}.")
+    check_parent(out)
     if not os.path.lexists(out):
         return
     if not force:
         raise InputError(f"{out} exists; name a new folder, or replace it with force (--force).")
     if out.is_symlink() or not out.is_dir():
         raise InputError(f"{out} is no folder, and force replaces folders alone; name another.")
-    held = sorted(out.iterdir())
-    if held and not (out / marker).is_file():
+    entries = sorted(out.iterdir())
+    if entries and not (out / marker).is_file():
         raise InputError(f"{out} holds no {marker}, and force replaces only a folder that does; name another.")
-    if inner := next((path for path in held if path.is_dir()), None):
+    if inner := next((path for path in entries if path.is_dir()), None):
         raise InputError(f"{out} holds the folder {inner.name}, which force never deletes; name another.")
 
 
-def _claim(partial: Path, out: Path) -> int:
-    """The folder, empty, and a lock on it that dies with this process: what is not locked is a crash's leftover."""
-    partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+@contextmanager
+def _claimed(partial: Path, out: Path) -> Iterator[None]:
+    """Holds a lock on the folder that dies with this process: what is not locked is a crash's leftover."""
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = not (partial.exists() and os.path.samestat(os.stat(partial), os.fstat(lock)))
-        except BlockingIOError:
-            taken = True
-        except OSError:  # some network file systems have no locks; there two processes are not told apart
-            taken = False
-        if taken:
-            raise InputError(f"{out} is being written by another process; wait for it, or name another folder.")
-        for entry in partial.iterdir():
-            entry.unlink()
-        return lock
-    except BaseException:
-        os.close(lock)
-        raise
+        with locked_folder(partial):
+            yield
+    except LockedError as error:
+        raise InputError(f"{out} is being written by another process; wait for it, or name another folder.") from error
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        entry.unlink()
 
 
 def _sync(folder: Path) -> None:

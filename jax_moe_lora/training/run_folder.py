@@ -1,6 +1,5 @@
 """The folder of a run: one process writes it at a time, and what it says of its steps agrees with its checkpoint."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -9,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.folders import check_parent, whole_file, writing_to
+from jax_moe_lora.files.locks import LockedError, locked_folder
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 
 
 def check_out(out: Path, resume: bool) -> None:
     """Raises an `InputError` where a run cannot begin in this folder, or be resumed from it."""
-    if not out.parent.is_dir():
-        raise InputError(f"{out} cannot be written: there is no folder {out.parent}.")
+    check_parent(out)
     if not os.path.lexists(out):
         return
     if not resume:
@@ -35,22 +35,14 @@ def run_folder(out: Path, resume: bool) -> Iterator[Path]:
       InputError: as `check_out`; another process trains there; the system refuses to write.
     """
     check_out(out, resume)
-    try:
+    with writing_to(out):
         out.mkdir(exist_ok=resume)
         (out / CHECKPOINTS).mkdir(exist_ok=True)
-        lock = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror or error}.") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{out} is being written by another run; wait for it, or name another folder.") from error
-        except OSError:  # some network file systems have no locks; there two processes are not told apart
-            pass
-        yield out
-    finally:
-        os.close(lock)
+        with locked_folder(out):
+            yield out
+    except LockedError as error:
+        raise InputError(f"{out} is being written by another run; wait for it, or name another folder.") from error
 
 
 class MetricsFile:
@@ -58,9 +50,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int):
         kept = [line for line in _lines(path) if _step_of(line) <= step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(path)
+        whole_file(path, b"".join(kept))
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsFile":

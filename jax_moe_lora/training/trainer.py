@@ -3,8 +3,7 @@
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.writing import plan_adapter, write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.folders import writing_to
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.models.families.registry import family
@@ -41,6 +41,7 @@ Source = str | Path | Sequence[Mapping[str, str]]
 LOG_EVERY = 10  # steps
 DTYPES = ("float32", "bfloat16")
 RESERVED = (CHECKPOINTS, METRICS, "__base__")  # names that an adapter cannot have
+RESUME = "once it can, go on with --resume"
 EMPTY: Mapping[str, Any] = {}
 
 
@@ -223,7 +224,7 @@ class Trainer:
         out, save_every = Path(out), whole("save_every", save_every, 1)
         evaluate_every = self.steps if evaluate_every is None else whole("evaluate_every", evaluate_every, 1)
         settings = self.settings()
-        with _writing(out), run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
+        with writing_to(out, advice=RESUME), run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
             if found := checkpoints.restore(self.state, settings):
                 self.step, self.state = found
             with MetricsFile(out / METRICS, self.step) as metrics:
@@ -236,7 +237,7 @@ class Trainer:
                     if saving or evaluating or self.step % LOG_EVERY == 0:
                         log.write(self.evaluate() if evaluating and self._evaluation else {})
                     if saving:  # after the metrics of the steps before it, which it promises
-                        with _writing(out, ValueError):  # tensorstore's own word for a full disk
+                        with writing_to(out, ValueError, advice=RESUME):  # tensorstore's own word for a full disk
                             checkpoints.save(self.step, self.state, settings)
             return self.write(out, write_as)
 
@@ -246,16 +247,6 @@ class Trainer:
         keys = {name: jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))) for name in self.recipes}
         params = {name: init_params(own.spec, self.sites, keys[name]) for name, own in self.recipes.items()}
         return init_state(params, self._optimizers)
-
-
-@contextmanager
-def _writing(out: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """The system's refusals in one sentence: a full disk, a folder that went away."""
-    try:
-        yield
-    except (OSError, *kinds) as error:
-        problem = getattr(error, "strerror", None) or error
-        raise InputError(f"{out} cannot be written: {problem}; once it can, go on with --resume.") from error
 
 
 def sampled_digest(params: ModelParams) -> str:
