@@ -2,9 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
+
+Side = Literal["a", "b"]
+SIDES: tuple[Side, ...] = get_args(Side)
+EXPERT_MODULES = ("gate", "up", "down")
+"""The projections of the routed experts."""
+SHARED_OUTER: Mapping[str, Side] = {"gate": "a", "up": "a", "down": "b"}
+"""Module -> the side that touches the hidden width, of which the shared-outer layout has one matrix for all experts."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jax_moe_lora.adapters.bank import create_bank
-from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, uniform
+from jax_moe_lora.adapters.lora import SHARED_OUTER, SIDES, LoRAAdapter, LoRAWeights, Site, uniform
 from jax_moe_lora.adapters.pool import AdapterPool
 from jax_moe_lora.benchmark.random_model import DTYPE, sites_of
 from jax_moe_lora.config import ModelConfig
@@ -31,8 +31,6 @@ METHOD = (
     f"steps whose tokens are fetched, as `Model.generate` runs them, median of {STEPS}; under load: of the steps while "
     "another thread loads and unloads without a pause"
 )
-# The side of each module that one matrix serves for all experts.
-SHARED_OUTER = {"gate": "a", "up": "a", "down": "b"}
 
 
 def host_adapter(name: str, sites: dict[str, Site], rank: int, shared: bool) -> LoRAAdapter:
@@ -43,7 +41,7 @@ def host_adapter(name: str, sites: dict[str, Site], rank: int, shared: bool) -> 
         return np.resize(some, shape)
 
     def weights(module: str, site: Site) -> LoRAWeights:
-        count = {side: 1 if shared and SHARED_OUTER[module] == side else site.num_experts for side in "ab"}
+        count = {side: 1 if shared and SHARED_OUTER[module] == side else site.num_experts for side in SIDES}
         a, b = matrix(count["a"], rank, site.in_width), matrix(count["b"], site.out_width, rank)
         return uniform(a, b, 0.01, site.num_experts)
 

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.moe import LayerAdapters
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
-
-MODULES = ("gate", "up", "down")
 
 
 @jax.tree_util.register_dataclass
@@ -132,7 +131,7 @@ def _adapters(e: int, hidden: int, inner: int, lora: AdapterSpec, dtype: str) ->
     each = int(counts.sum()) * e
     # Ranks in use of each page, in the order in which the pages are given out below.
     of_slot = [np.arange(count * RANK_PAGE) < rank for count, rank in zip(counts, ranks, strict=True)]
-    marks = [np.zeros(RANK_PAGE, bool), *[np.tile(own, e) for own in of_slot] * len(MODULES)]
+    marks = [np.zeros(RANK_PAGE, bool), *[np.tile(own, e) for own in of_slot] * len(EXPERT_MODULES)]
     in_use = np.concatenate(marks).reshape(-1, RANK_PAGE)
     pools = {}
     for key, (name, width) in enumerate(widths.items()):
@@ -141,7 +140,7 @@ def _adapters(e: int, hidden: int, inner: int, lora: AdapterSpec, dtype: str) ->
         pools[name] = jnp.where(jnp.asarray(in_use)[:, :, None], pool, 0)
     within = (np.cumsum(counts) - counts)[:, None] * e + np.arange(e)[None] * counts[:, None]
     adapters = {}
-    for index, module in enumerate(MODULES):
+    for index, module in enumerate(EXPERT_MODULES):
         a, b = (pools["in"], pools["out"]) if module != "down" else (pools["out"], pools["in"])
         table = np.zeros((lora.slots, e, 4), np.int32)
         table[..., 0] = table[..., 1] = 1 + index * each + within

@@ -16,11 +16,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import RESERVED, AdapterBank
-from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.adapters.lora import EXPERT_MODULES, Site
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.layer.moe import EXPERT_MODULES
 from jax_moe_lora.models import decoder
 from pallas_kernels.ops import BASE_SLOT, RANK_PAGE
 from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec

@@ -19,7 +19,7 @@ from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.benchmark.report import about
 from jax_moe_lora.benchmark.sweep import THREADS, Measure
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.files.folders import whole_file
+from jax_moe_lora.files.folders import whole_file, writing_to
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper import tuning
 from pallas_kernels.hopper.tuning import Config, Matmul, bucket, deepest, heuristic, why_not
@@ -181,7 +181,8 @@ def tune(
             }
             add_entries(content, base, pairs, best, measured)
             out.parent.mkdir(parents=True, exist_ok=True)
-            whole_file(out, json.dumps(content, indent=1) + "\n")
+            with writing_to(out):
+                whole_file(out, json.dumps(content, indent=1) + "\n")
             yield {"shape": shape, "tokens": count, "best": best, "gain": 1 - cell.score(best, first), **measured}
 
 

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jax_moe_lora.cli.options import write_file
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.files.folders import whole_file
 from pallas_kernels.ops import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
@@ -105,8 +105,8 @@ def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bo
     if len(rows) == 1 or not keep:  # else this run's command is among those that were read
         commands = [*commands, typed()]
     all_rows = report.merge(old, rows)
-    whole_file(out.with_suffix(".csv"), report.write_csv(all_rows))
-    whole_file(out.with_suffix(".json"), report.write_json(all_rows, head | {"commands": commands}))
+    write_file(out.with_suffix(".csv"), report.write_csv(all_rows))
+    write_file(out.with_suffix(".json"), report.write_json(all_rows, head | {"commands": commands}))
     return all_rows
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_moe_lora.cli.bench import typed
-from jax_moe_lora.files.folders import whole_file
+from jax_moe_lora.cli.options import write_file
 
 
 def bench_load(
@@ -30,7 +30,7 @@ def bench_load(
     about = {"model": model, "layers": config.num_layers, "rank": rank, "batch": batch, "context": context}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        whole_file(out.with_suffix(".json"), report.write_json([about | figures], head))
+        write_file(out.with_suffix(".json"), report.write_json([about | figures], head))
     table = Table("", *(column for column in figures["per-expert"]), title=f"{model}, {config.num_layers} layers")
     for name in ("per-expert", "shared-outer"):
         table.add_row(name, *(str(value) for value in figures[name].values()))

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_moe_lora.cli.bench import typed
+from jax_moe_lora.cli.options import write_file
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.files.folders import whole_file
 from pallas_kernels.ops import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS
 
@@ -55,7 +55,7 @@ def bench_model(
         sys.stderr.write(f"{rows[-1]}\n")
         if out is not None:  # after each case: a run that is cut off keeps what it has
             out.parent.mkdir(parents=True, exist_ok=True)
-            whole_file(out.with_suffix(".json"), _json(rows, METHOD))
+            write_file(out.with_suffix(".json"), _json(rows, METHOD))
     columns = ("kind", "batch", "length", "adapters", "ms", "floor_ms", "tokens_per_s", "compile_s", "peak_gb", "error")
     table = Table(*columns, title=f"{model}, {config.num_layers} layers")
     for row in rows:

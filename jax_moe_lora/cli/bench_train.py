@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jax_moe_lora.cli.bench import typed
+from jax_moe_lora.cli.options import write_file
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.files.folders import whole_file
 
 PEFT = "transformers_peft"
 
@@ -59,7 +59,7 @@ def bench_train(
             sys.stderr.write(f"{row}\n")
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                whole_file(out.with_suffix(".json"), report.write_json(rows, head))
+                write_file(out.with_suffix(".json"), report.write_json(rows, head))
     columns = ("engine", "adapters", "ms", "floor_ms", "of_floor", "peak_gb", "compile_s", "error")
     table = Table(*columns, title=f"A training step, {model}, {layers} layers, {batch} x {length} tokens, rank {rank}")
     for row in rows:

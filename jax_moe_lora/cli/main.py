@@ -16,9 +16,10 @@ from jax_moe_lora.cli.bench_load import bench_load
 from jax_moe_lora.cli.bench_model import bench_model
 from jax_moe_lora.cli.bench_train import bench_train
 from jax_moe_lora.cli.convert import convert, merge
+from jax_moe_lora.cli.options import write_file
 from jax_moe_lora.cli.train import train
 from jax_moe_lora.errors import JaxMoELoRAError
-from jax_moe_lora.files.folders import check_writable, whole_file
+from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.sizes import format_bytes
 from pallas_kernels.hopper.tuning import TunedFileError
 
@@ -65,7 +66,7 @@ def demo(
     console.print(f"Compilations while mixing, unloading and loading again: {report.summary['compilations']}")
     console.print(f"Tokens per second: {report.summary['tokens_per_second']}")
     if json_file is not None:
-        whole_file(json_file, json.dumps(report.summary, indent=2) + "\n")
+        write_file(json_file, json.dumps(report.summary, indent=2) + "\n")
 
 
 @app.command()
@@ -100,7 +101,7 @@ def generate(
     if out is None:
         sys.stdout.write(text)
     else:
-        whole_file(out, text)
+        write_file(out, text)
 
 
 @app.command()

@@ -45,24 +45,22 @@ def whole_folder(out: str | Path, marker: str, force: bool = False) -> Iterator[
 
 
 def whole_file(path: Path, content: str | bytes) -> None:
-    """Writes a file, which has the new content once all of it is on disk, and the old one until then.
+    """Writes a file whole or not at all: other processes see the old content or all of the new.
 
     Args:
       path: the file, which is replaced if it exists.
       content: bytes, or text that is written as UTF-8.
 
     Raises:
-      InputError: the system refuses to write.
+      OSError: the system refuses to write; `writing_to` makes a sentence of it.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with writing_to(path):
-        try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
-            _sync_entry(partial)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

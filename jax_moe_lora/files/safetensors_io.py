@@ -13,10 +13,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jax_moe_lora.errors import JaxMoELoRAError
+from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_header import TensorInfo, parse_header
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -24,7 +24,6 @@ MAX_JSON_BYTES = 16 * 2**20
 MAX_JSON_VALUES = 2**20
 # Twice that of 61 layers of 256 experts with three matrices and two sides each, the most that was seen.
 MAX_HEADER_BYTES = 32 * 2**20
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 Stamp = tuple[int, int, int, int]
 
 

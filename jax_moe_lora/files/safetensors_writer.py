@@ -11,14 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.files.safetensors_io import DTYPES
-
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from jax_moe_lora.files.dtypes import SAFETENSORS_NAMES
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written; its dtype is one of `DTYPES`."""
+    """A tensor that will be written; its dtype is one of `dtypes.DTYPES`."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -36,7 +34,7 @@ def write_tensors(path: Path, planned: Mapping[str, Planned], read: Callable[[st
     end = 0
     for name in names:
         begin, end = end, end + planned[name].nbytes
-        dtype = _NAMES[planned[name].dtype]
+        dtype = SAFETENSORS_NAMES[planned[name].dtype]
         header[name] = {"dtype": dtype, "shape": planned[name].shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -6,6 +6,7 @@ from typing import get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
@@ -22,8 +23,6 @@ from pallas_kernels.routed_experts.weights import ExpertWeights
 
 LayerAdapters = Mapping[str, LoRAPages]
 """One layer's view of a bank: module name -> its pages. A module that is missing has no adapters."""
-
-EXPERT_MODULES = ("gate", "up", "down")
 
 
 def moe_lora(

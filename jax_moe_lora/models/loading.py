@@ -12,7 +12,8 @@ import numpy as np
 
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import CheckpointError, ConfigError
-from jax_moe_lora.files.safetensors_io import DTYPES, TensorFile, open_tensors, read_json
+from jax_moe_lora.files.dtypes import DTYPES
+from jax_moe_lora.files.safetensors_io import TensorFile, open_tensors, read_json
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.names import tensor_names, unused_names
 from jax_moe_lora.models.params import ModelParams, abstract_params

@@ -20,6 +20,7 @@ from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import AdapterInUseError, CheckpointError, InputError
+from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.files.tokenizer import TextStream, Tokenizer
@@ -33,7 +34,6 @@ from jax_moe_lora.serving.requests import Batch, Generation, check_tokens, decod
 from pallas_kernels.ops import BASE_SLOT, Implementation, UnsupportedImplementation, choose
 
 Result = TypeVar("Result")
-DTYPES = ("float32", "bfloat16", "float16")
 _logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
 
 
@@ -88,8 +88,7 @@ class Model:
         Raises:
           ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+        check_dtype(dtype)
         memory = parse_bytes(adapter_memory)
         max_adapters, max_rank = whole("max_adapters", max_adapters, 1), whole("max_rank", max_rank, 1)
         folder = local_folder(path)

@@ -12,9 +12,10 @@ from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import CheckpointError, ConfigError, InputError
+from jax_moe_lora.errors import CheckpointError, ConfigError
+from jax_moe_lora.files.dtypes import DTYPES, check_dtype
 from jax_moe_lora.files.folders import whole_folder
-from jax_moe_lora.files.safetensors_io import DTYPES, TensorFile, read_json
+from jax_moe_lora.files.safetensors_io import TensorFile, read_json
 from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.models.families.registry import family
@@ -22,7 +23,6 @@ from jax_moe_lora.models.loading import INDEX, SINGLE, checked_files, read_model
 from jax_moe_lora.models.names import projection_tensors
 from jax_moe_lora.models.sites import adapter_sites
 
-DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Weights in other forms, which would still be those of the base model.
 _OTHER_WEIGHTS = (
     ".safetensors",
@@ -60,15 +60,14 @@ def merge_adapter(
       AdapterFormatError: the adapter does not fit the model. ConfigError, CheckpointError: the base checkpoint is not
       read, or a merged weight is not finite in its dtype, by name. InputError: a bad argument, or `out` exists.
     """
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
+    cast_to = None if dtype is None else check_dtype(dtype)
     limit, model = parse_bytes(max_shard_size), Path(model)
     config = read_model_config(model)
     check_adapter(adapter, adapter_sites(config), MAX_RANK, np.dtype(np.float32))
     with ExitStack() as opened:
         files, deltas = checked_files(model, config, opened), _deltas(config, adapter)
         planned = {
-            name: Planned(DTYPES[DTYPE_NAMES[dtype] if dtype else file.infos[name].dtype], file.infos[name].shape)
+            name: Planned(cast_to or DTYPES[file.infos[name].dtype], file.infos[name].shape)
             for name, file in files.items()
         }
         with whole_folder(out, "config.json", force) as partial:

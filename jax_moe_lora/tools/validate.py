@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.validation.finding import Finding, finding_of
 from jax_moe_lora.adapters.validation.folder import Report, Target, examine
 from jax_moe_lora.arguments import whole
-from jax_moe_lora.errors import CheckpointError, InputError
+from jax_moe_lora.errors import CheckpointError
+from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.loading import read_model_config
 from jax_moe_lora.models.sites import adapter_sites
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def validate(
@@ -44,14 +40,13 @@ def validate_folders(
     adapter_folder: str | Path, model_folder: str | Path, deep: bool, *, max_rank: int, dtype: str
 ) -> Report:
     """As `validate`, with the adapter's layout and the bytes that it takes in a bank."""
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    bank_dtype = check_dtype(dtype)
     max_rank, adapter, problems = whole("max_rank", max_rank, 1), Path(adapter_folder), Problems(keep=True)
     target = None
     with problems:
         config = read_model_config(_existing(Path(model_folder)))
         names = family(config.model_type).ADAPTER_NAMES
-        target = Target(adapter_sites(config), names, max_rank, np.dtype(jax.numpy.dtype(dtype)))
+        target = Target(adapter_sites(config), names, max_rank, bank_dtype)
     report = Report([])
     with problems:
         report = examine(_existing(adapter), target, deep)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_moe_lora.adapters.lora import LoRAAdapter, Site, uniform
+from jax_moe_lora.adapters.lora import EXPERT_MODULES, SHARED_OUTER, SIDES, LoRAAdapter, Site, uniform
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.training.spec import EXPERTS, OUTER, SIDES, AdapterSpec, Layout
+from jax_moe_lora.training.spec import AdapterSpec, Layout
 
 Params = dict[str, Float[Array, "_experts _rows _columns"]]
 
@@ -124,15 +124,15 @@ def _alpha(adapter: LoRAAdapter, ranks: Mapping[str, int], scales: Mapping[str, 
 
 
 def _layout(adapter: LoRAAdapter) -> Layout:
-    held = {(module, side): getattr(w, side) for (_, module), w in adapter.weights.items() for side in ("a", "b")}
-    if any(key in held and len(held[key]) == 1 for key in OUTER):
+    weights = {module: w for (_, module), w in adapter.weights.items()}
+    if any(module in weights and len(getattr(weights[module], side)) == 1 for module, side in SHARED_OUTER.items()):
         return "shared-outer"
-    both = ("gate", "a") in held and ("up", "a") in held
-    return "per-expert" if both and held["gate", "a"] is not held["up", "a"] else "fused"
+    both = "gate" in weights and "up" in weights
+    return "per-expert" if both and weights["gate"].a is not weights["up"].a else "fused"
 
 
 def _error(adapter: LoRAAdapter, layer: int, module: str, problem: str) -> InputError:
     return InputError(
         f"Adapter {adapter.name!r} cannot be trained further: layer {layer}, {module}: {problem}; "
-        f"train a new one, or one whose {', '.join(EXPERTS)} are of one kind."
+        f"train a new one, or one whose {', '.join(EXPERT_MODULES)} are of one kind."
     )

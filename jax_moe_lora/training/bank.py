@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.lora import Site
-from jax_moe_lora.training.spec import SIDES, AdapterSpec, Side
+from jax_moe_lora.adapters.lora import SIDES, Side, Site
+from jax_moe_lora.training.spec import AdapterSpec
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
 
 

@@ -6,19 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from jax_moe_lora.adapters.formats.config_fields import MAX_ALPHA
-from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.adapters.lora import EXPERT_MODULES, SHARED_OUTER, SIDES, Side, Site
 from jax_moe_lora.adapters.writing import LAYOUTS
 from jax_moe_lora.arguments import number, whole
 from jax_moe_lora.errors import InputError
 
 Layout = Literal["fused", "per-expert", "shared-outer"]
 Init = Literal["kaiming", "gaussian"]
-Side = Literal["a", "b"]
-
-SIDES: tuple[Side, ...] = get_args(Side)
-EXPERTS = ("gate", "up", "down")
-# The side that touches the hidden width, as Tinker shares it.
-OUTER = {("gate", "a"), ("up", "a"), ("down", "b")}
 # The name by which `write_adapter` knows a layout.
 WRITTEN_AS: dict[Layout, str] = {"fused": "peft", "per-expert": "peft-per-expert", "shared-outer": "tinker"}
 
@@ -43,7 +37,7 @@ class AdapterSpec:
     rank: int = 16
     alpha: float | None = None
     layout: Layout = "fused"
-    targets: tuple[str, ...] = EXPERTS
+    targets: tuple[str, ...] = EXPERT_MODULES
     rank_stabilised: bool = False
     init: Init = "kaiming"
     ranks: tuple[tuple[str, int], ...] = ()
@@ -69,7 +63,7 @@ class AdapterSpec:
 
     def shape(self, module: str, side: Side, site: Site) -> tuple[int, int, int]:
         """`[E or 1, R, in]` of A, `[E or 1, R, out]` of B: ranks are rows, as in pages, and updates in place."""
-        shared = self.layout == "shared-outer" and (module, side) in OUTER
+        shared = self.layout == "shared-outer" and SHARED_OUTER.get(module) == side
         experts, rank = 1 if shared else site.num_experts, self.rank_of(module)
         return experts, rank, site.in_width if side == "a" else site.out_width
 

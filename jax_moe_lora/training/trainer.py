@@ -16,6 +16,7 @@ from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.writing import plan_adapter, write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.dtypes import TRAINING_NAMES, check_dtype
 from jax_moe_lora.files.folders import writing_to
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.tokenizer import Tokenizer
@@ -39,7 +40,6 @@ Source = str | Path | Sequence[Mapping[str, str]]
 """A JSONL file, or the objects of its lines."""
 
 LOG_EVERY = 10  # steps
-DTYPES = ("float32", "bfloat16")
 RESERVED = (CHECKPOINTS, METRICS, "__base__")  # names that an adapter cannot have
 RESUME = "once it can, go on with --resume"
 EMPTY: Mapping[str, Any] = {}
@@ -275,8 +275,7 @@ def _check_names(data: Mapping[str, Source], evaluation: Mapping[str, Source]) -
 def _check_dtype(dtype: str) -> None:
     if dtype == "float16":
         raise InputError("dtype is 'float16', which has no room for gradients; use bfloat16 or float32.")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    check_dtype(dtype, TRAINING_NAMES)
 
 
 def _parts(batch_size: int, micro_batches: int, adapters: int) -> int:

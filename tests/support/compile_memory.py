@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from support.compile_kernels import array, target  # sets the environment before jax is imported
 
-from jax_moe_lora.benchmark.problem import MODULES, Pooled
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
+from jax_moe_lora.benchmark.problem import Pooled
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.ops import RANK_PAGE
@@ -30,7 +31,7 @@ def pooled(experts: int, hidden: int, inner: int, name: str) -> Pooled | None:
         return None
     count = 1 + 3 * experts * sum(-(-rank // RANK_PAGE) for rank in spec.ranks * (spec.slots // len(spec.ranks)))
     pools = tuple(array((count, RANK_PAGE, width), DTYPE) for width in (hidden, inner))
-    tables = {m: (array((spec.slots, experts, 4)), array((spec.slots, experts), "float32")) for m in MODULES}
+    tables = {m: (array((spec.slots, experts, 4)), array((spec.slots, experts), "float32")) for m in EXPERT_MODULES}
     return Pooled(pools, tables, (("gate", 0, 1), ("up", 0, 1), ("down", 1, 0)), max(spec.ranks))
 
 

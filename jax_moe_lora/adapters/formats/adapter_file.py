@@ -13,8 +13,8 @@ from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.lora import LoRAWeights, Site
 from jax_moe_lora.errors import AdapterFormatError
+from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_header import TensorInfo
-from jax_moe_lora.files.safetensors_io import DTYPES
 
 WEIGHTS = "adapter_model.safetensors"
 DENSE_ONLY = "PEFT, no experts"

@@ -20,8 +20,8 @@ from jax_moe_lora.adapters.writing import peft, stacks
 from jax_moe_lora.adapters.writing.config import Says, settle
 from jax_moe_lora.adapters.writing.draft import Draft, Part
 from jax_moe_lora.errors import AdapterFormatError, InputError
+from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.folders import whole_folder
-from jax_moe_lora.files.safetensors_io import DTYPES
 from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
 
 

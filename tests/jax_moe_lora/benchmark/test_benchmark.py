@@ -12,9 +12,10 @@ import pytest
 import typer
 
 from jax_moe_lora import InputError
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.benchmark import oracle, plots, report, sweep
 from jax_moe_lora.benchmark.peers import PEERS, find_peers
-from jax_moe_lora.benchmark.problem import MODULES, Problem, make_problem
+from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.cli.bench import bench
 from jax_moe_lora.layer import reference
 from pallas_kernels.ops import RANK_PAGE
@@ -31,13 +32,13 @@ def drawn(adapters: str, tokens: int, slots: str = "uniform", routing: str = "un
 
 def by_numpy(problem: Problem, rows: np.ndarray) -> np.ndarray:
     """The rows by the reference's own linear, token by token."""
-    wide = {m: np.asarray(getattr(problem.experts, m).astype(jnp.float32)) for m in MODULES}
+    wide = {m: np.asarray(getattr(problem.experts, m).astype(jnp.float32)) for m in EXPERT_MODULES}
     x, out = np.asarray(problem.x.astype(jnp.float32)), []
     for t in rows:
         slot, total = int(problem.slots[t]), np.zeros(x.shape[1], np.float32)
         for k, expert in enumerate(np.asarray(problem.chosen[t])):
-            own = {m: matrices(problem, m, slot, expert) for m in MODULES} if slot >= 0 else None
-            weights = {m: wide[m][expert][None] for m in MODULES}
+            own = {m: matrices(problem, m, slot, expert) for m in EXPERT_MODULES} if slot >= 0 else None
+            weights = {m: wide[m][expert][None] for m in EXPERT_MODULES}
             gate, up = (reference._linear(x[t], m, 0, weights, own, np.float32) for m in ("gate", "up"))
             hidden = gate / (1 + np.exp(-gate)) * up
             total += float(problem.weights[t, k]) * reference._linear(hidden, "down", 0, weights, own, np.float32)

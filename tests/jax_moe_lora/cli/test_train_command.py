@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -243,7 +244,7 @@ def test_a_refusal_of_the_system_is_one_sentence_and_the_run_goes_on_after_it(tm
     out, sizes = tmp_path / "out", {"batch_size": 1, "sequence_length": 16, "dtype": "float32"}
     trainer = Trainer(MODEL, {"x": LINES[:2]}, steps=3, recipe=Recipe(AdapterSpec(2)), **sizes)
     (out / "checkpoints").mkdir(parents=True)
-    (out / ".metrics.jsonl.partial").symlink_to("/dev/full")
+    (out / f".metrics.jsonl.{os.getpid()}.partial").symlink_to("/dev/full")
     with pytest.raises(InputError, match=r"out cannot be written: No space left on device; once it can, go on"):
         trainer.run(out, resume=True)
     (out / "metrics.jsonl").unlink()

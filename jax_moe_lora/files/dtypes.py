@@ -1,0 +1,32 @@
+"""The dtypes of weights, the one table of them: what files hold, what models and adapter banks compute in."""
+
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from jax_moe_lora.errors import InputError
+
+DTYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2")}
+"""A dtype's name in safetensors files -> the dtype. Other dtypes of the format are refused when they are read."""
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BY_NAME = {dtype.name: dtype for dtype in SAFETENSORS_NAMES}
+NAMES = tuple(_BY_NAME)
+"""The names that callers use: float32, bfloat16, float16."""
+TRAINING_NAMES = ("float32", "bfloat16")
+"""Those of a frozen model that gradients flow through: float16 has too small a range for them."""
+
+
+def check_dtype(dtype: str, names: Sequence[str] = NAMES) -> np.dtype:
+    """The dtype of a name.
+
+    Args:
+      dtype: the name.
+      names: the names that are accepted.
+
+    Raises:
+      InputError: another name.
+    """
+    if dtype not in names:
+        raise InputError(f"dtype is {dtype!r}; expected one of {', '.join(names)}.")
+    return _BY_NAME[str(dtype)]
