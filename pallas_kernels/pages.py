@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass, field, replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels.pytrees import pytree
 
 RANK_PAGE = 16
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class LoRAPages:
     """The adapters of one projection in one layer, for all slots.

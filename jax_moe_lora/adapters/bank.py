@@ -19,11 +19,12 @@ from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
+from pallas_kernels.pytrees import pytree
 
 FREE, RESERVED = -1, -2
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class AdapterBank:
     """Pages of adapter matrices, and the tables that find them. Make one with `create_bank`.
@@ -32,19 +33,31 @@ class AdapterBank:
     layout. Page 0 of each pool is all zeros.
 
     Attributes:
-      pages: width -> `[N, 16, width]`.
-      owner: width -> int32 `[N]`, the slot that holds each page; `FREE`, or `RESERVED` for page 0.
+      pools: the pages of each of `widths`: `[N, 16, width]`.
+      owners: for each pool int32 `[N]`, the slot that holds each page; `FREE`, or `RESERVED` for page 0.
       tables: module -> int32 `[L, S, E, 4]`, as in `LoRAPages.table`, for each layer that has the module.
       scales: module -> float32 `[L, S, E]`.
+      widths: static: the row width of each pool.
       sites: static: the model's projections. max_rank: static: the largest rank that fits.
     """
 
-    pages: dict[int, Float[Array, "_N 16 _width"]]
-    owner: dict[int, Int[Array, "_N"]]
+    pools: tuple[Float[Array, "_N 16 _width"], ...]
+    owners: tuple[Int[Array, "_N"], ...]
     tables: dict[str, Int[Array, "_L S _E 4"]]
     scales: dict[str, Float[Array, "_L S _E"]]
+    widths: tuple[int, ...] = field(metadata={"static": True})
     sites: tuple[tuple[str, Site], ...] = field(metadata={"static": True})
     max_rank: int = field(metadata={"static": True})
+
+    @property
+    def pages(self) -> dict[int, Float[Array, "_N 16 _width"]]:
+        """Width -> its pool."""
+        return dict(zip(self.widths, self.pools, strict=True))
+
+    @property
+    def owner(self) -> dict[int, Int[Array, "_N"]]:
+        """Width -> the slot that holds each page of its pool."""
+        return dict(zip(self.widths, self.owners, strict=True))
 
     @property
     def num_slots(self) -> int:
@@ -52,7 +65,7 @@ class AdapterBank:
 
     @property
     def dtype(self) -> np.dtype:
-        return next(iter(self.pages.values())).dtype
+        return self.pools[0].dtype
 
     @property
     def nbytes(self) -> int:
@@ -61,18 +74,18 @@ class AdapterBank:
 
     def layer(self, layer: int) -> dict[str, LoRAPages]:
         """One layer's adapters by module, for `moe_lora` and `lora_linear`."""
-        pages: dict[str, LoRAPages] = {}
+        pages, layer_pages = self.pages, dict[str, LoRAPages]()
         for module, site, row in self._rows(layer):
-            pools, tables = self.pages, (self.tables[module][row], self.scales[module][row])
-            pages[module] = LoRAPages(pools[site.in_width], pools[site.out_width], *tables, self.max_rank)
-        return pages
+            tables = self.tables[module][row], self.scales[module][row]
+            layer_pages[module] = LoRAPages(pages[site.in_width], pages[site.out_width], *tables, self.max_rank)
+        return layer_pages
 
     def of_layer(self, layer: int) -> "AdapterBank":
         """The same pools with one layer's tables, as layer 0: layers that have the same modules give one tree form."""
         here = self._rows(layer)
         return replace(
             self,
-            owner={},
+            owners=(),
             tables={module: self.tables[module][row : row + 1] for module, _, row in here},
             scales={module: self.scales[module][row : row + 1] for module, _, row in here},
             sites=tuple((module, replace(site, layers=(0,))) for module, site, _ in here),
@@ -93,7 +106,7 @@ class AdapterBank:
     def slot_nbytes(self, slot: int) -> int:
         """Bytes of the pages that a slot holds."""
         return sum(
-            int((np.asarray(self.owner[width]) == slot).sum()) * page_bytes(width, self.dtype) for width in self.pages
+            int((np.asarray(ids) == slot).sum()) * page_bytes(width, self.dtype) for width, ids in self.owner.items()
         )
 
 
@@ -134,14 +147,15 @@ def create_bank(
             f"A bank of {memory} bytes has no room for a page of each kind; give adapter_memory at least {least} bytes."
         )
     bank = AdapterBank(
-        pages={width: jnp.zeros((1 + n, RANK_PAGE, width), dtype) for width, n in sizes.items()},
-        owner={width: jnp.full(1 + n, FREE, jnp.int32).at[0].set(RESERVED) for width, n in sizes.items()},
+        pools=tuple(jnp.zeros((1 + n, RANK_PAGE, width), dtype) for width, n in sizes.items()),
+        owners=tuple(jnp.full(1 + n, FREE, jnp.int32).at[0].set(RESERVED) for n in sizes.values()),
         tables={m: jnp.zeros((len(s.layers), num_slots, s.num_experts, 4), jnp.int32) for m, s in sites.items()},
         scales={m: jnp.zeros((len(s.layers), num_slots, s.num_experts), jnp.float32) for m, s in sites.items()},
+        widths=tuple(sizes),
         sites=tuple(sites.items()),
         max_rank=max_rank,
     )
-    compile_updates(bank.pages.values(), bank.tables, bank.scales, *empty_slot(bank))
+    compile_updates(bank.pools, bank.tables, bank.scales, *empty_slot(bank))
     return bank
 
 
@@ -149,20 +163,18 @@ def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
     """A bank whose `slot` is empty: its rows are base rows at once, its pages are free."""
     check_slot(bank, slot)
     tables, scales = empty_slot(bank)
-    held = {width: np.asarray(ids) for width, ids in bank.owner.items()}
-    owner = {width: jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for width, ids in held.items()}
+    owners = tuple(jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for ids in map(np.asarray, bank.owners))
     new_tables, new_scales = set_slot(*own((bank.tables, bank.scales), donate), int(slot), tables, scales)
-    return replace(bank, owner=owner, tables=new_tables, scales=new_scales)
+    return replace(bank, owners=owners, tables=new_tables, scales=new_scales)
 
 
 def compact(bank: AdapterBank) -> AdapterBank:
     """The same adapters with their pages moved together, so that all free pages lie side by side."""
-    pages, owner, new_id = {}, {}, {}
-    for width, ids in bank.owner.items():
-        held = np.asarray(ids)
-        order = np.concatenate((np.flatnonzero(held != FREE), np.flatnonzero(held == FREE))).astype(np.int32)
-        pages[width] = permute(bank.pages[width], order)
-        owner[width] = jnp.asarray(held[order])
+    pools, owners, new_id = [], [], {}
+    for width, pool, ids in zip(bank.widths, bank.pools, map(np.asarray, bank.owners), strict=True):
+        order = np.concatenate((np.flatnonzero(ids != FREE), np.flatnonzero(ids == FREE))).astype(np.int32)
+        pools.append(permute(pool, order))
+        owners.append(jnp.asarray(ids[order]))
         new_id[width] = np.argsort(order).astype(np.int32)
     tables = {}
     for module, site in bank.sites:
@@ -171,7 +183,8 @@ def compact(bank: AdapterBank) -> AdapterBank:
             table[..., column] = new_id[width][table[..., column]]
         tables[module] = jnp.asarray(table)
     # Nothing is shared with the old bank, so that the new one can be donated.
-    return replace(bank, pages=pages, owner=owner, tables=tables, scales=own(bank.scales, donate=False))
+    scales = own(bank.scales, donate=False)
+    return replace(bank, pools=tuple(pools), owners=tuple(owners), tables=tables, scales=scales)
 
 
 def own(arrays, donate: bool):

@@ -39,10 +39,9 @@ def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = Fa
     """
     placed, insertion = place(bank, slot, prepare(bank, adapter))
     # What was moved together for it is nobody else's.
-    moved = {width for width, pool in placed.pages.items() if pool is not bank.pages[width]}
-    mine = donate or bool(moved)
-    pages, tables, scales = own((placed.pages, placed.tables, placed.scales), mine)
-    placed = replace(placed, pages=pages, tables=tables, scales=scales)
+    moved = any(new is not old for new, old in zip(placed.pools, bank.pools, strict=True))
+    pools, tables, scales = own((placed.pools, placed.tables, placed.scales), donate or moved)
+    placed = replace(placed, pools=pools, tables=tables, scales=scales)
     for chunk in insertion.chunks():
         placed = write(placed, chunk)
     return insertion.publish(placed, donate=True)
@@ -86,7 +85,10 @@ class Chunk:
 def write(bank: AdapterBank, chunk: Chunk) -> AdapterBank:
     """Donates the bank's pool of the chunk's width."""
     update = scatter_columns if chunk.columns else scatter
-    return replace(bank, pages={**bank.pages, chunk.width: update(bank.pages[chunk.width], chunk.rows, chunk.values)})
+    pools = list(bank.pools)
+    index = bank.widths.index(chunk.width)
+    pools[index] = update(pools[index], chunk.rows, chunk.values)
+    return replace(bank, pools=tuple(pools))
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
         pool_rows={width: pools[width].shape[0] * RANK_PAGE for width in first},
         dtype=bank.dtype,
     )
-    return replace(bank, owner={width: jnp.asarray(ids) for width, ids in owner.items()}), insertion
+    return replace(bank, owners=tuple(map(jnp.asarray, owner.values()))), insertion
 
 
 def _full(bank: AdapterBank, prepared: Prepared, owner: Mapping[int, np.ndarray]) -> str:

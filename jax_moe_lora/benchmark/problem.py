@@ -14,11 +14,12 @@ from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.moe import LayerAdapters
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
+from pallas_kernels.pytrees import pytree
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Pooled:
     """A layer's adapters as an argument of a jitted function, each pool once: aliases are seen, as in a bank.

@@ -103,10 +103,11 @@ def random_bank(sites: dict[str, Site], spec: AdapterSpec, dtype: str = DTYPE) -
             own.append(slots)
         tables[module] = np.stack([*first, pages, pages * RANK_PAGE], -1).astype(np.int32)
         scales[module] = np.full(shape, 0.5, np.float32)
-    owner = {width: jnp.asarray(np.concatenate(own), jnp.int32) for width, own in owners.items()}
-    pools = {width: _random_pool(width, ids.shape[0], dtype) for width, ids in owner.items()}
+    owner_of_page = tuple(jnp.asarray(np.concatenate(own), jnp.int32) for own in owners.values())
+    pools = tuple(_random_pool(width, ids.shape[0], dtype) for width, ids in zip(owners, owner_of_page, strict=True))
     tables, scales = jax.tree.map(jnp.asarray, (tables, scales))
-    return AdapterBank(pools, owner, tables, scales, tuple(sites.items()), int(counts.max()) * RANK_PAGE)
+    largest = int(counts.max()) * RANK_PAGE
+    return AdapterBank(pools, owner_of_page, tables, scales, tuple(owners), tuple(sites.items()), largest)
 
 
 def _random_pool(width: int, count: int, dtype: str) -> Float[Array, "N 16 width"]:

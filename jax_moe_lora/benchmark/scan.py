@@ -44,7 +44,7 @@ def scanned_logits(
         layer, tables, scales = xs
         own = replace(
             bank,
-            owner={},
+            owners=(),
             tables={module: table[None] for module, table in tables.items()},
             scales={module: scale[None] for module, scale in scales.items()},
             sites=sites,

@@ -32,13 +32,14 @@ from pallas_kernels.ops import (
     make_plan,
     page_gradients,
 )
+from pallas_kernels.pytrees import pytree
 from pallas_kernels.xla.dot import matmul, matmul_t
 
 MAX_MERGED_BYTES = 2**25  # of a projection's float32 result
 MAX_PACKED_RANKS = 2048  # of all slots: as wide as a projection itself; beyond, most of the packed product is zeros
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class DensePlan:
     """Which adapter each row of a step has.

@@ -11,12 +11,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.config import ModelConfig
+from pallas_kernels.pytrees import pytree
 
 KeyValues = tuple[Float[Array, "B M G hd"], Float[Array, "B M G hd"]]
 """One layer's keys and values."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Cache:
     """Keys and values of a batch.

@@ -19,6 +19,7 @@ from jax_moe_lora.models.cache import KeyValues, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, MoEParams
 from jax_moe_lora.models.rope import rotate
 from pallas_kernels.ops import Implementation
+from pallas_kernels.pytrees import pytree
 
 
 @runtime_checkable
@@ -38,7 +39,7 @@ class Bank(Protocol):
     def of_layer(self, layer: int) -> LayerBank: ...
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Step:
     """What every layer of one step needs beside its weights.

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jax_moe_lora.config import ModelConfig
+from pallas_kernels.pytrees import pytree
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class AttentionParams:
     """q `[H*hd, D]`, k and v `[G*hd, D]`, o `[D, H*hd]`; norms and biases where the family has them.
@@ -31,7 +32,7 @@ class AttentionParams:
     o_bias: Float[Array, "D"] | None = None
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class DenseMLPParams:
     """gate and up `[M, D]`, down `[D, M]`."""
@@ -41,7 +42,7 @@ class DenseMLPParams:
     down: Float[Array, "D M"]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class MoEParams:
     """router `[E, D]`, the experts, and where the family has one the shared expert and its gate `[1, D]`."""
@@ -52,7 +53,7 @@ class MoEParams:
     shared_gate: Float[Array, "1 D"] | None = None
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class LayerParams:
     """Norms `[D]` before attention and before the MLP, which is dense or routed."""
@@ -63,7 +64,7 @@ class LayerParams:
     mlp: DenseMLPParams | MoEParams
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class ModelParams:
     """embedding `[V, D]`; head `[V, D]`, or None where it is the embedding."""

@@ -3,6 +3,9 @@
 The exported program takes and returns flat lists of arrays; `Step.inputs` and `Step.outputs` name them. Parameters and
 bank are arguments, so one file serves any adapters that are loaded into a bank of these sizes.
 
+A user's own functions of a bank or of parameters are exported by `jax.export` itself, which keeps the tree of their
+arguments. A process that reads such a file imports `jax_moe_lora.export` first: it makes the library's types known.
+
 On a GPU: import `jax.experimental.pallas.mosaic_gpu` where the program runs; it tells the kernels where their runtime
 library is. cuDNN's attention is no call that jax keeps stable: run the file with the jax version that wrote it, or
 export a model made with `implementation="xla"`. XLA picks matmul kernels by timing them, so two processes give the same

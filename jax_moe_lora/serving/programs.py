@@ -14,9 +14,10 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from pallas_kernels.ops import Implementation
+from pallas_kernels.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Sampling:
     """How each request of a batch picks its tokens.

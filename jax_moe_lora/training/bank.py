@@ -7,7 +7,6 @@ side by side, in float32. Where they lie follows from the specs alone, so the ta
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -15,9 +14,10 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.lora import SIDES, Side, Site
 from jax_moe_lora.training.spec import AdapterSpec
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
+from pallas_kernels.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class TrainingBank:
     """Pages and tables of every layer. Make one with `training_bank`.

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, field
 
-import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.pytrees import pytree
 
-@jax.tree_util.register_dataclass
+
+@pytree
 @dataclass(frozen=True)
 class Batch:
     """Rows that hold one or several examples each, each example with its own adapter.

@@ -21,9 +21,10 @@ from jax_moe_lora.training.head import head_losses
 from jax_moe_lora.training.loss import load_balancing, slot_sums
 from jax_moe_lora.training.spec import AdapterSpec
 from pallas_kernels.ops import BASE_SLOT, Implementation
+from pallas_kernels.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Losses:
     """What a batch gave, by slot, in the order of the specs; all 0 for an adapter that is not in it.
@@ -40,7 +41,7 @@ class Losses:
     tokens: Float[Array, "S"]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Totals:
     """What the means of a whole batch are divided by, by slot: the sum of weights, and the number of tokens."""

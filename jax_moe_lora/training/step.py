@@ -24,9 +24,10 @@ from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import Losses, Totals, losses_of, masked
 from jax_moe_lora.training.spec import AdapterSpec
 from pallas_kernels.ops import Implementation
+from pallas_kernels.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class TrainState:
     """All that training changes, by adapter.
@@ -40,7 +41,7 @@ class TrainState:
     updates: dict[str, Int[Array, ""]]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Metrics:
     """What a step did, by slot.

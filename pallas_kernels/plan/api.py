@@ -7,7 +7,6 @@ token, P = T*K routed rows, E experts, S adapter slots.
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -17,6 +16,7 @@ from pallas_kernels.hopper.counting import Places, group_start
 from pallas_kernels.hopper.ring import ROW_ALIGNMENT
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs
 from pallas_kernels.portable import tuning as portable_tuning
+from pallas_kernels.pytrees import pytree
 
 BASE_SLOT = -1
 MAX_TILE_ROWS = 128
@@ -25,7 +25,7 @@ READABLE = 64  # entries past the end of `before`
 PAIRWISE = 2048  # pairs up to which ranks by comparing all with all are faster than a sort
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class Tiles:
     """Runs of sorted rows that belong together: `count` tiles of at most `size` rows, the rest of the table empty.
@@ -45,7 +45,7 @@ class Tiles:
     size: int = field(metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class RoutingPlan:
     """Rows sorted by (expert, slot); base rows last within their expert, skipped rows last of all.

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.pytrees import pytree
 
-@jax.tree_util.register_dataclass
+
+@pytree
 @dataclass(frozen=True)
 class ExpertWeights:
     """All routed experts of one layer, each matrix `[out, in]` as checkpoints hold it.

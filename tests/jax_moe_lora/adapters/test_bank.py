@@ -65,11 +65,11 @@ def test_pages_hold_the_matrices_however_they_lie_in_memory(monkeypatch, order):
     """Small chunks, free pages full of NaN, and axes of A and B in any order in memory."""
     monkeypatch.setattr(updates, "CHUNK_BYTES", 24 * 64 * 4)
     empty = bank(slots=2, max_rank=32)
-    pages = {w: jnp.where((empty.owner[w] == -1)[:, None, None], jnp.nan, pool) for w, pool in empty.pages.items()}
+    pools = tuple(jnp.where((empty.owner[w] == -1)[:, None, None], jnp.nan, p) for w, p in empty.pages.items())
     ranks = np.array([20, 0, 16, 3], np.int32)
     given = {(0, m): replace(w, ranks=ranks) for m in ("gate", "down") for w in [adapter(rank=20).weights[0, m]]}
     lying = {k: replace(w, a=in_memory(w.a, order), b=in_memory(w.b, order)) for k, w in given.items()}
-    held = insert(replace(empty, pages=pages), 1, LoRAAdapter("lying", lying)).layer(0)
+    held = insert(replace(empty, pools=pools), 1, LoRAAdapter("lying", lying)).layer(0)
     for (_, module), w in given.items():
         entry = held[module]
         for expert, (first_a, first_b, count, rank) in enumerate(np.asarray(entry.table)[1]):

@@ -133,11 +133,10 @@ def test_6_unused_pages_reach_nobody():
     """Pages that no slot holds are poisoned with NaN."""
     problem = draw(Spec())
     bank = remove(problem.bank, 3)
-    poisoned = {
-        width: jnp.where((bank.owner[width] == -1)[:, None, None], jnp.nan, pool) for width, pool in bank.pages.items()
-    }
-    assert any(bool(jnp.isnan(pool).any()) for pool in poisoned.values())
-    assert equal_bits(problem.run(bank=replace(bank, pages=poisoned)), problem.run(bank=bank))
+    free = [(owner == -1)[:, None, None] for owner in bank.owners]
+    poisoned = tuple(jnp.where(pages, jnp.nan, pool) for pages, pool in zip(free, bank.pools, strict=True))
+    assert any(bool(jnp.isnan(pool).any()) for pool in poisoned)
+    assert equal_bits(problem.run(bank=replace(bank, pools=poisoned)), problem.run(bank=bank))
 
 
 NOT_UNDERSTOOD = {

@@ -135,11 +135,11 @@ def test_loading_an_adapter_between_steps_compiles_nothing_and_moves_nothing(ste
                 weights[layer, module] = uniform(a, b, 1.0, site.num_experts)
         return LoRAAdapter(f"rank {rank}", weights)
 
-    compile_updates(bank.pages.values(), bank.tables, bank.scales, *empty_slot(bank))  # as create_bank does
+    compile_updates(bank.pools, bank.tables, bank.scales, *empty_slot(bank))  # as create_bank does
     bank = insert(remove(bank, 3, donate=True), 3, adapter(16), donate=True)
     cache, _ = prefill(bank, slots)
     before = decode(bank, cache, slots)[1]
-    used = lambda bank: jax.tree.leaves((bank.pages, bank.tables, bank.scales))  # noqa: E731
+    used = lambda bank: jax.tree.leaves((bank.pools, bank.tables, bank.scales))  # noqa: E731
     where = [leaf.unsafe_buffer_pointer() for leaf in used(bank)]
     with count_compilations() as count:
         bank = insert(remove(bank, 3, donate=True), 3, adapter(5), donate=True)

@@ -1,0 +1,95 @@
+"""Functions of the library's own types are written by `jax.export`, read back, and give the same bits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from support.layers import Spec, draw
+from support.unchecked import annotations_unchecked
+
+from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.layer.linear import dense_plan
+from jax_moe_lora.layer.moe import moe_lora
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.params import abstract_params
+from pallas_kernels.pytrees import pytree
+
+
+@pytest.fixture(autouse=True)
+def _trees_hold_more_than_arrays():
+    """jax puts descriptions of its arguments into trees."""
+    with annotations_unchecked():
+        yield
+
+
+def read_back(function, *arguments) -> tuple[list, list]:
+    """The leaves that a function gives, and those that it gives after its way through a file."""
+    jitted = jax.jit(function)
+    written = export.export(jitted)(*arguments).serialize()
+    return jax.tree.leaves(jitted(*arguments)), jax.tree.leaves(export.deserialize(written).call(*arguments))
+
+
+def test_a_function_of_a_bank_is_exported():
+    problem = draw(Spec(tokens=5))
+    config, slots = problem.spec.config, jnp.asarray(problem.slots, jnp.int32)
+
+    def layer(bank, experts, router, x):
+        return moe_lora(x, router, experts, config, bank.layer(0), slots)
+
+    expected, found = read_back(
+        layer, problem.bank, problem.experts, jnp.asarray(problem.router), jnp.asarray(problem.x)
+    )
+    np.testing.assert_array_equal(found[0], expected[0])
+
+
+def test_a_bank_that_is_returned_is_exported():
+    bank = draw(Spec(tokens=5)).bank
+    expected, found = read_back(lambda bank: (bank, bank.layer(0), bank.of_layer(0)), bank)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_trees_of_a_model_s_arguments_survive_a_file():
+    moe = MoEConfig(32, 16, 4, 2)
+    config = ModelConfig("qwen2_moe", 64, 2, 32, 2, 1, 16, 32, moe, (True, False), shared_expert_width=16)
+    cache = jax.eval_shape(lambda: decoder.init_cache(config, 2, 8, "float32"))
+    plan = jax.eval_shape(lambda: dense_plan(jnp.arange(2, dtype=jnp.int32), 2))
+    trees = abstract_params(config, "float32"), cache, plan
+    exported = export.export(jax.jit(lambda *trees: trees))(*trees)
+    found = export.deserialize(exported.serialize())
+    assert (found.in_tree, found.out_tree) == (exported.in_tree, exported.out_tree)
+
+
+def test_every_pytree_of_the_library_can_be_exported():
+    """Whatever is a node of a tree is known to `jax.export`, so that no argument is refused for its type."""
+    import importlib
+    import pkgutil
+    from dataclasses import is_dataclass
+
+    from jax._src.export._export import serialization_registry
+    from jax._src.tree_util import _registry
+
+    import jax_moe_lora
+
+    for module in pkgutil.walk_packages(jax_moe_lora.__path__, "jax_moe_lora."):
+        if not module.name.startswith(("jax_moe_lora.demo", "jax_moe_lora.cli", "jax_moe_lora.benchmark")):
+            importlib.import_module(module.name)
+    own = [cls for cls in _registry if is_dataclass(cls) and cls.__module__.startswith("jax_moe_lora")]
+    assert len(own) > 10
+    assert [cls for cls in own if cls not in serialization_registry] == []
+
+
+def test_a_static_field_without_a_written_form_is_refused():
+    import functools
+    from dataclasses import dataclass, field
+
+    @pytree
+    @dataclass(frozen=True)
+    class Holder:
+        values: jax.Array
+        own: object = field(metadata={"static": True})
+
+    exported = export.export(jax.jit(lambda holder: holder.values))(Holder(jnp.ones(2), functools.partial(max)))
+    with pytest.raises(TypeError, match="static field"):
+        exported.serialize()
