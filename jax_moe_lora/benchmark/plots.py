@@ -51,7 +51,7 @@ def roofline(rows: Sequence[Row], title: str) -> Any:
     axes[1][0].set_ylim(0, 1.05 * max([1.0, *(row["floor_us"] / row["layer_us"] for row in rows)]))
     keys = _keys(sets, engines)
     figure.suptitle(title, fontsize=10)
-    most = 2 + 2 * columns
+    most = 2 * columns + (2 if len(engines) > 1 else 5)  # engines have long names
     figure.legend(handles=keys, loc="outside lower center", ncols=min(len(keys), most), frameon=False, fontsize=9)
     return figure
 

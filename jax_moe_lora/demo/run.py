@@ -3,11 +3,9 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.demo.tasks import MAX_LENGTH, TASKS, heldout_strings, prompt
+from jax_moe_lora.demo.tasks import MAX_LENGTH, TASKS, data_folder, heldout_strings, prompt
 from jax_moe_lora.serving.model import Model
 from jax_moe_lora.tools.compilations import count_compilations
 
@@ -31,11 +29,6 @@ class Report:
 
     rows: list[Row]
     summary: dict[str, Any]
-
-
-def data_folder() -> Path:
-    """The checkpoint and adapters that ship with the package."""
-    return Path(str(files("jax_moe_lora.demo") / "data"))
 
 
 def load_demo(dtype: str = "float32") -> Model:

@@ -7,10 +7,17 @@ import random
 import string
 import zlib
 from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
 
 SEPARATOR = ">"
 MIN_LENGTH, MAX_LENGTH = 3, 8
 HELD_OUT_SHARE = 8  # one string in eight is never trained on
+
+
+def data_folder() -> Path:
+    """The files that ship with the package: the checkpoint in `model`, a folder per adapter in `adapters`."""
+    return Path(str(files("jax_moe_lora.demo") / "data"))
 
 
 def shift(text: str) -> str:

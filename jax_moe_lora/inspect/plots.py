@@ -149,7 +149,8 @@ def lines(
         axes.minorticks_off()
     if logy:
         axes.set_yscale("log")
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.set_title(title, fontsize=11)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
@@ -240,7 +241,8 @@ def parity(
         axes.plot(np.maximum(relative[dtype], 1e-9), rows, ls="", marker=marker, color=color, label=dtype)
         axes.axvline(tolerance[dtype], color=color, ls=":")
     axes.plot([], [], color="0.3", ls=":", label="tolerance")
-    axes.set(xscale="log", xlabel="relative Frobenius error", title="Error against the float32 reference, by probe")
+    axes.set_title("Error against the float32 reference, by probe", fontsize=11)
+    axes.set(xscale="log", xlabel="relative Frobenius error")
     axes.set_yticks(rows, probes)
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="both")
