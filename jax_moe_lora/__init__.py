@@ -1,32 +1,40 @@
-"""Mixture-of-Experts with many LoRA adapters in one batch, in JAX."""
+"""Mixture-of-Experts with many LoRA adapters in one batch, in JAX.
 
-from jax_moe_lora.adapters.bank import AdapterBank, create_bank, remove
-from jax_moe_lora.adapters.extraction import extract
-from jax_moe_lora.adapters.insertion import insert
-from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
-from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
-from jax_moe_lora.adapters.validation.finding import Finding
-from jax_moe_lora.adapters.writing import write_adapter
-from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
-from jax_moe_lora.errors import (
-    AdapterFormatError,
-    AdapterInUseError,
-    AdapterNameError,
-    BankFullError,
-    CheckpointError,
-    ConfigError,
-    InputError,
-    JaxMoELoRAError,
-)
-from jax_moe_lora.layer.linear import lora_linear
-from jax_moe_lora.layer.moe import moe_lora, routed_experts
-from jax_moe_lora.serving.model import Functional, Model
-from jax_moe_lora.serving.requests import Generation
-from jax_moe_lora.tools.compilations import count_compilations
-from jax_moe_lora.tools.merge import merge_adapter
-from jax_moe_lora.tools.validate import validate
-from pallas_kernels.ops import BASE_SLOT
-from pallas_kernels.routed_experts.weights import ExpertWeights
+Names are imported when they are first used: reading a config or an adapter does not import jax.
+"""
+
+from etils import epy as _epy
+
+with _epy.lazy_api_imports(globals()):
+    from jax_moe_lora import adapters, config, errors, export, inspect, nn, plots, training  # noqa: F401
+    from jax_moe_lora.adapters.bank import AdapterBank, create_bank, remove
+    from jax_moe_lora.adapters.extraction import extract
+    from jax_moe_lora.adapters.insertion import insert
+    from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
+    from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
+    from jax_moe_lora.adapters.validation.finding import Finding
+    from jax_moe_lora.adapters.writing import write_adapter
+    from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
+    from jax_moe_lora.errors import (
+        AdapterFormatError,
+        AdapterInUseError,
+        AdapterNameError,
+        BankFullError,
+        CheckpointError,
+        ConfigError,
+        DeviceError,
+        InputError,
+        JaxMoELoRAError,
+    )
+    from jax_moe_lora.layer.linear import lora_linear
+    from jax_moe_lora.layer.moe import moe_lora, routed_experts
+    from jax_moe_lora.serving.model import Functional, Model
+    from jax_moe_lora.serving.requests import Generation
+    from jax_moe_lora.tools.compilations import count_compilations
+    from jax_moe_lora.tools.merge import merge_adapter
+    from jax_moe_lora.tools.validate import validate
+    from pallas_kernels.ops import BASE_SLOT
+    from pallas_kernels.routed_experts.weights import ExpertWeights
 
 __all__ = [
     "BASE_SLOT",
@@ -40,6 +48,7 @@ __all__ = [
     "BankFullError",
     "CheckpointError",
     "ConfigError",
+    "DeviceError",
     "ExpertWeights",
     "Finding",
     "Functional",

@@ -1,9 +1,9 @@
 """Checks of what callers give: each returns the value in the form that the library uses, or raises an InputError."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_moe_lora.errors import InputError
@@ -30,7 +30,7 @@ def number(name: str, value: Any, holds: Callable[[float], bool], expected: str)
 
 def sequence(name: str, values: Any) -> Sequence[Any]:
     """A list, a tuple or an array along its first axis; a text or bytes are none."""
-    if isinstance(values, np.ndarray | jax.Array) and values.ndim:
+    if _is_array(values) and values.ndim:
         return list(np.asarray(values))
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise InputError(f"{name} is of type {type(values).__name__}; expected a list.")
@@ -39,7 +39,7 @@ def sequence(name: str, values: Any) -> Sequence[Any]:
 
 def per_prompt(name: str, values: Any, count: int) -> list[Any]:
     """One value for each prompt, out of one for all or a list of them."""
-    if isinstance(values, np.ndarray | jax.Array):
+    if _is_array(values):
         values = np.asarray(values).tolist()
     if isinstance(values, str) or not isinstance(values, Sequence):
         return [values] * count
@@ -53,6 +53,12 @@ def array(name: str, values: Any) -> np.ndarray:
         return np.asarray(values)
     except ValueError as error:  # rows of different lengths
         raise InputError(f"{name} is no array; expected rows of one length, padded on the right.") from error
+
+
+def _is_array(value: Any) -> bool:
+    """numpy's or jax's, without importing jax: as long as nobody has, there are no arrays of it."""
+    jax = sys.modules.get("jax")
+    return isinstance(value, np.ndarray) or (jax is not None and isinstance(value, jax.Array))
 
 
 def _shown(value: Any) -> str:

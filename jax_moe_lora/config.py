@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pallas_kernels.ops import Activation
-
+# The kernels' own type, which jax comes with; a test holds the two together.
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
 RouterKind = Literal["softmax_topk", "topk_softmax", "sigmoid_bias"]
 
 

@@ -46,5 +46,9 @@ class BankFullError(JaxMoELoRAError, RuntimeError):
     """The adapter bank has no free slot, or not enough free pages, for an adapter."""
 
 
+class DeviceError(JaxMoELoRAError, RuntimeError):
+    """jax has no device to run on, such as `JAX_PLATFORMS=cuda` without a GPU."""
+
+
 class InputError(JaxMoELoRAError, ValueError):
     """An argument of a call has a wrong value, shape or dtype."""

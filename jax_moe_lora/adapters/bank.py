@@ -17,6 +17,7 @@ from jax_moe_lora.adapters.packing import pack
 from jax_moe_lora.adapters.updates import compile_updates, permute, set_slot
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.arguments import whole
+from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
 from pallas_kernels.pytrees import pytree
@@ -126,8 +127,10 @@ def create_bank(
         budget makes the bank larger than that. It is shared out as a per-expert adapter on every site would use it.
 
     Raises:
-      InputError: a size that is no positive whole number, or a budget below one page a pool.
+      InputError: a size that is no positive whole number, or a budget below one page a pool. DeviceError: jax has no
+      device.
     """
+    require_device()
     num_slots, max_rank = whole("num_slots", num_slots, 1), whole("max_rank", max_rank, 1)
     dtype = np.dtype(jnp.dtype(dtype))
     matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own

@@ -11,10 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import METHOD
+from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from pallas_kernels.hopper import tuning
 
@@ -38,7 +37,7 @@ def write_csv(rows: Sequence[Row]) -> str:
 def about(commands: Sequence[str]) -> dict[str, Any]:
     """Where, when and how it was measured."""
     return {
-        "device": jax.devices()[0].device_kind,
+        "device": require_device().device_kind,
         "date": date.today().isoformat(),
         "versions": versions("jax", "jaxlib"),
         "commands": list(commands),

@@ -18,6 +18,7 @@ from jax_moe_lora.benchmark.layer import METHOD, compile_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.benchmark.report import about
 from jax_moe_lora.benchmark.sweep import THREADS, Measure
+from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import whole_file, writing_to
 from pallas_kernels.grouped_matmul import hopper
@@ -163,6 +164,7 @@ def tune(
       InputError: no Hopper GPU, names that are unknown, tokens that make no power of two pairs, or an `out` of
         another device.
     """
+    require_device()
     if why := choose().why_not.get("hopper"):
         raise InputError(f"tune times the Hopper kernels and cannot here: {why}.")
     check_cells(shapes, tokens, adapters)

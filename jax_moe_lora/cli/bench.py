@@ -13,7 +13,6 @@ from rich.table import Table
 
 from jax_moe_lora.cli.options import write_file
 from jax_moe_lora.errors import InputError
-from pallas_kernels.ops import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
 if TYPE_CHECKING:
@@ -121,6 +120,15 @@ def _check(
         raise InputError(f"--method is {method!r}; expected both, loop or queue.")
     if peers is not None and not peers.is_file():
         raise InputError(f"There is no file {peers}; give a CSV with the columns of bench's own.")
+    check_implementation(implementation)
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Refuses a backend that does not run here, before the work."""
+    from jax_moe_lora.devices import require_device
+    from pallas_kernels.ops import UnsupportedImplementation, choose
+
+    require_device()
     try:
         choose(implementation)
     except UnsupportedImplementation as error:

@@ -9,10 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jax_moe_lora.cli.bench import typed
+from jax_moe_lora.cli.bench import check_implementation, typed
 from jax_moe_lora.cli.options import write_file
 from jax_moe_lora.errors import InputError
-from pallas_kernels.ops import UnsupportedImplementation, choose
 from pallas_kernels.specs import ADAPTERS
 
 
@@ -41,10 +40,7 @@ def bench_model(
         raise InputError(f"targets is {targets!r}; expected experts or all.")
     if context + steps > cache_length:
         raise InputError(f"context {context} and steps {steps} do not fit into cache-length {cache_length}.")
-    try:
-        choose(implementation)
-    except UnsupportedImplementation as error:
-        raise InputError(str(error)) from error
+    check_implementation(implementation)
     prompts = [_prompt(text) for text in (["8x1024"] if prefill is None and decode is None else prefill or [])]
     batches = [8, 32, 128] if prefill is None and decode is None else decode or []
     cases = [Case("decode", batch, context, cache_length, name) for name in names for batch in batches]

@@ -13,10 +13,9 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.adapters.writing import LAYOUTS, write_adapter
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import format_bytes
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.loading import read_model_config
 from jax_moe_lora.models.sites import adapter_sites
-from jax_moe_lora.tools.merge import merge_adapter
 
 Adapter = Annotated[str, typer.Argument(help="Adapter folder in any layout, or a hub id.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write, which appears whole or not at all.")]
@@ -54,6 +53,8 @@ def merge(
     force: Force = False,
 ) -> None:
     """Merge an adapter into a copy of its base checkpoint, which transformers loads without any adapter library."""
+    from jax_moe_lora.tools.merge import merge_adapter
+
     base = local_folder(model)
     merge_adapter(_read(adapter, base)[0], base, out, dtype=dtype, max_shard_size=max_shard_size, force=force)
     _say(out, "merged")

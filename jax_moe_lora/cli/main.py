@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +22,29 @@ from jax_moe_lora.cli.train import train
 from jax_moe_lora.errors import JaxMoELoRAError
 from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.sizes import format_bytes
-from pallas_kernels.hopper.tuning import TunedFileError
 
 # click's class, which newer versions of typer hold a copy of and do not export.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
 # Wide where nobody looks at a terminal, so that tables in logs and pipes keep their words whole.
 console = Console(width=None if sys.stdout.isatty() else 160)
+
+
+def print_version(asked: bool) -> None:
+    """Answers `--version`, whatever follows it."""
+    if asked:
+        sys.stdout.write(f"jax-moe-lora {metadata.version('jax-moe-lora')}\n")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before the name of a command."""
+
 
 app.command()(convert)
 app.command()(merge)
@@ -110,7 +127,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a folder holds: layers, modules, ranks, sharing, bytes. Reads no weights."""
-    from jax_moe_lora.inspect import AdapterSummary, inspect_folder
+    from jax_moe_lora.inspect.folders import AdapterSummary, inspect_folder
 
     summary = inspect_folder(folder)
     if as_json:
@@ -186,12 +203,23 @@ def main() -> None:
         code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Abort:
         code = 1
-    except (JaxMoELoRAError, TunedFileError, UsageError) as error:
-        own = isinstance(error, JaxMoELoRAError | TunedFileError)
-        message = str(error) if own else error.format_message()  # type: ignore[attr-defined]
-        sys.stderr.write(f"jax-moe-lora: {' '.join(message.split())}\n")
-        code = 2
+    except UsageError as error:
+        code = refuse(error.format_message())  # type: ignore[attr-defined]
+    except JaxMoELoRAError as error:
+        code = refuse(str(error))
+    except ValueError as error:
+        from pallas_kernels.hopper.tuning import TunedFileError  # jax comes with it
+
+        if not isinstance(error, TunedFileError):
+            raise
+        code = refuse(str(error))
     sys.exit(code)
+
+
+def refuse(message: str) -> int:
+    """Writes one sentence to standard error; the exit code."""
+    sys.stderr.write(f"jax-moe-lora: {' '.join(message.split())}\n")
+    return 2
 
 
 if __name__ == "__main__":

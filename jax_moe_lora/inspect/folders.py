@@ -12,7 +12,7 @@ from jax_moe_lora.adapters.formats.peft_config import PeftConfig, describe_peft_
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError
 from jax_moe_lora.files.safetensors_header import TensorInfo
 from jax_moe_lora.files.safetensors_io import tensor_infos
-from jax_moe_lora.models.loading import read_model_config
+from jax_moe_lora.models.config_file import read_model_config
 
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?:model\.)?layers\.(?P<layer>\d{1,9})\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"

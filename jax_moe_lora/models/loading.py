@@ -1,4 +1,4 @@
-"""Checkpoint folders: the config, and sharded safetensors read tensor by tensor into placed arrays."""
+"""Checkpoint weights: sharded safetensors, read tensor by tensor into placed arrays."""
 
 import math
 import os
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import CheckpointError, ConfigError
+from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_io import TensorFile, open_tensors, read_json
 from jax_moe_lora.models.families.registry import family
@@ -22,22 +22,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Read, cast and checked at a time.
 PIECE_BYTES = 8 * 2**20
 ALIGNMENT = 64
-
-
-def read_model_config(folder: Path) -> ModelConfig:
-    """The model's config, from `config.json` and, where it stands, `generation_config.json`.
-
-    Raises:
-      ConfigError: a file or field that is missing, malformed, not supported or not understood, by name.
-    """
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
-        message = f"{folder} holds an adapter, not a model; load it into its base model under a name."
-        raise ConfigError(message, file=folder / "config.json", found="adapter_config.json", expected="config.json")
-    raw = read_json(folder / "config.json", ConfigError)
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None
-    source = str(folder / "config.json")
-    return family(raw.get("model_type"), source).read_config(raw, generation, source)
 
 
 def load_params(

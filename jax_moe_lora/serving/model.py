@@ -19,15 +19,17 @@ from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import AdapterInUseError, CheckpointError, InputError
 from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.files.tokenizer import TextStream, Tokenizer
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.loading import load_params, read_model_config
+from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.requests import Batch, Generation, check_tokens, decode_loop, make_requests
@@ -87,10 +89,12 @@ class Model:
 
         Raises:
           ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument.
+          DeviceError: jax has no device.
         """
         check_dtype(dtype)
         memory = parse_bytes(adapter_memory)
         max_adapters, max_rank = whole("max_adapters", max_adapters, 1), whole("max_rank", max_rank, 1)
+        require_device()
         folder = local_folder(path)
         config = read_model_config(folder)
         _check_implementation(implementation, config, dtype)

@@ -18,8 +18,9 @@ from jax_moe_lora.files.folders import whole_folder
 from jax_moe_lora.files.safetensors_io import TensorFile, read_json
 from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.files.sizes import parse_bytes
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.loading import INDEX, SINGLE, checked_files, read_model_config
+from jax_moe_lora.models.loading import INDEX, SINGLE, checked_files
 from jax_moe_lora.models.names import projection_tensors
 from jax_moe_lora.models.sites import adapter_sites
 

@@ -8,8 +8,8 @@ from jax_moe_lora.adapters.validation.folder import Report, Target, examine
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import check_dtype
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.loading import read_model_config
 from jax_moe_lora.models.sites import adapter_sites
 
 

@@ -15,13 +15,15 @@ from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.writing import plan_adapter, write_adapter
 from jax_moe_lora.arguments import sequence, whole
+from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import TRAINING_NAMES, check_dtype
 from jax_moe_lora.files.folders import writing_to
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.tokenizer import Tokenizer
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.loading import load_params, read_model_config
+from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.training.adapters import init_params, to_adapter
@@ -82,13 +84,14 @@ class Trainer:
 
         Raises:
           InputError: a bad argument; all lines that cannot be trained on, at once. ConfigError, CheckpointError: the
-          model's folder.
+          model's folder. DeviceError: jax has no device.
         """
         _check_names(data, evaluation)
         self.steps, self.seed = whole("steps", steps, 1), whole("seed", seed, 0)
         self.batch_size, self.packing = whole("batch_size", batch_size, 1), packing
         self.micro_batches = _parts(self.batch_size, micro_batches, len(data))
         _check_dtype(dtype)
+        require_device()
         folder = local_folder(model)
         self.config, self._source = read_model_config(folder), str(model)
         self.width = _width(sequence_length, self.config.max_positions)

@@ -38,9 +38,9 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.inspect import inspect_adapter
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import adapter_sites
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
-from jax_moe_lora.models.loading import read_model_config
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]
 

@@ -20,8 +20,8 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
-from jax_moe_lora.models.loading import read_model_config
 from jax_moe_lora.nn import moe_sites
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]

@@ -30,7 +30,7 @@ from test_peft_format import CONFIG, PREFIX, WEIGHTS, Q, read, write_adapter
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError, ConfigError, JaxMoELoRAError
 from jax_moe_lora.files import safetensors_header, safetensors_io
 from jax_moe_lora.files.safetensors_io import MAX_HEADER_BYTES, read_json, tensor_infos
-from jax_moe_lora.models.loading import read_model_config
+from jax_moe_lora.models.config_file import read_model_config
 
 SIDECAR = "lora_layout.json"
 INDEX = "model.safetensors.index.json"

@@ -21,9 +21,9 @@ from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.layer.reference import moe_lora as oracle
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import adapter_sites
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
-from jax_moe_lora.models.loading import read_model_config
 from pallas_kernels.ops import make_plan
 from pallas_kernels.routed_experts.weights import ExpertWeights
 

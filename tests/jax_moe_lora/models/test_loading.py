@@ -19,7 +19,8 @@ from support import ROOT
 
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.models import loading
-from jax_moe_lora.models.loading import load_params, read_model_config
+from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams, MoEParams, abstract_params, init_params
 
 TINY: dict[str, Any] = {
@@ -347,7 +348,8 @@ def run_python(code: str, *arguments: object, **environment: str) -> dict[str, A
 SPLIT = """
 import json, sys, jax, numpy as np
 from pathlib import Path
-from jax_moe_lora.models.loading import load_params, read_model_config
+from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.loading import load_params
 folder = Path(sys.argv[1]); config = read_model_config(folder)
 mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 split = load_params(folder, config, "float32", jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
@@ -369,7 +371,8 @@ def test_arrays_split_over_two_devices_hold_the_same(tmp_path: Path) -> None:
 PEAK = """
 import gc, json, sys, jax
 from pathlib import Path
-from jax_moe_lora.models.loading import load_params, read_model_config
+from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.loading import load_params
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))

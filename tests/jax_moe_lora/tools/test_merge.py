@@ -34,8 +34,8 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import uniform
 from jax_moe_lora.cli.main import main
 from jax_moe_lora.demo.run import data_folder
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.loading import read_model_config
 from jax_moe_lora.models.sites import adapter_sites
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("merge")]

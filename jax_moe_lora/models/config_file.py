@@ -1,0 +1,25 @@
+"""The config of a checkpoint folder."""
+
+import os
+from pathlib import Path
+
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import ConfigError
+from jax_moe_lora.files.safetensors_io import read_json
+from jax_moe_lora.models.families.registry import family
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The model's config, from `config.json` and, where it stands, `generation_config.json`.
+
+    Raises:
+      ConfigError: a file or field that is missing, malformed, not supported or not understood, by name.
+    """
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        message = f"{folder} holds an adapter, not a model; load it into its base model under a name."
+        raise ConfigError(message, file=folder / "config.json", found="adapter_config.json", expected="config.json")
+    raw = read_json(folder / "config.json", ConfigError)
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None
+    source = str(folder / "config.json")
+    return family(raw.get("model_type"), source).read_config(raw, generation, source)
