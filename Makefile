@@ -18,7 +18,7 @@ test: .venv/full.stamp .venv-cuda13/full.stamp .venv-cuda12/full.stamp lint
 	$(MAKE) newest
 
 check: .venv/full.stamp lint
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not long and not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 lint: .venv/full.stamp
 	.venv/bin/ruff check .
@@ -43,7 +43,7 @@ NEWEST := tests/jax_moe_lora/models/test_attention.py \
 	tests/jax_moe_lora/layer/test_torch_parity.py \
 	tests/pallas_kernels/hopper/test_tuning.py
 newest: .venv-newest/full.stamp
-	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not long and not gpu" $(NEWEST)
+	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" $(NEWEST)
 
 format: .venv/full.stamp
 	.venv/bin/ruff check --fix .

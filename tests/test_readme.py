@@ -4,6 +4,7 @@ import re
 
 import jax
 import pytest
+
 from support import ROOT
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -11,7 +12,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), 
 
 # Training, and many adapters behind few slots, take their time.
 CASES = [
-    pytest.param(code, marks=pytest.mark.long if "pathlib" in code or "Trainer" in code else ()) for code in SNIPPETS
+    pytest.param(code, marks=pytest.mark.slow if "pathlib" in code or "Trainer" in code else ()) for code in SNIPPETS
 ]
 
 

@@ -8,12 +8,24 @@ import os
 import subprocess
 
 import pytest
+
 from support import ROOT
+
+
+def no_hang(kernels: int) -> pytest.MarkDecorator:
+    """A limit against hanging alone: ten minutes for each kernel, which takes seconds."""
+    return pytest.mark.timeout(600 * kernels)
 
 
 @pytest.mark.slow
 # The older compiler and the other GPUs see a part of the kernels.
-@pytest.mark.parametrize(("cuda", "words", "least"), [("cuda13", (), 20), ("cuda12", ("matmul", "gated=True"), 5)])
+@pytest.mark.parametrize(
+    ("cuda", "words", "least"),
+    [
+        pytest.param("cuda13", (), 20, marks=no_hang(60)),
+        pytest.param("cuda12", ("matmul", "gated=True"), 5, marks=no_hang(20)),
+    ],
+)
 def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(cuda, words, least):
     assert compile_all(cuda, "hopper", "h200", *words) > least
 
@@ -38,7 +50,6 @@ def run_script(name: str, *arguments: str, cuda: str = "cuda13") -> list[dict]:
         [python, ROOT / "tests" / "support" / name, *arguments],
         capture_output=True,
         text=True,
-        timeout=500,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
     )
     assert result.returncode == 0, result.stderr[-2000:]

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import load_file, save_file
-from support.networks import EXPERTS, QWEN, TINY, load_peft, peft_logits, save_random_adapter, split_to_per_expert
-from transformers import Qwen3MoeForCausalLM
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.models.families.mixtral import ADAPTER_NAMES as MIXTRAL
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.networks import EXPERTS, QWEN, TINY, load_peft, peft_logits, save_random_adapter, split_to_per_expert
 
 D, F, E = ({**TINY, **QWEN}[size] for size in ("hidden_size", "moe_intermediate_size", "num_experts"))
 LAYERS = range(TINY["num_hidden_layers"])
@@ -81,6 +79,9 @@ def merged_logits(base: Path, deltas: Mapping[tuple[int, str], np.ndarray]) -> C
     """Logits of transformers with `[E, out, in]` added to the experts' weights."""
 
     def logits(tokens: np.ndarray) -> np.ndarray:
+        import torch
+        from transformers import Qwen3MoeForCausalLM
+
         network = Qwen3MoeForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         rows = {"gate": slice(0, F), "up": slice(F, None), "down": slice(None)}
         with torch.no_grad():

@@ -25,10 +25,8 @@ from jax.experimental import topologies  # noqa: E402
 
 from pallas_kernels.activations import gated_unit  # noqa: E402
 from pallas_kernels.dispatch.api import Gaps, dispatch  # noqa: E402
-from pallas_kernels.grouped_lora import hopper as lora  # noqa: E402
-from pallas_kernels.grouped_lora import hopper_gradients  # noqa: E402
-from pallas_kernels.grouped_lora import portable as lora_portable  # noqa: E402
-from pallas_kernels.grouped_matmul import hopper, portable  # noqa: E402
+from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink  # noqa: E402
+from pallas_kernels.grouped_matmul import hopper_kernel, portable_kernel  # noqa: E402
 from pallas_kernels.grouped_matmul.hopper_kernel import Source  # noqa: E402
 from pallas_kernels.hopper.tuning import Config, heuristic  # noqa: E402
 from pallas_kernels.lora_steps.api import LoRASteps, make_steps  # noqa: E402
@@ -124,15 +122,17 @@ def hopper_matmul(
     keep: bool = False,
 ):
     def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
-        return hopper.grouped_matmul((Source(x, weights, steps, hidden, pages),), tiles, config, unit, added, keep=keep)
+        return hopper_kernel.grouped_matmul(
+            (Source(x, weights, steps, hidden, pages),), tiles, config, unit, added, keep=keep
+        )
 
-    kernel.__module__ = hopper.__name__
+    kernel.__module__ = hopper_kernel.__name__
     return matmul(kernel, config, config.tile_rows, gated, with_lora, widths, dtype, biases)
 
 
 def portable_matmul(rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str, biases: bool = False):
     config = portable_heuristic(rows, 2 if gated else 1, widths[1])
-    return matmul(portable.grouped_matmul, config, rows, gated, with_lora, widths, dtype, biases)
+    return matmul(portable_kernel.grouped_matmul, config, rows, gated, with_lora, widths, dtype, biases)
 
 
 def shrink(kernel, rows: int, pools: int, width: int, dtype: str):
@@ -148,9 +148,9 @@ def transposed_matmul(config: Config, with_lora: bool, widths: tuple[int, int], 
 
     def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
         source = Source(x, weights, steps, hidden, pages)
-        return hopper.grouped_matmul((source,) * sources, tiles, config, unit, added, transposed=True)
+        return hopper_kernel.grouped_matmul((source,) * sources, tiles, config, unit, added, transposed=True)
 
-    kernel.__module__ = hopper.__name__
+    kernel.__module__ = hopper_kernel.__name__
     call, (x, (weight,), *others) = matmul(kernel, config, config.tile_rows, False, with_lora, widths, dtype)
     experts, out, depth = weight.shape
     return call, (x, (array((experts, depth, out), dtype),), *others)
@@ -170,12 +170,12 @@ def portable_cases():
             for with_lora in (True, False):
                 name = f"matmul {rows} gated={gated} lora={with_lora}"
                 yield name, *portable_matmul(rows, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
-        yield f"shrink {rows}", *shrink(lora_portable.shrink, rows, 1, 2048, "bfloat16")
+        yield f"shrink {rows}", *shrink(portable_shrink.shrink, rows, 1, 2048, "bfloat16")
     yield "matmul float16, gpt-oss widths", *portable_matmul(64, False, True, (2880, 2880), "float16")
     for gated in (True, False):
         yield f"matmul gated={gated}, biases", *portable_matmul(64, gated, True, (2880, 2880), "bfloat16", biases=True)
     yield "matmul of one step of K", *portable_matmul(32, True, True, (64, 64), "bfloat16")
-    yield "shrink of two pools, float16", *shrink(lora_portable.shrink, 64, 2, 2880, "float16")
+    yield "shrink of two pools, float16", *shrink(portable_shrink.shrink, 64, 2, 2880, "float16")
 
 
 def hopper_cases():
@@ -206,8 +206,8 @@ def hopper_cases():
     yield "contraction of pages of two", *contraction(64, 65536, 2048, "bfloat16", 2)
     yield "contraction of many pages, float16", *contraction(256, 1024, 2880, "float16")
     for rows in (8, 56, 176):
-        yield f"shrink {rows}", *shrink(lora.shrink, rows, 1, 2048, "bfloat16")
-    yield "shrink of two pools, float16", *shrink(lora.shrink, 16, 2, 2880, "float16")
+        yield f"shrink {rows}", *shrink(hopper_shrink.shrink, rows, 1, 2048, "bfloat16")
+    yield "shrink of two pools, float16", *shrink(hopper_shrink.shrink, 16, 2, 2880, "float16")
     for slots, one_pool in ((8, True), (32, False), (256, True)):
         yield f"steps of {slots} slots", *steps(slots, one_pool)
     for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168), (300, 2, 192), (90, 2, 2880)):

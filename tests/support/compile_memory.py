@@ -11,7 +11,6 @@ import sys
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from support.compile_kernels import array, target  # sets the environment before jax is imported
 
 from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.benchmark.problem import Pooled
@@ -20,6 +19,7 @@ from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.ops import RANK_PAGE
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS, LAYERS
+from support.compile_kernels import array, target  # sets the environment before jax is imported
 
 DTYPE, TOKENS = "bfloat16", 8192
 

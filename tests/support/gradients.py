@@ -5,11 +5,11 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support.paged import PagedLayer
 
 from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.ops import LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
+from support.paged import PagedLayer
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 Arguments = tuple[jax.Array, jax.Array, ExpertWeights, dict[int, jax.Array]]

@@ -51,7 +51,7 @@ def start(folder: Path, out: Path, steps: int) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> None:
     """Raises where the process does not end well by itself."""
-    said, _ = process.communicate(timeout=300)
+    said, _ = process.communicate()
     if process.returncode:
         raise AssertionError(f"exit code {process.returncode}: {said}")
 

@@ -1,4 +1,7 @@
-"""Tiny random checkpoints and adapters, written by the real transformers and peft."""
+"""Tiny random checkpoints and adapters, written by the real transformers and peft.
+
+torch, transformers and peft take seconds to import: the functions do that, so that collecting a test costs nothing.
+"""
 
 import json
 import warnings
@@ -6,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 TINY: dict[str, Any] = {
     "vocab_size": 99,
@@ -33,8 +33,11 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def tiny(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model whose matrices are large enough for logits to differ clearly."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**TINY, **FAMILIES[model_type], **overrides})
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -47,15 +50,20 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     return model
 
 
-def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "200KB") -> Path:
+def save_model(model: Any, folder: Path, max_shard_size: str = "200KB") -> Path:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
 
 
 def save_random_adapter(
-    base: Path, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, deviation: float = 0.1, **config: Any
+    base: Path, folder: Path, seed: int = 0, dtype: str = "float32", deviation: float = 0.1, **config: Any
 ) -> Path:
     """A PEFT adapter on a saved model, with random A and B (PEFT's own B begins at zero)."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    stored = getattr(torch, dtype)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -63,20 +71,26 @@ def save_random_adapter(
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_" in name:
-                    parameter.copy_((deviation * torch.randn_like(parameter)).to(dtype))
-        wrapped.to(dtype)
+                    parameter.copy_((deviation * torch.randn_like(parameter)).to(stored))
+        wrapped.to(stored)
         wrapped.save_pretrained(folder)
     return folder
 
 
 def peft_logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndarray:
     """Logits of transformers alone, or with one PEFT adapter."""
+    import torch
+
     model = load_peft(base, adapter)
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.numpy()
 
 
 def load_peft(base: Path, adapter: Path | None) -> Any:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -13,7 +13,7 @@ def execute(path: Path) -> NotebookNode:
     """The notebook of a percent script after a run in an empty folder."""
     notebook = jupytext.read(path)
     with tempfile.TemporaryDirectory() as folder:
-        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
+        nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # the times of day
     return notebook

@@ -19,6 +19,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from support.gradients import TOLERANCE, arguments, assert_gradients, loss, plain
 from support.paged import PagedSpec, draw_layer, wide
 

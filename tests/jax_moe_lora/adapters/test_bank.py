@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.layers import Spec, draw, random_adapter
 
 from jax_moe_lora import AdapterFormatError, BankFullError, InputError
 from jax_moe_lora.adapters import updates
@@ -16,6 +15,7 @@ from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, uniform
 from jax_moe_lora.adapters.packing import allocate
 from jax_moe_lora.nn import moe_sites
+from support.layers import Spec, draw, random_adapter
 
 SPEC = Spec(hidden=64, width=48, experts=4, top_k=2)
 SITES = moe_sites(SPEC.config)

@@ -6,12 +6,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from support.layers import LAYOUTS, Spec, random_adapter
 
 from jax_moe_lora import AdapterBank, InputError, LoRAAdapter, create_bank, extract, insert, remove
 from jax_moe_lora.adapters import updates
 from jax_moe_lora.adapters.lora import LoRAWeights
 from jax_moe_lora.nn import moe_sites
+from support.layers import LAYOUTS, Spec, random_adapter
 
 SPEC = Spec(hidden=64, width=48, experts=4, top_k=2)
 

@@ -9,8 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
+
+from jax_moe_lora import AdapterFormatError, Model
+from jax_moe_lora.adapters.formats.detect import read_adapter
+from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.lora import LoRAAdapter, Site
+from jax_moe_lora.inspect import inspect_adapter
+from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.decoder import adapter_sites
+from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from support.adapter_files import (
     CONFIG,
     EXPERTS_PATH,
@@ -31,16 +38,6 @@ from support.adapter_files import (
 )
 from support.layers import assert_close, figures
 from support.networks import EXPERTS, TINY, peft_logits, save_model, tiny
-from transformers import GptOssConfig, GptOssForCausalLM
-
-from jax_moe_lora import AdapterFormatError, Model
-from jax_moe_lora.adapters.formats.detect import read_adapter
-from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.inspect import inspect_adapter
-from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.decoder import adapter_sites
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]
 
@@ -134,6 +131,10 @@ def test_gate_and_up_that_share_an_a_hold_one_array(sites, written):
 
 def test_gpt_oss_is_read_as_peft_merges_it(tmp_path):
     """The real family: parameters `(E, in, out)`, interleaved; peft merges into weights of zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import GptOssConfig, GptOssForCausalLM
+
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 9}
     config = GptOssConfig(hidden_size=16, intermediate_size=12, num_local_experts=3, num_experts_per_tok=2, **sizes)
     network = GptOssForCausalLM(config)

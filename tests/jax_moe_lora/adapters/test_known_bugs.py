@@ -9,10 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.adapter_files import CONFIG, EXPERTS_PATH, WEIGHTS, D, E, F, merged_logits, peft, per_expert, write
-from support.layers import Spec, assert_close
-from support.layers import draw as draw_layer
-from support.networks import EXPERTS, TINY, save_model, save_random_adapter, tiny
 
 from jax_moe_lora import AdapterFormatError, ExpertWeights, Model
 from jax_moe_lora.adapters.bank import create_bank
@@ -23,6 +19,10 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from jax_moe_lora.nn import moe_sites
+from support.adapter_files import CONFIG, EXPERTS_PATH, WEIGHTS, D, E, F, merged_logits, peft, per_expert, write
+from support.layers import Spec, assert_close
+from support.layers import draw as draw_layer
+from support.networks import EXPERTS, TINY, save_model, save_random_adapter, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]
 

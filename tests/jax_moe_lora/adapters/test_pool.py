@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -126,17 +125,20 @@ def test_a_pinned_adapter_stays(pool, folder):
     assert pool.status("c").state == "registered"
 
 
-def test_what_a_running_batch_uses_is_not_evicted_and_the_next_batch_waits(pool, folder):
+def test_what_a_running_batch_uses_is_not_evicted_and_the_next_batch_waits(pool, folder, monkeypatch):
     for name in "abc":
         pool.register(name, folder(name))
     with ThreadPoolExecutor(1) as other, ExitStack() as running:
         slots = running.enter_context(pool.hold(["a", "b"]))
+        waits, wait = threading.Event(), pool._changed.wait
+        monkeypatch.setattr(pool._changed, "wait", lambda: (waits.set(), wait())[1])
         waiting = other.submit(pool.load, "c")
-        time.sleep(0.2)
+        while not waits.wait(0.01) and not waiting.done():  # done: it did not wait, and the test fails
+            pass
         assert not waiting.done()
         assert [pool.status(name).slot for name in "ab"] == slots
         running.close()
-        waiting.result(30)
+        waiting.result()
     assert pool.status("c").state == "ready"
 
 
@@ -152,7 +154,7 @@ def test_two_batches_that_need_each_others_slots_both_run(pool, folder):
 
     with ThreadPoolExecutor(4) as threads:
         for done in [threads.submit(run, list(names)) for names in ("ab", "cd", "bc", "da")]:
-            done.result(60)
+            done.result()
 
 
 def test_a_thread_that_would_wait_for_itself_is_told(pool, folder):
@@ -188,7 +190,7 @@ def test_an_adapter_that_is_too_large_leaves_the_bank_as_it_was(pool, folder):
     pool.register("large", folder("large", 1.0, rank=4 * RANK))
     with pool.hold(["small"]) as (slot,):
         with ThreadPoolExecutor(1) as other, pytest.raises(BankFullError, match="'large' needs"):
-            other.submit(pool.load, "large").result(30)
+            other.submit(pool.load, "large").result()
         assert value_of(pool, slot) == 5.0
     assert pool.status("large").state == "failed"
 
@@ -207,7 +209,7 @@ def test_a_changed_folder_is_read_again_and_running_requests_keep_the_old_one(po
     with pool.hold(["a"]) as (old,):
         folder("a", 2.0)
         with ThreadPoolExecutor(1) as other:
-            other.submit(pool.load, "a").result(30)
+            other.submit(pool.load, "a").result()
         new = pool.status("a").slot
         assert new is not None
         assert (value_of(pool, old), value_of(pool, new)) == (1.0, 2.0)
@@ -300,7 +302,7 @@ def zipf_batches(rng: np.random.Generator, count: int) -> Iterator[list[str | No
         yield [None if rng.random() < 0.1 else str(name) for name in names]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_two_thousand_adapters_behind_sixteen_slots_answer_rightly_without_a_compilation(folders):
     """Three threads with Zipf requests: each row is that of its own adapter, which another model holds alone."""
     options = {"dtype": "float32", "max_rank": 16, "adapter_memory": "4MiB"}

@@ -14,24 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_peft_format import (
-    BOTH,
-    CONFIG,
-    CONFIG_REFUSALS,
-    DOWN,
-    EXPERTS,
-    GATE_UP,
-    ONE_GATE,
-    PREFIX,
-    TENSOR_REFUSALS,
-    TINY,
-    WEIGHTS,
-    Q,
-    fused,
-    pair,
-    tiny_sites,
-    write_adapter,
-)
 
 from jax_moe_lora import Finding, InputError, JaxMoELoRAError, create_bank, validate
 from jax_moe_lora.adapters.bank import AdapterBank
@@ -42,6 +24,23 @@ from jax_moe_lora.files import safetensors_io
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from jax_moe_lora.tools.validate import validate_folders
+from support.peft_files import (
+    BOTH,
+    CONFIG,
+    DOWN,
+    EXPERTS,
+    GATE_UP,
+    ONE_GATE,
+    PREFIX,
+    TINY,
+    WEIGHTS,
+    Q,
+    fused,
+    pair,
+    tiny_sites,
+    write_adapter,
+)
+from support.peft_refusals import CONFIG_REFUSALS, TENSOR_REFUSALS
 
 MODEL_CONFIG = {"model_type": "qwen3_moe", "hidden_act": "silu", "max_position_embeddings": 64, **TINY}
 SIDECAR = "lora_layout.json"

@@ -11,14 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
 from safetensors.numpy import load_file
-from support.adapter_files import CONFIG, GPT_OSS, SIDECAR, TRTLLM, WEIGHTS, WIDTHS, draw, stacks, write
-from support.layers import assert_close
-from support.networks import ATTENTION, EXPERTS, FAMILIES, TINY, peft_logits, save_model, save_random_adapter, tiny
 
 from jax_moe_lora import AdapterFormatError, InputError, LoRAAdapter, LoRAWeights, Model, Site, write_adapter
 from jax_moe_lora.adapters import writing
@@ -28,6 +23,9 @@ from jax_moe_lora.adapters.lora import uniform
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.sites import adapter_sites
+from support.adapter_files import CONFIG, GPT_OSS, SIDECAR, TRTLLM, WEIGHTS, WIDTHS, draw, stacks, write
+from support.layers import assert_close
+from support.networks import ATTENTION, EXPERTS, FAMILIES, TINY, peft_logits, save_model, save_random_adapter, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("writing")]
 
@@ -384,17 +382,12 @@ def test_an_unknown_layout_is_refused(tmp_path):
 # What PEFT makes of the folders.
 
 
-class Expert(torch.nn.Module):
-    """An expert as transformers 4 had it, with weights of zero: merged, they are the update."""
+def of_transformers_4() -> Any:
+    """Modules with the names of transformers 4's Qwen3-MoE, which transformers 5 has no more.
 
-    def __init__(self) -> None:
-        super().__init__()
-        for module, (into, out) in {"gate": (D, F), "up": (D, F), "down": (F, D)}.items():
-            setattr(self, f"{module}_proj", torch.nn.Linear(into, out, bias=False))
-
-
-def of_transformers_4() -> torch.nn.Module:
-    """Modules with the names of transformers 4's Qwen3-MoE, which transformers 5 has no more."""
+    Weights are zero: merged, they are the update.
+    """
+    import torch
 
     def holding(**modules: torch.nn.Module) -> torch.nn.Module:
         holder = torch.nn.Module()
@@ -402,13 +395,19 @@ def of_transformers_4() -> torch.nn.Module:
             setattr(holder, name, module)
         return holder
 
+    def linear(into: int, out: int) -> torch.nn.Module:
+        return torch.nn.Linear(into, out, bias=False)
+
+    def expert() -> torch.nn.Module:
+        return holding(gate_proj=linear(D, F), up_proj=linear(D, F), down_proj=linear(F, D))
+
     layers = []
     for layer in range(L):
-        experts = torch.nn.ModuleList(Expert() for _ in range(E))
-        mlp = holding(gate=torch.nn.Linear(D, E, bias=False), experts=experts)
+        experts = torch.nn.ModuleList(expert() for _ in range(E))
+        mlp = holding(gate=linear(D, E), experts=experts)
         if layer == 1:
-            mlp = holding(gate_proj=torch.nn.Linear(D, 20, bias=False))
-        layers.append(holding(mlp=mlp, self_attn=holding(q_proj=torch.nn.Linear(D, 2 * D, bias=False))))
+            mlp = holding(gate_proj=linear(D, 20))
+        layers.append(holding(mlp=mlp, self_attn=holding(q_proj=linear(D, 2 * D))))
     network = holding(model=holding(layers=torch.nn.ModuleList(layers)))
     for parameter in network.parameters():
         torch.nn.init.zeros_(parameter)
@@ -417,6 +416,8 @@ def of_transformers_4() -> torch.nn.Module:
 
 @pytest.mark.parametrize("case", [case for case, (layout, _) in HELD.items() if layout == "peft-per-expert"])
 def test_peft_merges_per_expert_matrices_of_any_ranks_as_they_were(tmp_path, case):
+    from peft import PeftModel
+
     _, adapter = HELD[case]
     write_adapter(adapter, tmp_path / "out", SITES, ADAPTER_NAMES, "peft-per-expert")
     with warnings.catch_warnings():
@@ -455,14 +456,14 @@ def served(request, tmp_path_factory) -> tuple[Path, Model]:
     return base, model
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peft_computes_with_a_saved_adapter_what_this_library_does(served, tmp_path):
     base, model = served
     assert model.save_adapter("own", tmp_path / "out") == []
     assert_close(model.logits(TOKENS, ["own"] * 2), peft_logits(base, tmp_path / "out", TOKENS), 1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peft_computes_with_shared_sides_and_block_diagonals_what_this_library_does(served, tmp_path):
     """Ranks that differ by module, experts that share sides, gate and up of different A: expanded."""
     base, model = served
@@ -484,7 +485,7 @@ def test_peft_computes_with_shared_sides_and_block_diagonals_what_this_library_d
         model.unload_adapter("drawn")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peft_converts_written_per_expert_matrices_to_what_they_were(tmp_path):
     """Under transformers 5, where peft fuses gate and up; it knows the names of Qwen3-MoE."""
     base = save_model(tiny("qwen3_moe", num_hidden_layers=1), tmp_path / "model")

@@ -22,7 +22,7 @@ UPPER, SORT = (f"{name}={data_folder() / 'adapters' / name}" for name in ("upper
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "jax_moe_lora.cli.main", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def refusal(monkeypatch, capsys):
     return refuse
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_generate_answers_a_file_of_mixed_requests(tmp_path):
     lines = [
         {"prompt": "abc>", "adapter": "upper"},
@@ -62,7 +62,7 @@ def test_generate_answers_a_file_of_mixed_requests(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_generate_answers_prompts_on_standard_output():
     arguments = ["--adapter", UPPER, "--prompt", "abc>", "--use", "upper", "--max-new-tokens", "8"]
     done = run("generate", "--model", MODEL, *arguments)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.kill_training import write_task
 
 from jax_moe_lora import AdapterFormatError, InputError, Model
 from jax_moe_lora.cli.main import main
@@ -23,6 +22,7 @@ from jax_moe_lora.training.recipe import Recipe
 from jax_moe_lora.training.scoring import Evaluation
 from jax_moe_lora.training.spec import AdapterSpec
 from jax_moe_lora.training.trainer import Trainer
+from support.kill_training import write_task
 
 pytestmark = pytest.mark.xdist_group("train")
 MODEL = data_folder() / "model"
@@ -165,7 +165,7 @@ def trained(tmp_path_factory):
     return trainer, out, told
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_leaves_adapters_metrics_and_its_last_checkpoints(trained):
     _, out, told = trained
     assert sorted(path.name for path in out.iterdir()) == ["both", "checkpoints", "metrics.jsonl", "outer"]
@@ -190,7 +190,7 @@ def test_a_run_leaves_adapters_metrics_and_its_last_checkpoints(trained):
     assert all(rate > 0 for done in told for rate in done.rates.values())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_a_run_writes_is_what_it_trained(trained):
     """Loaded from disk into a model that serves, both adapters give the losses of the last evaluation."""
     trainer, out, told = trained
@@ -213,7 +213,7 @@ def test_what_a_run_writes_is_what_it_trained(trained):
     assert (np.asarray(held) != np.asarray(model.logits([tokens[:-1]]))).any()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_writes_the_same_bytes(trained, tmp_path):
     trainer, out, _ = trained
     before = {path: path.read_bytes() for name in ("both", "outer") for path in (out / name).iterdir()}
@@ -239,7 +239,7 @@ def test_what_cannot_be_written_is_refused_before_the_first_step(tmp_path, monke
     assert trainer.write(tmp_path, "peft") != []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_refusal_of_the_system_is_one_sentence_and_the_run_goes_on_after_it(tmp_path):
     out, sizes = tmp_path / "out", {"batch_size": 1, "sequence_length": 16, "dtype": "float32"}
     trainer = Trainer(MODEL, {"x": LINES[:2]}, steps=3, recipe=Recipe(AdapterSpec(2)), **sizes)
@@ -255,7 +255,7 @@ def test_a_refusal_of_the_system_is_one_sentence_and_the_run_goes_on_after_it(tm
     assert Model.from_pretrained(MODEL, dtype="float32").load_adapter(out / "x", adapter_name="x") is not None
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(tmp_path):
     lost = Recipe(AdapterSpec(2, 4.0), 1e30, "constant", clip=None)
     recipes = {"x": lost, "good": Recipe(AdapterSpec(2, 4.0)), "z": lost}
@@ -278,7 +278,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)  # minutes on two cores that nothing else uses
 def test_the_demos_tasks_are_learnt_in_one_run(tmp_path):
     names = ("upper", "reverse", "shift")
     data = {name: write_task(tmp_path / f"{name}.jsonl", name, 4_000) for name in names}

@@ -4,13 +4,12 @@ Never a crash, a hang, a path out of the folder, or memory of more than twice th
 header parser accepts is compared with what the safetensors library accepts.
 """
 
+import itertools
 import json
 import os
 import struct
-import subprocess
 import sys
 import threading
-import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,16 +20,16 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, target
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from support import ROOT
-from test_loading import SHARDS, edit_index
-from test_loading import load as load_checkpoint
-from test_loading import write as write_checkpoint
-from test_peft_format import CONFIG, PREFIX, WEIGHTS, Q, read, write_adapter
 
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError, ConfigError, JaxMoELoRAError
 from jax_moe_lora.files import safetensors_header, safetensors_io
 from jax_moe_lora.files.safetensors_io import MAX_HEADER_BYTES, read_json, tensor_infos
 from jax_moe_lora.models.config_file import read_model_config
+from support.checkpoints import SHARDS, TINY, edit_index
+from support.checkpoints import load as load_checkpoint
+from support.checkpoints import write as write_checkpoint
+from support.memory import peak_memory
+from support.peft_files import CONFIG, PREFIX, WEIGHTS, Q, read, write_adapter
 
 SIDECAR = "lora_layout.json"
 INDEX = "model.safetensors.index.json"
@@ -302,47 +301,19 @@ def check_memory(file: Path, call: Callable[[], Any]) -> None:
     assert peak < 2 * file.stat().st_size + ALLOWANCE
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-LIMITED = """
-import json, resource, sys
-from pathlib import Path
-from jax_moe_lora import AdapterFormatError, validate
-from jax_moe_lora.adapters.formats.detect import read_adapter
-from jax_moe_lora.adapters.lora import Site
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
-
-folder, sites = Path(sys.argv[1]), {"q": Site(16, 32, 1, (0,))}
-used = next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
-try:
-    read_adapter(folder, sites, ADAPTER_NAMES)
-except AdapterFormatError as error:
-    print(json.dumps(str(error)))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc and address space limits")
-def test_an_absurd_tensor_is_refused_within_a_limit_of_memory(tmp_path):
-    """A sparse file of 64 GiB, whose header is right, in a process that may take 256 MiB more."""
+def test_an_absurd_tensor_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    """A sparse file of 64 GiB, whose header is right."""
     folder = write_adapter(tmp_path / "adapter", Q)
     a, b = (f"{PREFIX}0.self_attn.q_proj.lora_{side}.weight" for side in "AB")
     header = json.dumps({a: entry(0, 2**36, [2, 2**33]), b: entry(2**36, 2**36 + 256, [32, 2])}).encode()
     with (folder / WEIGHTS).open("wb") as file:
         file.write(packed(header))
         file.truncate(8 + len(header) + 2**36 + 256)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", LIMITED, str(folder), str(2**28)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "lora_A.weight: it has shape [2, 8589934592]" in json.loads(done.stdout)
+    monkeypatch.setattr(safetensors_io.TensorFile, "_fill", lambda *_: pytest.fail("weights were read"))
+    message = []
+    peak = peak_memory(lambda: message.append(named(folder / WEIGHTS, lambda: read(folder), AdapterFormatError)))
+    assert "lora_A.weight: it has shape [2, 8589934592]" in message[0]
+    assert peak < 2**22
 
 
 # What is no file, and what changes while it is read.
@@ -370,7 +341,6 @@ NO_FILES: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, SIDECAR])
 def test_an_adapters_file_must_be_a_regular_one(tmp_path, name, kind):
@@ -380,7 +350,6 @@ def test_an_adapters_file_must_be_a_regular_one(tmp_path, name, kind):
     named(folder / name, lambda: read(folder), AdapterFormatError)
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", NO_FILES)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", INDEX, SHARDS[1]])
 def test_a_checkpoints_file_must_be_a_regular_one(tmp_path, name, kind):
@@ -483,7 +452,7 @@ def test_a_shard_that_changes_while_the_checkpoint_is_read_is_refused(tmp_path, 
 @pytest.mark.slow
 def test_a_file_that_is_cut_and_restored_all_the_time_never_ends_the_process(tmp_path):
     folder = write_adapter(tmp_path / "adapter", Q)
-    whole, stop, outcomes = (folder / WEIGHTS).read_bytes(), threading.Event(), set()
+    whole, stop, refused = (folder / WEIGHTS).read_bytes(), threading.Event(), 0
 
     def disturb() -> None:
         while not stop.is_set():
@@ -493,16 +462,16 @@ def test_a_file_that_is_cut_and_restored_all_the_time_never_ends_the_process(tmp
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        for _ in range(3000):
+        for reads in itertools.count():
             try:
                 read(folder)
-                outcomes.add("read")
             except AdapterFormatError:
-                outcomes.add("refused")
+                refused += 1
+            if reads >= 1000 and refused >= 10:
+                break
     finally:
         stop.set()
         thread.join()
-    assert "refused" in outcomes
 
 
 # Configs, sidecars and indexes.
@@ -535,8 +504,6 @@ MODEL_FIELDS = [
 @example({"rope_scaling": {"rope_type": []}}, {})
 @settings(max_examples=200, derandomize=True, **UNTIMED)
 def test_a_models_config_of_any_values_is_read_or_refused(tmp_path, fields, generation):
-    from test_loading import TINY
-
     (tmp_path / "config.json").write_text(json.dumps({**TINY, **fields}))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     refused_or_read(tmp_path / "config.json", lambda: read_model_config(tmp_path))
@@ -616,7 +583,6 @@ def test_a_link_out_of_the_folder_leaks_nothing_of_what_it_leads_to(tmp_path):
 REPEATED_GROUPS = [r"(\w+\.?)+!", r"(.|\.)*!", r"(?:a*)*b", r"((.*)){1,99}!", r".*(x+x+)+y"]
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("pattern", REPEATED_GROUPS)
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
 def test_a_pattern_that_may_match_for_ever_is_refused(tmp_path, field, pattern):

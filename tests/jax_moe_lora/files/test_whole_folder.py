@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.interruptions import fail, interrupted, interrupting, killed_at
 
 from jax_moe_lora import InputError
 from jax_moe_lora.files.folders import _exchange, whole_folder
 from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
+from support.interruptions import fail, interrupted, interrupting, killed_at
 
 MARKER = "marker.json"
 
@@ -62,7 +62,7 @@ def test_a_failure_at_any_point_leaves_what_was_there(tmp_path, exchange, replac
     assert 5 < n < 99
 
 
-@pytest.mark.parametrize("replaces", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.parametrize("replaces", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_kill_at_any_point_leaves_no_half_folder_and_the_next_run_cleans_up(tmp_path, exchange, replaces):
     killed = 0
     for n in range(1, 100):

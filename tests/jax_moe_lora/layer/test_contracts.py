@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.layers import LAYER, Problem, Spec, assert_close, draw
 
 from jax_moe_lora import AdapterFormatError, InputError, count_compilations
 from jax_moe_lora.adapters.bank import remove
@@ -26,6 +25,7 @@ from jax_moe_lora.models.decoder import adapter_sites
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from pallas_kernels.ops import make_plan
 from pallas_kernels.routed_experts.weights import ExpertWeights
+from support.layers import LAYER, Problem, Spec, assert_close, draw
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 SPECS = {
@@ -195,7 +195,7 @@ def test_7_both_forms_of_slots_give_equal_bits_and_never_mix():
         run(request_lengths=jnp.array([30, 30]), request_slots=jnp.array([0, 1]))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_8_the_same_bits_run_after_run_and_process_after_process():
     problem = draw(Spec())
     assert equal_bits(problem.run(), problem.run())

@@ -1,30 +1,36 @@
 """gpt-oss's experts (biases, clamped SwiGLU) against the modules of transformers, adapters merged into the weights."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from support.layers import LAYER, LAYOUTS, Problem, Spec, assert_close, draw
-from transformers import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts, GptOssMLP
 
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.moe import routed_experts
 from jax_moe_lora.layer.reference import moe_lora as oracle
+from support.layers import LAYER, LAYOUTS, Problem, Spec, assert_close, draw
 
 pytestmark = pytest.mark.parity
 
 SPEC = Spec(tokens=24, hidden=48, width=32, as_gpt_oss=True)
-THEIRS = GptOssConfig(
-    hidden_size=SPEC.hidden,
-    intermediate_size=SPEC.width,
-    num_local_experts=SPEC.experts,
-    num_experts_per_tok=SPEC.top_k,
-    num_hidden_layers=1,
-)
 EXPERTS = jax.jit(routed_experts, static_argnames=("config", "implementation"))
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    """Their config; transformers is imported when a test asks for it."""
+    from transformers import GptOssConfig
+
+    return GptOssConfig(
+        hidden_size=SPEC.hidden,
+        intermediate_size=SPEC.width,
+        num_local_experts=SPEC.experts,
+        num_experts_per_tok=SPEC.top_k,
+        num_hidden_layers=1,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +46,10 @@ def routed() -> tuple[np.ndarray, np.ndarray]:
     return rng.dirichlet(np.ones(SPEC.top_k), SPEC.tokens).astype(np.float32), chosen
 
 
-def their_weights(problem: Problem, adapter: LoRAAdapter | None) -> dict[str, torch.Tensor]:
+def their_weights(problem: Problem, adapter: LoRAAdapter | None) -> dict[str, Any]:
     """Our weights as their experts hold them: `[E, in, out]`, gate and up in turn, and an adapter's update added."""
+    import torch
+
     weights = {name: getattr(problem, name).copy() for name in ("gate", "up", "down")}
     for (_, name), own in adapter.weights.items() if adapter else ():
         if name in weights:
@@ -60,7 +68,10 @@ def their_weights(problem: Problem, adapter: LoRAAdapter | None) -> dict[str, to
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_each_rows_experts_equal_their_module_with_its_adapter_merged(problem, routed, implementation):
+def test_each_rows_experts_equal_their_module_with_its_adapter_merged(problem, routed, theirs, implementation):
+    import torch
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
     weights, chosen = routed
     y = EXPERTS(
         jnp.asarray(problem.x),
@@ -72,7 +83,7 @@ def test_each_rows_experts_equal_their_module_with_its_adapter_merged(problem, r
         jnp.asarray(problem.slots, jnp.int32),
         implementation,
     )
-    module = GptOssExperts(THEIRS)
+    module = GptOssExperts(theirs)
     for slot, adapter in enumerate([*problem.adapters, None]):
         rows = problem.slots == (slot if adapter else -1)
         module.load_state_dict(their_weights(problem, adapter))
@@ -91,21 +102,24 @@ def test_every_slot_and_every_limit_is_in_use(problem, routed):
     assert min((gate > 7).sum(), (up > 7).sum(), (up < -7).sum()) > 0
 
 
-def test_layer_and_oracle_equal_their_block_with_its_router(problem):
+def test_layer_and_oracle_equal_their_block_with_its_router(problem, theirs):
     """Scores with a bias, the K largest, softmax over these, experts."""
+    import torch
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
     router_bias = np.random.default_rng(3).normal(size=SPEC.experts).astype(np.float32)
-    block = GptOssMLP(THEIRS)
+    block = GptOssMLP(theirs)
     block.router.load_state_dict({"weight": torch.tensor(problem.router), "bias": torch.tensor(router_bias)})
     block.experts.load_state_dict(their_weights(problem, None))
     with torch.no_grad():
-        theirs = block(torch.tensor(problem.x)[None])[0][0].numpy()
+        expected = block(torch.tensor(problem.x)[None])[0][0].numpy()
     kind, activation = "topk_softmax", "clamped_swiglu"
     config = MoEConfig(SPEC.hidden, SPEC.width, SPEC.experts, SPEC.top_k, kind, activation=activation, expert_bias=True)
     x, router = jnp.asarray(problem.x), jnp.asarray(problem.router)
     ours = LAYER(x, router, problem.experts, config, router_bias=jnp.asarray(router_bias))
-    assert_close(ours, theirs, 1e-5)
+    assert_close(ours, expected, 1e-5)
     weights = (problem.x, problem.router, problem.gate, problem.up, problem.down)
     own = {"top_k": SPEC.top_k, "router_kind": kind, "router_bias": router_bias}
     assert_close(
-        oracle(*weights, [None] * SPEC.tokens, **own, activation=activation, biases=problem.biases), theirs, 1e-5
+        oracle(*weights, [None] * SPEC.tokens, **own, activation=activation, biases=problem.biases), expected, 1e-5
     )

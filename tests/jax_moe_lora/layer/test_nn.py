@@ -93,7 +93,7 @@ def test_loading_into_a_module_does_not_retrace(layer, rows):
     assert (before[5] != after[5]).any()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_linen_through_the_bridge_gives_the_same(layer, rows):
     linen = bridge.to_linen(MoELoRA, CONFIG, max_adapters=4, max_rank=32)
     variables = linen.init(jax.random.key(0), rows, SLOTS)

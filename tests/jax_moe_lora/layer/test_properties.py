@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from support.layers import LAYOUTS, Spec, assert_close, draw
 
 ADAPTER = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from([1, 4, 8, 16, 17, 33]))
@@ -27,7 +28,7 @@ def specs(draw_value) -> Spec:
     )
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @given(spec=specs(), one_slot=st.booleans())
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_any_layer_with_any_mix_equals_the_oracle(spec, one_slot):

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.layers import assert_close
-from support.networks import ATTENTION, EXPERTS, peft_logits, save_model, save_random_adapter, split_to_per_expert, tiny
 
 from jax_moe_lora import Functional, Model
 from jax_moe_lora.models.decoder import Cache
+from support.layers import assert_close
+from support.networks import ATTENTION, EXPERTS, peft_logits, save_model, save_random_adapter, split_to_per_expert, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("families")]
 
@@ -78,7 +78,7 @@ def served(request, tmp_path_factory) -> Served:
     return Served(base, paths, model, fn, jax.jit(fn.prefill), tokens, expected)
 
 
-@pytest.mark.parametrize("shortest", [1, pytest.param(6, marks=pytest.mark.long), LENGTH])
+@pytest.mark.parametrize("shortest", [1, pytest.param(6, marks=pytest.mark.slow), LENGTH])
 def test_prompts_of_mixed_adapters_equal_each_ones_own_run(served, shortest):
     lengths = np.minimum(shortest + np.arange(len(served.paths)), LENGTH)
     assert_close(served.read(lengths)[1], served.logits_after(lengths), 1e-5)
@@ -91,7 +91,7 @@ def test_adapters_change_what_is_compared(served):
             assert np.linalg.norm(own - without) > 1e-2 * np.linalg.norm(without), name
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_decode_steps_equal_the_whole_prompts(served):
     lengths = LENGTH - DECODED - np.arange(len(served.paths))
     cache, _ = served.read(lengths)

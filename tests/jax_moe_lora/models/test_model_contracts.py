@@ -18,7 +18,7 @@ from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.programs import Sampling
 
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.long]
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
 MIXED = [None, "upper", "reverse", "sort", None]
 STEPS = 3
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+
+from jax_moe_lora import Model
 from support.networks import (
     ATTENTION,
     EXPERTS,
@@ -15,8 +16,6 @@ from support.networks import (
     split_to_per_expert,
     tiny,
 )
-
-from jax_moe_lora import Model
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]
 
@@ -101,8 +100,10 @@ def test_mixed_batch_equals_each_adapters_own_peft_run(served):
     assert relative_error(mixed[1, :7], base_row) > 1e-3, "the adapters change nothing, so this proves nothing"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_greedy_text_is_that_of_peft(served):
+    import torch
+
     base, adapters, model = served
     rng = np.random.default_rng(1)
     names = [None, "experts", "all"]

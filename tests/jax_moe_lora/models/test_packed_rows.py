@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.layers import assert_close
 
 from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.models import decoder
 from pallas_kernels.ops import BASE_SLOT
+from support.layers import assert_close
 
 pytestmark = pytest.mark.xdist_group("demo")
 NAMES = [None, "reverse", "sort", "reverse", "upper"]
@@ -52,7 +52,7 @@ def run(model):
     return lambda *arguments: np.asarray(packed(fn.params, fn.bank, *arguments))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_packed_example_has_the_logits_that_it_has_alone(model, examples, run):
     *arguments, begins = pack(examples, np.asarray(model.slots(NAMES)))
     found = run(*arguments)
@@ -88,7 +88,7 @@ def test_padding_is_multiplied_with_no_expert_and_no_adapter(model, examples):
     assert (np.asarray(step.slots).reshape(padding.shape)[~padding] == slots[1]).all()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_rows_of_one_example_each_need_no_mask(model, examples):
     """What lies behind an example is never looked at."""
     tokens, positions, segments, slots, _ = pack(examples, np.asarray(model.slots(NAMES)))

@@ -11,7 +11,7 @@ import pytest
 from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.export import decode_arguments, export_decode
 
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.long]
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
 
 ELSEWHERE = """
 import sys
@@ -45,7 +45,7 @@ def test_an_exported_step_gives_the_same_bits_without_the_library(tmp_path):
 
     (tmp_path / "step.bin").write_bytes(step.program)
     np.savez(tmp_path / "inputs.npz", **{f"{i:05d}": np.asarray(array) for i, array in enumerate(arrays)})
-    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, tmp_path], check=True, timeout=300)
+    subprocess.run([sys.executable, "-I", "-c", ELSEWHERE, tmp_path], check=True)
     with np.load(tmp_path / "outputs.npz") as saved:
         outputs = [saved[name] for name in sorted(saved.files)]
     assert len(outputs) == len(expected) == len(step.outputs)

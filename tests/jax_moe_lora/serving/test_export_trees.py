@@ -5,8 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from support.layers import Spec, draw
-from support.unchecked import annotations_unchecked
 
 from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.layer.linear import dense_plan
@@ -14,6 +12,8 @@ from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import abstract_params
 from pallas_kernels.pytrees import pytree
+from support.layers import Spec, draw
+from support.unchecked import annotations_unchecked
 
 
 @pytest.fixture(autouse=True)

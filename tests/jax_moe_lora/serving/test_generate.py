@@ -73,7 +73,7 @@ def test_token_ids_need_no_tokenizer(model, tmp_path, content):
     assert out.text == ""
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_prompts_and_names_may_be_arrays(model):
     ids = np.asarray([model.tokenizer.encode(prompt) for prompt in ("abc>", "xyz>")])
     outs = model.generate(ids, np.array(["upper", "reverse"]), max_new_tokens=np.int64(10), temperature=np.float32(0))
@@ -175,7 +175,7 @@ def test_nothing_compiles_after_the_first_batch_and_load(model):
     assert count.compilations == 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_functional_form_gives_the_same_tokens_under_a_users_own_jit(model):
     fn = model.functional(batch=4, max_length=32)
     encoded = [model.tokenizer.encode(prompt) for prompt in PROMPTS]

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
+
+from jax_moe_lora import AdapterFormatError, CheckpointError, InputError, LoRAAdapter, Model, merge_adapter
+from jax_moe_lora.adapters.formats.detect import read_adapter
+from jax_moe_lora.adapters.lora import uniform
+from jax_moe_lora.cli.main import main
+from jax_moe_lora.demo.run import data_folder
+from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.sites import adapter_sites
+from support.checkpoints import write as write_checkpoint
 from support.interruptions import killed_at
 from support.layers import assert_close
+from support.memory import peak_memory
 from support.networks import (
     ATTENTION,
     EXPERTS,
@@ -27,16 +36,6 @@ from support.networks import (
     save_random_adapter,
     tiny,
 )
-from transformers import AutoModelForCausalLM
-
-from jax_moe_lora import AdapterFormatError, CheckpointError, InputError, LoRAAdapter, Model, merge_adapter
-from jax_moe_lora.adapters.formats.detect import read_adapter
-from jax_moe_lora.adapters.lora import uniform
-from jax_moe_lora.cli.main import main
-from jax_moe_lora.demo.run import data_folder
-from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.sites import adapter_sites
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("merge")]
 
@@ -61,6 +60,9 @@ def read(adapter: Path, base: Path) -> LoRAAdapter:
 
 
 def transformers_logits(folder: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor(TOKENS)).logits.numpy()
 
@@ -78,6 +80,8 @@ def trained(request, tmp_path_factory) -> tuple[Path, Path]:
 def test_transformers_computes_with_a_merged_checkpoint_what_peft_does_after_merging(trained, tmp_path):
     base, adapter = trained
     merge_adapter(read(adapter, base), base, tmp_path / "out", max_shard_size="100KB")
+    import torch
+
     with torch.no_grad():
         expected = load_peft(base, adapter).merge_and_unload()(torch.tensor(TOKENS)).logits.numpy()
     found = transformers_logits(tmp_path / "out")
@@ -89,7 +93,7 @@ def test_transformers_computes_with_a_merged_checkpoint_what_peft_does_after_mer
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> tuple[Path, LoRAAdapter]:
     """A checkpoint in bfloat16 of one layer, with a tokenizer and other files, and an adapter on two experts' gate."""
-    base = save_model(tiny("qwen3_moe", num_hidden_layers=1).to(torch.bfloat16), tmp_path_factory.mktemp("small") / "m")
+    base = save_model(tiny("qwen3_moe", num_hidden_layers=1).bfloat16(), tmp_path_factory.mktemp("small") / "m")
     shutil.copyfile(data_folder() / "model" / "tokenizer.json", base / "tokenizer.json")
     (base / "LICENSE").write_text("anyone may")
     (base / "pytorch_model.bin").write_bytes(b"weights in another form")
@@ -144,6 +148,9 @@ def test_shards_hold_what_fits_and_the_index_says_where(small, tmp_path):
 
 
 def test_a_dtype_is_that_of_every_tensor_and_of_the_config(small, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
     base, adapter = small
     merge_adapter(adapter, base, tmp_path / "out", dtype="float32")
     before, after = tensors(base), tensors(tmp_path / "out")
@@ -174,34 +181,19 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_left(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
-PEAK = r"""
-import re, sys
-from pathlib import Path
-import numpy as np
-from jax_moe_lora import LoRAAdapter, merge_adapter
-from jax_moe_lora.adapters.lora import uniform
-zero = np.zeros((8, 1024, 1), np.float32)
-adapter = LoRAAdapter("mine", {(0, "gate"): uniform(np.ones((1, 1, 1024), np.float32), zero, 1.0, 8)})
-status = lambda name: 1024 * int(re.search(name + r":\s*(\d+)", Path("/proc/self/status").read_text())[1])
-before = status("VmRSS")
-merge_adapter(adapter, sys.argv[1], sys.argv[2], max_shard_size="32MiB")
-print(status("VmHWM") - before)
-"""
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_a_merge_takes_the_memory_of_a_shard_at_most(tmp_path):
-    """A checkpoint of 102 MB in one file; its largest tensor has 4 MB, in float32 and on the disk."""
-    sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "intermediate_size": 1024, "vocab_size": 99}
-    network = tiny("qwen3_moe", num_hidden_layers=1, **sizes)
-    base = save_model(network, tmp_path / "model", max_shard_size="5GB")
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    out = str(tmp_path / "out")
-    done = subprocess.run([sys.executable, "-c", PEAK, str(base), out], capture_output=True, text=True, check=True)
-    growth = int(done.stdout)
-    assert growth > 2**21, "the measurement misses the tensors"
-    assert growth <= 32 * 2**20 < size / 3, f"{growth} bytes more than before, of a checkpoint of {size}"
+    """A checkpoint of 104 MB in two files, merged into shards of 32 MiB; its largest tensor has 4 MiB."""
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 1024, "num_hidden_layers": 1, "num_experts": 8}
+    held = write_checkpoint(tmp_path / "model", **sizes, mlp_only_layers=[], vocab_size=99, head_dim=64)
+    size, largest = sum(tensor.nbytes for tensor in held.values()), max(tensor.nbytes for tensor in held.values())
+    del held
+    zero = np.zeros((8, 1024, 1), np.float32)
+    adapter = LoRAAdapter("mine", {(0, "gate"): uniform(np.ones((1, 1, 1024), np.float32), zero, 1.0, 8)})
+    merge = partial(merge_adapter, adapter, tmp_path / "model", tmp_path / "out", max_shard_size="32MiB")
+    peak = peak_memory(merge)
+    assert peak >= largest, "the measurement misses the tensors"
+    assert peak <= 32 * 2**20 < size / 3, f"{peak} bytes at once, of a checkpoint of {size}"
 
 
 def test_a_merge_that_is_killed_leaves_nothing_and_the_next_one_ends(small, tmp_path):
@@ -248,7 +240,7 @@ def test_convert_writes_a_layout_and_says_what_it_copied(monkeypatch, capsys, tm
             np.testing.assert_array_equal(found.weights[key].delta(expert), weights.delta(expert))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_merge_writes_a_model_that_answers_as_the_adapter_does(monkeypatch, capsys, tmp_path):
     assert run(monkeypatch, "merge", UPPER, tmp_path / "out", "--model", BASE, "--dtype", "float32") == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: merged, ")

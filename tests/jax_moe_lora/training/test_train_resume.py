@@ -3,52 +3,52 @@
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 
 import jax
 import numpy as np
 import pytest
-from support.kill_training import NAMES, command, digests, finish, kill, some_time_after_a_checkpoint, start, write_task
 
 from jax_moe_lora import CheckpointError, InputError
 from jax_moe_lora.training.checkpoint import Checkpoints
 from jax_moe_lora.training.recipe import Recipe
 from jax_moe_lora.training.run_folder import MetricsFile, check_out, run_folder
 from jax_moe_lora.training.step import TrainState
+from support.kill_training import NAMES, command, digests, finish, kill, some_time_after_a_checkpoint, start, write_task
 
 STEPS = 12
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(tmp_path):
     for name in NAMES:
         write_task(tmp_path / f"{name}.jsonl", name)
     finish(start(tmp_path, tmp_path / "whole", STEPS))
-    out = tmp_path / "killed"
-    when = some_time_after_a_checkpoint(out, random.Random(), seconds=0.5)
-    assert kill(start(tmp_path, out, STEPS), when), "it ended before it was killed"
-    assert not any((out / name).exists() for name in NAMES)
+    out, killed = tmp_path / "killed", False
+    while not killed or any((out / name).exists() for name in NAMES):  # it ended, or nearly so, before it was killed
+        shutil.rmtree(out, ignore_errors=True)
+        when = some_time_after_a_checkpoint(out, random.Random(), seconds=0.5)
+        killed = kill(start(tmp_path, out, STEPS), when)
     finish(start(tmp_path, out, STEPS))
     assert digests(out) == digests(tmp_path / "whole")
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [str(STEPS - 1), str(STEPS)]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_where_there_is_room(tmp_path):
     for name in NAMES:
         write_task(tmp_path / f"{name}.jsonl", name)
     whole = command(tmp_path, tmp_path / "out", 4, "--resume", "--rank", "upper=32")
     limited = ["bash", "-c", 'ulimit -f 100; exec "$@"', "limited", *whole]  # KiB a file; a checkpoint has more
-    refused = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    refused = subprocess.run(limited, capture_output=True, text=True)
     assert (refused.returncode, refused.stdout) == (2, ""), refused.stderr
     assert refused.stderr.count("jax-moe-lora: ") == 1, refused.stderr
-    # Not at the beginning of a line for sure: other threads' logs may be half written.
-    said = refused.stderr.partition("jax-moe-lora: ")[2].splitlines()[0]
-    assert "out cannot be written: " in said
-    assert "File too large" in said
-    assert said.endswith("; once it can, go on with --resume.")
-    assert subprocess.run(whole, capture_output=True, timeout=300).returncode == 0
+    # Other threads' logs may stand before and after it in its line.
+    said = refused.stderr.partition("jax-moe-lora: ")[2]
+    assert re.match(r".*out cannot be written: .*File too large.*; once it can, go on with --resume\.", said), said
+    assert subprocess.run(whole, capture_output=True).returncode == 0
     assert all((tmp_path / "out" / name / "adapter_config.json").is_file() for name in NAMES)
 
 

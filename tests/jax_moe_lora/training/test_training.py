@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.layers import assert_close
-from support.trained import CONFIG, SITES, SPECS, draw, model, new_params, same_bits, task_batch
 
 from jax_moe_lora import InputError, LoRAAdapter, write_adapter
 from jax_moe_lora.adapters.bank import create_bank
@@ -20,6 +18,8 @@ from jax_moe_lora.training import AdapterSpec, from_adapter, init_params, to_ada
 from jax_moe_lora.training.bank import training_bank
 from jax_moe_lora.training.loss import load_balancing, slot_sums, token_losses
 from jax_moe_lora.training.spec import WRITTEN_AS
+from support.layers import assert_close
+from support.trained import CONFIG, SITES, SPECS, draw, model, new_params, same_bits, task_batch
 
 ALL = ("q", "k", "v", "o", "router", "gate", "up", "down")
 
@@ -28,7 +28,7 @@ def adapters_of(params, specs=SPECS) -> dict[str, LoRAAdapter]:
     return {name: to_adapter(params[name], spec, SITES, name) for name, spec in specs.items()}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_kaiming_is_peft_s_bound_and_gaussian_its_deviation():
     kaiming = init_params(AdapterSpec(rank=16, targets=ALL), SITES, jax.random.key(0))
     gaussian = init_params(AdapterSpec(rank=16, targets=ALL, init="gaussian"), SITES, jax.random.key(0))
@@ -93,7 +93,7 @@ def test_specs_that_can_be_trained_pass():
     AdapterSpec(layout="per-expert", ranks=(("up", 4),)).check("mine", SITES)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_logits_are_those_of_the_same_adapters_in_a_served_bank():
     params = new_params(trained=True)
     batch = task_batch([*SPECS, None], 0, 8)
@@ -118,7 +118,7 @@ def test_logits_are_those_of_the_same_adapters_in_a_served_bank():
         assert np.linalg.norm(change) > 1e-2 * np.linalg.norm(base[mine]), "the adapter changes nothing"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_matrix_takes_its_pages_once_however_many_share_it():
     bank = training_bank(new_params(), SPECS, SITES, CONFIG.num_layers)
     pages = {name: pool.shape[0] for name, pool in bank.pools[0].items()}

@@ -3,18 +3,13 @@
 import math
 import warnings
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import peft
 import pytest
-import torch
-from support.layers import assert_close
-from support.networks import ATTENTION, EXPERTS, load_peft
-from support.trained import CONFIG, MODEL, SITES, SPECS, model, new_params, state_of, task_batch
-from torch.nn import functional
 
 from jax_moe_lora import write_adapter
 from jax_moe_lora.adapters.formats.detect import read_adapter
@@ -22,6 +17,9 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from jax_moe_lora.training import Batch, from_adapter, make_step, to_adapter
 from jax_moe_lora.training.bank import training_bank
+from support.layers import assert_close
+from support.networks import ATTENTION, EXPERTS, load_peft
+from support.trained import CONFIG, MODEL, SITES, SPECS, model, new_params, state_of, task_batch
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("training parity")]
 
@@ -52,15 +50,21 @@ def batch_of(index: int) -> Batch:
     return task_batch([*RUNS], index, 12, specs=RUNS)
 
 
-def new_peft(name: str) -> peft.PeftModel:
+def new_peft(name: str) -> Any:
+    import peft
+    import torch
+
     torch.manual_seed(sum(map(ord, name)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(load_peft(MODEL, None), peft.LoraConfig(**RUNS[name][0]))
 
 
-def torch_run(network: peft.PeftModel, name: str) -> tuple[np.ndarray, np.ndarray]:
+def torch_run(network: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Cross-entropies and router losses `[STEPS]` of PEFT's own training on the rows of one adapter."""
+    import torch
+    from torch.nn import functional
+
     _, peak, decay = RUNS[name]
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1.0, weight_decay=decay)
@@ -118,8 +122,10 @@ def test_curves_and_adapters_are_those_of_peft(tmp_path):
             assert_close(np.asarray(state.params[name][key]), np.asarray(values), 1e-3)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_peft_loads_what_was_trained_with_equal_logits(tmp_path):
+    import torch
+
     optimizers = dict.fromkeys(SPECS, optax.adam(1e-2))
     step, state = make_step(CONFIG, SPECS, optimizers), state_of(new_params(), optimizers)
     for index in range(4):

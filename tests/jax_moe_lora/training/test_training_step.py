@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.layers import assert_close
-from support.trained import CONFIG, SPECS, arrays, model, new_params, same_bits, shallow, state_of, task_batch
 
 from jax_moe_lora import InputError
 from jax_moe_lora.training import Batch, TrainState, make_evaluation, make_step
+from support.layers import assert_close
+from support.trained import CONFIG, SPECS, arrays, model, new_params, same_bits, shallow, state_of, task_batch
 
 NAMES = list(SPECS)
 # Each has all that could move an absent adapter: momentum, weight decay, a schedule.
@@ -59,7 +59,7 @@ def of(state: TrainState, name: str):
     return state.params[name], state.optimizer_states[name], state.updates[name]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_adapter_without_a_token_to_learn_keeps_every_bit(step):
     now, _ = step(state(), model(), task_batch(NAMES, 0, 6))
     before = jax.tree.map(np.asarray, now)
@@ -112,7 +112,7 @@ def test_three_adapters_in_one_run_equal_three_solo_runs():
             assert same_bits(of(solo, other), of(start(), other)), f"{other} moved in the run of {name} alone"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_batches_of_one_shape_run_one_program_and_take_the_state(step):
     given = state()
     now, _ = step(given, model(), task_batch(NAMES, 0, 6))
@@ -143,7 +143,7 @@ def part_of(batch: Batch, rows: np.ndarray) -> Batch:
     return replace(batch, segments=jnp.where(rows[:, None], batch.segments, 0))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_micro_batches_give_the_gradient_of_the_whole_mean():
     batch = task_batch(NAMES, 5, 6)
     # `sort` has almost all of its tokens in the second part: its mean of means is another.
@@ -162,7 +162,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_mean():
         gradients_of(jax.tree.map(lambda values: values[:5], batch), micro_batches=2)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_each_adapter_is_clipped_by_its_own_norm():
     batch = task_batch(NAMES, 6, 6)
     free, metrics = gradients_of(batch)
@@ -176,7 +176,7 @@ def test_each_adapter_is_clipped_by_its_own_norm():
             np.testing.assert_allclose(gradient, factor * free[name][key], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_padding_and_rows_of_nobody_change_nothing():
     batch = task_batch([*NAMES, None], 7, 6)
     expected, _ = gradients_of(batch)
@@ -196,7 +196,7 @@ def test_padding_and_rows_of_nobody_change_nothing():
     assert metrics.losses.weight.sum() == batch.weights.sum()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_adapter_that_has_diverged_stays_alone():
     batch, params = task_batch(NAMES, 8, 6), new_params(trained=True, config=SHALLOW[0])
     expected, _ = gradients_of(batch, params)
@@ -207,7 +207,7 @@ def test_an_adapter_that_has_diverged_stays_alone():
         assert same_bits(found[name], expected[name]), name
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_half_precision_weights_train_float32_adapters():
     batch = task_batch(NAMES, 9, 6)
     expected, wide = gradients_of(batch)

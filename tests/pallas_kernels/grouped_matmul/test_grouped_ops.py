@@ -6,17 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.layers import assert_close, rounded
 
-from pallas_kernels import backend
-from pallas_kernels.ops import (
-    LoRAPages,
-    UnsupportedImplementation,
-    choose,
-    grouped_lora,
-    grouped_matmul,
-    make_plan,
-)
+from pallas_kernels.ops import LoRAPages, grouped_lora, grouped_matmul, make_plan
+from support.layers import assert_close, rounded
 
 TOLERANCE = {"float32": 1e-6, "float16": 1e-6, "bfloat16": 1e-6}  # sums are float32 whatever the inputs are
 MATMUL = jax.jit(grouped_matmul, static_argnames=("of_tokens", "activation", "implementation"))
@@ -140,27 +132,6 @@ def test_lora_of_mixed_ranks_reads_its_own_pages_alone(dtype, tolerance, impleme
     np.testing.assert_array_equal(actual[base], y[base])
 
 
-def test_an_unknown_implementation_is_refused_with_the_choices():
-    with pytest.raises(UnsupportedImplementation, match="'fast' is unknown; use one of"):
-        choose("fast")
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [("hopper", "needs a GPU of compute capability 9.0"), ("portable", "needs a GPU of compute capability 8.0")],
-)
-def test_a_backend_that_is_not_here_says_why(name, why):
-    with pytest.raises(UnsupportedImplementation, match=f"{name!r} cannot run this: .*{why}.*; use 'xla' or None"):
-        choose(name)
-
-
-def test_a_call_tells_what_was_picked_and_why_not_the_others():
-    choice = choose()
-    assert choice.picked == "xla"
-    assert set(choice.why_not) == {"hopper", "portable", "reference"}
-    assert all(choice.why_not.values())
-
-
 def test_adapters_biases_and_weights_must_match():
     plan = make_plan(jnp.zeros((4, 1), jnp.int32), jnp.full(4, -1), 2, 0)
     x, weight = jnp.ones((4, 8)), jnp.ones((2, 6, 8))
@@ -179,23 +150,9 @@ def test_no_rows_give_no_rows(implementation):
     assert y.shape == (0, 6)
 
 
-def test_an_explicit_choice_says_why_not_each_other():
-    assert set(choose("reference").why_not) == {"hopper", "portable", "xla"}
-
-
 def test_adapters_of_another_number_of_slots_than_the_plan_are_refused():
     """A look-up would be clamped to the last slot: another adapter's pages."""
     pages = LoRAPages(jnp.zeros((2, 16, 64)), jnp.zeros((2, 16, 32)), jnp.zeros((3, 4, 4), int), jnp.zeros((3, 4)), 16)
     plan = make_plan(jnp.zeros((5, 1), jnp.int32), jnp.zeros(5, jnp.int32), 4, 2)
     with pytest.raises(ValueError, match="with a plan of"):
         grouped_matmul(jnp.zeros((5, 64)), jnp.zeros((4, 32, 64)), plan, of_tokens=True, adapters=(pages,))
-
-
-def test_more_slots_than_hopper_serves_are_another_backends(monkeypatch):
-    monkeypatch.setattr(backend, "device_capability", lambda: ((9, 0), "compute capability 9.0"))
-    assert choose(slots=256).picked == "hopper"
-    choice = choose(slots=257)
-    assert choice.picked == "portable"
-    assert "up to 256 adapter slots, these are 257" in choice.why_not["hopper"]
-    with pytest.raises(UnsupportedImplementation, match="up to 256 adapter slots"):
-        choose("hopper", slots=257)

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_matmul import hopper
-from pallas_kernels.hopper import tuning
+from pallas_kernels.hopper import ring, tuning
 from pallas_kernels.hopper.tuning import (
+    MAX_ROWS,
     Config,
     Matmul,
     TunedFileError,
     bucket,
     config_for,
     heuristic,
+    smem_bytes,
     tile_rows,
     why_not,
 )
@@ -150,3 +152,14 @@ def test_a_device_is_found_by_its_kind():
     assert tuning.slug("NVIDIA H200") == "nvidia-h200"
     assert tuning.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert jax.devices()[0].device_kind == "cpu"
+
+
+def test_every_heuristic_config_fits():
+    for pairs in (1, 7, 64, 1000, 4096, 65536, 10**6):
+        for experts in (1, 8, 64, 128, 256):
+            config = heuristic(pairs, experts)
+            assert config.tile_rows % 8 == 0
+            assert 8 <= config.tile_rows <= MAX_ROWS
+            assert all(0 < width < config.tile_rows and width % 8 == 0 for width in config.widths)
+            assert config.stages >= 2
+            assert smem_bytes(config) + ring.BARRIER_BYTES <= ring.SMEM_BYTES

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.gradients import TOLERANCE, arguments, assert_gradients, loss, plain
-from support.paged import PagedSpec, draw_layer
 
 from pallas_kernels.ops import choose
+from support.gradients import TOLERANCE, arguments, assert_gradients, loss, plain
+from support.paged import PagedSpec, draw_layer
 
 pytestmark = pytest.mark.gpu
 

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from support.gradients import TOLERANCE, arguments, assert_gradients, cotangent, loss, plain, with_pools
-from support.paged import MODULES, PagedSpec, draw_layer
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora, routed_experts
 from pallas_kernels.ops import make_plan, page_gradients
+from support.gradients import TOLERANCE, arguments, assert_gradients, cotangent, loss, plain, with_pools
+from support.paged import MODULES, PagedSpec, draw_layer
 
 RANKS = (4, 16, 17, 40)
 SPECS = {
@@ -38,7 +38,7 @@ QUICK = [("mixed", "xla")]
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.long) for case in CASES],
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
 )
 def test_gradients_equal_autodiff_of_the_definition(name, implementation):
     layer = draw_layer(SPECS[name], np.random.default_rng(0))
@@ -61,7 +61,7 @@ def test_what_nobody_asks_for_is_not_computed():
     assert loops(of_pools) <= loops(of_all) - 5
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_loss_on_the_router_alone_gives_the_layer_no_gradient():
     layer = draw_layer(SPECS["per-expert"], np.random.default_rng(0))
     x, gates, experts, pools = arguments(layer)
@@ -89,7 +89,7 @@ def test_float32_pages_beside_16_bit_rows_are_rounded_and_get_float32_gradients(
         assert (np.asarray(wide) != np.asarray(narrow.astype(jnp.float32))).any()
 
 
-@pytest.mark.parametrize("name", ["gpt-oss", pytest.param("router", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["gpt-oss", pytest.param("router", marks=pytest.mark.slow)])
 def test_check_grads(name):
     """Against finite differences: biases and the clamped unit, and the whole layer through its router."""
     rng = np.random.default_rng(1)
@@ -118,7 +118,7 @@ def test_check_grads(name):
     check_grads(through_router, (x, router, live), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_dense_projection(dtype):
     """Attention's and the router's form: the tile loop, with base rows and poisoned pages."""
     spec = PagedSpec(29, 32, 48, 1, 1, slots=4, ranks=RANKS, layouts=("per_expert",), dtype=dtype)

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from support.paged import PagedLayer, PagedSpec, draw_layer
 
 from pallas_kernels.dispatch.api import token_rows
 from pallas_kernels.grouped_lora import hopper_gradients
@@ -16,6 +14,7 @@ from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper.tuning import Config, deepest
 from pallas_kernels.lora_steps.api import Shrunk, make_steps
 from pallas_kernels.ops import LoRAPages, RoutingPlan, input_gradient, make_plan, page_gradients, shrink
+from support.paged import PagedLayer, PagedSpec, draw_layer
 
 TOLERANCE = 1e-2  # bfloat16
 LAYOUTS = ("per_expert", "fused", "shared_some", "shared_outer")
@@ -27,12 +26,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def interpreter(capfd):
-    """Fails where the interpreter reports a race: it prints and goes on."""
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        yield
-    assert "RACE DETECTED" not in capfd.readouterr().out
+pytestmark = pytest.mark.usefixtures("interpreter")
 
 
 @pytest.fixture(scope="module")

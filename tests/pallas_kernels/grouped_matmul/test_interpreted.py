@@ -1,0 +1,166 @@
+"""The matmul kernels of every backend in jax's GPU interpreter, with race detection.
+
+One suite for all of them, then what each has alone.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import backend
+from pallas_kernels.grouped_matmul import hopper, portable
+from pallas_kernels.hopper.tuning import Config
+from pallas_kernels.lora_steps.api import make_steps
+from pallas_kernels.ops import UnsupportedImplementation, grouped_matmul, make_plan
+from pallas_kernels.portable.tuning import tile_rows
+from support.interpreted import HOPPER, PORTABLE, Kernels, by_pair, draw_once, expected, relative_error
+from support.paged import PagedSpec, replicated
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+KERNELS = {**{f"hopper, {name}": kernels for name, kernels in HOPPER.items()}, "portable": PORTABLE}
+GATED, PLAIN = ("gate", "up"), ("down",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [GATED, PLAIN], ids="+".join)
+@pytest.mark.parametrize("name", KERNELS)
+def test_matmul_shrink_and_expand_equal_the_oracle_without_races(name, modules):
+    kernels = KERNELS[name]
+    actual = kernels.run(kernels.layer, modules)
+    assert relative_error(actual, expected(kernels.layer, modules)) < kernels.tolerance
+    base = np.repeat(np.asarray(kernels.layer.slots) < 0, kernels.spec.top_k)
+    assert base.any()
+    np.testing.assert_array_equal(actual[base], kernels.run(kernels.layer, modules, adapters={})[base])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [GATED, PLAIN], ids="+".join)
+@pytest.mark.parametrize("name", ["hopper, 24 rows", "hopper, 128 rows", "portable"])
+def test_biases_clamped_swiglu_and_kept_factors_equal_the_reference_without_races(name, modules):
+    """gpt-oss's experts, and what training keeps (Hopper's); a bias of the last expert ends where its array does."""
+    kernels, gated = KERNELS[name], len(modules) == 2
+    layer, spec, plan = kernels.layer, kernels.spec, kernels.plan(kernels.layer)
+    weights, pages = (tuple(each[m] for m in modules) for each in (vars(layer.experts), layer.adapters))
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = 2 * jax.random.normal(keys[0], (spec.tokens, weights[0].shape[2]), spec.dtype)
+    biases = tuple(4 * jax.random.normal(key, w.shape[:2], spec.dtype) for key, w in zip(keys[1:], weights))  # noqa: B905
+    keep = {"keep": gated} if kernels.backend == "hopper" else {}
+    found = kernels.matmul(x, weights, plan, pages, "clamped_swiglu", biases=biases, **keep)
+    call = partial(grouped_matmul, x, plan=plan, of_tokens=True, implementation="reference")
+    own = weights if gated else weights[0]
+    wanted = [call(own, biases=biases, adapters=pages, activation="clamped_swiglu")]
+    if keep.get("keep"):
+        wanted += [call(w, biases=(b,), adapters=(a,)) for w, b, a in zip(weights, biases, pages, strict=True)]
+    for one, other in zip(found, wanted, strict=True):
+        assert relative_error(by_pair(one, plan), by_pair(other, plan)) < kernels.tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hopper, 24 rows", "portable"])
+def test_a_projection_without_adapters_beside_one_that_has_them(name):
+    kernels = KERNELS[name]
+    layer = kernels.layer
+    own = {key: value for key, value in layer.matrices.items() if key[0] == "up"}
+    actual = kernels.run(layer, GATED, adapters={"up": layer.adapters["up"]})
+    assert relative_error(actual, expected(replace(layer, matrices=own), GATED)) < kernels.tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hopper, 8 rows", "portable"])
+def test_no_rows_at_all_is_no_hang(name):
+    """All pairs skipped: no tile, no item, nothing waits."""
+    kernels = KERNELS[name]
+    layer = kernels.layer
+    plan = kernels.plan(replace(layer, chosen=jnp.full_like(layer.chosen, -1)))
+    x = jnp.ones((layer.spec.tokens, layer.spec.hidden), layer.spec.dtype)
+    kernels.matmul(x, (layer.experts.gate,), plan, (None,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [2, 9])
+def test_adapters_anywhere_in_long_tiles(slots):
+    """The shrink's windows: wide and narrow, at both ends of a tile and between, and several of one run of rows."""
+    spec = PagedSpec(620, 64, 64, 2, 1, slots, (16, 32), ("per_expert",), base_rows=0.05)
+    layer, config = draw_once(spec, 1), Config(184, 2, num_sms=2, apart=True, widths=(48, 96))
+    kernels = Kernels("hopper", spec, config)
+    actual = kernels.run(layer, GATED)
+    assert relative_error(actual, expected(layer, GATED)) < kernels.tolerance
+    base = np.asarray(layer.slots) < 0
+    np.testing.assert_array_equal(actual[base], kernels.run(layer, GATED, adapters={})[base])
+
+
+@pytest.mark.slow
+def test_float16_and_tiles_of_64_rows_that_do_not_fill_up():
+    """120 pairs of two experts: 64 rows a tile; more steps of K than the ring has stages."""
+    kernels = Kernels("portable", PagedSpec(120, 320, 64, 2, 1, ranks=(20,), dtype="float16"))
+    assert tile_rows(120, 2) == 64
+    layer = draw_once(kernels.spec, 1)
+    assert relative_error(kernels.run(layer, GATED), expected(layer, GATED)) < kernels.tolerance
+
+
+@pytest.mark.slow
+def test_mixed_equals_solo_and_shared_equals_replicated():
+    layer = PORTABLE.layer
+    mixed = PORTABLE.run(layer, GATED)
+    for slot in range(layer.spec.slots):
+        mine = np.asarray(layer.slots) == slot
+        solo = PORTABLE.run(layer, GATED, jnp.where(jnp.asarray(mine), slot, -1))
+        rows = np.repeat(mine, layer.spec.top_k)
+        np.testing.assert_array_equal(solo[rows], mixed[rows], f"slot {slot}")
+    copies = replicated(layer, 2)  # shared outer
+    np.testing.assert_array_equal(PORTABLE.run(copies, GATED), mixed)
+
+
+@pytest.mark.slow
+def test_two_pools_of_a_give_the_bits_of_one():
+    """Gate and up whose A pages lie in two arrays: an entry of one reads the page of zeros of the other."""
+    layer, up = PORTABLE.layer, PORTABLE.layer.adapters["up"]
+    apart = layer.adapters | {"up": replace(up, a=up.a + 0)}
+    np.testing.assert_array_equal(PORTABLE.run(layer, GATED, adapters=apart), PORTABLE.run(layer, GATED))
+
+
+@pytest.mark.slow
+def test_a_whole_layer_equals_the_oracle(monkeypatch):
+    """Through `routed_experts`, as if this were a GPU."""
+    monkeypatch.setattr(backend, "device_capability", lambda: ((12, 0), "compute capability 12.0"))
+    layer = PORTABLE.layer
+    actual = np.asarray(layer.function("portable")(layer.slots, layer.adapters).astype(jnp.float32))
+    assert relative_error(actual, layer.expected(np.arange(layer.spec.tokens))) < PORTABLE.tolerance
+
+
+@pytest.mark.parametrize("name", ["xla", "hopper"])
+def test_a_plan_of_another_backend_is_refused(name):
+    layer = PORTABLE.layer
+    plan = make_plan(layer.chosen, layer.slots, 3, 4, "xla")
+    if name == "hopper":
+        plan = replace(plan, alignment=8)
+    with pytest.raises(UnsupportedImplementation, match="give make_plan implementation='portable'"):
+        portable.grouped_matmul(jnp.ones((14, 128), "bfloat16"), (layer.experts.gate,), plan, True, (None,), "silu")
+
+
+def test_steps_of_other_adapters_are_refused():
+    kernels = HOPPER["24 rows"]
+    layer, spec = kernels.layer, kernels.spec
+    plan = make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
+    gate, up, down = (layer.adapters[name] for name in ("gate", "up", "down"))
+    (steps,) = make_steps(plan, ((gate, up),))
+    rows = jnp.ones((plan.order.shape[0], spec.width), spec.dtype)
+    with pytest.raises(ValueError, match="steps were made for other adapters"):
+        hopper.grouped_matmul(rows, (layer.experts.down,), plan, False, (down,), "silu", steps)
+
+
+@pytest.mark.slow
+def test_xla_reads_a_plan_that_was_made_for_hopper():
+    layer, spec = HOPPER["24 rows"].layer, HOPPER["24 rows"].spec
+    plans = [make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, name) for name in ("hopper", "xla")]
+    x, up = jnp.ones((spec.tokens, spec.hidden), spec.dtype), layer.adapters["up"]
+    rows = [
+        grouped_matmul(x, layer.experts.up, plan, of_tokens=True, adapters=(up,), implementation="xla")
+        for plan in plans
+    ]
+    np.testing.assert_array_equal(*[by_pair(y, plan) for y, plan in zip(rows, plans, strict=True)])

@@ -1,0 +1,123 @@
+"""Each backend's matmul kernels, called alike, for jax's GPU interpreter: small shapes, no GPU needed.
+
+Memory that a kernel has not written reads as NaN there, and so do pages that nobody owns. `plgpu.mma` has no rule for a
+CPU, so it gets one here.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.interpreters import mlir
+
+from pallas_kernels.grouped_matmul import hopper, portable
+from pallas_kernels.hopper.tuning import Config
+from pallas_kernels.ops import LoRAPages, RoutingPlan, make_plan
+from support.paged import PagedLayer, PagedSpec, draw_layer
+
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
+RANKS = (4, 16, 17, 40)
+CONFIGS = {
+    "8 rows": Config(8, 3, num_sms=2, apart=True),
+    "one warpgroup": Config(16, 4, 1, num_sms=3, apart=True),
+    "24 rows": Config(24, 2, num_sms=3, apart=True),
+    "as wide as a tile has rows": Config(48, 2, num_sms=2, apart=True, widths=(8, 16)),
+    "128 rows": Config(128, 3, num_sms=2, apart=True, widths=(64,)),
+}
+
+
+def multiply_on_cpu(acc: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """16 elements of K at a time, in float32, as the instruction does."""
+    for k in range(0, a.shape[1], 16):
+        acc = acc + jnp.dot(a[:, k : k + 16].astype(jnp.float32), b[k : k + 16].astype(jnp.float32))
+    return acc
+
+
+OPERANDS = jnp.zeros((16, 8)), jnp.zeros((16, 16), "bfloat16"), jnp.zeros((16, 8), "bfloat16")
+MMA = jax.make_jaxpr(plgpu.mma)(*OPERANDS).eqns[0].primitive  # jax exports the function alone
+mlir.register_lowering(MMA, mlir.lower_fun(multiply_on_cpu, multiple_results=False), platform="cpu")
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The matmul kernels of one backend.
+
+    Attributes:
+      spec: the layer that they are tried on.
+      config: how the Hopper kernels cut their work; None for portable, which takes its own heuristic.
+    """
+
+    backend: str
+    spec: PagedSpec
+    config: Config | None = None
+
+    @property
+    def layer(self) -> PagedLayer:
+        return draw_once(self.spec)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.spec.dtype]
+
+    def plan(self, layer: PagedLayer, slots: jax.Array | None = None) -> RoutingPlan:
+        spec, slots = layer.spec, layer.slots if slots is None else slots
+        tile_rows = None if self.config is None else self.config.tile_rows
+        return make_plan(layer.chosen, slots, spec.experts, spec.slots, self.backend, tile_rows)
+
+    def matmul(
+        self,
+        x: jax.Array,
+        weights: tuple[jax.Array, ...],
+        plan: RoutingPlan,
+        pages: tuple[LoRAPages | None, ...],
+        activation: str = "silu",
+        **options,
+    ) -> tuple[jax.Array, ...]:
+        """The rows, and what `keep=True` (Hopper's alone) keeps."""
+        if self.backend == "portable":
+            return (portable.grouped_matmul(x, weights, plan, True, pages, activation, **options),)
+        return hopper.grouped_matmul(x, weights, plan, True, pages, activation, config=self.config, **options)
+
+    def run(self, layer: PagedLayer, modules: tuple[str, ...], slots=None, adapters=None) -> np.ndarray:
+        """One projection's rows by pair `[P, out]`."""
+        used = layer.adapters if adapters is None else adapters
+        plan = self.plan(layer, slots)
+        weights = tuple(getattr(layer.experts, m) for m in modules)
+        rows, *_ = self.matmul(inputs(layer, modules), weights, plan, tuple(used.get(m) for m in modules))
+        return by_pair(rows, plan)
+
+
+HOPPER = {name: Kernels("hopper", PagedSpec(14, 192, 192, 3, 2, ranks=RANKS), own) for name, own in CONFIGS.items()}
+PORTABLE = Kernels("portable", PagedSpec(14, 128, 192, 3, 2, ranks=RANKS))
+
+
+@cache
+def draw_once(spec: PagedSpec, seed: int = 0) -> PagedLayer:
+    return draw_layer(spec, np.random.default_rng(seed))
+
+
+def inputs(layer: PagedLayer, modules: tuple[str, ...]) -> jax.Array:
+    width = getattr(layer.experts, modules[0]).shape[2]
+    return jax.random.normal(jax.random.key(0), (layer.spec.tokens, width), layer.spec.dtype)
+
+
+def by_pair(rows: jax.Array, plan: RoutingPlan) -> np.ndarray:
+    return np.asarray(rows.astype(jnp.float32))[np.asarray(plan.position)]
+
+
+def expected(layer: PagedLayer, modules: tuple[str, ...]) -> np.ndarray:
+    """What `Kernels.run` gives, by loops in float64."""
+    x = np.asarray(inputs(layer, modules).astype(jnp.float32), np.float64)
+    out = []
+    for t, experts in enumerate(np.asarray(layer.chosen)):
+        for expert in experts:
+            values = [layer._linear(x[t], m, int(layer.slots[t]), int(expert)) for m in modules]
+            out.append(values[0] if len(values) == 1 else values[0] / (1 + np.exp(-values[0])) * values[1])
+    return np.stack(out)
+
+
+def relative_error(actual: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - wanted) / np.linalg.norm(wanted))
