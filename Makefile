@@ -6,19 +6,27 @@ JAX := $(shell sed -n 's/^jax==//p' constraints.txt)
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt
 # One BLAS thread a test worker: two workers share two cores.
 export PYTHONUNBUFFERED := 1
+WORKERS := -n 2 --dist loadgroup
+QUICK := $(WORKERS) -m "not slow and not gpu"
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check lint newest format clean
+.PHONY: demo t test check lint newest format clean
 
 demo: .venv/core.stamp
 	.venv/bin/jax-moe-lora demo
 
+# The quick tests of what this branch changes, and of what imports it.
+t: .venv/full.stamp
+	@tests="$$($(PYTHON) tests/support/affected.py)" || exit 1; \
+	if [ -z "$$tests" ]; then echo "Nothing has changed since the merge base."; exit 0; fi; \
+	$(PYTHON) -m pytest $(QUICK) $$tests || [ $$? -eq 5 ]  # 5: all of them are slow ones
+
 test: .venv/full.stamp .venv-cuda13/full.stamp .venv-cuda12/full.stamp lint
-	$(PYTHON) -m pytest -n 2 --dist loadgroup
+	$(PYTHON) -m pytest $(WORKERS) --durations=20
 	$(MAKE) newest
 
 check: .venv/full.stamp lint
-	$(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(PYTHON) -m pytest $(QUICK)
 
 lint: .venv/full.stamp
 	.venv/bin/ruff check .
@@ -34,8 +42,10 @@ NEWEST := tests/jax_moe_lora/models/test_attention.py \
 	tests/jax_moe_lora/serving/test_export.py \
 	tests/jax_moe_lora/serving/test_generate.py \
 	tests/pallas_kernels/grouped_matmul/test_grouped_ops.py \
-	tests/pallas_kernels/hopper/test_interpreter.py \
-	tests/pallas_kernels/portable/test_interpreter_portable.py \
+	tests/pallas_kernels/grouped_matmul/test_interpreted.py \
+	tests/pallas_kernels/dispatch/test_dispatch.py \
+	tests/pallas_kernels/lora_steps/test_lora_steps.py \
+	tests/pallas_kernels/plan/test_interpreted.py \
 	tests/jax_moe_lora/models/test_model_contracts.py \
 	tests/jax_moe_lora/layer/test_nn.py \
 	tests/pallas_kernels/plan/test_plan.py \
@@ -43,7 +53,7 @@ NEWEST := tests/jax_moe_lora/models/test_attention.py \
 	tests/jax_moe_lora/layer/test_torch_parity.py \
 	tests/pallas_kernels/hopper/test_tuning.py
 newest: .venv-newest/full.stamp
-	.venv-newest/bin/python -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" $(NEWEST)
+	.venv-newest/bin/python -m pytest $(QUICK) --durations=20 $(NEWEST)
 
 format: .venv/full.stamp
 	.venv/bin/ruff check --fix .
