@@ -1,7 +1,7 @@
 # Everything installs into .venv of this clone; uv is used, and installed into .uv where it is missing.
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 PYTHON := .venv/bin/python
-EXTRAS := text,plots,export,test,parity,notebooks,bench
+EXTRAS := text,plots,export,test,parity,notebooks,bench,docs
 JAX := $(shell sed -n 's/^jax==//p' constraints.txt)
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt
 # One BLAS thread a test worker: two workers share two cores.
@@ -10,7 +10,7 @@ WORKERS := -n 2 --dist loadgroup
 QUICK := $(WORKERS) -m "not slow and not gpu"
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo t test check lint newest format clean
+.PHONY: demo t test check lint newest format docs clean
 
 demo: .venv/core.stamp
 	.venv/bin/jax-moe-lora demo
@@ -58,6 +58,9 @@ newest: .venv-newest/full.stamp
 format: .venv/full.stamp
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+docs: .venv/full.stamp
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 clean:
 	rm -rf .venv .venv-newest .venv-cuda12 .venv-cuda13 .uv

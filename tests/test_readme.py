@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and prints what it says."""
+"""The Python of the README and of the documentation runs as it stands, in any folder, and prints what it says."""
 
 import re
 
@@ -7,19 +7,30 @@ import pytest
 
 from support import ROOT
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-# Training, and many adapters behind few slots, take their time.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# The quickstart repeats the README's lines; what is written twice runs once.
+SNIPPETS = {
+    code: page.stem for page in reversed(PAGES) for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+}
+TAKE_THEIR_TIME = ("register_adapter", "Trainer")  # many adapters behind few slots, and training
 CASES = [
-    pytest.param(code, marks=pytest.mark.slow if "pathlib" in code or "Trainer" in code else ()) for code in SNIPPETS
+    pytest.param(code, id=page, marks=pytest.mark.slow if any(word in code for word in TAKE_THEIR_TIME) else ())
+    for code, page in SNIPPETS.items()
 ]
 
 
-@pytest.mark.parametrize("code", CASES, ids=[code.splitlines()[0] for code in SNIPPETS])
-def test_a_snippet_runs_and_prints_what_its_comment_says(code, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_the_readme_is_short_and_has_its_five_lines():
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 5
+
+
+@pytest.mark.parametrize("code", CASES)
+def test_a_snippet_runs_in_any_folder_and_prints_what_its_comment_says(code, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
     with jax.numpy_dtype_promotion("standard"):  # as a user runs it: jax's own attention promotes bfloat16
         exec(code, {})
     printed = [line.rpartition("#")[2].strip() for line in code.splitlines() if line.startswith("print(")]
     assert capsys.readouterr().out.splitlines() == printed
+    assert not list(tmp_path.iterdir())
