@@ -8,6 +8,7 @@ from importlib import import_module
 
 import pytest
 import yaml
+
 from support import ROOT
 
 DOCS = ROOT / "docs"
@@ -41,7 +42,7 @@ def test_every_room_is_in_the_map_of_the_code():
         if line.startswith("| `")
         for name in re.findall(r"`(\w+)`", line.split("|")[1])
     }
-    assert described == rooms
+    assert described == rooms, "describe each room in docs/contributing.md"
 
 
 def test_the_figure_shows_the_committed_results():
@@ -73,7 +74,7 @@ def test_every_public_name_is_in_the_reference(module):
     listed = {entry.rpartition(".")[2] for entry in re.findall(r"^::: (\S+)", pages, re.MULTILINE)}
     found = import_module(module)
     names = getattr(found, "__all__", None) or [name for name in vars(found) if name.endswith("Error")]
-    assert not sorted(set(names) - listed)
+    assert not sorted(set(names) - listed), "list them in docs/reference/"
 
 
 def test_the_citation_is_of_this_version():
