@@ -1,4 +1,4 @@
-"""Looking inside: folders on disk, routing, adapters and differences, each as plain data or numpy arrays."""
+"""What is inside: folders on disk, routing, adapters and differences, each as plain data or numpy arrays."""
 
 from etils import epy as _epy
 

@@ -1,7 +1,7 @@
-"""What an adapter has learnt, as arrays: singular values of each expert's update, its norm and its effective rank.
+"""What an adapter has learnt, as arrays: the singular values, norm and effective rank of each expert's update.
 
-`delta W = scale * B @ A` is never made: with `A.T = Q_a T_a` and `B = Q_b T_b`, its singular values are those of
-`scale * T_b @ T_a.T`, which is `[R, R]`.
+The update `scale * B @ A` is never formed. With the QR decompositions `A.T = Q_a T_a` and `B = Q_b T_b`, its singular
+values are those of `scale * T_b @ T_a.T`, which is only `[R, R]`.
 """
 
 import numpy as np
@@ -12,29 +12,37 @@ from jax_moe_lora.errors import InputError
 
 
 def singular_values(weights: LoRAWeights) -> Float[np.ndarray, "E R"]:
-    """Float64 singular values of each expert's `scale * B @ A`, largest first; zeros past an expert's own rank."""
+    """Singular values of each expert's update `scale * B @ A`.
+
+    Args:
+      weights: one module of one layer of an adapter.
+
+    Returns:
+      float64 `[E, R]`, largest first, with zeros past an expert's own rank.
+    """
     experts, rank = len(weights.ranks), weights.a.shape[1]
     live = np.arange(rank) < weights.ranks[:, None]
     a = np.where(live[:, :, None], weights.a.astype(np.float64), 0.0)
     b = np.where(live[:, None, :], weights.b.astype(np.float64), 0.0)
     small = np.linalg.qr(b, "r") @ np.linalg.qr(a.swapaxes(1, 2), "r").swapaxes(1, 2)
-    found = np.linalg.svd(small, compute_uv=False) * np.abs(weights.scale.astype(np.float64))[:, None]
-    return np.concatenate([found, np.zeros((experts, rank - found.shape[1]))], axis=1)  # a width may be below R
+    values = np.linalg.svd(small, compute_uv=False) * np.abs(weights.scale.astype(np.float64))[:, None]
+    return np.concatenate([values, np.zeros((experts, rank - values.shape[1]))], axis=1)  # a width may be below R
 
 
 def spectra(adapter: LoRAAdapter, module: str) -> tuple[list[int], Float[np.ndarray, "L E R"]]:
-    """`singular_values` of one module in all layers that the adapter has it in, and which layers these are.
+    """`singular_values` of one module in every layer where the adapter changes it.
 
     Args:
-      module: a site's name, such as `gate`, `down` or `router`; dense ones have E = 1.
+      adapter: the adapter, in host memory.
+      module: the module's name, such as `gate`, `down` or `router`; a module that is not per expert has E = 1.
 
     Returns:
-      layers, ascending, and float64 `[L, E, R]` with R the largest rank among them.
+      The L layers' numbers, ascending, and float64 `[L, E, R]`, where R is the largest rank among the layers.
 
     Raises:
       InputError: the adapter has no such module.
     """
-    layers = sorted(layer for layer, own in adapter.weights if own == module)
+    layers = sorted(layer for layer, name in adapter.weights if name == module)
     if not layers:
         raise InputError(
             f"Adapter {adapter.name!r} has no module {module!r}; it has {', '.join(adapter.modules) or 'none'}."
@@ -45,14 +53,28 @@ def spectra(adapter: LoRAAdapter, module: str) -> tuple[list[int], Float[np.ndar
 
 
 def delta_norm(values: Float[np.ndarray, "*N R"]) -> Float[np.ndarray, "*N"]:
-    """Frobenius norm of an update from its singular values."""
+    """Frobenius norm of an update.
+
+    Args:
+      values: `[..., R]`, the singular values of each update.
+
+    Returns:
+      float64 `[...]`.
+    """
     return np.sqrt((np.asarray(values, np.float64) ** 2).sum(-1))
 
 
 def effective_rank(values: Float[np.ndarray, "*N R"]) -> Float[np.ndarray, "*N"]:
-    """The exponential of the entropy of the singular values' shares (Roy and Vetterli, 2007).
+    """Number of directions that an update really uses (Roy and Vetterli, 2007).
 
-    1 where one direction carries an update, r where r of them carry it evenly; 0 for an update of zeros.
+    It is the exponential of the entropy of the normalised singular values: 1 if one direction carries the whole update,
+    r if r directions carry it evenly, and 0 for an update of zeros.
+
+    Args:
+      values: `[..., R]`, the singular values of each update.
+
+    Returns:
+      float64 `[...]`.
     """
     values = np.asarray(values, np.float64)
     total = values.sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What a folder holds: a model or an adapter, read from configs and headers alone (no weights)."""
+"""Summary of a folder with a model or an adapter, from its configs and file headers alone; no weights are read."""
 
 import math
 import re
@@ -23,7 +23,23 @@ _EXPERTS = re.compile(r"(?:.+\.)?experts(?P<rest>(?:\..+)?)")
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A checkpoint: its config in the library's words, and what its shards hold."""
+    """A checkpoint: its config in the library's terms, and the tensors in its shards.
+
+    Attributes:
+      kind: always `model`.
+      model_type: the family, as `config.json` names it.
+      layers: number of decoder layers.
+      routed_layers: number of layers with routed experts.
+      experts: routed experts per layer.
+      experts_per_token: experts chosen per token.
+      hidden_size: model width.
+      expert_width: an expert's intermediate width.
+      parameters: number of values in all tensors.
+      nbytes: bytes of all tensors.
+      dtypes: the tensors' dtypes, as safetensors names them.
+      shards: number of safetensors files.
+      config: every field of the library's `ModelConfig`.
+    """
 
     kind: str
     model_type: str
@@ -45,9 +61,15 @@ class ModuleSummary:
     """One kind of projection that an adapter targets.
 
     Attributes:
-      form: `2-D`, `2-D per expert`, `3-D parameter`, whose A and B hold rank * E rows and columns, or `stack`, whose A
-        and B are `[E or 1, rank, in]` and `[E or 1, out, rank]`.
-      shared: sides that several projections use as one matrix.
+      module: the module's name, with `*` for the number of an expert.
+      form: how the file stores A and B: `2-D`; `2-D per expert`; `3-D parameter`, with rank * E rows in A and columns
+        in B; or `stack`, with A `[E or 1, rank, in]` and B `[E or 1, out, rank]`.
+      layers: the layers that the adapter changes, ascending.
+      shape_a: the shape of one A in the file; empty if there is none.
+      shape_b: the shape of one B in the file; empty if there is none.
+      ranks: the ranks that occur, ascending.
+      shared: the sides that several projections or experts share as one matrix; empty if none.
+      nbytes: bytes of all its A and B.
     """
 
     module: str
@@ -62,7 +84,21 @@ class ModuleSummary:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """An adapter folder; the patterns are what its config sets apart from `rank` and `alpha`."""
+    """An adapter folder.
+
+    Attributes:
+      kind: always `adapter`.
+      layout: the names of the layouts in which the file stores the experts.
+      rank: the config's rank.
+      alpha: the config's alpha.
+      rank_pattern: modules with another rank than `rank`.
+      alpha_pattern: modules with another alpha than `alpha`.
+      rank_stabilised: the scale is alpha / sqrt(rank) (rsLoRA), not alpha / rank.
+      layers: the layers that the adapter changes, ascending.
+      modules: the kinds of projections that it changes.
+      other_keys: tensors of the file that are not a LoRA A or B of a layer.
+      nbytes: bytes of all tensors.
+    """
 
     kind: str
     layout: str
@@ -78,10 +114,17 @@ class AdapterSummary:
 
 
 def inspect_folder(folder: str | Path) -> ModelSummary | AdapterSummary:
-    """Summarises a folder by what it holds.
+    """Summarises a model folder or an adapter folder.
+
+    Args:
+      folder: the folder; one with an `adapter_config.json` is an adapter.
+
+    Returns:
+      The summary of the model or of the adapter.
 
     Raises:
-      CheckpointError: neither a model nor an adapter, or files that cannot be read.
+      CheckpointError: the folder holds neither a model nor an adapter, or the model's files cannot be read.
+      AdapterFormatError: the adapter's files cannot be read.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -96,10 +139,21 @@ def inspect_folder(folder: str | Path) -> ModelSummary | AdapterSummary:
 
 
 def inspect_model(folder: Path) -> ModelSummary:
+    """Summarises a model folder.
+
+    Args:
+      folder: a folder with a `config.json` and safetensors files.
+
+    Returns:
+      The summary.
+
+    Raises:
+      CheckpointError: files are missing or cannot be read.
+    """
     config = read_model_config(folder)
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
-        raise CheckpointError(f"{folder} has a config.json and no safetensors files.")
+        raise CheckpointError(f"{folder} has a config.json but no safetensors files.")
     infos = [info for shard in shards for info in tensor_infos(shard, CheckpointError).values()]
     return ModelSummary(
         kind="model",
@@ -119,6 +173,17 @@ def inspect_model(folder: Path) -> ModelSummary:
 
 
 def inspect_adapter(folder: Path) -> AdapterSummary:
+    """Summarises an adapter folder.
+
+    Args:
+      folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+      The summary.
+
+    Raises:
+      AdapterFormatError: files are missing, cannot be read, or disagree about a rank.
+    """
     config = describe_peft_config(folder)
     infos = tensor_infos(folder / "adapter_model.safetensors", AdapterFormatError)
     keys = {
@@ -133,8 +198,8 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         rank, _ = config.rank_and_scale(f"model.layers.{layer}.{module}")
         if parameter and match["side"] == "A" and infos[key].shape[0] % rank:
             raise config.error(f"it gives {key} rank {rank}, which does not divide its {infos[key].shape[0]} rows")
-        own_rank = rank if parameter else infos[key].shape[-2]
-        groups.setdefault(module, []).append(_Matrix(layer, match["side"], infos[key], own_rank, bool(parameter)))
+        rows = rank if parameter else infos[key].shape[-2]
+        groups.setdefault(module, []).append(_Matrix(layer, match["side"], infos[key], rows, bool(parameter)))
     modules = [_module(name, group) for name, group in sorted(groups.items())]
     return AdapterSummary(
         kind="adapter",
@@ -153,7 +218,15 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """One A or B of a file. `rank` is that of its A side; `parameter`: it belongs to a 3-D parameter."""
+    """One A or B of a file.
+
+    Attributes:
+      layer: the layer's number.
+      side: `A` or `B`.
+      info: shape, dtype and bytes.
+      rank: the adapter's rank here.
+      parameter: whether it belongs to a 3-D parameter.
+    """
 
     layer: int
     side: str
@@ -163,7 +236,10 @@ class _Matrix:
 
 
 def _parameter(layer: int, path: str, paths: set[tuple[int, str]], config: PeftConfig) -> str | None:
-    """The 3-D parameter that a wrapper belongs to: of two, the inner one is `gate_up_proj`; alone, the config says."""
+    """The 3-D parameter that a wrapper of PEFT belongs to; None if it wraps something else.
+
+    Of two nested wrappers, the inner one is on `gate_up_proj`. For a single one, the config says which it is.
+    """
     experts = path.removesuffix(".base_layer")
     if not experts.endswith("experts"):
         return None
@@ -175,13 +251,14 @@ def _parameter(layer: int, path: str, paths: set[tuple[int, str]], config: PeftC
 
 
 def _layout(paths: set[str]) -> str:
-    """The names of the layouts that the experts' paths have."""
+    """The names of the layouts in which the file stores the experts."""
     rests = {match["rest"] for path in paths if (match := _EXPERTS.fullmatch(path))}
-    found = {layout.name for rest in rests if (layout := layout_of(rest))}
-    return ", ".join(sorted(found)) or DENSE_ONLY
+    names = {layout.name for rest in rests if (layout := layout_of(rest))}
+    return ", ".join(sorted(names)) or DENSE_ONLY
 
 
 def _module(name: str, group: list[_Matrix]) -> ModuleSummary:
+    """Summarises the matrices of one kind of projection, over all layers and experts."""
     stack = len(group[0].info.shape) == 3
     form = "3-D parameter" if group[0].parameter else "2-D per expert" if ".experts.*." in name else "2-D"
     shapes = {matrix.side: list(matrix.info.shape) for matrix in reversed(group)}

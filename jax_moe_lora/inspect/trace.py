@@ -20,13 +20,14 @@ from pallas_kernels.ops import BASE_SLOT
 
 @dataclass(frozen=True)
 class Trace:
-    """Routers' decisions as numpy arrays; L counts the routed layers.
+    """The routers' decisions as numpy arrays, for L routed layers.
 
     Attributes:
-      scores: float32 `[L, B, T, E]`, the routers' matmuls, adapters included.
-      weights, experts: float32 and int32 `[L, B, T, K]`, as `routing.route` gives them, largest first.
-      real: bool `[B, T]`, False past a request's length, where the others mean nothing.
-      layers: the routed layers' places in the model.
+      scores: float32 `[L, B, T, E]`, the routers' outputs before any softmax, adapters included.
+      weights: float32 `[L, B, T, K]`, the weight of each chosen expert, largest first.
+      experts: int32 `[L, B, T, K]`, the chosen experts' ids, in the order of `weights`.
+      real: bool `[B, T]`, False past a request's length, where the other arrays are undefined.
+      layers: the routed layers' numbers in the model.
     """
 
     scores: Float[np.ndarray, "L B T E"]
@@ -37,6 +38,7 @@ class Trace:
 
     @property
     def num_experts(self) -> int:
+        """E, the number of experts per layer."""
         return self.scores.shape[-1]
 
     @property
@@ -51,19 +53,27 @@ def router_trace(
     adapter_names: Sequence[str | None] | None = None,
     lengths: Sequence[int] | None = None,
 ) -> Trace:
-    """Reads right-padded prompts once and keeps what each router decided. Programs of generation are not touched.
+    """Records what each router decides for right-padded prompts.
+
+    The prompts are read once, by a program of its own: the programs that generate text stay compiled as they are.
 
     Args:
-      token_ids: integers `[B, T]`. adapter_names: one a row, of adapters that are in a slot; None is the base model.
-      lengths: real tokens of each row, T where None.
+      model: the model, with its adapters.
+      token_ids: integers `[B, T]`, padded on the right.
+      adapter_names: B names of loaded adapters, None for the base model; None uses the base model for all rows.
+      lengths: B numbers of real tokens; None means T for all rows.
+
+    Returns:
+      The scores, weights and experts of every routed layer.
 
     Raises:
-      InputError: shapes that disagree. AdapterNameError: an adapter that is unknown or in no slot.
+      InputError: shapes disagree, or a token id or length is out of range.
+      AdapterNameError: an adapter is unknown or not loaded into a slot.
     """
     tokens, real = check_tokens(token_ids, lengths, model.config)
     names = [None] * len(tokens) if adapter_names is None else list(adapter_names)
     if len(names) != len(tokens):
-        raise InputError(f"adapter_names has {len(names)} entries for {len(tokens)} rows; give one for each.")
+        raise InputError(f"adapter_names has {len(names)} entries for {len(tokens)} rows; give one per row.")
     state = model.functional(*tokens.shape)
     index = np.arange(tokens.shape[1], dtype=np.int32)[None]
     mask = index < real[:, None]
@@ -79,7 +89,7 @@ def router_trace(
 
 @partial(jax.jit, static_argnames=("config", "implementation"))
 def _trace(params, bank, tokens, positions, segments, slots, *, config, implementation):
-    """Scores, weights and experts of each routed layer, `[B * T, ...]`."""
+    """(scores, weights, experts) of each routed layer, each `[B * T, ...]`."""
     options = {"config": config, "implementation": implementation, "keep_scores": True}
     _, scores = decoder.packed_hidden(params, bank, tokens, positions, segments, slots, **options)
-    return [(own, *route(own, config.moe)) for own in scores]
+    return [(of_layer, *route(of_layer, config.moe)) for of_layer in scores]

@@ -130,9 +130,9 @@ def test_difference_gives_the_three_figures_by_their_definitions():
     [
         (lambda e: expert_load(e, 3), "Expert ids go from 0 to 4; expected 0 to 2"),
         (lambda e: expert_load(e[0], E), "The routing is .*; expected expert ids"),
-        (lambda e: coactivation(e, E, np.zeros((3, 4), bool)), "where holds for no token"),
+        (lambda e: coactivation(e, E, np.zeros((3, 4), bool)), "where is False for every token"),
         (lambda e: expert_load(e, E, np.ones((4, 3), bool)), r"where is bool \[4, 3\]; expected bool \[3, 4\]"),
-        (lambda e: changed_experts(e, e[:1]), "give two of one shape"),
+        (lambda e: changed_experts(e, e[:1]), "give two of the same shape"),
         (lambda e: difference(np.ones(2), np.ones((2, 1))), "give two of one shape"),
     ],
 )
