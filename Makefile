@@ -63,7 +63,7 @@ docs: .venv/full.stamp
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 clean:
-	rm -rf .venv .venv-newest .venv-cuda12 .venv-cuda13 .uv
+	rm -rf .venv .venv-newest .venv-cuda12 .venv-cuda13 .uv .jax_cache
 
 $(UV):
 	python3 -m venv .uv

@@ -1,12 +1,22 @@
-"""Strict defaults for the whole suite: no silent promotion, shapes checked at run time, float32 as float32."""
+"""Strict defaults for the whole suite: no silent promotion, shapes checked at run time, float32 as float32.
+
+On a CPU the compiled programs are kept in the clone, for the tests that need the same ones and for the next run.
+"""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("NPROC", "16")  # the GPU interpreter needs a thread for each warpgroup; read when jax starts
 
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -44,3 +54,23 @@ CHECKED = [
 ]
 _hooked = [f"pallas_kernels.{name}" for name in KERNELS] + [f"jax_moe_lora.{name}" for name in CHECKED]
 _hook = install_import_hook(_hooked, "beartype.beartype")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick tests of a file run in one worker: what one of them traces, the others have."""
+    for item in items:
+        if not any(item.get_closest_marker(name) for name in ("xdist_group", "slow")):
+            item.add_marker(pytest.mark.xdist_group(item.path.parent.name + "/" + item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def no_kept_programs_where_compilations_are_counted(request):
+    if "count_compilations" not in request.function.__code__.co_names:
+        yield
+        return
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -18,6 +18,7 @@ from pathlib import Path
 DUMP = Path(tempfile.mkdtemp())
 atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
 os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(DUMP), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a kept program says nothing of how it was compiled
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
