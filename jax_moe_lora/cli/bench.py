@@ -1,6 +1,5 @@
-"""`jax-moe-lora bench` and `tune`: the routed layer, over named shapes, adapters and token counts."""
+"""`jax-moe-lora bench`: the routed layer, over named shapes, adapters and token counts."""
 
-import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -8,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from jax_moe_lora.cli.options import write_file
+from jax_moe_lora.cli.options import check_implementation, command_line, console, write_file
 from jax_moe_lora.errors import InputError
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
@@ -74,10 +72,10 @@ def bench(
         sys.stderr.write(f"{row}\n")
         if out is not None:  # after each row: a sweep that is cut off keeps what it has
             all_rows = _write(out, rows, head, keep)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(_table(rows, known))
+    out_console = console()
+    out_console.print(_table(rows, known))
     for line in report.summary(rows, known, VLLM):
-        console.print(line)
+        out_console.print(line)
     if plot and out is not None:
         alike = [row for row in all_rows if (row["routing"], row["slots"]) == (routing, slots)]
         title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"
@@ -102,7 +100,7 @@ def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bo
     if ceilings:
         head = head | {"ceilings": asdict(ceilings)}
     if len(rows) == 1 or not keep:  # else this run's command is among those that were read
-        commands = [*commands, typed()]
+        commands = [*commands, command_line()]
     all_rows = report.merge(old, rows)
     write_file(out.with_suffix(".csv"), report.write_csv(all_rows))
     write_file(out.with_suffix(".json"), report.write_json(all_rows, head | {"commands": commands}))
@@ -121,18 +119,6 @@ def _check(
     if peers is not None and not peers.is_file():
         raise InputError(f"There is no file {peers}; give a CSV with the columns of bench's own.")
     check_implementation(implementation)
-
-
-def check_implementation(implementation: str | None) -> None:
-    """Refuses a backend that does not run here, before the work."""
-    from jax_moe_lora.devices import require_device
-    from pallas_kernels.ops import UnsupportedImplementation, choose
-
-    require_device()
-    try:
-        choose(implementation)
-    except UnsupportedImplementation as error:
-        raise InputError(str(error)) from error
 
 
 def _table(rows: list[dict[str, Any]], known: Any) -> Table:
@@ -163,30 +149,3 @@ def _table(rows: list[dict[str, Any]], known: Any) -> Table:
             cells += [best, peers[best], f"{peers[best] / row['layer_us']:.2f}"]
         table.add_row(*map(str, cells))
     return table
-
-
-def tune(
-    out: Annotated[Path, typer.Option(help="The tuned file; entries of other cells that it has are kept.")],
-    shape: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(LAYERS)}; repeat for more.")] = None,
-    tokens: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeat for more.", min=1)] = None,
-    adapters: Annotated[list[str] | None, typer.Option(help="All of them count alike; repeat for more.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
-    tiles_only: Annotated[bool, typer.Option("--tiles-only", help="Only rows a tile: half the time.")] = False,
-) -> None:
-    """Find configs of the kernels that are faster on this GPU than the heuristic's; each is checked, then timed."""
-    from jax_moe_lora.benchmark.tune import tune as tune_cells
-
-    table = Table("shape", "tokens", "gate_up, down", "us", "heuristic's", "gain", title="Tuned configs")
-    cells = shape or ["qwen3-30b-a3b"], tokens or list(TOKENS), adapters or ["none", "s8r16"]
-    tell = lambda said: sys.stderr.write(f"{said}\n")  # noqa: E731
-    for row in tune_cells(*cells, repeats, tiles_only, out, typed(), tell):
-        times = [", ".join(map(str, row[name].values())) for name in ("us", "heuristic_us")]
-        table.add_row(row["shape"], str(row["tokens"]), str(row["best"]), *times, f"{row['gain']:.1%}")
-        tell({**row, "best": str(row["best"])})
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def typed() -> str:
-    """What was typed, without the folders of the machine that it was typed on."""
-    words = [word.split("=") for word in sys.argv[1:]]
-    return " ".join(["jax-moe-lora", *("=".join(Path(p).name if os.sep in p else p for p in word) for word in words)])

@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from jax_moe_lora.cli.bench import typed
-from jax_moe_lora.cli.options import write_file
+from jax_moe_lora.cli.options import command_line, console, write_file
 
 
 def bench_load(
@@ -25,7 +23,7 @@ def bench_load(
     from jax_moe_lora.benchmark.random_model import model_config
 
     config = model_config(model, layers)
-    head = report.about([typed()]) | {"method": METHOD}
+    head = report.about([command_line()]) | {"method": METHOD}
     figures = measure_loads(config, rank, batch, context)
     about = {"model": model, "layers": config.num_layers, "rank": rank, "batch": batch, "context": context}
     if out is not None:
@@ -34,8 +32,8 @@ def bench_load(
     table = Table("", *(column for column in figures["per-expert"]), title=f"{model}, {config.num_layers} layers")
     for name in ("per-expert", "shared-outer"):
         table.add_row(name, *(str(value) for value in figures[name].values()))
-    console = Console(width=160)
-    console.print(table)
-    console.print(
+    out_console = console()
+    out_console.print(table)
+    out_console.print(
         f"A decode step alone takes {figures['decode_ms']} ms; a copy runs at {figures['copy_gb_per_s']} GB/s."
     )

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from jax_moe_lora.cli.bench import check_implementation, typed
-from jax_moe_lora.cli.options import write_file
+from jax_moe_lora.cli.options import check_implementation, command_line, console, write_file
 from jax_moe_lora.errors import InputError
 from pallas_kernels.specs import ADAPTERS
 
@@ -56,7 +54,7 @@ def bench_model(
     table = Table(*columns, title=f"{model}, {config.num_layers} layers")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console().print(table)
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 
@@ -71,4 +69,4 @@ def _prompt(text: str) -> tuple[int, int]:
 def _json(rows: list[dict[str, Any]], method: str) -> str:
     from jax_moe_lora.benchmark import report
 
-    return report.write_json(rows, report.about([typed()]) | {"method": method})
+    return report.write_json(rows, report.about([command_line()]) | {"method": method})

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from jax_moe_lora.cli.bench import typed
-from jax_moe_lora.cli.options import write_file
+from jax_moe_lora.cli.options import command_line, console, write_file
 from jax_moe_lora.errors import InputError
 
 PEFT = "transformers_peft"
@@ -39,7 +37,7 @@ def bench_train(
         if name != PEFT:
             raise InputError(f"peer is {name!r}; expected {PEFT}.")
         engines[name] = train.measure_peft
-    head = report.about([typed()]) | {"method": train.METHOD}
+    head = report.about([command_line()]) | {"method": train.METHOD}
     if peer:
         head["versions"] |= report.versions("torch", "transformers", "peft")
     rows: list[dict[str, Any]] = []
@@ -64,6 +62,6 @@ def bench_train(
     table = Table(*columns, title=f"A training step, {model}, {layers} layers, {batch} x {length} tokens, rank {rank}")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console().print(table)
     if any("error" in row for row in rows):
         raise typer.Exit(1)

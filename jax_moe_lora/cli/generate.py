@@ -1,14 +1,53 @@
-"""Requests of the command line: read from JSONL, run in mixed batches."""
+"""`jax-moe-lora generate`: requests from JSONL or options, answered in mixed batches."""
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from jax_moe_lora.cli.options import Dtype, named_values, write_file
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.safetensors_io import parse_json
-from jax_moe_lora.serving.model import Model
-from jax_moe_lora.serving.requests import Request
+
+if TYPE_CHECKING:
+    from jax_moe_lora.serving.model import Model
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="Checkpoint folder, or a hub id.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR of an adapter to load; repeat for more.")] = None,
+    requests: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "adapter", ...} lines.')] = None,
+    out: Annotated[Path | None, typer.Option(help="JSONL of answers; standard output if not given.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat for more.")] = None,
+    use: Annotated[
+        str | None, typer.Option(help="Adapter of the --prompt requests; the base model if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 8,
+    dtype: Dtype = "bfloat16",
+    max_rank: Annotated[int, typer.Option(min=1)] = 64,
+    adapter_memory: Annotated[str, typer.Option(help="Device memory for adapters.")] = "4GiB",
+) -> None:
+    """Answer prompts, each with its own adapter, in mixed batches."""
+    check_writable(out)
+    defaults = Defaults(max_new_tokens, temperature, top_k, top_p, seed)
+    jobs = read_jobs(requests, prompt or [], use, defaults)
+    served = load_model(model, adapter or [], jobs, dtype, max_rank, adapter_memory)
+    answers = run_jobs(served, jobs, batch_size, progress=out is not None and sys.stderr.isatty())
+    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_file(out, text)
 
 
 @dataclass(frozen=True)
@@ -77,35 +116,32 @@ def _job(where: str, line: str, defaults: Defaults) -> Job:
 
 def load_model(
     model: str, adapters: Sequence[str], jobs: Sequence[Job], dtype: str, max_rank: int, adapter_memory: str
-) -> Model:
+) -> "Model":
     """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before loading."""
-    named: dict[str, str] = {}
-    for entry in adapters:
-        name, equals, folder = entry.partition("=")
-        if not (name and equals and folder):
-            raise InputError(f"--adapter {entry!r} is not NAME=DIR.")
-        if name in named:
-            raise InputError(f"--adapter {name!r} is given twice.")
-        named[name] = folder
-    missing = {job.adapter for job in jobs} - set(named) - {None, "__base__"}
+    from jax_moe_lora.serving.model import Model
+
+    folders = named_values("--adapter", adapters, "DIR")
+    missing = {job.adapter for job in jobs} - set(folders) - {None, "__base__"}
     if missing:
         raise InputError(
             f"Requests use adapters that are not given: {', '.join(sorted(map(str, missing)))}; add --adapter NAME=DIR."
         )
     served = Model.from_pretrained(
-        model, dtype=dtype, max_adapters=max(1, len(named)), max_rank=max_rank, adapter_memory=adapter_memory
+        model, dtype=dtype, max_adapters=max(1, len(folders)), max_rank=max_rank, adapter_memory=adapter_memory
     )
-    for name, folder in named.items():
+    for name, folder in folders.items():
         served.load_adapter(folder, adapter_name=name)
     return served
 
 
-def run_jobs(model: Model, jobs: Sequence[Job], batch_size: int, progress: bool = False) -> Iterator[dict[str, Any]]:
+def run_jobs(model: "Model", jobs: Sequence[Job], batch_size: int, progress: bool = False) -> Iterator[dict[str, Any]]:
     """The answers in the order of the jobs; requests of nearby lengths run together, whatever their adapters are.
 
     Raises:
       InputError: a request that the model cannot answer, by its line; nothing has run then.
     """
+    from jax_moe_lora.serving.requests import Request
+
     requests = [Request.make(j.where, j.prompt, model.tokenizer.encode, model.config, **j.options) for j in jobs]
     order = sorted(range(len(jobs)), key=lambda index: len(requests[index].token_ids))
     answers: dict[int, dict[str, Any]] = {}

@@ -1,8 +1,87 @@
-"""What commands have in common: parts of options, and writing what they were asked for."""
+"""What commands have in common: options and their parts, the console, and the files that options name."""
 
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
+from rich.console import Console
+
+from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import whole_file, writing_to
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+def named_values(option: str, entries: Sequence[str], value: str) -> dict[str, str]:
+    """The values of an option that is given as NAME=VALUE, by name.
+
+    Args:
+      option: the option, which errors name.
+      entries: what it was given, once for each name.
+      value: what errors call a value, such as `DIR`.
+
+    Raises:
+      InputError: an entry of another form, or a name that is given twice.
+    """
+    values: dict[str, str] = {}
+    for entry in entries:
+        name, text = _split(entry)
+        if not (name and text):
+            raise InputError(f"{option} {entry!r} is not NAME={value}.")
+        if name in values:
+            raise InputError(f"{option} {name!r} is given twice.")
+        values[name] = text
+    return values
+
+
+def values_by_name[Value](
+    option: str,
+    entries: Sequence[str] | None,
+    names: Sequence[str],
+    convert: Callable[[str], Value],
+    default: Value,
+) -> dict[str, Value]:
+    """The value of each name, from an option that is given as VALUE for all names and NAME=VALUE for one.
+
+    Args:
+      option: the option, which errors name.
+      entries: what it was given.
+      names: the adapters.
+      convert: makes a value of a text, or raises a `ValueError`.
+      default: the value of a name that no entry covers.
+
+    Raises:
+      InputError: a text that is not a value, an unknown name, or two values for one name.
+    """
+    values: dict[str | None, Value] = {}
+    for entry in entries or ():
+        name, text = _split(entry)
+        if name is not None and name not in names:
+            raise InputError(f"{option} {entry} names {name!r}, which no --adapter does.")
+        if name in values:
+            raise InputError(f"{option} is given twice for {'all adapters' if name is None else repr(name)}.")
+        try:
+            values[name] = convert(text)
+        except ValueError as error:
+            kind = "a whole number" if convert is int else "a number"
+            raise InputError(f"{option} {entry} is not {kind}.") from error
+    return {name: values.get(name, values.get(None, default)) for name in names}
+
+
+def _split(entry: str) -> tuple[str | None, str]:
+    """NAME=VALUE as both; None and all of it where there is no `=`."""
+    name, equals, value = entry.partition("=")
+    return (name, value) if equals else (None, entry)
+
+
+def console(stderr: bool = False) -> Console:
+    """A console, wide where it is no terminal, so that tables in logs and pipes keep their words whole."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else 160)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -13,3 +92,21 @@ def write_file(path: Path, text: str) -> None:
     """
     with writing_to(path):
         whole_file(path, text)
+
+
+def command_line() -> str:
+    """The command that was typed, without the folders of the machine that it was typed on."""
+    words = [word.split("=") for word in sys.argv[1:]]
+    return " ".join(["jax-moe-lora", *("=".join(Path(p).name if os.sep in p else p for p in word) for word in words)])
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Refuses a backend that does not run here, before the work."""
+    from jax_moe_lora.devices import require_device
+    from pallas_kernels.ops import UnsupportedImplementation, choose
+
+    require_device()
+    try:
+        choose(implementation)
+    except UnsupportedImplementation as error:
+        raise InputError(str(error)) from error

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from jax_moe_lora.cli.options import console, named_values, values_by_name
 from jax_moe_lora.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def train(
 
     check_out(out, resume)
     check_layout(write_as)
-    data, held_out = _files("--adapter", adapter), _files("--eval", eval or [])
+    data = _files("--adapter", adapter)
+    held_out = _files("--eval", eval or [])
     for name in sorted(set(held_out) - set(data)):
         raise InputError(f"--eval names {name!r}, which no --adapter does.")
     names = tuple(data)
@@ -113,7 +114,7 @@ def _recipes(names: Sequence[str], given: Mapping[str, Each], rslora: bool, init
     from jax_moe_lora.training.spec import AdapterSpec
 
     def of(option: str, convert: Callable[[str], Any], default: Any) -> dict[str, Any]:
-        return overridden(f"--{option}", given[option], names, convert, default)
+        return values_by_name(f"--{option}", given[option], names, convert, default)
 
     ranks, alphas = of("rank", int, AdapterSpec.rank), of("alpha", float, AdapterSpec.alpha)
     layouts, targets = of("layout", str, AdapterSpec.layout), of("targets", _modules, AdapterSpec.targets)
@@ -127,34 +128,6 @@ def _recipes(names: Sequence[str], given: Mapping[str, Each], rslora: bool, init
     return recipes
 
 
-def overridden[Value](
-    option: str,
-    given: Sequence[str] | None,
-    names: Sequence[str],
-    convert: Callable[[str], Value],
-    default: Value,
-) -> dict[str, Value]:
-    """The value of every adapter, from `VALUE` for all and `NAME=VALUE` for one.
-
-    Raises:
-      InputError: a value that is none, a name that no adapter has, or two values for the same.
-    """
-    found: dict[str | None, Value] = {}
-    for entry in given or ():
-        before, equals, after = entry.partition("=")
-        name, text = (before, after) if equals else (None, entry)
-        if name is not None and name not in names:
-            raise InputError(f"{option} {entry} names {name!r}, which no --adapter does.")
-        if name in found:
-            raise InputError(f"{option} is given twice for {'all adapters' if name is None else repr(name)}.")
-        try:
-            found[name] = convert(text)
-        except ValueError as error:
-            kind = "a whole number" if convert is int else "a number"
-            raise InputError(f"{option} {entry} is not {kind}.") from error
-    return {name: found.get(name, found.get(None, default)) for name in names}
-
-
 def _modules(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -164,22 +137,14 @@ def _number_or_none(text: str) -> float | None:
 
 
 def _files(option: str, entries: Sequence[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for entry in entries:
-        name, equals, file = entry.partition("=")
-        if not (name and equals and file):
-            raise InputError(f"{option} {entry!r} is not NAME=FILE.jsonl.")
-        if name in found:
-            raise InputError(f"{option} {name!r} is given twice.")
-        found[name] = Path(file)
-    return found
+    return {name: Path(file) for name, file in named_values(option, entries, "FILE.jsonl").items()}
 
 
 class Shown:
     """Progress on standard error: a bar an adapter on a terminal, else a line now and then; a context manager."""
 
     def __init__(self, names: Sequence[str], steps: int):
-        self._console = Console(stderr=True, width=None if sys.stderr.isatty() else 160)
+        self._console = console(stderr=True)
         columns = ("{task.description}", "loss {task.fields[loss]}", "{task.fields[rate]} tokens/s")
         self._bars = Progress(
             TextColumn(columns[0]),

@@ -10,7 +10,7 @@ from jax_moe_lora import InputError
 from jax_moe_lora.benchmark import tune as tuner
 from jax_moe_lora.benchmark.problem import Pooled, make_problem
 from jax_moe_lora.benchmark.tune import Candidate, matmul_candidates, run_candidate, tile_candidates
-from jax_moe_lora.cli.bench import tune
+from jax_moe_lora.cli.tune import tune
 from pallas_kernels.hopper import tuning
 from pallas_kernels.hopper.tuning import Config, Matmul, bucket, config_for, heuristic, why_not
 from pallas_kernels.ops import Choice

@@ -14,7 +14,8 @@ import pytest
 
 from jax_moe_lora import AdapterFormatError, InputError, Model
 from jax_moe_lora.cli.main import main
-from jax_moe_lora.cli.train import Shown, overridden
+from jax_moe_lora.cli.options import values_by_name
+from jax_moe_lora.cli.train import Shown
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.demo.tasks import TASKS, heldout_strings, prompt
 from jax_moe_lora.training.log import Progress
@@ -114,9 +115,9 @@ def test_bad_lines_stop_a_run_before_it_makes_anything(refusal):
 
 
 def test_an_option_is_for_all_adapters_or_for_one():
-    assert overridden("--rank", None, ("a", "b"), int, 16) == {"a": 16, "b": 16}
-    assert overridden("--rank", ["4"], ("a", "b"), int, 16) == {"a": 4, "b": 4}
-    assert overridden("--rank", ["b=2", "4"], ("a", "b"), int, 16) == {"a": 4, "b": 2}
+    assert values_by_name("--rank", None, ("a", "b"), int, 16) == {"a": 16, "b": 16}
+    assert values_by_name("--rank", ["4"], ("a", "b"), int, 16) == {"a": 4, "b": 4}
+    assert values_by_name("--rank", ["b=2", "4"], ("a", "b"), int, 16) == {"a": 4, "b": 2}
 
 
 class Written(io.StringIO):
