@@ -69,7 +69,7 @@ print(f"copy {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, multiplication {ceilings
 # near each measurement is to its floor: 1 is the floor's speed.
 
 # %%
-from jax_moe_lora.benchmark.plots import roofline
+from jax_moe_lora.benchmark.roofline import roofline
 
 shown = ["none", "s8r16", "s8r64", "s32r16"]
 figure = roofline(

@@ -26,7 +26,7 @@ TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 
 
 @dataclass(frozen=True)
-class AdapterSpec:
+class AdapterMix:
     """Adapters of a benchmark: `slots` of them, of `ranks` in turn; `base_rows` is the part of tokens without one."""
 
     slots: int = 0
@@ -35,10 +35,10 @@ class AdapterSpec:
 
 
 ADAPTERS = {
-    "none": AdapterSpec(),
-    "s1r16": AdapterSpec(1, (16,)),
-    "s8r16": AdapterSpec(8, (16,)),
-    "s8r64": AdapterSpec(8, (64,)),
-    "s32r16": AdapterSpec(32, (16,)),
-    "mixed": AdapterSpec(8, (4, 8, 16, 16, 32, 32, 64, 64), 0.5),
+    "none": AdapterMix(),
+    "s1r16": AdapterMix(1, (16,)),
+    "s8r16": AdapterMix(8, (16,)),
+    "s8r64": AdapterMix(8, (64,)),
+    "s32r16": AdapterMix(32, (16,)),
+    "mixed": AdapterMix(8, (4, 8, 16, 16, 32, 32, 64, 64), 0.5),
 }

@@ -44,6 +44,7 @@ CHECKED = [
     "layer.routing",
     "layer.nn",
     "serving.programs",
+    "serving.sampling",
     "adapters.bank",
     "adapters.extraction",
     "models.attention",

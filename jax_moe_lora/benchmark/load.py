@@ -22,6 +22,7 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.serving import programs
+from jax_moe_lora.serving.sampling import Sampling
 
 SLOTS, REPEATS, STEPS = 3, 5, 64
 COPY_BYTES = 2**30
@@ -113,9 +114,7 @@ def _decoder(config: ModelConfig, params: Any, pool: AdapterPool, batch: int, co
     cache = [decoder.init_cache(config, batch, length, DTYPE)]
     (slot,) = pool.slots(["resident"])
     slots = jnp.asarray(np.where(np.arange(batch) % 2, slot, -1), jnp.int32)
-    greedy = programs.Sampling(
-        jnp.zeros(batch), jnp.zeros(batch, jnp.int32), jnp.ones(batch), jnp.zeros(batch, jnp.uint32)
-    )
+    greedy = Sampling(jnp.zeros(batch), jnp.zeros(batch, jnp.int32), jnp.ones(batch), jnp.zeros(batch, jnp.uint32))
     lengths = jnp.full(batch, context, jnp.int32)
     prompts = jnp.zeros((batch, context), jnp.int32)
     static = {"config": config, "implementation": None}

@@ -16,7 +16,7 @@ from jax_moe_lora.layer.moe import LayerAdapters
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
 from pallas_kernels.pytrees import pytree
 from pallas_kernels.routed_experts.weights import ExpertWeights
-from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
+from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterMix
 
 
 @pytree
@@ -66,7 +66,7 @@ class Problem:
         return replace(self, adapters=made if spec.slots else None)
 
     def with_tokens(
-        self, tokens: int, routing: str, spec: AdapterSpec, slots: str = "uniform", seed: int = 0
+        self, tokens: int, routing: str, spec: AdapterMix, slots: str = "uniform", seed: int = 0
     ) -> "Problem":
         """The same weights and adapters with other tokens, drawn as `choose_experts` and `choose_slots` say."""
         rng = np.random.default_rng(seed)
@@ -122,7 +122,7 @@ def make_problem(shape: str, adapters: str = "none", dtype: str = "bfloat16") ->
     return Problem(config, x, none, none, none, experts, None).with_adapters(adapters)
 
 
-def _adapters(e: int, hidden: int, inner: int, lora: AdapterSpec, dtype: str) -> dict[str, LoRAPages]:
+def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> dict[str, LoRAPages]:
     """Per-expert adapters of the spec's ranks, in one pool a width, as a bank has them."""
     if not lora.slots:
         return {}
@@ -162,7 +162,7 @@ def choose_experts(routing: str, tokens: int, experts: int, top_k: int, rng: np.
     return np.argsort(-scores, axis=1)[:, :top_k].astype(np.int32)
 
 
-def choose_slots(slots: str, tokens: int, spec: AdapterSpec, rng: np.random.Generator) -> np.ndarray:
+def choose_slots(slots: str, tokens: int, spec: AdapterMix, rng: np.random.Generator) -> np.ndarray:
     """Slot of each token `[T]`: `uniform`, `one` (all tokens use slot 0) or `half-base` (half of them none)."""
     base_rows = {"uniform": spec.base_rows, "one": spec.base_rows, "half-base": max(spec.base_rows, 0.5)}
     if slots not in base_rows:

@@ -22,7 +22,7 @@ from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
 from pallas_kernels.ops import BASE_SLOT, RANK_PAGE
-from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterSpec
+from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterMix
 
 DTYPE = "bfloat16"
 FILL_PAGES = 4096  # drawn at a time
@@ -85,7 +85,7 @@ def make_bank(config: ModelConfig, adapters: str, targets: str) -> Callable[[], 
     return partial(random_bank, sites_of(config, targets), spec) if spec.slots else lambda: None
 
 
-def random_bank(sites: dict[str, Site], spec: AdapterSpec, dtype: str = DTYPE) -> AdapterBank:
+def random_bank(sites: dict[str, Site], spec: AdapterMix, dtype: str = DTYPE) -> AdapterBank:
     """A full bank of per-expert adapters."""
     counts = np.resize(-(-np.asarray(spec.ranks, np.int32) // RANK_PAGE), spec.slots)
     owners: dict[int, list[np.ndarray]] = {}  # width -> the slot of each page

@@ -45,9 +45,10 @@ def bench(
     A cell that fails is named in the table and in OUT.json, the others are measured, and the exit code is 1. Runs that
     --keep one OUT compile beside each other and take turns on the GPU.
     """
-    from jax_moe_lora.benchmark import plots, report
+    from jax_moe_lora.benchmark import report
     from jax_moe_lora.benchmark.ceilings import measure_ceilings
     from jax_moe_lora.benchmark.peers import find_peers
+    from jax_moe_lora.benchmark.roofline import save_roofline
     from jax_moe_lora.benchmark.sweep import Cells, Ours, in_turn, sweep
 
     _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
@@ -79,7 +80,7 @@ def bench(
     if plot and out is not None:
         alike = [row for row in all_rows if (row["routing"], row["slots"]) == (routing, slots)]
         title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"
-        plots.save_roofline(alike, title, out.with_suffix(".png"))
+        save_roofline(alike, title, out.with_suffix(".png"))
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 

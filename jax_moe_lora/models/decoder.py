@@ -15,7 +15,7 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.models.attention import choose_attention
 from jax_moe_lora.models.cache import Cache, init_cache
-from jax_moe_lora.models.layer import Bank, Step, rms_norm, run_layer
+from jax_moe_lora.models.layer import Bank, StepContext, rms_norm, run_layer
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites
 from pallas_kernels.ops import BASE_SLOT, Implementation
@@ -23,7 +23,7 @@ from pallas_kernels.ops import BASE_SLOT, Implementation
 __all__ = [
     "Bank",
     "Cache",
-    "Step",
+    "StepContext",
     "adapter_sites",
     "decode",
     "head",
@@ -171,7 +171,7 @@ def prompt_step(
     params: ModelParams,
     config: ModelConfig,
     implementation: Implementation | None,
-) -> Step:
+) -> StepContext:
     """What the layers need to read right-padded prompts."""
     batch, width = tokens.shape
     index = jnp.arange(width, dtype=jnp.int32)
@@ -189,7 +189,7 @@ def packed_step(
     params: ModelParams,
     config: ModelConfig,
     implementation: Implementation | None,
-) -> Step:
+) -> StepContext:
     """What the layers need to read rows of several examples, as `packed_logits` is given them."""
     real = segments > 0
     row_slots = jnp.where(real, slots, BASE_SLOT).reshape(-1)
@@ -206,15 +206,15 @@ def _step(
     params: ModelParams,
     config: ModelConfig,
     implementation: Implementation | None,
-) -> Step:
+) -> StepContext:
     heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
     attention = choose_attention(implementation, dtype=params.embedding.dtype, **heads).picked
     plan = None if bank is None else dense_plan(row_slots, bank.num_slots)
-    return Step(positions, row_mask, row_slots, plan, None, kind, config, implementation, attention)
+    return StepContext(positions, row_mask, row_slots, plan, None, kind, config, implementation, attention)
 
 
 def _layers(
-    params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], step: Step, cache: Cache | None
+    params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], step: StepContext, cache: Cache | None
 ) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
     """All layers and the last norm; the cache's keys and values with the step's tokens in them; router scores."""
     keys, values, scores = [], [], []

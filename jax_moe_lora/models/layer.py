@@ -41,7 +41,7 @@ class Bank(Protocol):
 
 @pytree
 @dataclass(frozen=True)
-class Step:
+class StepContext:
     """What every layer of one step needs beside its weights.
 
     Attributes:
@@ -70,7 +70,7 @@ def run_layer(
     layer: LayerParams,
     bank: LayerBank | None,
     hidden: Float[Array, "B T D"],
-    step: Step,
+    step: StepContext,
     cache: KeyValues | None,
 ) -> tuple[Float[Array, "B T D"], KeyValues | None, Float[Array, "N E"] | None]:
     """One decoder layer: attention, then its MLP, each behind a norm and with a residual.
@@ -102,7 +102,7 @@ def _attention(
     weights: AttentionParams,
     adapters: LayerAdapters,
     x: Float[Array, "B T D"],
-    step: Step,
+    step: StepContext,
     cache: KeyValues | None,
 ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
     config = step.config
@@ -134,7 +134,7 @@ def _attention(
 
 
 def _mlp(
-    layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step
+    layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: StepContext
 ) -> tuple[Float[Array, "B T D"], Float[Array, "N E"] | None]:
     """The layer's MLP, and its router's scores where it has a router."""
     weights = layer.mlp
@@ -161,16 +161,16 @@ def _mlp(
 
 
 def _shared_expert(
-    weights: MoEParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step
+    weights: MoEParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: StepContext
 ) -> Float[Array, "B T D"]:
     """The expert that every token goes through, by the weight that its own sigmoid gate gives it."""
     assert weights.shared is not None
-    gate = _linear(x, weights.shared_gate, None, adapters.get("shared_expert_gate"), step)
+    gate = _linear(x, weights.shared_expert_gate, None, adapters.get("shared_expert_gate"), step)
     return jax.nn.sigmoid(gate) * _dense_mlp(weights.shared, "shared", adapters, x, step)
 
 
 def _dense_mlp(
-    weights: DenseMLPParams, modules: str, adapters: LayerAdapters, x: Float[Array, "B T D"], step: Step
+    weights: DenseMLPParams, modules: str, adapters: LayerAdapters, x: Float[Array, "B T D"], step: StepContext
 ) -> Float[Array, "B T D"]:
     """SwiGLU; `modules` is what its adapters' names begin with."""
     gate = _linear(x, weights.gate, None, adapters.get(f"{modules}_gate"), step)
@@ -178,6 +178,6 @@ def _dense_mlp(
     return _linear(jax.nn.silu(gate) * up, weights.down, None, adapters.get(f"{modules}_down"), step)
 
 
-def _linear(x: Float[Array, "B T in"], weight, bias, pages, step: Step) -> Float[Array, "B T out"]:
+def _linear(x: Float[Array, "B T in"], weight, bias, pages, step: StepContext) -> Float[Array, "B T out"]:
     rows = lora_linear(x.reshape(-1, x.shape[-1]), weight, bias, pages, step.plan, step.implementation)
     return rows.reshape(*x.shape[:-1], -1).astype(x.dtype)

@@ -17,7 +17,7 @@ EXPERTS = {f"{part}_proj": part for part in ("gate", "up", "down")}
 # Module -> its leaf below a layer of the parameter tree.
 _LEAVES = (
     {module: f"attention.{module}" for module in "qkvo"}
-    | {"router": "mlp.router", "shared_expert_gate": "mlp.shared_gate"}
+    | {"router": "mlp.router", "shared_expert_gate": "mlp.shared_expert_gate"}
     | {part: f"mlp.experts.{part}" for part in ("gate", "up", "down")}
     | {f"mlp_{part}": f"mlp.{part}" for part in ("gate", "up", "down")}
     | {f"shared_{part}": f"mlp.shared.{part}" for part in ("gate", "up", "down")}

@@ -50,7 +50,7 @@ class MoEParams:
     router: Float[Array, "E D"]
     experts: ExpertWeights
     shared: DenseMLPParams | None = None
-    shared_gate: Float[Array, "1 D"] | None = None
+    shared_expert_gate: Float[Array, "1 D"] | None = None
 
 
 @pytree

@@ -32,7 +32,7 @@ from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.serving import programs
-from jax_moe_lora.serving.requests import Batch, Generation, check_tokens, decode_loop, make_requests
+from jax_moe_lora.serving.requests import Generation, PaddedBatch, check_tokens, decode_loop, make_requests
 from pallas_kernels.ops import BASE_SLOT, Implementation, UnsupportedImplementation, choose
 
 Result = TypeVar("Result")
@@ -221,7 +221,7 @@ class Model:
         names = self._names(adapter_names, len(requests))
         if not requests:
             return []
-        batch = Batch.make(requests, pad_to)
+        batch = PaddedBatch.make(requests, pad_to)
         with self._pool.hold(names) as held:
             slots, failed = _sort_out(held, adapter_errors)
             cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)

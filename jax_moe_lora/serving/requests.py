@@ -12,7 +12,7 @@ import numpy as np
 from jax_moe_lora.arguments import INT32, array, number, per_prompt, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.serving.programs import Sampling
+from jax_moe_lora.serving.sampling import Sampling
 from pallas_kernels.ops import BASE_SLOT
 
 MIN_PROMPT_BUCKET = 16
@@ -122,7 +122,7 @@ def check_tokens(token_ids: Any, lengths: Any, config: ModelConfig) -> tuple[np.
 
 
 @dataclass(frozen=True)
-class Batch:
+class PaddedBatch:
     """Requests padded to a bucket, so that batches of nearby sizes run one program.
 
     Attributes:
@@ -138,7 +138,7 @@ class Batch:
     cache_length: int
 
     @classmethod
-    def make(cls, requests: list[Request], pad_to: tuple[int, int] | None = None) -> "Batch":
+    def make(cls, requests: list[Request], pad_to: tuple[int, int] | None = None) -> "PaddedBatch":
         longest = max(len(request.token_ids) for request in requests)
         if pad_to is not None and not (isinstance(pad_to, Sequence) and len(pad_to) == 2):
             raise InputError(f"pad_to is {pad_to!r}; expected (batch, prompt tokens).")
@@ -172,7 +172,7 @@ class Batch:
 
 
 def decode_loop(
-    batch: Batch,
+    batch: PaddedBatch,
     start: Callable,
     advance: Callable,
     slots: np.ndarray,

@@ -1,8 +1,8 @@
 """Training many adapters at once on a frozen base.
 
 `spec.py`: what an adapter trains. `adapters.py`: its parameters, from and to adapter files. `batch.py`: what a step
-reads. `bank.py`: the parameters of all adapters as pages, made inside the step. `loss.py`, `evaluation.py`: losses by
-slot. `step.py`: one update of every adapter.
+reads. `training_bank.py`: the parameters of all adapters as pages, made inside the step. `loss.py`, `evaluation.py`:
+losses by slot. `step.py`: one update of every adapter.
 
 Around it, `trainer.py`: from data files to adapter folders. `recipe.py`: rates and schedules. `data.py`, `rows.py`:
 examples and batches. `checkpoint.py`, `run_folder.py`, `log.py`: what a run keeps. `scoring.py`: exact answers.

@@ -15,11 +15,11 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.training.adapters import Params
-from jax_moe_lora.training.bank import training_bank
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.head import head_losses
 from jax_moe_lora.training.loss import load_balancing, slot_sums
 from jax_moe_lora.training.spec import AdapterSpec
+from jax_moe_lora.training.training_bank import training_bank
 from pallas_kernels.ops import BASE_SLOT, Implementation
 from pallas_kernels.pytrees import pytree
 

@@ -12,11 +12,11 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.training.adapters import Params
-from jax_moe_lora.training.bank import training_bank
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import masked
 from jax_moe_lora.training.loss import token_losses
 from jax_moe_lora.training.spec import AdapterSpec
+from jax_moe_lora.training.training_bank import training_bank
 from pallas_kernels.ops import Implementation
 
 Scores = tuple[Float[Array, "B T"], Bool[Array, "B T"]]

@@ -54,7 +54,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """One way of laying out the experts.
 
     Attributes:

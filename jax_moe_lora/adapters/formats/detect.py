@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, AdapterFile, Layout, Pair, Weights, pair_keys
+from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, AdapterFile, FileLayout, Pair, Weights, pair_keys
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig, read_peft_config
@@ -71,14 +71,14 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
     return share_sides(file, weights)
 
 
-def layout_of(rest: str) -> Layout | None:
+def layout_of(rest: str) -> FileLayout | None:
     """The layout whose keys go on like this behind the experts' path."""
     return next((layout for layout in LAYOUTS if layout.rest.fullmatch(rest)), None)
 
 
-def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[Layout | None, list[Pair]]:
+def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, list[Pair]]:
     """The layout of the experts, and their pairs: one layout under one path, or it would not be known which counts."""
-    found: dict[tuple[str, Layout], list[Pair]] = {}
+    found: dict[tuple[str, FileLayout], list[Pair]] = {}
     for pair in pairs:
         if pair.path in file.names.dense:
             continue
@@ -104,7 +104,7 @@ def _add_dense(file: AdapterFile, weights: Weights, pair: Pair) -> None:
         weights[pair.layer, module] = read_dense(file, pair)
 
 
-def _check_targets(file: AdapterFile, layout: Layout | None) -> None:
+def _check_targets(file: AdapterFile, layout: FileLayout | None) -> None:
     """A projection of the model that the config lists and the file has nothing for is an error, not a zero."""
     config, names = file.config, file.names
     own = {path.rpartition(".")[2] for path in names.dense} | set(names.experts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import INDEX, AdapterFile, Layout, Pair, Weights
+from jax_moe_lora.adapters.formats.adapter_file import INDEX, AdapterFile, FileLayout, Pair, Weights
 from jax_moe_lora.adapters.lora import LoRAWeights, uniform
 
 # Up to this version PEFT read every 3-D parameter as (E, in, out), and wrote A and B with their roles exchanged.
@@ -183,5 +183,5 @@ def _are_transposed(file: AdapterFile, wrappers: Sequence[_Wrapper]) -> bool:
     return True in evidence
 
 
-PER_EXPERT = Layout("PEFT, per-expert matrices", _EXPERT, read_per_expert)
-WRAPPERS = Layout("PEFT, 3-D parameters", re.compile(rf"({re.escape(_INNER)})?"), read_wrappers)
+PER_EXPERT = FileLayout("PEFT, per-expert matrices", _EXPERT, read_per_expert)
+WRAPPERS = FileLayout("PEFT, 3-D parameters", re.compile(rf"({re.escape(_INNER)})?"), read_wrappers)

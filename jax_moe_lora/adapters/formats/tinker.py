@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from jax_moe_lora.adapters.formats.adapter_file import AdapterFile, Layout, Pair, Weights
+from jax_moe_lora.adapters.formats.adapter_file import AdapterFile, FileLayout, Pair, Weights
 from jax_moe_lora.adapters.formats.names import SGLANG_PARTS, TINKER_PARTS
 from jax_moe_lora.adapters.lora import uniform
 
@@ -46,9 +46,9 @@ def _read_stack(file: AdapterFile, pair: Pair, modules: Sequence[str], weights: 
         weights[pair.layer, module] = uniform(a, half, scale, site.num_experts)
 
 
-def stacks(name: str, parts: Mapping[str, tuple[str, ...]]) -> Layout:
+def stacks(name: str, parts: Mapping[str, tuple[str, ...]]) -> FileLayout:
     """The layout whose keys end in `parts`."""
-    return Layout(name, re.compile(rf"\.({'|'.join(parts)})"), partial(read_stacks, parts=parts))
+    return FileLayout(name, re.compile(rf"\.({'|'.join(parts)})"), partial(read_stacks, parts=parts))
 
 
 TINKER = stacks("Tinker", TINKER_PARTS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, Layout
+from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, FileLayout
 from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS
@@ -40,7 +40,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenLayout:
     """A layout that is written.
 
     Attributes:
@@ -48,7 +48,7 @@ class Written:
       sidecar: `lora_layout.json`, where there is something to say.
     """
 
-    read_as: Layout
+    read_as: FileLayout
     parts: Callable[[Draft], Iterator[Part]]
     targets: Callable[[AdapterNames, str, int], Iterable[str]]
     says: Says
@@ -62,10 +62,10 @@ class Written:
 
 
 LAYOUTS = {
-    "peft": Written(WRAPPERS, peft.parameters, peft.parameter_targets, Says(True, True, True)),
-    "peft-per-expert": Written(PER_EXPERT, peft.modules, peft.module_targets, Says(True, True, True)),
-    "tinker": Written(TINKER, stacks.tinker, stacks.tinker_targets, Says(False, False, False)),
-    "tensorrt-llm": Written(
+    "peft": WrittenLayout(WRAPPERS, peft.parameters, peft.parameter_targets, Says(True, True, True)),
+    "peft-per-expert": WrittenLayout(PER_EXPERT, peft.modules, peft.module_targets, Says(True, True, True)),
+    "tinker": WrittenLayout(TINKER, stacks.tinker, stacks.tinker_targets, Says(False, False, False)),
+    "tensorrt-llm": WrittenLayout(
         TRTLLM, stacks.trtllm, stacks.trtllm_targets, Says(True, False, True), stacks.trtllm_sidecar
     ),
 }

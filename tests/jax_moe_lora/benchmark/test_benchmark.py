@@ -13,7 +13,7 @@ import typer
 
 from jax_moe_lora import InputError
 from jax_moe_lora.adapters.lora import EXPERT_MODULES
-from jax_moe_lora.benchmark import oracle, plots, report, sweep
+from jax_moe_lora.benchmark import oracle, report, roofline, sweep
 from jax_moe_lora.benchmark.peers import PEERS, find_peers
 from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.cli.bench import bench
@@ -231,7 +231,7 @@ def test_the_summary_compares_only_cells_that_both_have(tmp_path):
 
 def test_the_plot_is_drawn_without_the_cells_that_failed(tmp_path):
     rows = [row("none", 1, 60.0), row("none", 4096, 70.0), row("s8r16", 1, 80.0), row("s8r16", 8, 0.0, error="lost")]
-    plots.save_roofline(rows, "a title", tmp_path / "out.png")
+    roofline.save_roofline(rows, "a title", tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 

@@ -1,7 +1,5 @@
 """The probes of TensorRT-LLM's routed-expert LoRA, against a float32 reference in plain torch."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +11,7 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.moe import routed_experts
 from jax_moe_lora.nn import moe_sites
+from jax_moe_lora.parity.torch_reference import routed_experts as routed_experts_in_torch
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.layers import assert_close, rounded
 
@@ -44,24 +43,10 @@ LAYER = jax.jit(routed_experts, static_argnames="config")
 
 
 def torch_reference(x, weights, chosen, base, adapter) -> np.ndarray:
-    """Top-k routed SwiGLU with three independent LoRA modules, all float32, then the weighted sum."""
-    import torch
-
-    def linear(module: str, expert: int, rows: Any) -> Any:
-        y = rows @ base[module][expert].T
-        if module in adapter:
-            a, b = adapter[module]
-            a, b = a[expert % len(a)], b[expert % len(b)]
-            y = y + (rows @ a.T) @ b.T
-        return y
-
-    out = torch.zeros_like(x)
-    for k in range(chosen.shape[1]):
-        for token in range(len(x)):
-            expert, row = int(chosen[token, k]), x[token : token + 1]
-            hidden = torch.nn.functional.silu(linear("fc1", expert, row)) * linear("gated", expert, row)
-            out[token] += weights[token, k] * linear("fc2", expert, hidden)[0]
-    return out.numpy()
+    """The library's plain torch definition, with the adapter on every token."""
+    loaded = {MODULE[name]: (a, b, 1.0) for name, (a, b) in adapter.items()}
+    experts = {MODULE[name]: w for name, w in base.items()}
+    return routed_experts_in_torch(x, weights, chosen, experts, [loaded] * len(x)).numpy()
 
 
 def draw(shape: str, probe: str, dtype: str, seed: int = 0):
@@ -102,26 +87,18 @@ def run(shape: str, dtype: str, x, weights, chosen, base, adapter) -> np.ndarray
     return np.asarray(LAYER(*arguments, bank.layer(0), slots).astype(jnp.float32))
 
 
-def to_torch(x, weights, chosen, base, adapter):
-    import torch
-
-    as_tensor = {name: torch.tensor(w) for name, w in base.items()}
-    own = {name: (torch.tensor(a), torch.tensor(b)) for name, (a, b) in adapter.items()}
-    return torch.tensor(x), torch.tensor(weights), chosen, as_tensor, own
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("probe", PROBES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_probe_equals_the_torch_reference(shape, probe, dtype):
     problem = draw(shape, probe, dtype)
-    assert_close(run(shape, dtype, *problem), torch_reference(*to_torch(*problem)), TOLERANCE[dtype])
+    assert_close(run(shape, dtype, *problem), torch_reference(*problem), TOLERANCE[dtype])
 
 
 def test_fc1_is_gate_and_gated_is_up_and_fc2_is_down():
     """With the names of gate and up exchanged the result is another: the mapping is no matter of taste."""
     problem = draw("theirs", "per-expert", "float32")
-    expected = torch_reference(*to_torch(*problem))
+    expected = torch_reference(*problem)
     x, weights, chosen, base, adapter = problem
     exchanged = {**adapter, "fc1": adapter["gated"], "gated": adapter["fc1"]}
     wrong = run("theirs", "float32", x, weights, chosen, base, exchanged)

@@ -16,7 +16,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.serving import programs
-from jax_moe_lora.serving.programs import Sampling
+from jax_moe_lora.serving.sampling import Sampling
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
 MIXED = [None, "upper", "reverse", "sort", None]

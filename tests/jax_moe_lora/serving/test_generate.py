@@ -29,8 +29,8 @@ from jax_moe_lora import (
 from jax_moe_lora.demo.run import data_folder, load_demo
 from jax_moe_lora.serving import model as surface
 from jax_moe_lora.serving import programs
-from jax_moe_lora.serving.programs import Sampling, sample
-from jax_moe_lora.serving.requests import Batch, Request
+from jax_moe_lora.serving.requests import PaddedBatch, Request
+from jax_moe_lora.serving.sampling import Sampling, sample
 
 pytestmark = pytest.mark.xdist_group("demo")
 NAMES = [None, "upper", "reverse", "sort"]
@@ -350,7 +350,7 @@ def test_temperature_zero_takes_the_most_probable_beside_sampled_rows():
 def test_batches_of_nearby_sizes_share_a_bucket(model):
     def shape(prompts: int, length: int, new: int) -> tuple:
         requests = [Request([1] * length, new, 0.0, 0, 1.0, 0)] * prompts
-        batch = Batch.make(requests)
+        batch = PaddedBatch.make(requests)
         return batch.tokens.shape, batch.cache_length
 
     assert shape(5, 17, 9) == shape(8, 32, 9) == ((8, 32), 64)

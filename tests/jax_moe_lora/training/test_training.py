@@ -15,9 +15,9 @@ from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from jax_moe_lora.training import AdapterSpec, from_adapter, init_params, to_adapter
-from jax_moe_lora.training.bank import training_bank
 from jax_moe_lora.training.loss import load_balancing, slot_sums, token_losses
 from jax_moe_lora.training.spec import WRITTEN_AS
+from jax_moe_lora.training.training_bank import training_bank
 from support.layers import assert_close
 from support.trained import CONFIG, SITES, SPECS, draw, model, new_params, same_bits, task_batch
 

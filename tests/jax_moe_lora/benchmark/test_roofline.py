@@ -2,7 +2,7 @@
 
 import pytest
 
-from jax_moe_lora.benchmark.plots import roofline, save_roofline
+from jax_moe_lora.benchmark.roofline import roofline, save_roofline
 from jax_moe_lora.inspect.style import LOOKS
 
 matplotlib = pytest.importorskip("matplotlib")
