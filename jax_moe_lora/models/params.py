@@ -105,11 +105,15 @@ def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> ModelPa
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> ModelParams:
-    """Random weights, normal with deviation 0.02 (norms are one), made on the device leaf by leaf."""
-    leaves, tree = jax.tree.flatten(abstract_params(config, dtype))
+    """Random matrices, normal with deviation 0.02, made on the device leaf by leaf; norms are one, biases zero."""
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
     keys = jax.random.split(key, len(leaves))
-    make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
-    values = [
-        make(k, s.shape) if len(s.shape) > 1 else jnp.ones(s.shape, dtype) for k, s in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, values)
+    normal = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
+
+    def make(path: tuple[Any, ...], shape: tuple[int, ...], key: jax.Array) -> Array:
+        name = jax.tree_util.keystr(path[-1:])
+        if name.endswith("norm"):
+            return jnp.ones(shape, dtype)
+        return jnp.zeros(shape, dtype) if name.endswith("bias") else normal(key, shape)
+
+    return jax.tree.unflatten(tree, [make(path, s.shape, k) for (path, s), k in zip(leaves, keys, strict=True)])
