@@ -28,6 +28,13 @@ def number(name: str, value: Any, holds: Callable[[float], bool], expected: str)
     return float(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or false, and nothing that merely counts as one of them."""
+    if not isinstance(value, bool | np.bool_):
+        raise InputError(f"{name} is {value!r}; expected True or False.")
+    return bool(value)
+
+
 def sequence(name: str, values: Any) -> Sequence[Any]:
     """A list, a tuple or an array along its first axis; a text or bytes are none."""
     if _is_array(values) and values.ndim:

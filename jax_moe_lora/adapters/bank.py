@@ -19,6 +19,7 @@ from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.dtypes import NAMES, SAFETENSORS_NAMES
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
 from pallas_kernels.pytrees import pytree
 
@@ -93,6 +94,7 @@ class AdapterBank:
         )
 
     def _rows(self, layer: int) -> list[tuple[str, Site, int]]:
+        layer = whole("layer", layer, 0)  # one that adapters have nothing for is a base layer; -1 is a slip
         return [(module, site, site.layers.index(layer)) for module, site in self.sites if layer in site.layers]
 
     def nbytes_of(self, adapter: LoRAAdapter) -> int:
@@ -105,7 +107,8 @@ class AdapterBank:
         return pack(adapter, dict(self.sites)).nbytes(self.dtype)
 
     def slot_nbytes(self, slot: int) -> int:
-        """Bytes of the pages that a slot holds."""
+        """Bytes of the pages that a slot holds. Raises InputError: it is out of range."""
+        check_slot(self, slot)
         return sum(
             int((np.asarray(ids) == slot).sum()) * page_bytes(width, self.dtype) for width, ids in self.owner.items()
         )
@@ -122,33 +125,26 @@ def create_bank(
 
     Args:
       sites: the projections that adapters may target.
-      num_slots: S, adapters that can be loaded at once. max_rank: the largest rank accepted.
+      num_slots: S, adapters that can be loaded at once.
+      max_rank: the largest rank accepted.
       memory: byte budget of the pages; None takes what S per-expert adapters of `max_rank` on every site need, and no
         budget makes the bank larger than that. It is shared out as a per-expert adapter on every site would use it.
+      dtype: of the pages: float32, bfloat16 or float16.
 
     Raises:
-      InputError: a size that is no positive whole number, or a budget below one page a pool. DeviceError: jax has no
-      device.
+      InputError: a size that is no positive whole number, sites that are none, a dtype that adapters are not served in,
+        or a budget below one page a pool.
+      DeviceError: jax has no device.
     """
     require_device()
     num_slots, max_rank = whole("num_slots", num_slots, 1), whole("max_rank", max_rank, 1)
+    if memory is not None:
+        memory = whole("memory", memory, 0, 2**63 - 1)
     dtype = np.dtype(jnp.dtype(dtype))
-    matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own
-    for site in sites.values():
-        for width in (site.in_width, site.out_width):
-            matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
-    most = num_slots * -(-max_rank // RANK_PAGE)
-    per_rank_page = sum(count * page_bytes(width, dtype) for width, count in matrices.items())
-    share = most if memory is None else min(most, memory / per_rank_page)
-    sizes = {width: int(count * share) for width, count in matrices.items()}
-    if min(sizes.values()) < 1:
-        least = max(
-            page_bytes(width, dtype) * per_rank_page // (page_bytes(width, dtype) * count)
-            for width, count in matrices.items()
-        )
-        raise InputError(
-            f"A bank of {memory} bytes has no room for a page of each kind; give adapter_memory at least {least} bytes."
-        )
+    if dtype not in SAFETENSORS_NAMES:
+        raise InputError(f"dtype is {dtype.name}; expected one of {', '.join(NAMES)}.")
+    _check_sites(sites)
+    sizes = _pool_sizes(sites, num_slots * -(-max_rank // RANK_PAGE), memory, dtype)
     bank = AdapterBank(
         pools=tuple(jnp.zeros((1 + n, RANK_PAGE, width), dtype) for width, n in sizes.items()),
         owners=tuple(jnp.full(1 + n, FREE, jnp.int32).at[0].set(RESERVED) for n in sizes.values()),
@@ -162,8 +158,52 @@ def create_bank(
     return bank
 
 
+def _pool_sizes(sites: Mapping[str, Site], most: int, memory: int | None, dtype: np.dtype) -> dict[int, int]:
+    """Width -> pages of its pool, beside page 0; `most`: pages that all slots need of each matrix."""
+    matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own
+    for site in sites.values():
+        for width in (site.in_width, site.out_width):
+            matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
+    per_rank_page = sum(count * page_bytes(width, dtype) for width, count in matrices.items())
+    share = most if memory is None else min(most, memory / per_rank_page)
+    sizes = {width: int(count * share) for width, count in matrices.items()}
+    if min(sizes.values()) < 1:
+        least = max(
+            page_bytes(width, dtype) * per_rank_page // (page_bytes(width, dtype) * count)
+            for width, count in matrices.items()
+        )
+        raise InputError(
+            f"A bank of {memory} bytes has no room for a page of each kind; give adapter_memory at least {least} bytes."
+        )
+    return sizes
+
+
+def _check_sites(sites: Mapping[str, Site]) -> None:
+    if not isinstance(sites, Mapping) or not sites:
+        raise InputError(f"sites are {sites!r}; expected module -> Site, for at least one module.")
+    for module, site in sites.items():
+        if not isinstance(module, str) or not isinstance(site, Site):
+            raise InputError(f"sites have {site!r} under {module!r}; expected a Site under a module's name.")
+        for name in ("in_width", "out_width", "num_experts"):
+            whole(f"{name} of {module}", getattr(site, name), 1)
+        if not isinstance(site.layers, tuple) or not site.layers or len({*site.layers}) < len(site.layers):
+            raise InputError(f"layers of {module} are {site.layers!r}; expected a tuple of different layers.")
+        for layer in site.layers:
+            whole(f"a layer of {module}", layer, 0)
+
+
 def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
-    """A bank whose `slot` is empty: its rows are base rows at once, its pages are free."""
+    """A bank whose `slot` is empty: its rows are base rows at once, its pages are free.
+
+    Args:
+      bank: it is not changed.
+      slot: the slot to empty.
+      donate: reuse the memory of `bank`, which must not be used again.
+
+    Raises:
+      InputError: the slot is out of range, or the bank is the view of a layer.
+    """
+    check_whole(bank)
     check_slot(bank, slot)
     tables, scales = empty_slot(bank)
     owners = tuple(jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for ids in map(np.asarray, bank.owners))
@@ -203,6 +243,14 @@ def empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.n
 def check_slot(bank: AdapterBank, slot: int) -> None:
     if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < bank.num_slots:
         raise InputError(f"Slot is {slot!r}; the bank has slots 0 to {bank.num_slots - 1}.")
+
+
+def check_whole(bank: AdapterBank) -> None:
+    """Refuses what `AdapterBank.of_layer` gives, which does not know whose a page is."""
+    if not isinstance(bank, AdapterBank):
+        raise InputError(f"bank is of type {type(bank).__name__}; expected an AdapterBank.")
+    if len(bank.owners) != len(bank.pools):
+        raise InputError("This bank is the view of one layer; change the bank that it was taken from.")
 
 
 def page_bytes(width: int, dtype: np.dtype) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.bank import FREE, AdapterBank, check_slot, compact, empty_slot, own, page_bytes
+from jax_moe_lora.adapters.bank import FREE, AdapterBank, check_slot, check_whole, compact, empty_slot, own, page_bytes
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.packing import PackedAdapter, allocate, chunks, pack, page_ids, pages_of
 from jax_moe_lora.adapters.updates import chunk_rows, scatter, scatter_columns, set_slot
@@ -56,7 +56,15 @@ class Prepared:
 
 
 def prepare(bank: AdapterBank, adapter: LoRAAdapter) -> Prepared:
-    """Raises AdapterFormatError: the adapter does not fit the bank, or has weights that are not finite in its dtype."""
+    """Checks an adapter and cuts it into pages.
+
+    Raises:
+      AdapterFormatError: the adapter does not fit the bank, or has weights that are not finite in its dtype.
+      InputError: it is no LoRAAdapter, or the bank is the view of a layer.
+    """
+    if not isinstance(adapter, LoRAAdapter):
+        raise InputError(f"adapter is of type {type(adapter).__name__}; expected a LoRAAdapter.")
+    check_whole(bank)
     sites = dict(bank.sites)
     check_adapter(adapter, sites, bank.max_rank, bank.dtype)
     return Prepared(adapter, pack(adapter, sites))

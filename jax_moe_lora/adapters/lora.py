@@ -6,6 +6,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from jax_moe_lora.errors import InputError
+
 Side = Literal["a", "b"]
 SIDES: tuple[Side, ...] = get_args(Side)
 EXPERT_MODULES = ("gate", "up", "down")
@@ -35,18 +37,28 @@ class LoRAWeights:
     """A and B of one projection in one layer: `delta W[e] = scale[e] * B[e] @ A[e]`.
 
     A side whose leading axis is 1 is shared by all experts; it stays one array here and one page in the bank. Two
-    projections that alias a matrix (gate and up with one A) hold the same array object.
+    projections that alias a matrix (gate and up with one A) hold the same array object. Arrays of jax, and lists,
+    become arrays of numpy.
 
     Attributes:
-      a: `[E or 1, R, in]`; b: `[E or 1, out, R]`, R the largest rank of any expert, the unused rest zero.
+      a: `[E or 1, R, in]`, floating point.
+      b: `[E or 1, out, R]`, R the largest rank of any expert, the unused rest zero.
       ranks: int32 `[E]`, each expert's own rank; 0 where the file has nothing for an expert (its delta is zero).
       scale: float32 `[E]`, alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA.
+
+    Raises:
+      InputError: what numpy cannot view as an array, or numbers of another kind.
     """
 
     a: np.ndarray
     b: np.ndarray
     ranks: np.ndarray
     scale: np.ndarray
+
+    def __post_init__(self):
+        numbers = {"a": "floating point", "b": "floating point", "ranks": "integers", "scale": "real numbers"}
+        for name, expected in numbers.items():
+            object.__setattr__(self, name, _host_array(name, getattr(self, name), expected))
 
     @property
     def max_rank(self) -> int:
@@ -78,6 +90,14 @@ class LoRAAdapter:
     source: Mapping[str, Any] = field(default_factory=dict)
     layout: str = ""
 
+    def __post_init__(self):
+        for key, weights in self.weights.items():
+            if not (isinstance(key, tuple) and len(key) == 2 and isinstance(weights, LoRAWeights)):
+                raise InputError(
+                    f"Adapter {self.name!r} has {type(weights).__name__} under {key!r}; expected LoRAWeights under "
+                    "(layer, module)."
+                )
+
     @property
     def max_rank(self) -> int:
         return max((w.max_rank for w in self.weights.values()), default=0)
@@ -95,12 +115,38 @@ class LoRAAdapter:
         }
 
 
+def _host_array(name: str, values: Any, expected: str) -> np.ndarray:
+    """numpy's view of what came: of one array always the same object, so that aliases are still seen."""
+    if not isinstance(values, np.ndarray):
+        try:
+            # An array of jax keeps its view; `np.asarray` would go by its buffer and make a new one.
+            values = np.asarray(values.__array__() if hasattr(values, "__array__") else values)
+        except (TypeError, ValueError) as error:  # an array that jax traces; rows of different lengths
+            found = type(values).__name__
+            raise InputError(
+                f"{name} of LoRA weights is of type {found}, which numpy cannot read; give an array, outside of jit."
+            ) from error
+    floating, whole = "float" in values.dtype.name, values.dtype.kind in "iu"
+    if not {"floating point": floating, "integers": whole, "real numbers": floating or whole}[expected]:
+        raise InputError(f"{name} of LoRA weights has dtype {values.dtype}; expected {expected}.")
+    return values
+
+
 def uniform(a: np.ndarray, b: np.ndarray, scale: float, num_experts: int) -> LoRAWeights:
     """`LoRAWeights` whose experts all have one rank and one scale.
 
     Args:
-      a: `[E or 1, R, in]`; b: `[E or 1, out, R]`.
+      a: `[E or 1, R, in]`, floating point.
+      b: `[E or 1, out, R]`, floating point.
+      scale: the factor on the update.
+      num_experts: E.
+
+    Raises:
+      InputError: as `LoRAWeights`, or an A without three axes.
     """
+    a = _host_array("a", a, "floating point")
+    if a.ndim != 3:
+        raise InputError(f"a of LoRA weights has shape {list(a.shape)}; expected [E or 1, R, in].")
     return LoRAWeights(
         a=a,
         b=b,

@@ -17,7 +17,7 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.adapters.writing import write_adapter
-from jax_moe_lora.arguments import sequence, whole
+from jax_moe_lora.arguments import flag, sequence, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import AdapterInUseError, CheckpointError, InputError
@@ -162,7 +162,7 @@ class Model:
 
     def pin_adapter(self, adapter_name: str, pinned: bool = True) -> None:
         """Keeps a registered adapter in its slot once it is there, or lets it be evicted again."""
-        self._pool.pin(adapter_name, pinned)
+        self._pool.pin(adapter_name, flag("pinned", pinned))
 
     def unload_adapter(self, adapter_name: str) -> None:
         """Forgets an adapter and frees its slot. Raises AdapterInUseError while a running request holds it."""
@@ -215,6 +215,11 @@ class Model:
           InputError: a bad argument or a prompt that is empty or too long. AdapterNameError: an unknown adapter.
           BankFullError: the batch names more adapters than there are slots that are not pinned.
         """
+        if adapter_errors not in ("raise", "return"):
+            raise InputError(f"adapter_errors is {adapter_errors!r}; expected 'raise' or 'return'.")
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback is of type {type(callback).__name__}; expected a function.")
+        progress = flag("progress", progress)
         options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         prompts = sequence("prompts", prompts)
         requests = make_requests(prompts, self._encode, self.config, **options, seed=seed)

@@ -19,6 +19,7 @@ from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.adapters.writing import peft, stacks
 from jax_moe_lora.adapters.writing.config import Says, settle
 from jax_moe_lora.adapters.writing.draft import Draft, Part
+from jax_moe_lora.arguments import flag
 from jax_moe_lora.errors import AdapterFormatError, InputError
 from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.folders import whole_folder
@@ -101,7 +102,7 @@ def write_adapter(
     """
     plan = plan_adapter(adapter, sites, names, layout, expand=expand, fold_scale=fold_scale)
     planned = {key: Planned(tensor.dtype, tensor.shape) for key, tensor in plan.tensors.items()}
-    with whole_folder(folder, CONFIG, force) as partial:
+    with whole_folder(folder, CONFIG, flag("force", force)) as partial:
         write_tensors(partial / WEIGHTS, planned, plan.tensors.__getitem__)
         (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
         if plan.sidecar is not None:
@@ -121,6 +122,7 @@ def plan_adapter(
     """What `write_adapter` would write, with its arguments and its errors, but for those of the folder."""
     if layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+    expand, fold_scale = flag("expand", expand), flag("fold_scale", fold_scale)
     target = LAYOUTS[layout]
     check_adapter(adapter, sites, MAX_RANK, np.dtype(np.float32))
     draft = Draft(adapter, sites, names, target.read_as.name, expand, fold_scale)

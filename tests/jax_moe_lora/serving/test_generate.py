@@ -318,11 +318,23 @@ def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
         ({"prompts": ["a>"], "temperature": "hot"}, "temperature is 'hot'; expected 0 .greedy. to"),
         ({"prompts": ["a>"], "temperature": float("nan")}, "temperature is nan; expected 0 .greedy. to"),
         ({"prompts": ["a>"], "top_p": [None]}, "top_p is None; expected more than 0"),
+        ({"prompts": ["a>"], "adapter_errors": "retrun"}, "adapter_errors is 'retrun'; expected 'raise' or 'return'"),
+        ({"prompts": ["a>"], "callback": "print"}, "callback is of type str; expected a function"),
+        ({"prompts": ["a>"], "progress": "no"}, "progress is 'no'; expected True or False"),
     ],
 )
 def test_bad_arguments_are_refused_in_a_sentence(model, arguments, message):
     with pytest.raises(InputError, match=message):
         model.generate(**arguments)
+
+
+@pytest.mark.parametrize("value", ["no", 0, None])
+def test_what_is_neither_true_nor_false_is_refused(model, tmp_path, value):
+    with pytest.raises(InputError, match=r"pinned is .*; expected True or False"):
+        model.pin_adapter("upper", value)
+    for option in ("expand", "fold_scale", "force"):
+        with pytest.raises(InputError, match=rf"{option} is .*; expected True or False"):
+            model.save_adapter("upper", tmp_path / "out", **{option: value})
 
 
 def test_no_prompts_give_no_answers(model):
