@@ -21,7 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.layer import checks
+from jax_moe_lora.layer.routing import token_slots
 from pallas_kernels.ops import (
     RANK_PAGE,
     Implementation,
@@ -53,7 +56,17 @@ class DensePlan:
 
 
 def dense_plan(slots: Int[Array, "T"], num_slots: int) -> DensePlan:
-    """The plan that `lora_linear` reads. One serves all dense projections of a step."""
+    """The plan that `lora_linear` reads. One serves all dense projections of a step.
+
+    Args:
+      slots: int32 `[T]`, adapter slot of each row, `BASE_SLOT` for none.
+      num_slots: S of the bank.
+
+    Raises:
+      InputError: slots that are no integers `[T]`, or an S that is no whole number.
+    """
+    checks.check_array("slots", slots, ("T",), "integers")
+    slots, num_slots = token_slots(slots.shape[0], slots), whole("num_slots", num_slots, 0)
     return DensePlan(slots, make_plan(jnp.zeros((slots.shape[0], 1), jnp.int32), slots, 1, num_slots))
 
 
@@ -68,18 +81,26 @@ def lora_linear(
     """`x @ weight.T + bias`, plus each row's own adapter.
 
     Args:
-      x: `[T, in]`. weight: `[out, in]`. bias: `[out]` or None.
-      pages: the projection's adapters, or None for none; plan: `dense_plan` of the rows' slots.
+      x: `[T, in]`, the rows.
+      weight: `[out, in]`.
+      bias: `[out]`, or None.
+      pages: the projection's adapters, or None for none.
+      plan: `dense_plan` of the rows' slots.
       implementation: "xla" and "reference" ask for the tile loop.
 
     Returns:
       float32 `[T, out]`; rows without an adapter have the bits that they have with `pages=None`.
 
     Raises:
-      InputError: pages without a plan.
+      InputError: pages without a plan, or a plan of other rows or slots; shapes that disagree, or dtypes of another
+        kind.
     """
-    if pages is not None and plan is None:
-        raise InputError("lora_linear got pages and no plan; give it dense_plan of the rows' slots.")
+    checks.check_linear(x, weight, bias)
+    if pages is not None:
+        if plan is None:
+            raise InputError("lora_linear got pages and no plan; give it dense_plan of the rows' slots.")
+        num_slots = checks.check_pages("pages", pages, *reversed(weight.shape), num_experts=1)
+        checks.check_dense_plan(plan.slots, plan.rows.segment_sizes.shape[1] - 1, x.shape[0], num_slots)
     if 4 * x.shape[0] * weight.shape[0] > MAX_MERGED_BYTES:
         # XLA would merge the matmuls of rows that projections share. That saves launches, but what is merged is taken
         # apart by copies; behind a barrier x is another value to it.

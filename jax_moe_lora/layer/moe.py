@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.routing import route, token_slots
 from pallas_kernels.ops import (
@@ -27,7 +28,7 @@ LayerAdapters = Mapping[str, LoRAPages]
 
 def moe_lora(
     x: Float[Array, "T D"],
-    router: Float[Array, "E D"],
+    router: Float[Array, "E D"] | None,
     experts: ExpertWeights,
     config: MoEConfig,
     adapters: LayerAdapters | None = None,
@@ -47,14 +48,17 @@ def moe_lora(
     `lin(W, A, B; x) = x W[e]^T + c (x A[s,e]^T) B[s,e]^T`: `y = sum_e p_e * lin(down; act(lin(gate; x)) * lin(up; x))`.
 
     Args:
-      x: `[T, D]`, float32, bfloat16 or float16. router: `[E, D]`. experts: all experts' weights.
+      x: `[T, D]`, float32, bfloat16 or float16.
+      router: `[E, D]`, the router's weight; None where `scores` are given.
+      experts: all experts' weights.
       config: sizes, router and activation (static).
       adapters: the layer's adapters, from `AdapterBank.layer`; None serves the base model.
-      slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none; or, per request,
-        request_lengths and request_slots: int32 `[N]`.
-      router_bias: `[E]`, as in `routing.route`. row_mask: `[T]`, False for padding: such rows are
-        multiplied with no expert and give zeros.
-      scores: what `router_scores` gives for these arguments, where the caller has it already.
+      slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none.
+      request_lengths: int32 `[N]`, in place of `slots`: the tokens of each request.
+      request_slots: int32 `[N]`, with `request_lengths`: the adapter slot of each request.
+      router_bias: `[E]`, as in `routing.route`.
+      row_mask: bool `[T]`, False for padding: such rows are multiplied with no expert and give zeros.
+      scores: `[T, E]`, in place of `router`: what `router_scores` gave for these rows.
       implementation: a backend of the grouped ops by name, or None for the best available.
       remat: for gradients: multiply gate and up again in the backward pass, in place of keeping both products.
 
@@ -63,12 +67,20 @@ def moe_lora(
       adapters.
 
     Raises:
-      InputError: both forms of slots, half of one, or shapes that disagree with the config.
+      InputError: router and scores together, or neither; both forms of slots, or half of one; a module that is not
+        known; shapes that disagree with the config, or dtypes of another kind.
     """
-    _check_shapes(x, router, experts, config)
-    slot_of_token = token_slots(x.shape[0], slots, request_lengths, request_slots)
-    if scores is None:
+    tokens = checks.check_layer_input(x, config)
+    checks.check_router(router, scores, tokens, config)
+    checks.check_router_bias(router_bias, config)
+    checks.check_row_mask(row_mask, tokens)
+    checks.check_experts(experts, config)
+    checks.check_biases(experts, config)
+    checks.check_adapters(adapters, config)
+    slot_of_token = token_slots(tokens, slots, request_lengths, request_slots)
+    if router is not None:
         scores = router_scores(x, router, adapters, slot_of_token, implementation)
+    assert scores is not None
     weights, chosen = route(scores, config, router_bias)
     if row_mask is not None:
         chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
@@ -84,8 +96,10 @@ def router_scores(
     implementation: Implementation | None = None,
 ) -> Float[Array, "T E"]:
     """The router's float32 scores with each token's own adapter; arguments as in `moe_lora`."""
-    pages = (adapters or {}).get("router")
-    plan = None if pages is None else dense_plan(token_slots(x.shape[0], slots), pages.scale.shape[0])
+    checks.check_linear(x, router, None)
+    pages = None if adapters is None or "router" not in checks.module_names(adapters) else adapters["router"]
+    slot_of_token = token_slots(x.shape[0], slots)
+    plan = None if pages is None else dense_plan(slot_of_token, pages.scale.shape[0])
     return lora_linear(x, router, None, pages, plan, implementation)
 
 
@@ -103,13 +117,22 @@ def routed_experts(
     """The layer after its router: each token through its chosen experts, weighted and summed.
 
     Args:
-      weights: float32 `[T, K]`, router weights. chosen: int32 `[T, K]`; an id outside `0 .. E-1` is skipped.
+      x: `[T, D]`, as the others that are not named here as in `moe_lora`.
+      weights: float32 `[T, K]`, router weights.
+      chosen: int32 `[T, K]`, expert ids; one outside `0 .. E-1` is skipped.
       adapters: float32 pages beside 16-bit rows are rounded to these, and their gradients are float32.
-      Others as in `moe_lora`.
+
+    Raises:
+      InputError: as `moe_lora`.
     """
+    tokens = checks.check_layer_input(x, config)
+    checks.check_choice(weights, chosen, tokens, config)
+    checks.check_experts(experts, config)
+    checks.check_adapters(adapters, config)
+    slot_of_token = token_slots(tokens, slots)
     if config.activation not in get_args(Activation):
         raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(get_args(Activation))}.")
-    if x.shape[0] == 0:
+    if tokens == 0:
         return x
     pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
     choice = choose_for(
@@ -121,19 +144,5 @@ def routed_experts(
         rounded=True,
     )
     num_slots = next((own.scale.shape[0] for own in pages.values()), 0)
-    plan = make_plan(chosen, token_slots(x.shape[0], slots), experts.gate.shape[0], num_slots, choice.picked)
+    plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
     return expert_layer.run(x, weights, experts, pages, plan, config.activation, choice.picked, remat)
-
-
-def _check_shapes(x: Array, router: Array, experts: ExpertWeights, config: MoEConfig) -> None:
-    e, d, f = config.num_experts, config.hidden_size, config.expert_width
-    if x.shape[1:] != (d,):
-        raise InputError(f"x has shape {list(x.shape)}; the config expects {['T', d]}.")
-    shapes = {"router": (e, d), "gate": (e, f, d), "up": (e, f, d), "down": (e, d, f)}
-    biases = {"gate_bias": (e, f), "up_bias": (e, f), "down_bias": (e, d)}
-    for name, shape in (shapes | biases).items():
-        array = router if name == "router" else getattr(experts, name)
-        found = "none" if array is None else list(array.shape)
-        expected = "none" if name in biases and not config.expert_bias else list(shape)
-        if found != expected:
-            raise InputError(f"{name} has shape {found}; the config expects {expected}.")

@@ -144,18 +144,31 @@ class LoRALinear(nnx.Module):
         self.adapters = _bank(sites, max_adapters, max_rank, adapter_memory, param_dtype)
 
     def __call__(self, x: Float[Array, "T in"], slots: Int[Array, "T"] | None = None) -> Float[Array, "T out"]:
+        slot_of_row = token_slots(x.shape[0], slots)
         if self.adapters is None:
             return lora_linear(x, self.weight[...]).astype(x.dtype)
         pages = self.adapters.get_value().layer(0)["linear"]
-        plan = dense_plan(token_slots(x.shape[0], slots), pages.scale.shape[0])
+        plan = dense_plan(slot_of_row, pages.scale.shape[0])
         return lora_linear(x, self.weight[...], None, pages, plan, self.implementation).astype(x.dtype)
 
 
 def load(module: "MoELoRA | LoRALinear", change: Callable[[AdapterBank], AdapterBank]) -> None:
-    """Replaces a module's bank: `load(layer, lambda bank: insert(bank, 0, adapter))`."""
+    """Replaces a module's bank: `load(layer, lambda bank: insert(bank, 0, adapter))`.
+
+    Args:
+      module: the module.
+      change: what makes the new bank of the old one.
+
+    Raises:
+      InputError: the module has no bank, or `change` returns something else than a bank of the same form.
+    """
     if module.adapters is None:
         raise InputError("This module has no adapter bank; make it with max_adapters of at least 1.")
-    module.adapters.set_value(change(module.adapters.get_value()))
+    bank = module.adapters.get_value()
+    new = change(bank)
+    if not isinstance(new, AdapterBank) or (new.sites, new.max_rank) != (bank.sites, bank.max_rank):
+        raise InputError(f"change returned a {type(new).__name__}; expected the module's own bank, changed.")
+    module.adapters.set_value(new)
 
 
 def _bank(sites, max_adapters, max_rank, memory, dtype) -> LoRAParam | None:

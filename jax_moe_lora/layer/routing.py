@@ -8,8 +8,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.arguments import whole
 from jax_moe_lora.config import MoEConfig, RouterKind
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.layer import checks
 from pallas_kernels.ops import BASE_SLOT
 
 
@@ -20,11 +22,18 @@ def route(
 
     Args:
       scores: float32 `[T, E]`, the router's matmul.
+      config: the layer's sizes and its kind of router.
       bias: `[E]`, added to the scores; with `sigmoid_bias` it is for the choice alone and no part of the weights.
 
     Returns:
       `(weights float32 [T, K], experts int32 [T, K])`, largest first; of equal scores the lower expert wins.
+
+    Raises:
+      InputError: scores or a bias for another number of experts, or that are not floating point; an unknown router.
     """
+    whole("config.top_k", config.top_k, 1, config.num_experts)
+    checks.check_scores(scores, "T", config)
+    checks.check_router_bias(bias, config)
     if bias is not None and config.router != "sigmoid_bias":
         scores = scores + bias.astype(scores.dtype)[None]
     if config.router == "softmax_topk":
@@ -37,10 +46,35 @@ def route(
         _, experts = lax.top_k(sigmoid if bias is None else sigmoid + bias[None], config.top_k)
         weights = jnp.take_along_axis(sigmoid, experts, axis=-1)
     else:
-        raise InputError(f"router is {config.router!r}; expected one of {', '.join(get_args(RouterKind))}.")
+        raise _unknown(config.router)
     if config.renormalize:
         weights = weights / weights.sum(-1, keepdims=True)
     return weights * config.scaling, experts.astype(jnp.int32)
+
+
+def expert_probabilities(scores: Float[Array, "T E"], router: RouterKind) -> Float[Array, "T E"]:
+    """Each token's scores as a distribution over all experts, which a router's auxiliary loss is made of.
+
+    A softmax router's is the softmax over all experts, also where its weights are a softmax over the chosen ones alone
+    (`topk_softmax`). A sigmoid router's is each sigmoid divided by the token's sum of them, without the bias
+    (DeepSeek-V3, arXiv:2412.19437, equations 18 to 20).
+
+    Args:
+      scores: float32 `[T, E]`, the router's matmul.
+      router: its kind.
+
+    Returns:
+      float32 `[T, E]`; each row sums to one.
+    """
+    if router in ("softmax_topk", "topk_softmax"):
+        return jax.nn.softmax(scores, axis=-1)
+    if router == "sigmoid_bias":
+        return jax.nn.softmax(jax.nn.log_sigmoid(scores), axis=-1)  # of scores far below zero too
+    raise _unknown(router)
+
+
+def _unknown(router: str) -> InputError:
+    return InputError(f"router is {router!r}; expected one of {', '.join(get_args(RouterKind))}.")
 
 
 def token_slots(

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import InputError
+from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.models.attention import choose_attention
 from jax_moe_lora.models.cache import Cache, init_cache
@@ -103,6 +105,9 @@ def packed_hidden(
       Hidden rows after the last norm, those of padding without meaning; and float32 router scores `[B * T, E]` of each
       routed layer, where they were asked for.
     """
+    check_array("tokens", tokens, ("B", "T"), "integers")
+    for name, values in (("positions", positions), ("segments", segments), ("slots", slots)):
+        check_array(name, values, tokens.shape, "integers")
     step = packed_step(positions, segments, slots, bank, params, config, implementation)
     step = replace(step, segments=step.segments if packed else None, keep_scores=keep_scores, remat=remat)
     hidden, _, _, scores = _layers(params, bank, params.embedding[tokens], step, None)
@@ -129,6 +134,9 @@ def prefill(
     Returns:
       The filled cache, and float32 `[B, V]` logits after each prompt's last token.
     """
+    check_array("tokens", tokens, (cache.lengths.shape[0], "T"), "integers")
+    if tokens.shape[1] > (most := cache.k[0].shape[1]):
+        raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {most}.")
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
     hidden, keys, values, _ = _layers(params, bank, params.embedding[tokens], step, cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
@@ -154,7 +162,9 @@ def decode(
     Returns:
       The cache with the token in it, and float32 `[B, V]` logits of the next one.
     """
-    max_length = cache.k[0].shape[1]
+    max_length, rows = cache.k[0].shape[1], cache.lengths.shape
+    check_array("tokens", tokens, rows, "integers")
+    check_array("slots", slots, rows, "integers")
     live = cache.lengths > 0
     row_slots = jnp.where(live, slots, BASE_SLOT)
     step = _step("token", cache.lengths[:, None], live[:, None], row_slots, bank, params, config, implementation)
@@ -173,7 +183,10 @@ def prompt_step(
     implementation: Implementation | None,
 ) -> StepContext:
     """What the layers need to read right-padded prompts."""
+    check_array("tokens", tokens, ("B", "T"), "integers")
     batch, width = tokens.shape
+    check_array("lengths", lengths, (batch,), "integers")
+    check_array("slots", slots, (batch,), "integers")
     index = jnp.arange(width, dtype=jnp.int32)
     real = index[None, :] < lengths[:, None]
     row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)

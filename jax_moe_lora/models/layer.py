@@ -144,7 +144,7 @@ def _mlp(
     scores = router_scores(flat, weights.router, adapters, step.slots, step.implementation)
     rows = moe_lora(
         flat,
-        weights.router,
+        None,
         weights.experts,
         step.config.moe,
         adapters,

@@ -107,7 +107,7 @@ def losses_of(
         router = jnp.zeros_like(mean)
         if scores:
             share = own.tokens / jnp.maximum(totals.tokens, 1.0)
-            router = load_balancing(scores, part.slots.reshape(-1), len(specs), config.moe.top_k) * share
+            router = load_balancing(scores, part.slots.reshape(-1), len(specs), config.moe) * share
         return Losses(mean, router, own.weight, own.tokens)
 
     return evaluate

@@ -6,8 +6,10 @@ adapter's. (Gradients are another matter: kernels multiply a neighbour's rows by
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.layer.routing import expert_probabilities, route
 
 
 def token_losses(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -23,22 +25,27 @@ def slot_sums(values: Float[Array, "*shape"], slots: Int[Array, "*shape"], num_s
 
 
 def load_balancing(
-    scores: tuple[Float[Array, "T E"], ...], slots: Int[Array, "T"], num_slots: int, top_k: int
+    scores: tuple[Float[Array, "T E"], ...], slots: Int[Array, "T"], num_slots: int, config: MoEConfig
 ) -> Float[Array, "S"]:
     """The router's auxiliary loss over each slot's tokens: `E * sum_e f_e * P_e`; 0 for a slot without tokens.
 
     f_e is the number of tokens that choose expert e, P_e its mean probability, both over tokens and layers together, as
     in `load_balancing_loss_func` of transformers (Switch Transformer, equations 4 to 6; there f_e is divided by K).
+    What is chosen, and what a probability is, follow from the router: see `route` and `expert_probabilities`.
 
     Args:
-      scores: float32, of each routed layer. slots: int32 `[T]`, outside `0 .. S - 1` for tokens that do not count.
+      scores: float32 `[T, E]`, the router's scores of each routed layer.
+      slots: int32 `[T]`, outside `0 .. S - 1` for tokens that do not count.
+      num_slots: S.
+      config: the routed layers' config.
     """
     mine = _of_slot(slots, num_slots)[:, :, None]
     experts = scores[0].shape[1]
     chosen_sum = probability_sum = jnp.zeros((num_slots, experts), jnp.float32)
     for layer in scores:
-        probabilities = jax.nn.softmax(layer.astype(jnp.float32), axis=-1)
-        chosen = jax.nn.one_hot(lax.top_k(probabilities, top_k)[1], experts, dtype=jnp.float32).sum(axis=1)
+        wide = layer.astype(jnp.float32)
+        probabilities = expert_probabilities(wide, config.router)
+        chosen = jax.nn.one_hot(route(wide, config)[1], experts, dtype=jnp.float32).sum(axis=1)
         chosen_sum = chosen_sum + jnp.where(mine, chosen[None], 0.0).sum(axis=1)
         probability_sum = probability_sum + jnp.where(mine, probabilities[None], 0.0).sum(axis=1)
     rows = jnp.maximum(mine.sum(axis=(1, 2)), 1).astype(jnp.float32)[:, None] * len(scores)

@@ -12,6 +12,7 @@ from jax_moe_lora import InputError, LoRAAdapter, write_adapter
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.insertion import insert
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from jax_moe_lora.training import AdapterSpec, from_adapter, init_params, to_adapter
@@ -21,6 +22,7 @@ from jax_moe_lora.training.training_bank import training_bank
 from support.layers import assert_close
 from support.trained import CONFIG, SITES, SPECS, draw, model, new_params, same_bits, task_batch
 
+ROUTED = MoEConfig(hidden_size=64, expert_width=48, num_experts=8, top_k=2)
 ALL = ("q", "k", "v", "o", "router", "gate", "up", "down")
 
 
@@ -210,9 +212,9 @@ def test_router_loss_of_a_slot_does_not_see_other_slots():
     scores = tuple(draw(rng, (12, 8), 1.0) for _ in range(2))
     slots = jnp.asarray([0, 1, 1, 0, -1, 3, 0, 1, 0, 0, 1, 1])
     mine = np.asarray(slots) == 1
-    alone = load_balancing(tuple(s[mine] for s in scores), slots[mine], 3, 2)
+    alone = load_balancing(tuple(s[mine] for s in scores), slots[mine], 3, ROUTED)
     others = tuple(jnp.where(jnp.asarray(mine)[:, None], s, jnp.nan) for s in scores)
-    together = load_balancing(others, slots, 3, 2)
+    together = load_balancing(others, slots, 3, ROUTED)
     np.testing.assert_allclose(together[1], alone[1], rtol=1e-6)
     assert np.isnan(together[0])
     assert together[2] == 0
@@ -228,5 +230,5 @@ def test_router_loss_is_that_of_transformers():
     mask = rng.random((2, 15)) < 0.7
     expected = load_balancing_loss_func(tuple(map(torch.tensor, scores)), 8, 3, torch.tensor(mask).long())
     slots = jnp.asarray(np.where(mask.ravel(), 1, -1), jnp.int32)
-    found = load_balancing(tuple(map(jnp.asarray, scores)), slots, 2, 3)
+    found = load_balancing(tuple(map(jnp.asarray, scores)), slots, 2, replace(ROUTED, top_k=3))
     np.testing.assert_allclose(np.asarray(found), [0, float(expected)], rtol=1e-6)
