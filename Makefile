@@ -7,7 +7,7 @@ INSTALL := $(UV) pip install --quiet --constraint constraints.txt
 # One BLAS thread a test worker: two workers share two cores.
 export PYTHONUNBUFFERED := 1
 WORKERS := -n 2 --dist loadgroup
-QUICK := $(WORKERS) -m "not slow and not gpu"
+QUICK := $(WORKERS) -m "not slow and not parity and not gpu"
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo t test check lint newest format docs clean
@@ -44,6 +44,8 @@ NEWEST := tests/jax_moe_lora/models/test_attention.py \
 	tests/pallas_kernels/grouped_matmul/test_grouped_ops.py \
 	tests/pallas_kernels/grouped_matmul/test_interpreted.py \
 	tests/pallas_kernels/dispatch/test_dispatch.py \
+	tests/pallas_kernels/grouped_lora/test_interpreted_gradients.py \
+	tests/pallas_kernels/test_backend.py \
 	tests/pallas_kernels/lora_steps/test_lora_steps.py \
 	tests/pallas_kernels/plan/test_interpreted.py \
 	tests/jax_moe_lora/models/test_model_contracts.py \
@@ -53,7 +55,7 @@ NEWEST := tests/jax_moe_lora/models/test_attention.py \
 	tests/jax_moe_lora/layer/test_torch_parity.py \
 	tests/pallas_kernels/hopper/test_tuning.py
 newest: .venv-newest/full.stamp
-	.venv-newest/bin/python -m pytest $(QUICK) --durations=20 $(NEWEST)
+	.venv-newest/bin/python -m pytest $(WORKERS) -m "(not slow or newest) and not gpu" --durations=20 $(NEWEST)
 
 format: .venv/full.stamp
 	.venv/bin/ruff check --fix .

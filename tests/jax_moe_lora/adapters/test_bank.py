@@ -111,6 +111,7 @@ def test_insertion_leaves_the_old_bank_as_it_was():
     assert not any(np.asarray(pool).any() for pool in empty.pages.values())
 
 
+@pytest.mark.slow
 def test_fragmented_pages_are_moved_together_when_a_long_run_needs_room():
     problem = draw(replace(SPEC, adapters=(("per_expert", 16),) * 4, slots=4, max_rank=64))
     tight = create_bank(SITES, 4, 64, None, "float32")

@@ -56,6 +56,7 @@ def matrices(problem: Problem, module: str, slot: int, expert: int):
     return a[None], b.T[None], float(pages.scale[slot, expert])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("adapters", "tokens"), [("none", 5), ("mixed", 1), ("mixed", 40)])
 def test_the_oracle_on_the_device_equals_the_reference(adapters, tokens):
     problem = drawn(adapters, tokens)
@@ -65,6 +66,7 @@ def test_the_oracle_on_the_device_equals_the_reference(adapters, tokens):
     assert np.linalg.norm(oracle.expected(problem) - wanted) / np.linalg.norm(wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_bench_writes_the_peers_columns_and_how_it_was_measured(tmp_path):
     bench(**SMALL, out=tmp_path / "some" / "cpu")
     with (tmp_path / "some" / "cpu.csv").open(newline="") as file:
@@ -146,6 +148,7 @@ def test_runs_that_keep_one_out_add_to_it_together(tmp_path):
     assert sorted(row["tokens"] for row in content["rows"]) == [3, 5]
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
     real = sweep.compile_layer
 
@@ -229,12 +232,14 @@ def test_the_summary_compares_only_cells_that_both_have(tmp_path):
     assert report.peers_of(rows[1], peers) == {"vllm": 50.0, "torch": 40.0}
 
 
+@pytest.mark.slow
 def test_the_plot_is_drawn_without_the_cells_that_failed(tmp_path):
     rows = [row("none", 1, 60.0), row("none", 4096, 70.0), row("s8r16", 1, 80.0), row("s8r16", 8, 0.0, error="lost")]
     roofline.save_roofline(rows, "a title", tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_slots_are_distributed_as_asked():
     half, one, mixed = (drawn("s8r16", 400, slots="half-base"), drawn("s8r16", 400, slots="one"), drawn("mixed", 400))
     for problem in (half, mixed):

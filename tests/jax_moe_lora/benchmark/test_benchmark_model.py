@@ -32,6 +32,7 @@ def test_bench_model_writes_a_row_a_case_and_how_it_was_measured(tmp_path):
         assert row["compile_s"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["experts", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_random_bank_is_a_full_bank_of_the_library(targets):
     """No page has two owners, page 0 is zero, and the sizes are those of a bank made by `create_bank`."""

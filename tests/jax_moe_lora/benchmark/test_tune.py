@@ -54,6 +54,7 @@ def test_all_candidates_are_valid_and_the_heuristic_is_the_first(experts, pairs)
         assert not why_not(candidate.down)
 
 
+@pytest.mark.slow
 def test_the_faster_config_is_written_and_found_again(clock, tmp_path, monkeypatch):
     first = heuristic(128, 16)
     rows = next(c.gate_up.tile_rows for c in tile_candidates(128, 16)[1:] if c.gate_up != first)

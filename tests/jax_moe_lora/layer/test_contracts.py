@@ -38,7 +38,12 @@ SPECS = {
 }
 
 
-@pytest.fixture(scope="module", params=SPECS)
+QUICK = ("float32", "bfloat16")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SPECS]
+)
 def problem(request) -> Problem:
     return draw(SPECS[request.param])
 

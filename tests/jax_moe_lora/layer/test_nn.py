@@ -77,6 +77,7 @@ def test_adapters_split_from_base_weights(layer, rows):
     np.testing.assert_array_equal(forward(adapters, params, rows, SLOTS), expected)
 
 
+@pytest.mark.slow
 def test_loading_into_a_module_does_not_retrace(layer, rows):
     traces = []
 
@@ -123,6 +124,7 @@ def test_router_and_experts_compose_to_the_layer(rows):
     np.testing.assert_array_equal(composed(rows), whole(rows))
 
 
+@pytest.mark.slow
 def test_linear_module_equals_the_pure_function(rows):
     sites = {"linear": Site(64, 48, 1, (0,))}
     layer = LoRALinear(64, 48, max_adapters=3, max_rank=16, rngs=nnx.Rngs(0))

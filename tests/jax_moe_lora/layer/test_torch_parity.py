@@ -14,6 +14,7 @@ from jax_moe_lora.nn import moe_sites
 from jax_moe_lora.parity.torch_reference import routed_experts as routed_experts_in_torch
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.layers import assert_close, rounded
+from support.pairs import covering_pairs
 
 pytestmark = pytest.mark.parity
 
@@ -87,9 +88,7 @@ def run(shape: str, dtype: str, x, weights, chosen, base, adapter) -> np.ndarray
     return np.asarray(LAYER(*arguments, bank.layer(0), slots).astype(jnp.float32))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("probe", PROBES)
-@pytest.mark.parametrize("shape", SHAPES)
+@covering_pairs(shape=SHAPES, probe=PROBES, dtype=TOLERANCE)
 def test_probe_equals_the_torch_reference(shape, probe, dtype):
     problem = draw(shape, probe, dtype)
     assert_close(run(shape, dtype, *problem), torch_reference(*problem), TOLERANCE[dtype])

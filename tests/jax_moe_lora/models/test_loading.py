@@ -125,6 +125,7 @@ def test_a_tied_checkpoint_may_still_hold_its_head(tmp_path: Path) -> None:
     assert_same(load(tmp_path), tensors, np.float32)
 
 
+@pytest.mark.slow
 def test_random_weights_have_the_tree_of_loaded_ones(tmp_path: Path) -> None:
     write(tmp_path, num_hidden_layers=1, mlp_only_layers=[])  # each shape compiles once: few of them
     config = read_model_config(tmp_path)

@@ -104,6 +104,8 @@ def test_page_gradients_equal_the_reference_without_races(layer, module):
         assert not np.asarray(own)[np.asarray(want == 0).all((1, 2))].any(), "a page that no row uses"
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 def test_entries_that_no_tile_has_may_hold_anything(layer):
     """The lists' kernel writes a tile's own entries alone; with many slots the rest is whatever was there."""
     plan, pages = planned(layer), layer.adapters["gate"]
@@ -127,6 +129,8 @@ def random_rows(plan: RoutingPlan, pages: LoRAPages, tokens: int) -> tuple[jax.A
     return x, dy
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 def test_rows_between_experts_are_zeros(layer):
     plan = planned(replace(layer, chosen=layer.chosen.at[5].set(-1)))
     x = jnp.ones((SPEC.tokens, 64), "bfloat16").at[5].set(jnp.nan)

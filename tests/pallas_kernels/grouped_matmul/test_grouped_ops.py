@@ -9,6 +9,7 @@ import pytest
 
 from pallas_kernels.ops import LoRAPages, grouped_lora, grouped_matmul, make_plan
 from support.layers import assert_close, rounded
+from support.pairs import covering_pairs
 
 TOLERANCE = {"float32": 1e-6, "float16": 1e-6, "bfloat16": 1e-6}  # sums are float32 whatever the inputs are
 MATMUL = jax.jit(grouped_matmul, static_argnames=("of_tokens", "activation", "implementation"))
@@ -22,9 +23,7 @@ def routing(groups: list[int], top_k: int = 1, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(experts).reshape(-1, top_k).astype(np.int32)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("pattern", list(itertools.product([0, 1], repeat=4))[1:], ids=str)
+@covering_pairs(pattern=list(itertools.product([0, 1], repeat=4))[1:], dtype=TOLERANCE, implementation=BACKENDS)
 def test_matmul_with_every_pattern_of_empty_groups(pattern, dtype, implementation):
     rng = np.random.default_rng(sum(pattern))
     groups = [0] * 4

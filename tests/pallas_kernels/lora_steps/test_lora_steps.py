@@ -38,6 +38,8 @@ def listed(pages: tuple[LoRAPages, ...], one_pool: bool, slot: int, expert: int,
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("tokens", "slots", "ranks", "one_pool"),
     [

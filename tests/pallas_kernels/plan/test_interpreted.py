@@ -8,6 +8,8 @@ from support.plans import assert_kernel_makes_the_plan_of_xla
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("kernel", "tokens", "top_k", "experts", "slots"),
     [

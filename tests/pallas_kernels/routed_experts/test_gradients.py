@@ -75,6 +75,7 @@ def test_a_loss_on_the_router_alone_gives_the_layer_no_gradient():
     assert not any(np.asarray(pool).any() for pool in jax.tree.leaves(dpools))
 
 
+@pytest.mark.slow
 def test_float32_pages_beside_16_bit_rows_are_rounded_and_get_float32_gradients():
     layer = draw_layer(SPECS["bfloat16"], np.random.default_rng(0))
     x, gates, experts, pools = arguments(layer)
@@ -89,6 +90,7 @@ def test_float32_pages_beside_16_bit_rows_are_rounded_and_get_float32_gradients(
         assert (np.asarray(wide) != np.asarray(narrow.astype(jnp.float32))).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt-oss", pytest.param("router", marks=pytest.mark.slow)])
 def test_check_grads(name):
     """Against finite differences: biases and the clamped unit, and the whole layer through its router."""
@@ -118,6 +120,7 @@ def test_check_grads(name):
     check_grads(through_router, (x, router, live), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_dense_projection(dtype):
     """Attention's and the router's form: the tile loop, with base rows and poisoned pages."""
