@@ -95,7 +95,21 @@ def router_scores(
     slots: Int[Array, "T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T E"]:
-    """The router's float32 scores with each token's own adapter; arguments as in `moe_lora`."""
+    """The router's scores with each token's own adapter.
+
+    Args:
+      x: `[T, D]`, float32, bfloat16 or float16.
+      router: `[E, D]`, the router's weight.
+      adapters: the layer's adapters, of which the module `router` is used.
+      slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none.
+      implementation: as in `lora_linear`.
+
+    Returns:
+      float32 `[T, E]`.
+
+    Raises:
+      InputError: shapes that disagree, or dtypes of another kind.
+    """
     checks.check_linear(x, router, None)
     pages = None if adapters is None or "router" not in checks.module_names(adapters) else adapters["router"]
     slot_of_token = token_slots(x.shape[0], slots)
@@ -117,10 +131,19 @@ def routed_experts(
     """The layer after its router: each token through its chosen experts, weighted and summed.
 
     Args:
-      x: `[T, D]`, as the others that are not named here as in `moe_lora`.
+      x: `[T, D]`, float32, bfloat16 or float16.
       weights: float32 `[T, K]`, router weights.
       chosen: int32 `[T, K]`, expert ids; one outside `0 .. E-1` is skipped.
-      adapters: float32 pages beside 16-bit rows are rounded to these, and their gradients are float32.
+      experts: all experts' weights.
+      config: sizes and activation (static).
+      adapters: the layer's adapters; float32 pages beside 16-bit rows are rounded to these, and their gradients are
+        float32.
+      slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none.
+      implementation: a backend of the grouped ops by name, or None for the best available.
+      remat: as in `moe_lora`.
+
+    Returns:
+      `[T, D]` in x's dtype.
 
     Raises:
       InputError: as `moe_lora`.

@@ -48,8 +48,14 @@ def pages(in_width: int, out_width: int, experts: int = E, slots: int = S) -> Lo
     return LoRAPages(floats(2, 16, in_width), floats(2, 16, out_width), table, floats(slots, experts), 16)
 
 
+def layer(**modules: LoRAPages) -> Any:
+    """One layer's adapters."""
+    return modules
+
+
 EXPERTS = ExpertWeights(floats(E, F, D), floats(E, F, D), floats(E, D, F))
-ADAPTERS = {"router": pages(D, E, 1), "gate": pages(D, F), "up": pages(D, F), "down": pages(F, D), "q": pages(D, D, 1)}
+EXPERT_PAGES = {"gate": pages(D, F), "up": pages(D, F), "down": pages(F, D)}
+ADAPTERS = layer(router=pages(D, E, 1), q=pages(D, D, 1), **EXPERT_PAGES)
 ROWS = {"x": floats(T, D), "adapters": ADAPTERS, "slots": ints(T)}
 LAYER = ROWS | {"router": floats(E, D), "experts": EXPERTS}
 ROUTED = ROWS | {"weights": floats(T, K), "chosen": ints(T, K), "experts": EXPERTS}
@@ -76,12 +82,12 @@ EITHER: dict[str, tuple[dict[str, Any], str]] = {
     "one expert for all": ({"experts": replace(EXPERTS, gate=floats(1, F, D))}, r"gate has shape \[1, 16, 8\]"),
     "one bias for all experts": ({"experts": replace(EXPERTS, up_bias=floats(F))}, r"up_bias has shape \[16\]"),
     "experts as a tuple": ({"experts": (EXPERTS.gate, EXPERTS.up, EXPERTS.down)}, "experts are of type tuple"),
-    "an unknown module": ({"adapters": {"gates": pages(D, F)}}, "adapters have a module 'gates'; expected some of"),
+    "an unknown module": ({"adapters": layer(gates=pages(D, F))}, "adapters have a module 'gates'; expected some of"),
     "pages of a list": ({"adapters": [pages(D, F)]}, "adapters are of type list"),
-    "pages of another width": ({"adapters": {"up": pages(F, D)}}, r"\['up'\]\.a has shape \[2, 16, 16\]"),
-    "pages of other experts": ({"adapters": {"up": pages(D, F, 1)}}, r"\['up'\]\.table has shape \[3, 1, 4\]"),
-    "pages of two banks": ({"adapters": {"up": pages(D, F), "gate": pages(D, F, slots=1)}}, "slots that differ"),
-    "complex pages": ({"adapters": {"up": COMPLEX_PAGES}}, r"\['up'\]\.a has dtype complex64"),
+    "pages of another width": ({"adapters": layer(up=pages(F, D))}, r"\['up'\]\.a has shape \[2, 16, 16\]"),
+    "pages of other experts": ({"adapters": layer(up=pages(D, F, 1))}, r"\['up'\]\.table has shape \[3, 1, 4\]"),
+    "pages of two banks": ({"adapters": layer(up=pages(D, F), gate=pages(D, F, slots=1))}, "slots that differ"),
+    "complex pages": ({"adapters": layer(up=COMPLEX_PAGES)}, r"\['up'\]\.a has dtype complex64"),
 }
 WHOLE_LAYER: dict[str, tuple[dict[str, Any], str]] = {
     "biases nobody asked for": ({"experts": replace(EXPERTS, up_bias=floats(E, F))}, "that experts have no biases"),
@@ -167,7 +173,7 @@ def test_nothing_is_computed_before_the_checks():
     with pytest.raises(InputError, match="row_mask has dtype"):
         moe_lora(config=CONFIG, **described, row_mask=jax.ShapeDtypeStruct((T,), jnp.int32))
     with pytest.raises(InputError, match="'nose'"):
-        moe_lora(config=CONFIG, **described | {"adapters": {"nose": described["adapters"]["q"]}})
+        moe_lora(config=CONFIG, **described | {"adapters": layer(nose=pages(D, D, 1))})
 
 
 def test_scores_that_were_computed_before_give_the_same_bits():
