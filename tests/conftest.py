@@ -54,6 +54,9 @@ CHECKED = [
     "models.rope",
 ]
 _hooked = [f"pallas_kernels.{name}" for name in KERNELS] + [f"jax_moe_lora.{name}" for name in CHECKED]
+_root = Path(__file__).parents[1]
+if _gone := [name for name in _hooked if not [*_root.glob(name.replace(".", "/") + "*")]]:
+    raise pytest.UsageError(f"tests/conftest.py checks the shapes of modules that are not there: {', '.join(_gone)}.")
 _hook = install_import_hook(_hooked, "beartype.beartype")
 
 

@@ -62,6 +62,7 @@ def test_a_failure_at_any_point_leaves_what_was_there(tmp_path, exchange, replac
     assert 5 < n < 99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replaces", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_kill_at_any_point_leaves_no_half_folder_and_the_next_run_cleans_up(tmp_path, exchange, replaces):
     killed = 0

@@ -50,6 +50,7 @@ def test_scores_and_choices_are_those_of_transformers_and_peft(model, tokens):
     np.testing.assert_allclose(trace.probabilities.sum(-1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rows_routing_is_its_own_whatever_the_others_use(model, tokens):
     mixed = router_trace(model, tokens, ["upper", "reverse", None], LENGTHS)
     base = router_trace(model, tokens, None, LENGTHS)

@@ -38,11 +38,8 @@ SPECS = {
 }
 
 
-QUICK = ("float32", "bfloat16")
-
-
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SPECS]
+    scope="module", params=[pytest.param(name, marks=() if name == "float32" else pytest.mark.slow) for name in SPECS]
 )
 def problem(request) -> Problem:
     return draw(SPECS[request.param])

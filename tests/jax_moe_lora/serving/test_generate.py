@@ -60,6 +60,7 @@ def test_prompts_may_be_token_ids(model):
     assert texts(model.generate(ids, NAMES, max_new_tokens=10)) == ANSWERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "{}"], ids=["missing", "broken"])
 def test_token_ids_need_no_tokenizer(model, tmp_path, content):
     shutil.copytree(data_folder() / "model", tmp_path / "model")
@@ -211,6 +212,7 @@ def test_unknown_taken_and_reserved_names_are_refused(model):
         model.load_adapter(data_folder() / "adapters" / "upper", "__base__")
 
 
+@pytest.mark.slow
 def test_an_adapter_in_use_is_not_unloaded(model):
     def unload(*_) -> None:
         with pytest.raises(AdapterInUseError, match="'upper' is used by 1"):

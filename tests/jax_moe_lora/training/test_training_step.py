@@ -82,6 +82,7 @@ def test_an_adapter_without_a_token_to_learn_keeps_every_bit(step):
     assert int(after.updates["sort"]) == 1
 
 
+@pytest.mark.slow
 def test_three_adapters_in_one_run_equal_three_solo_runs():
     step = make_step(SHALLOW[0], SPECS, OPTIMIZERS, clip={"upper": 0.5}, router_loss=0.01)
 

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels.ops import BASE_SLOT, make_plan
 from pallas_kernels.plan.api import row_experts, row_slots
 
+SLOW = (pytest.mark.slow, pytest.mark.newest)
 PLAN = jax.jit(make_plan, static_argnums=(2, 3))
 CASES = {  # T, K, E, S
     "one token": (1, 2, 8, 4),
@@ -19,6 +20,8 @@ CASES = {  # T, K, E, S
     "many rows": (500, 4, 64, 8),
     "more tiles than rows": (3, 2, 128, 2),
 }
+QUICK = ("one token", "one slot", "no slots", "more tiles than rows")
+MARKED = [pytest.param(case, marks=() if case in QUICK else SLOW) for case in CASES]
 
 
 def definition(experts: np.ndarray, slots: np.ndarray, num_experts: int, num_slots: int) -> list[tuple[int, int, int]]:
@@ -47,7 +50,7 @@ def draw(case: str, kind: str, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "all on one expert", "one adapter", "out of range"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 def test_plan_equals_its_definition(case, kind):
     _, top_k, num_experts, num_slots = CASES[case]
     experts, slots = draw(case, kind)
@@ -64,7 +67,7 @@ def test_plan_equals_its_definition(case, kind):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "all on one expert", "one adapter", "out of range"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", MARKED)
 def test_tiles_cover_each_row_once_and_base_rows_are_in_no_lora_tile(case, kind):
     _, _, num_experts, num_slots = CASES[case]
     experts, slots = draw(case, kind, seed=1)
