@@ -26,6 +26,7 @@ def test_the_readme_is_short_and_has_its_five_lines():
     assert len([line for line in code.splitlines() if line]) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", CASES)
 def test_a_snippet_runs_in_any_folder_and_prints_what_its_comment_says(code, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

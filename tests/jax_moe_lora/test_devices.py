@@ -79,6 +79,7 @@ def test_every_command_that_computes_says_so(no_device, arguments, monkeypatch, 
     assert REASON.rstrip(".") in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
 def test_a_platform_that_is_not_there_is_one_sentence(platform):
     environment = {**os.environ, "JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}

@@ -60,6 +60,8 @@ def test_whole_pages_take_the_bytes_of_their_elements(layout, rank):
     assert half.nbytes_of(full) == insert(half, 0, full).slot_nbytes(0) == 2 * sum(arrays.values())
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_pages_hold_the_matrices_however_they_lie_in_memory(monkeypatch, order):
     """Small chunks, free pages full of NaN, and axes of A and B in any order in memory."""
@@ -111,6 +113,7 @@ def test_insertion_leaves_the_old_bank_as_it_was():
     assert not any(np.asarray(pool).any() for pool in empty.pages.values())
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_fragmented_pages_are_moved_together_when_a_long_run_needs_room():
     problem = draw(replace(SPEC, adapters=(("per_expert", 16),) * 4, slots=4, max_rank=64))

@@ -110,6 +110,7 @@ def test_floors_that_are_kept_together_are_of_the_same_ceilings(tmp_path):
     assert found["rows"][0]["floor_us"] > 100 * content["rows"][0]["floor_us"]
 
 
+@pytest.mark.slow
 def test_sweeps_that_take_turns_never_measure_at_once(tmp_path):
     inside, most = [], []
 

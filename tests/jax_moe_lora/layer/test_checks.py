@@ -229,6 +229,7 @@ def test_a_dense_plan_refuses_other_slots(slots, num_slots, message):
         dense_plan(slots, num_slots)
 
 
+@pytest.mark.slow
 def test_modules_refuse_slots_that_they_have_no_use_for():
     with pytest.raises(InputError, match=r"slots has shape \[1\]"):
         LoRALinear(D, F, rngs=nnx.Rngs(0))(floats(T, D), ints(1))

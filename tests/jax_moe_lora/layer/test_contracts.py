@@ -39,7 +39,10 @@ SPECS = {
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=() if name == "float32" else pytest.mark.slow) for name in SPECS]
+    scope="module",
+    params=[
+        pytest.param(name, marks=() if name == "float32" else (pytest.mark.slow, pytest.mark.newest)) for name in SPECS
+    ],
 )
 def problem(request) -> Problem:
     return draw(SPECS[request.param])
@@ -65,6 +68,8 @@ def test_2_mixed_equals_solo(problem):
         assert equal_bits(mixed[own], solo[own]), problem.adapters[slot].name
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 def test_2_a_rows_neighbours_may_be_anything():
     """Other tokens, not only other adapters: a row's tile and place change, its bits do not."""
     problem = draw(Spec(tokens=40))
@@ -87,6 +92,8 @@ def test_3_shared_equals_replicated(problem):
     assert equal_bits(problem.run(), problem.run(bank=replicated))
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_4_zero_adapters_are_exact(side):
     problem = draw(Spec())
@@ -173,6 +180,8 @@ def test_7_a_projection_that_the_model_lacks_is_never_dropped():
         insert(remove(problem.bank, 0), 0, LoRAAdapter("both", weights))
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 def test_7_both_forms_of_slots_give_equal_bits_and_never_mix():
     problem = draw(Spec())
     lengths, slots = jnp.array([10, 0, 20, 5]), jnp.array([2, 1, -1, 0])
@@ -237,6 +246,8 @@ def test_9_every_router_kind_equals_the_oracle(kind, renormalize, scaling, imple
     assert_close(np.asarray(y), oracle(*weights, [None] * 37, top_k=3, **options), 1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 def test_masked_rows_cost_nothing_and_give_zeros():
     problem = draw(Spec())
     mask = np.arange(37) % 3 > 0

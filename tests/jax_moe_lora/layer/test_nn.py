@@ -77,6 +77,7 @@ def test_adapters_split_from_base_weights(layer, rows):
     np.testing.assert_array_equal(forward(adapters, params, rows, SLOTS), expected)
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_loading_into_a_module_does_not_retrace(layer, rows):
     traces = []
@@ -124,6 +125,7 @@ def test_router_and_experts_compose_to_the_layer(rows):
     np.testing.assert_array_equal(composed(rows), whole(rows))
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_linear_module_equals_the_pure_function(rows):
     sites = {"linear": Site(64, 48, 1, (0,))}

@@ -62,6 +62,7 @@ def test_a_packed_example_has_the_logits_that_it_has_alone(model, examples, run)
         assert_close(found[row, begin : begin + len(tokens)], alone, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_packed_example_has_the_same_bits_whatever_its_neighbours_are(model, examples, run):
     slots = np.asarray(model.slots(NAMES))
     *arguments, begins = pack(examples, slots)

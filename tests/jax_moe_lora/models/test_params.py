@@ -7,6 +7,7 @@ from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.models.params import init_params
 
 
+@pytest.mark.slow
 def test_random_biases_are_zero_and_norms_are_one():
     moe = MoEConfig(8, 8, 8, 2, expert_bias=True)  # each shape compiles once: few of them
     biases = {"attention_biases": "qkvo", "qk_norm": "projection", "shared_expert_width": 8}

@@ -60,6 +60,7 @@ def test_prompts_may_be_token_ids(model):
     assert texts(model.generate(ids, NAMES, max_new_tokens=10)) == ANSWERS
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "{}"], ids=["missing", "broken"])
 def test_token_ids_need_no_tokenizer(model, tmp_path, content):
@@ -212,6 +213,7 @@ def test_unknown_taken_and_reserved_names_are_refused(model):
         model.load_adapter(data_folder() / "adapters" / "upper", "__base__")
 
 
+@pytest.mark.newest
 @pytest.mark.slow
 def test_an_adapter_in_use_is_not_unloaded(model):
     def unload(*_) -> None:
@@ -221,6 +223,8 @@ def test_an_adapter_in_use_is_not_unloaded(model):
     assert texts(model.generate(["abc>"], ["upper"], max_new_tokens=4, callback=unload)) == ["ABC"]
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 def test_loading_during_generation_leaves_the_running_batch_alone(model):
     loaded = []
 

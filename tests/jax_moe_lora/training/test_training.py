@@ -138,6 +138,7 @@ def test_a_matrix_takes_its_pages_once_however_many_share_it():
     assert all(not np.asarray(pool[0]).any() for pool in bank.pools[0].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_what_is_written_is_read_back_as_the_same_params(name, tmp_path):
     spec = SPECS[name]

@@ -124,6 +124,7 @@ def test_batches_of_one_shape_run_one_program_and_take_the_state(step):
     assert step._cache_size() == compiled == 1
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_an_adapter_s_own_tokens():
     batch, params = task_batch([*NAMES, None], 3, 8), new_params(trained=True, config=SHALLOW[0])
     evaluate = make_evaluation(SHALLOW[0], SPECS)

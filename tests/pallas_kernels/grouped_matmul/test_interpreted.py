@@ -76,7 +76,9 @@ def test_a_projection_without_adapters_beside_one_that_has_them(name):
     assert relative_error(actual, expected(replace(layer, matrices=own), GATED)) < kernels.tolerance
 
 
-@pytest.mark.parametrize("name", [pytest.param("hopper, 8 rows", marks=pytest.mark.slow), "portable"])
+@pytest.mark.slow
+@pytest.mark.newest
+@pytest.mark.parametrize("name", ["hopper, 8 rows", "portable"])
 def test_no_rows_at_all_is_no_hang(name):
     """All pairs skipped: no tile, no item, nothing waits."""
     kernels = KERNELS[name]

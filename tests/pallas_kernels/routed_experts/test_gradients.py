@@ -33,13 +33,10 @@ SPECS = {
 
 
 CASES = [(name, "xla") for name in SPECS] + [("mixed", "reference")]
-QUICK = [("mixed", "xla")]
 
 
-@pytest.mark.parametrize(
-    ("name", "implementation"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "implementation"), CASES)
 def test_gradients_equal_autodiff_of_the_definition(name, implementation):
     layer = draw_layer(SPECS[name], np.random.default_rng(0))
     if name == "mixed":  # pairs that the plan skips
