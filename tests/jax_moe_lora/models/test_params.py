@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.models.params import init_params
