@@ -1,22 +1,27 @@
 """The library's own exceptions: one clear sentence each (what came, what was expected, what to do)."""
 
-from pathlib import Path
+from pallas_kernels.errors import (
+    InputError,
+    JaxMoELoRAError,
+    NotDifferentiable,
+    TunedFileError,
+    UnsupportedImplementation,
+)
 
-
-class JaxMoELoRAError(Exception):
-    """Base class of every error that this library raises on bad input.
-
-    Attributes:
-      file, key: what it is about, where that is a file: a tensor of it or a field of a config.
-      found, expected: what stands there and what may, in few words.
-    """
-
-    def __init__(
-        self, message: str = "", *, file: Path | str = "", key: str = "", found: object = "", expected: str = ""
-    ):
-        # A hostile file may put megabytes into what a message quotes.
-        super().__init__(message if len(message) <= 4000 else f"{message[:3000]} … {message[-900:]}")
-        self.file, self.key, self.found, self.expected = str(file), key, str(found)[:200], expected
+__all__ = [
+    "AdapterFormatError",
+    "AdapterInUseError",
+    "AdapterNameError",
+    "BankFullError",
+    "CheckpointError",
+    "ConfigError",
+    "DeviceError",
+    "InputError",
+    "JaxMoELoRAError",
+    "NotDifferentiable",
+    "TunedFileError",
+    "UnsupportedImplementation",
+]
 
 
 class ConfigError(JaxMoELoRAError, ValueError):
@@ -48,7 +53,3 @@ class BankFullError(JaxMoELoRAError, RuntimeError):
 
 class DeviceError(JaxMoELoRAError, RuntimeError):
     """jax has no device to run on, such as `JAX_PLATFORMS=cuda` without a GPU."""
-
-
-class InputError(JaxMoELoRAError, ValueError):
-    """An argument of a call has a wrong value, shape or dtype."""

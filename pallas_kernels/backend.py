@@ -1,21 +1,92 @@
-"""Which implementation runs a call, and why not the others."""
+"""The backends of the grouped ops as data: what each can run, where its code is, and which one a call gets.
 
-from collections.abc import Sequence
+A new backend is one `Backend` in `BACKENDS`, and one file in the folder of each op that it has.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from importlib import import_module
+from types import ModuleType
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.errors import UnsupportedImplementation
+
 Implementation = Literal["hopper", "portable", "xla", "reference"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("hopper", "portable", "xla", "reference")
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+Op = Literal[
+    "plan", "dispatch", "lora_steps", "shrink", "grouped_matmul", "input_gradient", "grouped_lora", "page_gradients"
+]
 WIDTH_MULTIPLE = 64  # one ring stage of the kernels
 MAX_WIDTH = 256 * 64  # a row in one TMA box
-MAX_SLOTS = 256  # `hopper.py` unrolls over them
+MAX_SLOTS = 256  # the kernel of LoRA steps unrolls over them
+NUM_SMS = 132  # of an H100 SXM, H200: what a program is lowered for where neither a device nor a target says
+
+lowering_sms = jax.make_user_context(None)
+"""`with lowering_sms(114): ...` lowers kernels for a GPU of so many SMs, whatever device is here."""
 
 
-class UnsupportedImplementation(ValueError):
-    """The requested implementation does not run this call; the message says why and what does."""
+@dataclass(frozen=True)
+class Call:
+    """What decides whether a backend can run a call.
+
+    Attributes:
+      dtype: of the rows.
+      operands: dtypes of weights and pages.
+      widths: of the projection's rows, in and out.
+      result: dtype of the result.
+      slots: adapter slots.
+    """
+
+    dtype: jnp.dtype
+    operands: tuple[jax.typing.DTypeLike, ...]
+    widths: tuple[int, ...]
+    result: jnp.dtype
+    slots: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run the grouped ops.
+
+    Attributes:
+      name: what `implementation` calls it.
+      why_not: why it cannot run a call; empty where it can.
+      ops: op -> the module that has it. `plan` has the row alignment and the rows of a tile too.
+      reads: the backends whose plans it can read.
+      backward: the backend that runs the backward pass of its layers.
+      automatic: it is picked where none is asked for.
+      packs_dense: dense projections multiply the pages of all slots at once (`jax_moe_lora.layer.linear`).
+    """
+
+    name: Implementation
+    why_not: Callable[[Call], str]
+    ops: Mapping[Op, str]
+    reads: frozenset[str]
+    backward: Implementation
+    automatic: bool = True
+    packs_dense: bool = False
+
+    def has(self, op: Op) -> bool:
+        """Whether the backend has an op of its own."""
+        return op in self.ops
+
+    def module(self, op: Op) -> ModuleType:
+        """The module that has the op; it is imported when it is used, and Mosaic with it.
+
+        Raises:
+          UnsupportedImplementation: the backend has no such op.
+        """
+        if op not in self.ops:
+            able = [name for name, backend in BACKENDS.items() if op in backend.ops]
+            raise UnsupportedImplementation(f"{self.name} has no {op}; ask for one of {', '.join(able)}.")
+        return import_module(f"pallas_kernels.{self.ops[op]}")
+
+    def for_op(self, op: Op) -> "Backend":
+        """This backend, or the one that runs its backward pass where only that one has the op."""
+        return self if op in self.ops else BACKENDS[self.backward]
 
 
 @dataclass(frozen=True)
@@ -39,37 +110,66 @@ def choose(
 
     Args:
       implementation: a backend by name, or None.
-      dtype: of the rows. operands: dtypes of weights and pages. widths: of the projection's rows, in and out.
-      result: dtype of the result, `dtype` where None. slots: adapter slots.
+      dtype: of the rows.
+      operands: dtypes of weights and pages.
+      widths: of the projection's rows, in and out.
+      result: dtype of the result, `dtype` where None.
+      slots: adapter slots.
 
     Raises:
       UnsupportedImplementation: for a name that is unknown, or known and not able to run the call.
     """
-    call = (jnp.dtype(dtype), operands, widths, jnp.dtype(dtype if result is None else result))
-    why_not = {
-        "hopper": _why_not_hopper(*call) or _why_not_slots(slots),
-        "portable": _why_not_portable(*call),
-        "reference": "it is written for reading, not for speed: ask for it by name",
-    }
+    rows = jnp.dtype(dtype)
+    call = Call(rows, tuple(operands), tuple(widths), jnp.dtype(rows if result is None else result), slots)
+    why_not = {name: backend.why_not(call) for name, backend in BACKENDS.items()}
     if implementation is None:
-        kernels: tuple[Implementation, ...] = ("hopper", "portable")
-        able = [name for name in kernels if not why_not[name]]
-        picked: Implementation = able[0] if able else "xla"
-        why_not["xla"] = f"{picked} has kernels for this GPU"
-        return Choice(
-            picked, {name: why or f"{picked} is preferred" for name, why in why_not.items() if name != picked}
-        )
-    if implementation not in IMPLEMENTATIONS:
+        picked = next(name for name, backend in BACKENDS.items() if backend.automatic and not why_not[name])
+        otherwise = f"{picked} is preferred"
+    else:
+        picked = backend_named(implementation).name
+        if why_not[picked]:
+            raise UnsupportedImplementation(
+                f"implementation={implementation!r} cannot run this: {why_not[picked]}; use 'xla' or None."
+            )
+        otherwise = "another was asked for"
+    reasons: dict[str, str] = {
+        name: why_not[name] or (otherwise if backend.automatic else "it is written for reading: ask for it by name")
+        for name, backend in BACKENDS.items()
+        if name != picked
+    }
+    return Choice(picked, reasons)
+
+
+def backend_named(implementation: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+      UnsupportedImplementation: there is none.
+    """
+    if implementation not in BACKENDS:
         raise UnsupportedImplementation(
             f"implementation={implementation!r} is unknown; use one of {IMPLEMENTATIONS} or None."
         )
-    if implementation in ("hopper", "portable") and why_not[implementation]:
+    return BACKENDS[implementation]
+
+
+def backend_for_plan(planned: Implementation, implementation: str | None) -> Backend:
+    """The backend that was asked for, or the one that a plan was made for.
+
+    Args:
+      planned: the plan's backend.
+      implementation: the backend that the caller asks for, or None for the plan's.
+
+    Raises:
+      UnsupportedImplementation: the backend is unknown, or cannot read the plan.
+    """
+    backend = backend_named(planned if implementation is None else implementation)
+    if planned not in backend.reads:
         raise UnsupportedImplementation(
-            f"implementation={implementation!r} cannot run this: {why_not[implementation]}; use 'xla' or None."
+            f"The plan was made for {planned!r}, which {backend.name!r} cannot read; "
+            f"give make_plan implementation={backend.name!r}, or leave the implementation to the plan."
         )
-    reasons = {str(name): why_not.get(name) or "another was asked for" for name in IMPLEMENTATIONS}
-    del reasons[implementation]
-    return Choice(cast(Implementation, implementation), reasons)
+    return backend
 
 
 def default_device() -> jax.Device:
@@ -87,40 +187,99 @@ def device_capability() -> tuple[tuple[int, ...] | None, str]:
     return tuple(map(int, capability.split("."))), f"compute capability {capability}"
 
 
-def _why_not_hopper(
-    dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], widths: Sequence[int], result: jnp.dtype
-) -> str:
+def target_sms() -> int:
+    """Blocks of a persistent kernel: the SMs of the target that is named, else of the device, else `NUM_SMS`."""
+    named = lowering_sms.value
+    return named or getattr(default_device(), "core_count", None) or NUM_SMS
+
+
+def _why_not_hopper(call: Call) -> str:
     """Empty where the Hopper kernels can run the call."""
-    capability, found = device_capability()
+    capability, device = device_capability()
     if capability != (9, 0):
-        return f"it needs a GPU of compute capability 9.0 (H100, H200), this is {found}"
-    if any(width % WIDTH_MULTIPLE or width > MAX_WIDTH for width in widths):
-        return f"widths must be multiples of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, these are {list(widths)}"
-    return _why_not_dtypes(dtype, operands, result)
+        return f"it needs a GPU of compute capability 9.0 (H100, H200), this is {device}"
+    if any(width % WIDTH_MULTIPLE or width > MAX_WIDTH for width in call.widths):
+        return f"widths must be multiples of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, these are {list(call.widths)}"
+    if call.slots > MAX_SLOTS:
+        return f"it serves up to {MAX_SLOTS} adapter slots, these are {call.slots}"
+    return _why_not_dtypes(call)
 
 
-def _why_not_slots(slots: int) -> str:
-    """Empty where the Hopper kernels serve so many adapter slots."""
-    return f"it serves up to {MAX_SLOTS} adapter slots, these are {slots}" if slots > MAX_SLOTS else ""
-
-
-def _why_not_portable(
-    dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], widths: Sequence[int], result: jnp.dtype
-) -> str:
+def _why_not_portable(call: Call) -> str:
     """Empty where the portable kernels can run the call."""
-    capability, found = device_capability()
+    capability, device = device_capability()
     if capability is None or capability < (8, 0):
-        return f"it needs a GPU of compute capability 8.0 or later, this is {found}"
-    if any(width % WIDTH_MULTIPLE for width in widths):
-        return f"widths must be multiples of {WIDTH_MULTIPLE}, these are {list(widths)}"
-    return _why_not_dtypes(dtype, operands, result)
+        return f"it needs a GPU of compute capability 8.0 or later, this is {device}"
+    if any(width % WIDTH_MULTIPLE for width in call.widths):
+        return f"widths must be multiples of {WIDTH_MULTIPLE}, these are {list(call.widths)}"
+    return _why_not_dtypes(call)
 
 
-def _why_not_dtypes(dtype: jnp.dtype, operands: Sequence[jax.typing.DTypeLike], result: jnp.dtype) -> str:
+def _why_not_dtypes(call: Call) -> str:
     """Empty where the tensor cores can multiply these."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"its tensor cores multiply bfloat16 and float16, these are {dtype} (float32 would become TF32)"
-    others = {str(jnp.dtype(operand)) for operand in operands} - {str(dtype)}
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its tensor cores multiply bfloat16 and float16, these are {call.dtype} (float32 would become TF32)"
+    others = {str(jnp.dtype(operand)) for operand in call.operands} - {str(call.dtype)}
     if others:
-        return f"rows, weights and pages must have one dtype, these are {dtype} and {', '.join(sorted(others))}"
-    return "" if result == dtype else f"it returns {dtype}, the call wants {result}"
+        return f"rows, weights and pages must have one dtype, these are {call.dtype} and {', '.join(sorted(others))}"
+    return "" if call.result == call.dtype else f"it returns {call.dtype}, the call wants {call.result}"
+
+
+_XLA_PLAN: dict[Op, str] = {"plan": "plan.xla", "dispatch": "dispatch.xla"}
+
+# In the order of preference.
+BACKENDS: dict[Implementation, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "hopper",
+            why_not=_why_not_hopper,
+            ops={
+                "plan": "plan.hopper",
+                "dispatch": "dispatch.hopper",
+                "lora_steps": "lora_steps.hopper",
+                "shrink": "grouped_lora.hopper_shrink",
+                "grouped_matmul": "grouped_matmul.hopper",
+                "input_gradient": "grouped_matmul.hopper",
+                "page_gradients": "grouped_lora.hopper_gradients",
+            },
+            reads=frozenset({"hopper"}),
+            backward="hopper",
+            packs_dense=True,
+        ),
+        Backend(
+            "portable",
+            why_not=_why_not_portable,
+            ops={"plan": "plan.portable", "dispatch": "dispatch.xla", "grouped_matmul": "grouped_matmul.portable"},
+            reads=frozenset({"portable"}),
+            backward="xla",
+        ),
+        Backend(
+            "xla",
+            why_not=lambda call: "",
+            ops=_XLA_PLAN
+            | {
+                "grouped_matmul": "grouped_matmul.xla",
+                "input_gradient": "grouped_matmul.xla",
+                "grouped_lora": "grouped_lora.xla",
+                "page_gradients": "grouped_lora.xla",
+            },
+            reads=frozenset({"xla", "reference", "portable"}),
+            backward="xla",
+        ),
+        Backend(
+            "reference",
+            why_not=lambda call: "",
+            ops=_XLA_PLAN
+            | {
+                "grouped_matmul": "grouped_matmul.reference",
+                "input_gradient": "grouped_matmul.reference",
+                "grouped_lora": "grouped_lora.reference",
+                "page_gradients": "grouped_lora.reference",
+            },
+            reads=frozenset(IMPLEMENTATIONS),
+            backward="reference",
+            automatic=False,
+        ),
+    )
+}

@@ -1,38 +1,50 @@
-"""Grouped matmul and grouped LoRA for Mixture-of-Experts layers. Knows jax alone: no models, no adapter files."""
+"""The public ops: grouped matmul, grouped LoRA and the routed experts of a Mixture-of-Experts layer."""
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
-from pallas_kernels.dispatch.api import token_rows
-from pallas_kernels.grouped_lora import RANK_PAGE, LoRAPages, grouped_lora, page_gradients, shrink
-from pallas_kernels.grouped_matmul import (
+from pallas_kernels.backend import Backend, Choice, Implementation, choose, lowering_sms
+from pallas_kernels.dispatch.api import combine, token_rows
+from pallas_kernels.errors import NotDifferentiable, UnsupportedImplementation
+from pallas_kernels.grouped_lora.api import grouped_lora, page_gradients, shrink
+from pallas_kernels.grouped_matmul.api import (
     choose_for,
     gated_products,
     grouped_matmul,
     input_gradient,
-    lora_steps,
     weight_gradient,
 )
-from pallas_kernels.plan.api import BASE_SLOT, RoutingPlan, Tiles, make_plan
+from pallas_kernels.lora_steps.api import make_lora_steps
+from pallas_kernels.pages import RANK_PAGE, LayerPages, LoRAPages
+from pallas_kernels.plan.api import RoutingPlan, make_plan
+from pallas_kernels.plan.tiles import BASE_SLOT, Tiles
+from pallas_kernels.routed_experts.api import routed_experts
+from pallas_kernels.routed_experts.weights import ExpertWeights
 
 __all__ = [
     "BASE_SLOT",
     "RANK_PAGE",
     "Activation",
+    "Backend",
     "Choice",
+    "ExpertWeights",
     "Implementation",
+    "LayerPages",
     "LoRAPages",
+    "NotDifferentiable",
     "RoutingPlan",
     "Tiles",
     "UnsupportedImplementation",
     "choose",
     "choose_for",
+    "combine",
     "gated_products",
     "grouped_lora",
     "grouped_matmul",
     "input_gradient",
-    "lora_steps",
+    "lowering_sms",
+    "make_lora_steps",
     "make_plan",
     "page_gradients",
+    "routed_experts",
     "shrink",
     "token_rows",
     "weight_gradient",

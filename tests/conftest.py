@@ -31,7 +31,6 @@ KERNELS = [
     "grouped_matmul",
     "hopper",
     "lora_steps",
-    "pages",
     "plan",
     "portable",
     "routed_experts.api",

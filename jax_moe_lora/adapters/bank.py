@@ -20,7 +20,7 @@ from jax_moe_lora.arguments import whole
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import NAMES, SAFETENSORS_NAMES
-from pallas_kernels.ops import RANK_PAGE, LoRAPages
+from pallas_kernels.pages import RANK_PAGE, LayerPages, Place
 from pallas_kernels.pytrees import pytree
 
 FREE, RESERVED = -1, -2
@@ -74,28 +74,18 @@ class AdapterBank:
         """Bytes of the whole bank, tables included."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def layer(self, layer: int) -> dict[str, LoRAPages]:
-        """One layer's adapters by module, for `moe_lora` and `lora_linear`."""
-        pages, layer_pages = self.pages, dict[str, LoRAPages]()
-        for module, site, row in self._rows(layer):
-            tables = self.tables[module][row], self.scales[module][row]
-            layer_pages[module] = LoRAPages(pages[site.in_width], pages[site.out_width], *tables, self.max_rank)
-        return layer_pages
-
-    def of_layer(self, layer: int) -> "AdapterBank":
-        """The same pools with one layer's tables, as layer 0: layers that have the same modules give one tree form."""
-        here = self._rows(layer)
-        return replace(
-            self,
-            owners=(),
-            tables={module: self.tables[module][row : row + 1] for module, _, row in here},
-            scales={module: self.scales[module][row : row + 1] for module, _, row in here},
-            sites=tuple((module, replace(site, layers=(0,))) for module, site, _ in here),
-        )
-
-    def _rows(self, layer: int) -> list[tuple[str, Site, int]]:
+    def layer(self, layer: int) -> LayerPages:
+        """One layer's adapters, for `moe_lora` and `lora_linear`; layers with the same modules give one tree form."""
         layer = whole("layer", layer, 0)  # one that adapters have nothing for is a base layer; -1 is a slip
-        return [(module, site, site.layers.index(layer)) for module, site in self.sites if layer in site.layers]
+        here = [(module, site, site.layers.index(layer)) for module, site in self.sites if layer in site.layers]
+        widths = {width for _, site, _ in here for width in (site.in_width, site.out_width)}
+        return LayerPages(
+            {str(width): pool for width, pool in self.pages.items() if width in widths},
+            {module: self.tables[module][row] for module, _, row in here},
+            {module: self.scales[module][row] for module, _, row in here},
+            tuple(Place(module, str(site.in_width), str(site.out_width)) for module, site, _ in here),
+            self.max_rank,
+        )
 
     def nbytes_of(self, adapter: LoRAAdapter) -> int:
         """Bytes of the pages that an adapter will hold: what its matrices need, each in whole pages.
@@ -246,11 +236,9 @@ def check_slot(bank: AdapterBank, slot: int) -> None:
 
 
 def check_whole(bank: AdapterBank) -> None:
-    """Refuses what `AdapterBank.of_layer` gives, which does not know whose a page is."""
+    """Refuses what is no bank, such as one layer's pages, which do not know whose they are."""
     if not isinstance(bank, AdapterBank):
         raise InputError(f"bank is of type {type(bank).__name__}; expected an AdapterBank.")
-    if len(bank.owners) != len(bank.pools):
-        raise InputError("This bank is the view of one layer; change the bank that it was taken from.")
 
 
 def page_bytes(width: int, dtype: np.dtype) -> int:

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.oracle import relative_error
-from jax_moe_lora.benchmark.problem import Pooled, Problem
+from jax_moe_lora.benchmark.problem import Problem
 from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.ops import Implementation
 
@@ -24,7 +24,7 @@ WRONG = 2e-2  # relative error above which a result is none: bfloat16 and peers 
 MOST_CALLS, ENOUGH_S = 16, 10e-3  # calls are queued until they take this long, so that starting them does not count
 Method = Literal["both", "loop", "queue"]
 Layer = Callable[..., Array]
-"""`f(x, weights, chosen, slots, experts, adapters) -> y`; adapters are `Pooled`, or None."""
+"""`f(x, weights, chosen, slots, experts, adapters) -> y`; adapters are `LayerPages`, or None."""
 METHOD = (
     f"loop: calls of a jitted, unrolled loop of {LAYERS_A_CALL} dependent layers; queue: {LAYERS_A_CALL} dispatches of "
     "a jitted layer, in turn; both: the smaller. Expert ids are shifted for each layer, so that the L2 does not "
@@ -43,8 +43,7 @@ def own_layer(problem: Problem, implementation: Implementation | None) -> Layer:
     """The library's layer."""
 
     def layer(x, weights, chosen, slots, experts, adapters):
-        own = None if adapters is None else adapters.layer()
-        return routed_experts(x, weights, chosen, experts, problem.config, own, slots, implementation)
+        return routed_experts(x, weights, chosen, experts, problem.config, adapters, slots, implementation)
 
     return layer
 
@@ -62,9 +61,8 @@ def compile_layer(
     Args:
       layer: what is timed. experts: its weights, where it wants another layout than the problem's.
     """
-    adapters = None if problem.adapters is None else Pooled.of(problem.adapters)
     weights = problem.experts if experts is None else experts
-    arguments = (problem.x, problem.weights, problem.chosen, problem.slots, weights, adapters)
+    arguments = (problem.x, problem.weights, problem.chosen, problem.slots, weights, problem.adapters)
     one = jax.jit(layer)  # traced once for both programs
     num_experts = problem.config.num_experts
 

@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from jax_moe_lora.benchmark.problem import Pooled, Problem
-from pallas_kernels.ops import RANK_PAGE, LoRAPages
+from jax_moe_lora.benchmark.problem import Problem
+from pallas_kernels.pages import NO_ADAPTERS, RANK_PAGE, LoRAPages
 
 CHECKED = 4  # tokens that are compared with the oracle
 
@@ -26,9 +26,8 @@ def checked_rows(tokens: int) -> np.ndarray:
 def expected(problem: Problem) -> np.ndarray:
     """Float32 `[CHECKED, D]`: the result for the checked tokens."""
     rows = checked_rows(problem.x.shape[0])
-    adapters = None if problem.adapters is None else Pooled.of(problem.adapters)
     tokens = [values[rows] for values in (problem.x, problem.weights, problem.chosen, problem.slots)]
-    return np.asarray(_layer(*tokens, problem.experts, adapters))
+    return np.asarray(_layer(*tokens, problem.experts, problem.adapters))
 
 
 def relative_error(y: Array | np.ndarray, problem: Problem) -> float:
@@ -40,7 +39,7 @@ def relative_error(y: Array | np.ndarray, problem: Problem) -> float:
 
 @jax.jit
 def _layer(x, weights, chosen, slots, experts, adapters):
-    pages = {} if adapters is None else adapters.layer()
+    pages = NO_ADAPTERS if adapters is None else adapters
 
     def pair(values):
         """One token with one of its experts: a loop, so that one expert's weights at a time are float32."""

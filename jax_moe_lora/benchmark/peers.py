@@ -209,7 +209,8 @@ def _add_peft(block: Any, problem: Problem) -> None:
         ),
         "down_proj": own,
     }
-    scale: Any = float((problem.adapters or {})["gate"].scale[0, 0])
+    assert problem.adapters is not None
+    scale: Any = float(problem.adapters.scales["gate"][0, 0])
     # PEFT's scale is alpha / r; the ranks, which differ, are those of the weights that are put in.
     targets = [f"experts.{name}" for name in factors]
     inject_adapter_in_model(LoraConfig(r=1, lora_alpha=scale, target_modules=[], target_parameters=targets), block)
@@ -221,7 +222,8 @@ def _add_peft(block: Any, problem: Problem) -> None:
 
 def _matrices(problem: Problem, module: str) -> tuple[Any, Any]:
     """A `[E, R, in]` and B `[E, out, R]` of slot 0."""
-    pages = (problem.adapters or {})[module]
+    assert problem.adapters is not None
+    pages = problem.adapters[module]
     table = np.asarray(pages.table[0])
     count, experts = int(table[0, 2]), table.shape[0]
 

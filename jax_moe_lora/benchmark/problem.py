@@ -1,6 +1,6 @@
 """A routed layer with adapters, made on the device for timing: random weights and pages, routing by distribution."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,37 +12,9 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.layer.moe import LayerAdapters
-from pallas_kernels.ops import RANK_PAGE, LoRAPages
-from pallas_kernels.pytrees import pytree
+from pallas_kernels.pages import NO_ADAPTERS, RANK_PAGE, LayerPages, Place
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterMix
-
-
-@pytree
-@dataclass(frozen=True)
-class Pooled:
-    """A layer's adapters as an argument of a jitted function, each pool once: aliases are seen, as in a bank.
-
-    Attributes:
-      pools: the page pools. tables: module -> table and scale. where: static, (module, its pool of A, its pool of B).
-    """
-
-    pools: tuple[Float[Array, "_pages 16 _width"], ...]
-    tables: dict[str, tuple[Int[Array, "S E 4"], Float[Array, "S E"]]]
-    where: tuple[tuple[str, int, int], ...] = field(metadata={"static": True})
-    max_rank: int = field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, adapters: LayerAdapters) -> "Pooled":
-        pools = {id(pool): pool for pages in adapters.values() for pool in (pages.a, pages.b)}
-        number = {key: index for index, key in enumerate(pools)}
-        where = tuple((module, number[id(pages.a)], number[id(pages.b)]) for module, pages in adapters.items())
-        tables = {module: (pages.table, pages.scale) for module, pages in adapters.items()}
-        return cls(tuple(pools.values()), tables, where, max(pages.max_rank for pages in adapters.values()))
-
-    def layer(self) -> dict[str, LoRAPages]:
-        return {m: LoRAPages(self.pools[a], self.pools[b], *self.tables[m], self.max_rank) for m, a, b in self.where}
 
 
 @dataclass(frozen=True)
@@ -55,7 +27,7 @@ class Problem:
     chosen: Int[Array, "T K"]
     slots: Int[Array, "T"]
     experts: ExpertWeights
-    adapters: LayerAdapters | None
+    adapters: LayerPages | None
 
     def with_adapters(self, name: str) -> "Problem":
         """The same weights with the adapters of `specs.ADAPTERS`."""
@@ -83,8 +55,8 @@ class Problem:
         size, width = self.x.dtype.itemsize, self.config.hidden_size + self.config.expert_width
         hit = len(np.unique(self.chosen))
         moved = hit * 3 * self.config.hidden_size * self.config.expert_width * size
-        for pages in (self.adapters or {}).values():
-            counts = np.asarray(pages.table[..., 2])
+        for table in self._tables():
+            counts = table[..., 2]
             moved += sum(int(counts[s, e]) for s, e in self._pairs()) * RANK_PAGE * width * size
         return moved
 
@@ -93,11 +65,15 @@ class Problem:
         width = self.config.hidden_size + self.config.expert_width
         total = 6.0 * self.chosen.size * self.config.hidden_size * self.config.expert_width
         slots, chosen = np.asarray(self.slots), np.asarray(self.chosen)
-        for pages in (self.adapters or {}).values():
-            ranks = np.asarray(pages.table[..., 3])
+        for table in self._tables():
+            ranks = table[..., 3]
             own = np.where(slots[:, None] >= 0, ranks[slots[:, None], chosen], 0)
             total += 2.0 * int(own.sum()) * width
         return total
+
+    def _tables(self) -> list[np.ndarray]:
+        """The tables of all modules with adapters."""
+        return [] if self.adapters is None else [np.asarray(table) for table in self.adapters.tables.values()]
 
     def _pairs(self) -> set[tuple[int, int]]:
         slots, chosen = np.asarray(self.slots), np.asarray(self.chosen)
@@ -122,10 +98,10 @@ def make_problem(shape: str, adapters: str = "none", dtype: str = "bfloat16") ->
     return Problem(config, x, none, none, none, experts, None).with_adapters(adapters)
 
 
-def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> dict[str, LoRAPages]:
+def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> LayerPages:
     """Per-expert adapters of the spec's ranks, in one pool a width, as a bank has them."""
     if not lora.slots:
-        return {}
+        return NO_ADAPTERS
     widths = {"in": hidden, "out": inner}
     ranks = np.resize(np.asarray(lora.ranks, np.int32), lora.slots)
     counts = -(-ranks // RANK_PAGE)
@@ -140,15 +116,15 @@ def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> 
         pool = _normal(jax.random.key(10 + key), (1 + 3 * each, RANK_PAGE, width), scale, dtype)
         pools[name] = jnp.where(jnp.asarray(in_use)[:, :, None], pool, 0)
     within = (np.cumsum(counts) - counts)[:, None] * e + np.arange(e)[None] * counts[:, None]
-    adapters = {}
+    tables, scales, places = {}, {}, []
     for index, module in enumerate(EXPERT_MODULES):
-        a, b = (pools["in"], pools["out"]) if module != "down" else (pools["out"], pools["in"])
+        places.append(Place(module, *(("in", "out") if module != "down" else ("out", "in"))))
         table = np.zeros((lora.slots, e, 4), np.int32)
         table[..., 0] = table[..., 1] = 1 + index * each + within
         table[..., 2], table[..., 3] = counts[:, None], ranks[:, None]
-        scale = np.full((lora.slots, e), 0.5, np.float32)
-        adapters[module] = LoRAPages(a, b, jnp.asarray(table), jnp.asarray(scale), int(ranks.max()))
-    return adapters
+        tables[module] = jnp.asarray(table)
+        scales[module] = jnp.full((lora.slots, e), 0.5, jnp.float32)
+    return LayerPages(pools, tables, scales, tuple(places), int(ranks.max()))
 
 
 def choose_experts(routing: str, tokens: int, experts: int, top_k: int, rng: np.random.Generator) -> np.ndarray:

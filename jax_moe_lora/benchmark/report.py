@@ -15,7 +15,7 @@ from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import METHOD
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
-from pallas_kernels.hopper import tuning
+from pallas_kernels.hopper import tuned_file
 
 PEER_COLUMNS = ("shape", "tokens", "adapters", "engine", "layer_us", "floor_us", "rel_err")
 COLUMNS = (*PEER_COLUMNS, "min_us", "max_us", "compile_s", "routing", "slots")
@@ -41,7 +41,7 @@ def about(commands: Sequence[str]) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "versions": versions("jax", "jaxlib"),
         "commands": list(commands),
-        "tuned": tuning.source(),
+        "tuned": tuned_file.source(),
         "method": METHOD,
         "ceilings": asdict(measure_ceilings()),
     }

@@ -91,7 +91,7 @@ def sweep(
             for name in cells.adapters:
                 with in_turn(turns):
                     problem = base.with_adapters(name)
-                    jax.block_until_ready([(own.a, own.b) for own in (problem.adapters or {}).values()])
+                    jax.block_until_ready(problem.adapters)
                 for count in cells.tokens:
                     drawn = problem.with_tokens(count, cells.routing, ADAPTERS[name], cells.slots)
                     for engine in engines:

@@ -22,10 +22,10 @@ from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import whole_file, writing_to
 from pallas_kernels.grouped_matmul import hopper
-from pallas_kernels.hopper import tuning
+from pallas_kernels.hopper import tuned_file
 from pallas_kernels.hopper.tuning import Config, Matmul, bucket, deepest, heuristic, why_not
-from pallas_kernels.ops import choose, lora_steps, make_plan
-from pallas_kernels.routed_experts.projections import combine
+from pallas_kernels.ops import choose, combine, make_lora_steps, make_plan
+from pallas_kernels.pages import NO_ADAPTERS
 from pallas_kernels.specs import ADAPTERS, LAYERS
 
 # Rows a tile that are tried, near the heuristic's.
@@ -49,15 +49,35 @@ class Candidate:
 
 def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adapters):
     """The layer of `moe.routed_experts`, cut in this way."""
-    pages = {} if adapters is None else adapters.layer()
-    num_slots = next((p.scale.shape[0] for p in pages.values()), 0)
+    pages = NO_ADAPTERS if adapters is None else adapters
     rows = candidate.gate_up.tile_rows
-    plan = make_plan(chosen, slots, experts.gate.shape[0], num_slots, "hopper", rows)
-    both, into, out_of = (experts.gate, experts.up), (pages.get("gate"), pages.get("up")), (pages.get("down"),)
-    steps = lora_steps(plan, (into, out_of), "hopper")
-    (gated,) = hopper.grouped_matmul(x, both, plan, True, into, "silu", steps[0], candidate.gate_up)
-    (down,) = hopper.grouped_matmul(gated, (experts.down,), plan, False, out_of, "silu", steps[1], candidate.down)
-    return combine(down, weights, plan).astype(x.dtype)
+    plan = make_plan(chosen, slots, experts.gate.shape[0], pages.num_slots, "hopper", rows)
+    gate_up, down = pages.select("gate", "up"), pages.select("down")
+    steps_in, steps_out = make_lora_steps(plan, (gate_up, down))
+    both = (experts.gate, experts.up)
+    gated = hopper.grouped_matmul(
+        x,
+        both,
+        plan,
+        of_tokens=True,
+        biases=(None, None),
+        adapters=gate_up,
+        steps=steps_in,
+        activation="silu",
+        config=candidate.gate_up,
+    )
+    rows_of_down = hopper.grouped_matmul(
+        gated,
+        (experts.down,),
+        plan,
+        of_tokens=False,
+        biases=(None,),
+        adapters=down,
+        steps=steps_out,
+        activation="silu",
+        config=candidate.down,
+    )
+    return combine(rows_of_down, weights, plan).astype(x.dtype)
 
 
 def tile_candidates(pairs: int, num_experts: int) -> list[Candidate]:
@@ -206,8 +226,8 @@ def read_or_new(path: Path, command: str) -> dict[str, Any]:
     head = about([])
     head = {name: head[name] for name in ("device", "date", "versions")} | {"command": command, "method": METHOD}
     try:
-        old = tuning.read(path) if path.exists() else {"device": head["device"], "tiles": [], "matmuls": []}
-    except tuning.TunedFileError as error:
+        old = tuned_file.read(path) if path.exists() else {"device": head["device"], "tiles": [], "matmuls": []}
+    except tuned_file.TunedFileError as error:
         raise InputError(str(error)) from error
     if old["device"] != head["device"]:
         raise InputError(f"{path} was tuned on {old['device']}, this is {head['device']}; give another --out.")

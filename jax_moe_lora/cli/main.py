@@ -67,12 +67,6 @@ def main() -> None:
         code = refuse(error.format_message())  # type: ignore[attr-defined]
     except JaxMoELoRAError as error:
         code = refuse(str(error))
-    except ValueError as error:
-        from pallas_kernels.hopper.tuning import TunedFileError  # jax comes with it
-
-        if not isinstance(error, TunedFileError):
-            raise
-        code = refuse(str(error))
     sys.exit(code)
 
 

@@ -4,7 +4,7 @@ Every check reads shapes and dtypes alone. So bad input raises before anything i
 and a check costs nothing when the compiled program runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ from jaxtyping import Array
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
-from pallas_kernels.ops import LoRAPages
-from pallas_kernels.pages import RANK_PAGE
+from pallas_kernels.pages import RANK_PAGE, LayerPages, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 Kind = Literal["floating point", "integers", "booleans"]
@@ -108,17 +107,17 @@ def check_biases(experts: ExpertWeights, config: MoEConfig) -> None:
             raise InputError(f"{name} has shape {list(bias.shape)}; the config says that experts have no biases.")
 
 
-def module_names(adapters: Mapping[str, LoRAPages] | None) -> list[str]:
+def module_names(adapters: LayerPages | None) -> tuple[str, ...]:
     """The modules that one layer's adapters have."""
     if adapters is None:
-        return []
-    if not isinstance(adapters, Mapping):
-        found = type(adapters).__name__
-        raise InputError(f"adapters are of type {found}; expected those of one layer, from `bank.layer(index)`.")
-    return list(adapters)
+        return ()
+    if not isinstance(adapters, LayerPages):
+        came = type(adapters).__name__
+        raise InputError(f"adapters are of type {came}; expected those of one layer, from `bank.layer(index)`.")
+    return adapters.modules
 
 
-def check_adapters(adapters: Mapping[str, LoRAPages] | None, config: MoEConfig) -> None:
+def check_adapters(adapters: LayerPages | None, config: MoEConfig) -> None:
     """One layer's adapters: known modules, and of the routed layer's own pages that fit it."""
     names = module_names(adapters)
     for name in names:

@@ -25,9 +25,11 @@ from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.routing import token_slots
+from pallas_kernels.backend import backend_named
 from pallas_kernels.ops import (
     RANK_PAGE,
     Implementation,
+    LayerPages,
     LoRAPages,
     RoutingPlan,
     choose,
@@ -38,6 +40,7 @@ from pallas_kernels.ops import (
 from pallas_kernels.pytrees import pytree
 from pallas_kernels.xla.dot import matmul, matmul_t
 
+TILE_LOOP: Implementation = "xla"  # the backend of the loop that is not packed
 MAX_MERGED_BYTES = 2**25  # of a projection's float32 result
 MAX_PACKED_RANKS = 2048  # of all slots: as wide as a projection itself; beyond, most of the packed product is zeros
 
@@ -67,7 +70,7 @@ def dense_plan(slots: Int[Array, "T"], num_slots: int) -> DensePlan:
     """
     checks.check_array("slots", slots, ("T",), "integers")
     slots, num_slots = token_slots(slots.shape[0], slots), whole("num_slots", num_slots, 0)
-    return DensePlan(slots, make_plan(jnp.zeros((slots.shape[0], 1), jnp.int32), slots, 1, num_slots))
+    return DensePlan(slots, make_plan(jnp.zeros((slots.shape[0], 1), jnp.int32), slots, 1, num_slots, TILE_LOOP))
 
 
 def lora_linear(
@@ -112,25 +115,31 @@ def lora_linear(
             y = packed_lora(y, x, pages, plan.slots)
         else:
             pools = pages.a.astype(x.dtype), pages.b.astype(x.dtype)
-            leaves, indices = jax.tree.flatten((pages.table, pages.scale, plan.rows))
-            y = _looped_lora((implementation, pages.max_rank, indices), y, x, *pools, leaves)
+            leaves, structure = jax.tree.flatten((pages.table, pages.scale, plan.rows))
+            y = _looped_lora((_loop_of(implementation), pages.max_rank, structure), y, x, *pools, leaves)
         y = lax.optimization_barrier(y)
     return y if bias is None else y + bias.astype(jnp.float32)[None]
 
 
 def packs(x: Float[Array, "T in"], pages: LoRAPages, implementation: Implementation | None) -> bool:
     """Whether the packed form serves this call."""
-    if implementation in ("xla", "reference"):
+    if implementation is not None and not backend_named(implementation).packs_dense:
         return False
     ranks = min(pages.table.shape[0], x.shape[0]) * -(-pages.max_rank // RANK_PAGE) * RANK_PAGE
-    return ranks <= MAX_PACKED_RANKS and choose(dtype=x.dtype).picked == "hopper"
+    return ranks <= MAX_PACKED_RANKS and backend_named(choose(dtype=x.dtype).picked).packs_dense
+
+
+def _loop_of(implementation: Implementation | None) -> Implementation:
+    """The backend that runs the tile loop: the one that was asked for, where it has the op."""
+    asked = implementation is not None and backend_named(implementation).has("grouped_lora")
+    return implementation if asked else TILE_LOOP  # type: ignore[return-value]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _looped_lora(static, y, x, a, b, leaves) -> Float[Array, "T out"]:
-    """`static`: the implementation, the largest rank, and of what the leaves make table, scale and plan."""
-    implementation, max_rank, indices = static
-    table, scale, rows = jax.tree.unflatten(indices, leaves)
+    """The tile loop; `static`: the backend, the largest rank, and of what the leaves make table, scale and plan."""
+    implementation, max_rank, structure = static
+    table, scale, rows = jax.tree.unflatten(structure, leaves)
     pages = LoRAPages(a, b, table, scale, max_rank)
     return grouped_lora(y[rows.order], x, pages, rows, rows.token, implementation)[rows.position]
 
@@ -140,16 +149,15 @@ def _looped_forward(static, y, x, *others):
 
 
 def _looped_backward(static, kept, dy):
-    implementation, max_rank, indices = static
+    implementation, max_rank, structure = static
     x, a, b, leaves = kept
-    table, scale, rows = jax.tree.unflatten(indices, leaves)
+    table, scale, rows = jax.tree.unflatten(structure, leaves)
     pages = LoRAPages(a, b, table, scale, max_rank)
     rows_dy = dy[rows.order]
-    nothing = jnp.zeros((rows_dy.shape[0], x.shape[1]), jnp.float32)
-    dx = grouped_lora(nothing, rows_dy, pages.transposed(), rows, None, implementation)[rows.position]
-    # What `grouped_lora` ran, on a plan made for it.
-    loop: Implementation = "reference" if implementation == "reference" else "xla"
-    (sums,) = page_gradients(x[rows.token], (rows_dy,), (pages,), rows, loop)
+    zeros = jnp.zeros((rows_dy.shape[0], x.shape[1]), jnp.float32)
+    dx = grouped_lora(zeros, rows_dy, pages.transposed(), rows, None, implementation)[rows.position]
+    module = LayerPages.from_modules({"linear": pages})
+    (sums,) = page_gradients(x[rows.token], (rows_dy,), module, rows, implementation)
     assert sums is not None
     da, db = sums
     return dy, dx.astype(x.dtype), da.astype(a.dtype), db.astype(b.dtype), [None] * len(leaves)

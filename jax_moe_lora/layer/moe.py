@@ -1,6 +1,5 @@
 """The pure layer: a Mixture-of-Experts layer whose rows each use their own LoRA adapter."""
 
-from collections.abc import Mapping
 from typing import get_args
 
 import jax.numpy as jnp
@@ -12,18 +11,15 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.routing import route, token_slots
+from pallas_kernels import ops
 from pallas_kernels.ops import (
     Activation,
     Implementation,
-    LoRAPages,
+    LayerPages,
     choose_for,
     make_plan,
 )
-from pallas_kernels.routed_experts import api as expert_layer
 from pallas_kernels.routed_experts.weights import ExpertWeights
-
-LayerAdapters = Mapping[str, LoRAPages]
-"""One layer's view of a bank: module name -> its pages. A module that is missing has no adapters."""
 
 
 def moe_lora(
@@ -31,7 +27,7 @@ def moe_lora(
     router: Float[Array, "E D"] | None,
     experts: ExpertWeights,
     config: MoEConfig,
-    adapters: LayerAdapters | None = None,
+    adapters: LayerPages | None = None,
     slots: Int[Array, "T"] | None = None,
     *,
     request_lengths: Int[Array, "N"] | None = None,
@@ -91,7 +87,7 @@ def moe_lora(
 def router_scores(
     x: Float[Array, "T D"],
     router: Float[Array, "E D"],
-    adapters: LayerAdapters | None = None,
+    adapters: LayerPages | None = None,
     slots: Int[Array, "T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T E"]:
@@ -111,7 +107,7 @@ def router_scores(
       InputError: shapes that disagree, or dtypes of another kind.
     """
     checks.check_linear(x, router, None)
-    pages = None if adapters is None or "router" not in checks.module_names(adapters) else adapters["router"]
+    pages = adapters["router"] if adapters is not None and "router" in checks.module_names(adapters) else None
     slot_of_token = token_slots(x.shape[0], slots)
     plan = None if pages is None else dense_plan(slot_of_token, pages.scale.shape[0])
     return lora_linear(x, router, None, pages, plan, implementation)
@@ -123,7 +119,7 @@ def routed_experts(
     chosen: Int[Array, "T K"],
     experts: ExpertWeights,
     config: MoEConfig,
-    adapters: LayerAdapters | None = None,
+    adapters: LayerPages | None = None,
     slots: Int[Array, "T"] | None = None,
     implementation: Implementation | None = None,
     remat: bool = False,
@@ -157,15 +153,9 @@ def routed_experts(
         raise InputError(f"activation is {config.activation!r}; expected one of {', '.join(get_args(Activation))}.")
     if tokens == 0:
         return x
-    pages = {name: adapters[name] for name in EXPERT_MODULES if adapters is not None and name in adapters}
-    choice = choose_for(
-        x,
-        (experts.gate, experts.up, experts.down),
-        pages.values(),
-        x.dtype,
-        implementation,
-        rounded=True,
-    )
-    num_slots = next((own.scale.shape[0] for own in pages.values()), 0)
+    pages = None if adapters is None else adapters.only(EXPERT_MODULES)
+    several = (experts.gate, experts.up, experts.down)
+    choice = choose_for(x, several, pages, x.dtype, implementation, rounded=True)
+    num_slots = 0 if pages is None else pages.num_slots
     plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
-    return expert_layer.run(x, weights, experts, pages, plan, config.activation, choice.picked, remat)
+    return ops.routed_experts(x, weights, experts, pages, plan, config.activation, remat)

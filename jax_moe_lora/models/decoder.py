@@ -232,15 +232,15 @@ def _layers(
     """All layers and the last norm; the cache's keys and values with the step's tokens in them; router scores."""
     keys, values, scores = [], [], []
     for index, layer in enumerate(params.layers):
-        own = None if bank is None else bank.of_layer(index)
-        hidden, stored, own_scores = run_layer(
-            layer, own, hidden, step, None if cache is None else (cache.k[index], cache.v[index])
+        adapters = None if bank is None else bank.layer(index)
+        hidden, stored, layer_scores = run_layer(
+            layer, adapters, hidden, step, None if cache is None else (cache.k[index], cache.v[index])
         )
         if stored is not None:
             keys.append(stored[0])
             values.append(stored[1])
-        if own_scores is not None:
-            scores.append(own_scores)
+        if layer_scores is not None:
+            scores.append(layer_scores)
     return rms_norm(hidden, params.norm, step.config.rms_eps), tuple(keys), tuple(values), tuple(scores)
 
 

@@ -13,20 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.layer.linear import DensePlan, lora_linear
-from jax_moe_lora.layer.moe import LayerAdapters, moe_lora, router_scores
+from jax_moe_lora.layer.moe import moe_lora, router_scores
 from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_packed, attend_prompt
 from jax_moe_lora.models.cache import KeyValues, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, MoEParams
 from jax_moe_lora.models.rope import rotate
-from pallas_kernels.ops import Implementation
+from pallas_kernels.ops import Implementation, LayerPages
+from pallas_kernels.pages import NO_ADAPTERS
 from pallas_kernels.pytrees import pytree
-
-
-@runtime_checkable
-class LayerBank(Protocol):
-    """The adapters of one layer, as layer 0 of a pytree."""
-
-    def layer(self, layer: int) -> LayerAdapters: ...
 
 
 @runtime_checkable
@@ -36,7 +30,7 @@ class Bank(Protocol):
     @property
     def num_slots(self) -> int: ...
 
-    def of_layer(self, layer: int) -> LayerBank: ...
+    def layer(self, layer: int) -> LayerPages: ...
 
 
 @pytree
@@ -68,7 +62,7 @@ class StepContext:
 @jax.jit
 def run_layer(
     layer: LayerParams,
-    bank: LayerBank | None,
+    adapters: LayerPages | None,
     hidden: Float[Array, "B T D"],
     step: StepContext,
     cache: KeyValues | None,
@@ -76,13 +70,17 @@ def run_layer(
     """One decoder layer: attention, then its MLP, each behind a norm and with a residual.
 
     Args:
-      bank: the layer's own, from `Bank.of_layer`. cache: the layer's keys and values, or None to keep none.
+      layer: its weights.
+      adapters: the layer's pages, from `Bank.layer`, or None for the base model.
+      hidden: `[B, T, D]`.
+      step: what every layer reads.
+      cache: the layer's keys and values, or None to keep none.
 
     Returns:
       The hidden rows, the cache with the step's tokens in it, and where `step.keep_scores` float32 router scores of the
       B * T tokens (None in a layer without a router).
     """
-    adapters = {} if bank is None else bank.layer(0)
+    adapters = NO_ADAPTERS if adapters is None else adapters
     eps = step.config.rms_eps
     normed = rms_norm(hidden, layer.attention_norm, eps)
     mixed, cache = _attention(layer.attention, adapters, normed, step, cache)
@@ -100,7 +98,7 @@ def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> 
 
 def _attention(
     weights: AttentionParams,
-    adapters: LayerAdapters,
+    adapters: LayerPages,
     x: Float[Array, "B T D"],
     step: StepContext,
     cache: KeyValues | None,
@@ -134,7 +132,7 @@ def _attention(
 
 
 def _mlp(
-    layer: LayerParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: StepContext
+    layer: LayerParams, adapters: LayerPages, x: Float[Array, "B T D"], step: StepContext
 ) -> tuple[Float[Array, "B T D"], Float[Array, "N E"] | None]:
     """The layer's MLP, and its router's scores where it has a router."""
     weights = layer.mlp
@@ -161,7 +159,7 @@ def _mlp(
 
 
 def _shared_expert(
-    weights: MoEParams, adapters: LayerAdapters, x: Float[Array, "B T D"], step: StepContext
+    weights: MoEParams, adapters: LayerPages, x: Float[Array, "B T D"], step: StepContext
 ) -> Float[Array, "B T D"]:
     """The expert that every token goes through, by the weight that its own sigmoid gate gives it."""
     assert weights.shared is not None
@@ -170,7 +168,7 @@ def _shared_expert(
 
 
 def _dense_mlp(
-    weights: DenseMLPParams, modules: str, adapters: LayerAdapters, x: Float[Array, "B T D"], step: StepContext
+    weights: DenseMLPParams, modules: str, adapters: LayerPages, x: Float[Array, "B T D"], step: StepContext
 ) -> Float[Array, "B T D"]:
     """SwiGLU; `modules` is what its adapters' names begin with."""
     gate = _linear(x, weights.gate, None, adapters.get(f"{modules}_gate"), step)

@@ -5,7 +5,7 @@ side by side, in float32. Where they lie follows from the specs alone, so the ta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import SIDES, Side, Site
 from jax_moe_lora.training.spec import AdapterSpec
-from pallas_kernels.ops import RANK_PAGE, LoRAPages
+from pallas_kernels.pages import RANK_PAGE, LayerPages, Place
 from pallas_kernels.pytrees import pytree
 
 
@@ -35,20 +35,11 @@ class TrainingBank:
     num_slots: int = field(metadata={"static": True})
     max_rank: int = field(metadata={"static": True})
 
-    def of_layer(self, layer: int) -> "TrainingBank":
-        """One layer alone, as layer 0."""
-        one = slice(layer, layer + 1)
-        return replace(self, pools=self.pools[one], tables=self.tables[one], scales=self.scales[one])
-
-    def layer(self, layer: int) -> dict[str, LoRAPages]:
-        """One layer's adapters by module."""
-        pools, tables, scales = self.pools[layer], self.tables[layer], self.scales[layer]
-        return {
-            module: LoRAPages(
-                pools[pool_of(module, "a")], pools[pool_of(module, "b")], tables[module], scales[module], self.max_rank
-            )
-            for module in tables
-        }
+    def layer(self, layer: int) -> LayerPages:
+        """One layer's adapters."""
+        tables = self.tables[layer]
+        places = tuple(Place(module, pool_of(module, "a"), pool_of(module, "b")) for module in tables)
+        return LayerPages(self.pools[layer], tables, self.scales[layer], places, self.max_rank)
 
 
 def training_bank(

@@ -1,0 +1,1 @@
+"""From tokens to the sorted rows of their experts, and back."""

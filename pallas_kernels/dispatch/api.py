@@ -1,146 +1,56 @@
-"""Dispatch on Hopper: each token's row to the sorted rows of its experts.
+"""From tokens to the sorted rows of their experts (`token_rows`), and back (`combine`)."""
 
-A block loads a few tokens' rows into shared memory by TMA and stores each of them K times, so that a row is read once
-and the inverse of the sorted order is not needed.
-"""
-
-from functools import partial
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.backend import Implementation
-from pallas_kernels.hopper import ring
-from pallas_kernels.hopper.ring import DEPTH
+from pallas_kernels.backend import BACKENDS
+from pallas_kernels.gradients import no_gradient
 from pallas_kernels.plan.api import RoutingPlan
 
-BUFFERS = 2
-BUFFER_BYTES = 64 * 2**10
+ADVICE = (
+    "token_rows has no gradient of its own: differentiate routed_experts, the whole layer, "
+    "or call combine on the rows' cotangents."
+)
 
 
-def token_rows(
-    x: Float[Array, "T width"], plan: RoutingPlan, implementation: Implementation, *, clear: bool = True
-) -> Float[Array, "Q width"]:
+def token_rows(x: Float[Array, "T width"], plan: RoutingPlan, *, clear: bool = True) -> Float[Array, "Q width"]:
     """Each sorted row's token.
 
     Args:
-      implementation: that of the plan. clear: with hopper the rows between experts are zeros, not anything.
+      x: `[T, width]`, one row per token.
+      plan: as `make_plan` made it.
+      clear: rows between experts are finite, as a contraction over whole windows of rows needs them; else undefined.
+
+    Returns:
+      `[Q, width]`.
+
+    Raises:
+      NotDifferentiable: when it is differentiated; see `routed_experts`.
     """
-    if implementation != "hopper":
-        return x[plan.token]
-    return dispatch(x, plan.position, plan.order.shape[0], gaps=_gaps(plan) if clear else None)
+    return BACKENDS[plan.backend].module("dispatch").token_rows(no_gradient(ADVICE, x), plan, clear=clear)
 
 
-class Gaps(NamedTuple):
-    """Rows of no pair. end: int32 `[1]`, all experts' rows lie before it. rows: int32 `[N]`, which to clear."""
-
-    end: Int[Array, "1"]
-    rows: Int[Array, "N"]
-
-
-def _gaps(plan: RoutingPlan) -> Gaps:
-    """The rows between experts, and the first ones after the last; beside them numbers that are out of range."""
-    ends, total = plan.group_starts + plan.group_sizes, plan.order.shape[0]
-    # `group_start` leaves up to twice the alignment, less two rows.
-    between = ends[:-1, None] + jnp.arange(2 * plan.alignment, dtype=jnp.int32)[None, :]
-    between = jnp.where(between < plan.group_starts[1:, None], between, total).reshape(-1)
-    return Gaps(ends[-1:], jnp.append(between, ends[-1] + jnp.arange(DEPTH, dtype=jnp.int32)))
-
-
-def dispatch(
-    x: Float[Array, "T width"],
-    position: Int[Array, "P"],
-    num_rows: int,
-    num_sms: int = ring.NUM_SMS,
-    gaps: Gaps | None = None,
-) -> Float[Array, "Q width"]:
-    """`rows[position[t * K + k]] = x[t]`; the other rows are not written.
+def combine(rows: Float[Array, "Q width"], weights: Float[Array, "T K"], plan: RoutingPlan) -> Float[Array, "T width"]:
+    """Sums each token's rows by router weight, in float32 and in the order of its experts; skipped pairs give zeros.
 
     Args:
-      x: one row a token, its width a multiple of 64. position: sorted row of each pair. num_rows: Q.
-      gaps: rows that become zeros, out of range ones aside. Pairs that the plan skips, which come after `end`, are then
-        not copied.
+      rows: `[Q, width]`, in sorted order.
+      weights: float32 `[T, K]`, router weights.
+      plan: as `make_plan` made it.
+
+    Returns:
+      float32 `[T, width]`.
     """
-    tokens, width = x.shape
-    top_k = position.shape[0] // tokens
-    chunks = width // DEPTH  # a TMA box is at most 256 wide, so a row travels as [chunks, 64]
-    most = max(1, min(8, BUFFER_BYTES // (width * x.dtype.itemsize)))
-    together = min(most, max(1, tokens // num_sms))
-    items = pl.cdiv(tokens, together)
+    tokens, top_k = weights.shape
+    position, live = plan.position.reshape(tokens, top_k), routed(plan).reshape(tokens, top_k)
+    total = jnp.zeros((tokens, rows.shape[1]), jnp.float32)
+    for k in range(top_k):
+        # Twice: a skipped pair's row is undefined, and a gradient of zero times NaN is NaN.
+        row = jnp.where(live[:, k : k + 1], rows[position[:, k]].astype(jnp.float32), 0.0)
+        total = total + jnp.where(live[:, k : k + 1], weights[:, k : k + 1] * row, 0.0)
+    return total
 
-    def dispatch_rows(position_of, x, *refs, buffers, full, zeros=None):
-        *of_gaps, out = refs
-        first = lax.axis_index("sm")
-        mine = lax.div(jnp.maximum(items - first + (num_sms - 1), 0), jnp.int32(num_sms))
 
-        def load(index):
-            token = (first + index * num_sms) * together
-            buffer = lax.rem(index, jnp.int32(BUFFERS))
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(token, together)], buffers.at[buffer], full.at[buffer])
-
-        @pl.when(mine > 0)
-        def _():
-            load(jnp.int32(0))
-
-        @pl.loop(0, mine)
-        def _(index):
-            buffer = lax.rem(index, jnp.int32(BUFFERS))
-            plgpu.barrier_wait(full.at[buffer])
-
-            @pl.when(index + 1 < mine)
-            def _():
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the other buffer's rows are on their way
-                load(index + 1)
-
-            for nth in range(together):
-                token = (first + index * num_sms) * together + nth
-
-                @pl.when(token < tokens)
-                def _(nth=nth, token=token):
-                    for row in [position_of[token * top_k + k] for k in range(top_k)]:
-                        copy = partial(plgpu.copy_smem_to_gmem, buffers.at[buffer, nth], commit_group=False)
-                        if of_gaps:
-                            pl.when(row < of_gaps[0][0])(lambda row=row, copy=copy: copy(out.at[row]))
-                        else:
-                            copy(out.at[row])
-
-            plgpu.commit_smem_to_gmem_group()
-
-        if of_gaps:
-            _, row_of = of_gaps
-            zeros[...] = jnp.zeros(zeros.shape, x.dtype)
-            plgpu.commit_smem()
-            count = row_of.shape[0]
-
-            @pl.loop(0, lax.div(jnp.maximum(count - first + (num_sms - 1), 0), jnp.int32(num_sms)))
-            def _(index):
-                row = row_of[first + index * num_sms]
-
-                @pl.when((row >= 0) & (row < num_rows))
-                def _():
-                    plgpu.copy_smem_to_gmem(zeros.at[pl.ds(0, chunks)], out.at[row], commit_group=False)
-
-            plgpu.commit_smem_to_gmem_group()
-
-        plgpu.wait_smem_to_gmem(0)
-
-    scratch: dict[str, Any] = {
-        "buffers": plgpu.SMEM((BUFFERS, together, chunks, DEPTH), x.dtype),
-        "full": plgpu.Barrier(num_arrivals=1, num_barriers=BUFFERS),
-    }
-    if gaps is not None:  # a warpgroup stores 8 bytes a thread at once, so whole multiples of that
-        scratch["zeros"] = plgpu.SMEM((pl.cdiv(chunks, 8) * 8, DEPTH), x.dtype)
-    kernel = plgpu.kernel(
-        dispatch_rows,
-        out_type=jax.ShapeDtypeStruct((num_rows, chunks, DEPTH), x.dtype),
-        grid=(num_sms,),
-        grid_names=("sm",),
-        scratch_types=scratch,
-        compiler_params=ring.compiler_params(),
-    )
-    return kernel(position, x.reshape(tokens, chunks, DEPTH), *(gaps or ())).reshape(num_rows, width)
+def routed(plan: RoutingPlan) -> Bool[Array, "P"]:
+    """The pairs that the plan does not skip."""
+    return plan.position < plan.group_starts[-1] + plan.group_sizes[-1]

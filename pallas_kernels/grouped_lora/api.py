@@ -1,19 +1,21 @@
-"""The contract of the grouped LoRA op, and its dispatch."""
+"""The contract of the grouped LoRA op and of its parts, and which backend runs them."""
 
 from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import IMPLEMENTATIONS, Implementation, choose
-from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, reference, xla
-from pallas_kernels.lora_steps.api import Adapters, LoRASteps, Shrunk, make_steps
-from pallas_kernels.pages import LoRAPages
+from pallas_kernels.backend import BACKENDS, Implementation, backend_for_plan
+from pallas_kernels.gradients import no_gradient
+from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, has_adapters, make_lora_steps
+from pallas_kernels.pages import LayerPages, LoRAPages
 from pallas_kernels.plan.api import RoutingPlan
 
 PageGradients = tuple[Float[Array, "_pages 16 in"], Float[Array, "_pages 16 _out"]]
 
-_BACKENDS = {"xla": xla.grouped_lora, "reference": reference.grouped_lora}
-_GRADIENTS = {"xla": xla.page_gradients, "reference": reference.page_gradients}
+ADVICE = (
+    "{} has no gradient of its own: differentiate routed_experts, the whole layer, "
+    "or call input_gradient and page_gradients."
+)
 
 
 def grouped_lora(
@@ -26,52 +28,60 @@ def grouped_lora(
 ) -> Float[Array, "Q out"]:
     """`y[r] + scale[s, e] * (x[row_index[r]] @ A[s, e].T) @ B[s, e].T` for each sorted row r with expert e and slot s.
 
-    The Hopper kernels have this inside `grouped_matmul`; on its own the op runs through XLA.
+    The GPU kernels have this inside `grouped_matmul`; on its own the op is there for "xla" and "reference".
 
     Args:
-      y: float32 `[Q, out]`, the base projection in sorted order. x: `[M, in]`.
-      row_index: int32 `[Q]`, the row of x that sorted row r reads; None reads row r.
+      y: float32 `[Q, out]`, the base projection in sorted order.
+      x: `[M, in]`.
       pages: the projection's adapters; the plan must have been made with its number of slots.
+      plan: as `make_plan` made it.
+      row_index: int32 `[Q]`, the row of x that sorted row r reads; None reads row r.
+      implementation: a backend by name, or None for the plan's.
 
     Returns:
       float32 `[Q, out]`. Rows without an adapter keep the bits of y. A row's bits depend on its own inputs, its own
       adapter and on static shapes alone; an adapter costs the pages it has, whatever the largest rank is.
+
+    Raises:
+      UnsupportedImplementation: the backend is unknown, has no such op, or cannot read the plan.
+      NotDifferentiable: when it is differentiated; see `routed_experts`.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        choose(implementation)  # raises
-    backend = _BACKENDS["reference" if implementation == "reference" else "xla"]
-    return backend(y, x, pages, plan, row_index)
+    backend = backend_for_plan(plan.backend, implementation)
+    y, x, pages = no_gradient(ADVICE.format("grouped_lora"), (y, x, pages))
+    return backend.module("grouped_lora").grouped_lora(y, x, pages, plan, row_index)
 
 
 def shrink(
-    x: Float[Array, "Q in"],
-    adapters: Adapters,
-    plan: RoutingPlan,
-    steps: LoRASteps | None = None,
-    implementation: Implementation | None = None,
+    x: Float[Array, "Q in"], adapters: LayerPages | None, plan: RoutingPlan, steps: LoRASteps | None = None
 ) -> Shrunk | None:
     """`scale * x[r] @ A.T` of each sorted row's own adapter, for whoever multiplies by B more than once.
 
     Args:
-      adapters: of one projection, or of two that share their input. steps: as `lora_steps` made them.
-      implementation: the backend that the plan was made for.
+      x: rows in sorted order.
+      adapters: of one projection, or of two that share their input.
+      plan: as `make_plan` made it.
+      steps: as `make_lora_steps` made them.
 
     Returns:
       What `grouped_matmul`, `input_gradient` and `page_gradients` take; None without adapters, and where the backend
       multiplies A and B in one go.
+
+    Raises:
+      NotDifferentiable: when it is differentiated; see `routed_experts`.
     """
-    if implementation != "hopper" or all(pages is None for pages in adapters):
+    backend = BACKENDS[plan.backend]
+    if adapters is None or not has_adapters(adapters) or not backend.has("shrink"):
         return None
+    x, adapters = no_gradient(ADVICE.format("shrink"), (x, adapters))
     if steps is None:
-        (steps,) = make_steps(plan, (adapters,))
-        assert steps is not None
-    return hopper_shrink.shrink_adapters(x, adapters, plan.tiles, steps)
+        (steps,) = make_lora_steps(plan, (adapters,))
+    return backend.module("shrink").shrink_adapters(x, adapters, plan.tiles, steps)
 
 
 def page_gradients(
     x: Float[Array, "Q in"],
     dys: Sequence[Float[Array, "Q _out"]],
-    adapters: Adapters,
+    adapters: LayerPages | None,
     plan: RoutingPlan,
     implementation: Implementation | None = None,
     *,
@@ -81,11 +91,12 @@ def page_gradients(
     """Cotangents of the pages of `y[r] += scale[s, e] * (x[r] @ A[s, e].T) @ B[s, e].T`, for `dy` that of y.
 
     Args:
-      x, dys: rows in sorted order; those of no pair may hold anything, with hopper anything finite (`token_rows`).
-      adapters: of one projection, or of two that share x; a dy for each.
-      plan: as in `grouped_lora`; the ranks that a matrix's last page is filled up with get zeros. With hopper, experts
-        that share a page have none with other pages between them, as in a matrix that all share.
-      implementation: the backend that the plan was made for.
+      x: rows in sorted order; those of no pair are finite (`token_rows`).
+      dys: cotangents of y in sorted order, one for each projection; those of no pair are finite.
+      adapters: of one projection, or of two that share x.
+      plan: as `make_plan` made it. With hopper, experts that share a page have no other pages between them, as in a
+        matrix that all share. The ranks that a matrix's last page is filled up with get zeros.
+      implementation: a backend by name, or None for the plan's.
       share: float32 `[Q]`, a factor on each row's term, or None for ones.
       shrunk: where they are there already, `shrink` of x by these adapters, and of each dy by the transposed ones (by
         the steps of the former, `LoRASteps.transposed`).
@@ -97,17 +108,13 @@ def page_gradients(
       every time.
 
     Raises:
-      UnsupportedImplementation: a name that is unknown, or a plan made for another backend.
+      UnsupportedImplementation: the backend is unknown, or cannot read the plan.
+      NotDifferentiable: when it is differentiated: there are no second derivatives.
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        choose(implementation)  # raises
-    if all(pages is None for pages in adapters):
-        return [None] * len(adapters)
-    if implementation == "hopper":
-        of_x, of_dys = shrunk
-        given = None if of_x is None else (of_x, tuple(of_dys))
-        return hopper_gradients.page_gradients(x, tuple(dys), adapters, plan, share, given)
-    backend = _GRADIENTS["reference" if implementation == "reference" else "xla"]
-    return [
-        None if pages is None else backend(x, dy, pages, plan, share) for dy, pages in zip(dys, adapters, strict=True)
-    ]
+    backend = backend_for_plan(plan.backend, implementation).for_op("page_gradients")
+    if adapters is None or not has_adapters(adapters):
+        return [None] * len(dys)
+    advice = "page_gradients has no gradient of its own: the layer has first derivatives only."
+    x, *dys = no_gradient(advice, (x, *dys))
+    of_x, of_dys = shrunk
+    return backend.module("page_gradients").page_gradients(x, tuple(dys), adapters, plan, share, (of_x, tuple(of_dys)))

@@ -21,14 +21,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import UnsupportedImplementation
-from pallas_kernels.grouped_lora import hopper_shrink
+from pallas_kernels.backend import target_sms
+from pallas_kernels.grouped_lora.hopper_shrink import shrink_adapters
 from pallas_kernels.hopper import ring
-from pallas_kernels.hopper.ring import COMPUTE_WARPGROUPS, DEPTH
-from pallas_kernels.lora_steps.api import Adapters, Shrunk, make_steps
+from pallas_kernels.hopper.limits import COMPUTE_WARPGROUPS, DEPTH
+from pallas_kernels.lora_steps.api import Shrunk, make_lora_steps
 from pallas_kernels.lora_steps.entries import BEGIN, END, PAGE_B0, PAGE_B1, PAGES_A_STEP, RANKS
-from pallas_kernels.pages import RANK_PAGE, LoRAPages
-from pallas_kernels.plan.api import RoutingPlan, Tiles
+from pallas_kernels.pages import RANK_PAGE, LayerPages, LoRAPages
+from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.plan.tiles import Tiles
 
 COLUMNS = 128  # of a compute warpgroup
 STORED = 32  # float32 columns that one store takes: 128 bytes
@@ -53,49 +54,47 @@ class Runs(NamedTuple):
 def page_gradients(
     x: Float[Array, "Q in"],
     dys: tuple[Float[Array, "Q _out"], ...],
-    adapters: Adapters,
+    adapters: LayerPages,
     plan: RoutingPlan,
     share: Float[Array, "Q"] | None = None,
-    shrunk: tuple[Shrunk, tuple[Shrunk | None, ...]] | None = None,
-    num_sms: int = ring.NUM_SMS,
+    shrunk: tuple[Shrunk | None, tuple[Shrunk | None, ...]] = (None, ()),
+    num_sms: int | None = None,
 ) -> list[tuple[Float[Array, "_pages 16 in"], Float[Array, "_pages 16 _out"]] | None]:
     """What `api.page_gradients` promises."""
-    if plan.alignment % ring.ROW_ALIGNMENT:
-        raise UnsupportedImplementation(
-            f"The plan aligns experts to {plan.alignment} rows, hopper needs {ring.ROW_ALIGNMENT}; "
-            "give make_plan implementation='hopper'."
-        )
-    of_x, of_dys = shrunk or _shrink(x, dys, adapters, plan, num_sms)
+    num_sms = num_sms or target_sms()
+    of_x, of_dys = shrunk
+    if of_x is None:
+        of_x, of_dys = _shrink(x, dys, adapters, plan, num_sms)
     given = [
         (part, dy, pages, of_dy)
-        for part, (dy, pages, of_dy) in enumerate(zip(dys, adapters, of_dys, strict=True))
+        for part, (dy, pages, of_dy) in enumerate(zip(dys, adapters.projections, of_dys, strict=True))
         if pages is not None and of_dy is not None
     ]
     most = max(pages.max_rank for _, _, pages, _ in given)
     dhiddens = tuple(by_rank(of_dy, most, plan, share) for *_, of_dy in given)
     runs = tuple(runs_of(plan, pages, 0) for _, _, pages, _ in given)
     sums_a = contract(dhiddens, x, runs, tuple(pages.a.shape[0] for _, _, pages, _ in given), num_sms)
-    found: list[tuple[Array, Array] | None] = [None] * len(adapters)
+    sums: list[tuple[Array, Array] | None] = [None] * len(dys)
     for (part, dy, pages, _), of_a, sum_a in zip(given, runs, sums_a, strict=True):
         hidden, of_b = by_rank(of_x, pages.max_rank, plan, share, part), runs_of(plan, pages, 1)
         (sum_b,) = contract((hidden,), dy, (of_b,), (pages.b.shape[0],), num_sms)
-        found[part] = _written(sum_a, of_a, most), _written(sum_b, of_b, most)
-    return found
+        sums[part] = _written(sum_a, of_a, most), _written(sum_b, of_b, most)
+    return sums
 
 
 def _shrink(
-    x: Array, dys: tuple[Array, ...], adapters: Adapters, plan: RoutingPlan, num_sms: int
+    x: Array, dys: tuple[Array, ...], adapters: LayerPages, plan: RoutingPlan, num_sms: int
 ) -> tuple[Shrunk, tuple[Shrunk | None, ...]]:
     """Of the rows, and of each cotangent by its own transposed adapters."""
-    (steps,) = make_steps(plan, (adapters,))
+    (steps,) = make_lora_steps(plan, (adapters,))
     assert steps is not None
     of_dys = tuple(
-        None
-        if pages is None
-        else hopper_shrink.shrink_adapters(dy, (pages.transposed(),), plan.tiles, steps.transposed(part), num_sms)
-        for part, (dy, pages) in enumerate(zip(dys, adapters, strict=True))
+        shrink_adapters(dy, adapters.select(place.module).transposed(), plan.tiles, steps.transposed(part), num_sms)
+        if place.a
+        else None
+        for part, (dy, place) in enumerate(zip(dys, adapters.places, strict=True))
     )
-    return hopper_shrink.shrink_adapters(x, adapters, plan.tiles, steps, num_sms), of_dys
+    return shrink_adapters(x, adapters, plan.tiles, steps, num_sms), of_dys
 
 
 def _written(total: Float[Array, "pages 16 width"], runs: Runs, max_rank: int) -> Float[Array, "pages 16 width"]:
@@ -167,7 +166,7 @@ def contract(
     rows: Float[Array, "Q width"],
     runs: tuple[Runs, ...],
     num_pages: tuple[int, ...],
-    num_sms: int = ring.NUM_SMS,
+    num_sms: int | None = None,
 ) -> tuple[Float[Array, "_pages 16 width"], ...]:
     """For each of `hiddens`, of each page run the sum over its rows of `hidden[:, r] rows[r]`, in float32.
 
@@ -177,6 +176,7 @@ def contract(
       hiddens: `by_rank`'s, one or two of one plan: the rows are read once. rows: a width that is a multiple of 64;
         every value finite. runs, num_pages: of each of these.
     """
+    num_sms = num_sms or target_sms()
     several, ranks, width = len(hiddens), hiddens[0].shape[0], rows.shape[1]
     wide, stages = COMPUTE_WARPGROUPS * COLUMNS, STAGES if several == 1 else STAGES - 1
     rank_blocks, blocks = ranks // RANKS, pl.cdiv(width, wide)

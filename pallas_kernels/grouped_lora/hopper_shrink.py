@@ -19,12 +19,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels.backend import target_sms
+from pallas_kernels.grouped_lora.pools import pools_of_a
 from pallas_kernels.hopper import ring
-from pallas_kernels.hopper.ring import COMPUTE_WARPGROUPS, DOWN, ROW_ALIGNMENT
-from pallas_kernels.lora_steps.api import Adapters, LoRASteps, Shrunk, with_nothing
+from pallas_kernels.hopper.limits import BARRIER_BYTES, COMPUTE_WARPGROUPS, ROW_ALIGNMENT, SMEM_BYTES
+from pallas_kernels.hopper.ring import DOWN
+from pallas_kernels.lora_steps.api import LoRASteps, Shrunk
 from pallas_kernels.lora_steps.entries import BEGIN, END, PAGE_A, PAGES_A_STEP, RANKS, SCALE
-from pallas_kernels.pages import RANK_PAGE
-from pallas_kernels.plan.api import Tiles
+from pallas_kernels.pages import RANK_PAGE, LayerPages
+from pallas_kernels.plan.tiles import Tiles
 
 WIDTHS = (32, 96)  # rows of a window, where that is not a whole tile
 MASKED_ROWS = 64  # of a window, that are masked at a time
@@ -33,12 +36,14 @@ MAX_SHARES = 8  # items that a tile's steps are shared out among
 
 
 def shrink_adapters(
-    x: Float[Array, "Q in"], adapters: Adapters, tiles: Tiles, steps: LoRASteps, num_sms: int = ring.NUM_SMS
+    x: Float[Array, "Q in"], adapters: LayerPages, tiles: Tiles, steps: LoRASteps, num_sms: int | None = None
 ) -> Shrunk:
-    """`shrink` by the pools of one projection's adapters, or of two's; `steps`: of these."""
-    pages = with_nothing(adapters)
-    pools = (pages[0].a,) if pages[0].a is pages[-1].a else (pages[0].a, pages[-1].a)
-    return Shrunk(steps, shrink(x, pools, tiles, steps, num_sms))
+    """`shrink` by the pools of one projection's adapters, or of two's.
+
+    Args:
+      steps: made of these adapters.
+    """
+    return Shrunk(steps, shrink(x, pools_of_a(adapters), tiles, steps, num_sms))
 
 
 def shrink(
@@ -46,17 +51,22 @@ def shrink(
     pools: tuple[Float[Array, "_pages 16 in"], ...],
     tiles: Tiles,
     steps: LoRASteps,
-    num_sms: int = ring.NUM_SMS,
+    num_sms: int | None = None,
 ) -> Float[Array, "N rows 64"]:
     """H of every LoRA step: `scale * x[r] @ A.T` in each entry's own rows, zeros in the others that the tile has.
 
     Args:
-      x: rows in sorted order. pools: the pool of A pages, or one for each of two projections (see `LoRASteps`).
+      x: rows in sorted order.
+      pools: the pool of A pages, or one for each of two projections (see `LoRASteps`).
+      tiles: of the plan.
+      steps: made of the adapters of these pools.
+      num_sms: blocks; those of the target where None.
 
     Returns:
       `[N, tiles.size, 64]` in x's dtype; steps that are not in use, and rows that a tile does not have, may hold
       anything.
     """
+    num_sms = num_sms or target_sms()
     width, tile_rows = x.shape[1], tiles.size
     depth = 256 if tile_rows <= 32 else 128  # elements of K a stage; past the width TMA reads zeros
     depth_steps = pl.cdiv(width, depth)
@@ -269,4 +279,4 @@ def shrink(
 def _stages(tile_rows: int, depth: int) -> int:
     stage = (COMPUTE_WARPGROUPS * RANKS + tile_rows) * depth * 2
     out = COMPUTE_WARPGROUPS * (tile_rows + ZERO_ROWS) * RANKS * 2
-    return min(8, (ring.SMEM_BYTES - ring.BARRIER_BYTES - out) // stage)
+    return min(8, (SMEM_BYTES - BARRIER_BYTES - out) // stage)

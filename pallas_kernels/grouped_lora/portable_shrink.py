@@ -1,7 +1,7 @@
 """The shrink by mma.sync: each LoRA step's rows times the A pages that it needs, as a masked H for the expand.
 
-A block computes one step (see `steps.py`): four accumulators of the tile's rows times the 16 ranks of a page, over
-stages of 64 elements of K that `emit_pipeline` brings into shared memory: the rows, and the four pages.
+A block computes one step (see `lora_steps/api.py`): four accumulators of the tile's rows times the 16 ranks of a page,
+over stages of 64 elements of K that `emit_pipeline` brings into shared memory: the rows, and the four pages.
 """
 
 import jax
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.lora_steps.entries import BEGIN, END, PAGE_A, PAGES_A_STEP, RANKS, SCALE
 from pallas_kernels.lora_steps.xla import PackedSteps
 from pallas_kernels.pages import RANK_PAGE
-from pallas_kernels.plan.api import Tiles
+from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.portable.ring import compiler_params, iota, release_stage, staged
 from pallas_kernels.portable.tuning import DEPTH, SHRINK_STAGES
 

@@ -1,11 +1,15 @@
 """The definition of the grouped LoRA op: page by page, every row against its own page. For reading."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_lora.projections import each_projection
 from pallas_kernels.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan.api import RoutingPlan, row_experts, row_slots
+from pallas_kernels.xla.varying import varying_as
 
 
 def grouped_lora(
@@ -31,10 +35,11 @@ def grouped_lora(
         return page + 1, jnp.where(live[:, None], total + update, total)
 
     largest = jnp.where(adapted, count, 0).max(initial=0)
-    return lax.while_loop(lambda carry: carry[0] < largest, add_page, (jnp.int32(0), y))[1]
+    begin = varying_as((jnp.int32(0), y), x, pages, plan, row_index)
+    return lax.while_loop(lambda carry: carry[0] < largest, add_page, begin)[1]
 
 
-def page_gradients(
+def projection_gradients(
     x: Float[Array, "Q in"],
     dy: Float[Array, "Q out"],
     pages: LoRAPages,
@@ -59,3 +64,6 @@ def page_gradients(
         total_a = total_a.at[a].add(jnp.where(live[:, None, None], each_a, 0))
         total_b = total_b.at[b].add(jnp.where(live[:, None, None], each_b, 0))
     return total_a, total_b
+
+
+page_gradients = partial(each_projection, projection_gradients)

@@ -1,13 +1,17 @@
 """Grouped LoRA through XLA, on any device: a loop over the (expert, slot) tiles in use, and over each one's pages."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_lora.projections import each_projection
 from pallas_kernels.pages import LoRAPages
 from pallas_kernels.plan.api import RoutingPlan
 from pallas_kernels.xla.dot import batched_matmul_t, matmul_t, outer
 from pallas_kernels.xla.tile_loop import over_tiles, window
+from pallas_kernels.xla.varying import varying_as
 
 
 def grouped_lora(
@@ -35,10 +39,10 @@ def grouped_lora(
 
         return lax.fori_loop(0, count.max(), add_page, old)
 
-    return over_tiles(tiles, y, tile)
+    return over_tiles(tiles, y, tile, (x, pages, row_index))
 
 
-def page_gradients(
+def projection_gradients(
     x: Float[Array, "Q in"],
     dy: Float[Array, "Q out"],
     pages: LoRAPages,
@@ -64,4 +68,8 @@ def page_gradients(
         return lax.fori_loop(0, count, page, totals)
 
     zeros = jnp.zeros(pages.a.shape, jnp.float32), jnp.zeros(pages.b.shape, jnp.float32)
+    zeros = varying_as(zeros, x, dy, pages, plan)
     return lax.fori_loop(0, tiles.count.reshape(-1)[0], tile, zeros)
+
+
+page_gradients = partial(each_projection, projection_gradients)

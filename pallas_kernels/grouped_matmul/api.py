@@ -1,4 +1,4 @@
-"""The contract of the grouped matmul, and its dispatch."""
+"""The contract of the grouped matmul and of its backward forms, and which backend runs them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,16 +6,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.activations import Activation, gated_unit
-from pallas_kernels.backend import Choice, Implementation, UnsupportedImplementation, choose
-from pallas_kernels.grouped_lora.api import grouped_lora
-from pallas_kernels.grouped_matmul import hopper, portable, reference, xla
-from pallas_kernels.hopper.ring import ROW_ALIGNMENT
-from pallas_kernels.lora_steps.api import Adapters, LoRASteps, Shrunk, make_steps
-from pallas_kernels.pages import LoRAPages
+from pallas_kernels.activations import Activation
+from pallas_kernels.backend import Backend, Choice, Implementation, Op, backend_for_plan, choose
+from pallas_kernels.errors import InputError, UnsupportedImplementation
+from pallas_kernels.gradients import no_gradient
+from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.lora_steps.api import LoRASteps, Shrunk
+from pallas_kernels.pages import LayerPages, Place
 from pallas_kernels.plan.api import RoutingPlan
 
-_MATMUL = {"xla": xla.grouped_matmul, "reference": reference.grouped_matmul}
+Biases = tuple[Float[Array, "E _out"] | None, ...]
+
+ADVICE = (
+    "{} has no gradient of its own: differentiate routed_experts, the whole layer, "
+    "or call input_gradient, weight_gradient and page_gradients."
+)
+FIRST_ORDER = "{} has no gradient of its own: the layer has first derivatives only."
 
 
 def grouped_matmul(
@@ -25,48 +31,50 @@ def grouped_matmul(
     *,
     of_tokens: bool = False,
     biases: Sequence[Float[Array, "E out"] | None] = (),
-    adapters: Adapters = (),
+    adapters: LayerPages | None = None,
     steps: LoRASteps | Shrunk | None = None,
     activation: Activation = "silu",
     dtype: jax.typing.DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> Float[Array, "Q out"]:
-    """`y[r] = lin(W; x[r])` for each sorted row r of the plan, or for a pair of weights the gated product
-    `activation(lin(W0; x[r])) * lin(W1; x[r])`; `lin(W; x) = x @ W[e].T + b[e]`, plus the update of the row's adapter.
+    """`y[r] = lin(W; x[r])` for each sorted row r of the plan, or for a pair of weights the gated product.
+
+    `lin(W; x) = x @ W[e].T + b[e]`, plus the update of the row's adapter; the gated product is
+    `activation(lin(W0; x[r])) * lin(W1; x[r])`.
 
     Args:
-      x: `[Q, in]`, sorted rows; or `[T, in]`, a row a token, with `of_tokens`.
-      weights: `[E, out, in]`, one matrix an expert, of x's dtype; or a pair of these.
-      plan: made for the same backend (`make_plan(..., implementation)`).
-      biases, adapters: for each weight its own, or None; empty for none at all.
-      steps: what `lora_steps` makes of these adapters, where a layer makes those of all its projections at once; or
-        what `shrink` makes of them and of x.
+      x: `[Q, in]`, sorted rows; or `[T, in]`, one row per token, with `of_tokens`.
+      weights: `[E, out, in]`, one matrix per expert, of x's dtype; or a pair of these.
+      plan: as `make_plan` made it for the backend.
+      of_tokens: x has one row per token.
+      biases: for each weight its bias, or None; empty for none at all.
+      adapters: for each weight, in this order, its module's pages (`LayerPages.select`); None for none at all.
+      steps: what `make_lora_steps` makes of these adapters, where a layer makes those of all its projections at once;
+        or what `shrink` makes of them and of x.
       activation: of the gated product; `clamped_swiglu` takes both factors (see `activations.py`).
       dtype: of the result; sums are kept in float32.
-      implementation: a backend by name, or None for the best that is available.
+      implementation: a backend by name, or None for the plan's.
 
     Returns:
-      `[Q, out]`. Rows that the plan skips, or that lie between two experts, hold anything. A row's bits depend on its
-      own inputs, its own adapter and on static shapes alone; rows without an adapter have those of `adapters=()`.
+      `[Q, out]`. Rows that the plan skips, or that lie between two experts, are undefined. A row's bits depend on its
+      own inputs, its own adapter and on static shapes alone; rows without an adapter have those of `adapters=None`.
 
     Raises:
-      UnsupportedImplementation: see `backend.choose`; or a plan made for another backend.
-      ValueError: adapters or biases and weights that do not match in number, a pair of two shapes, or adapters with
+      UnsupportedImplementation: the backend is unknown, cannot run the call, or cannot read the plan.
+      InputError: adapters or biases and weights that do not match in number, a pair of two shapes, or adapters with
         another number of slots than the plan.
+      NotDifferentiable: when it is differentiated; see `routed_experts`.
     """
     several = weights if isinstance(weights, tuple) else (weights,)
-    own_biases, pages = _one_a_weight(several, biases, adapters)
-    check_slots(plan, pages)
+    backend = _backend("grouped_matmul", x, several, adapters, plan, dtype, implementation)
+    biases, adapters = _one_per_weight(several, biases, adapters)
+    x, several, biases, adapters = no_gradient(ADVICE.format("grouped_matmul"), (x, several, biases, adapters))
     if plan.position.shape[0] == 0:
         return jnp.zeros((plan.order.shape[0], several[0].shape[1]), dtype)
-    picked = _pick(x, several, plan, pages, dtype, implementation)
-    if picked == "hopper":
-        return hopper.grouped_matmul(x, several, plan, of_tokens, pages, activation, steps, biases=own_biases)[0]
-    if picked == "portable":
-        return portable.grouped_matmul(x, several, plan, of_tokens, pages, activation, biases=own_biases)
-    row_index = plan.token if of_tokens else None
-    products = _products(picked, x, several, plan, own_biases, pages, row_index)
-    return (products[0] if len(products) == 1 else gated_unit(activation, *products)).astype(dtype)
+    y = backend.module("grouped_matmul").grouped_matmul(
+        x, several, plan, of_tokens=of_tokens, biases=biases, adapters=adapters, steps=steps, activation=activation
+    )
+    return y.astype(dtype)
 
 
 def gated_products(
@@ -75,33 +83,26 @@ def gated_products(
     plan: RoutingPlan,
     *,
     biases: Sequence[Float[Array, "E out"] | None] = (),
-    adapters: Adapters = (),
+    adapters: LayerPages | None = None,
     steps: LoRASteps | Shrunk | None = None,
     activation: Activation = "silu",
-    implementation: Implementation,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "Q out"], Float[Array, "Q out"], Float[Array, "Q out"]]:
     """`grouped_matmul` of a pair in x's dtype, and the two factors that it is made of: what a backward pass reads.
 
-    Arguments and errors are those of `grouped_matmul`; `implementation` is the backend that the plan was made for.
+    Arguments and errors are those of `grouped_matmul`.
+
+    Returns:
+      Three times `[Q, out]`: the gated product, gate's product and up's.
     """
-    own_biases, pages = _one_a_weight(weights, biases, adapters)
-    check_slots(plan, pages)
+    backend = _backend("grouped_matmul", x, weights, adapters, plan, x.dtype, implementation)
+    biases, adapters = _one_per_weight(weights, biases, adapters)
+    x, weights, biases, adapters = no_gradient(ADVICE.format("gated_products"), (x, weights, biases, adapters))
     if plan.position.shape[0] == 0:
         return (jnp.zeros((plan.order.shape[0], weights[0].shape[1]), x.dtype),) * 3
-    picked = _pick(x, weights, plan, pages, x.dtype, implementation)
-    if picked == "hopper":
-        return hopper.grouped_matmul(  # type: ignore[return-value]
-            x, weights, plan, False, pages, activation, steps, biases=own_biases, keep=True
-        )
-    if picked == "portable":
-        gate, up = (
-            portable.grouped_matmul(x, (weight,), plan, False, (own,), activation, biases=(bias,))
-            for weight, bias, own in zip(weights, own_biases, pages, strict=True)
-        )
-    else:
-        gate, up = _products(picked, x, weights, plan, own_biases, pages, None)
-    gated = gated_unit(activation, gate.astype(jnp.float32), up.astype(jnp.float32))
-    return gated.astype(x.dtype), gate.astype(x.dtype), up.astype(x.dtype)
+    return backend.module("grouped_matmul").gated_products(
+        x, weights, plan, biases=biases, adapters=adapters, steps=steps, activation=activation
+    )
 
 
 def input_gradient(
@@ -109,7 +110,7 @@ def input_gradient(
     weights: Sequence[Float[Array, "E out in"]],
     plan: RoutingPlan,
     *,
-    adapters: Adapters = (),
+    adapters: LayerPages | None = None,
     shrunk: Sequence[Shrunk | None] = (),
     implementation: Implementation | None = None,
 ) -> Float[Array, "Q in"]:
@@ -118,118 +119,97 @@ def input_gradient(
     `dx[r] = sum dy[r] @ W[e] + scale[s, e] * (dy[r] @ B[s, e]) @ A[s, e]`, in dy's dtype, summed in float32.
 
     Args:
-      dys, weights, adapters: of each projection; adapters as the forward pass has them, or none at all.
-      shrunk: what `shrink` made of each dy by `LoRAPages.transposed()`, where it is there already.
-      implementation: as in `grouped_matmul`; portable has no such kernel.
+      dys: cotangents, one for each projection.
+      weights: of each projection.
+      plan: as `make_plan` made it. Portable has no such kernel: on its plans the op runs through XLA.
+      adapters: as the forward pass has them.
+      shrunk: what `shrink` made of each dy by `LayerPages.transposed()`, where it is there already.
+      implementation: a backend by name, or None for the plan's.
 
     Returns:
-      `[Q, in]`; rows that the plan skips, or that lie between two experts, hold anything.
+      `[Q, in]`; rows that the plan skips, or that lie between two experts, are undefined.
 
     Raises:
-      UnsupportedImplementation, ValueError: as `grouped_matmul`.
+      UnsupportedImplementation: as `grouped_matmul`.
+      InputError: as `grouped_matmul`.
+      NotDifferentiable: when it is differentiated: there are no second derivatives.
     """
-    several = tuple(weights)
+    several, dys = tuple(weights), tuple(dys)
     if len(dys) != len(several):
-        raise ValueError(f"Got {len(dys)} cotangents for {len(several)} weights; expected one a weight.")
-    _, pages = _one_a_weight(several, (), adapters)
-    check_slots(plan, pages)
-    dtype = dys[0].dtype
+        raise InputError(f"Got {len(dys)} cotangents for {len(several)} weights; expected one for each weight.")
+    backend = _backend("input_gradient", dys[0], several, adapters, plan, dys[0].dtype, implementation)
+    _, adapters = _one_per_weight(several, (), adapters)
+    dys, several, adapters = no_gradient(FIRST_ORDER.format("input_gradient"), (dys, several, adapters))
     if plan.position.shape[0] == 0:
-        return jnp.zeros((plan.order.shape[0], several[0].shape[2]), dtype)
-    picked = _pick(dys[0], several, plan, pages, dtype, implementation)
-    if picked == "hopper":
-        return hopper.input_gradient(tuple(dys), several, plan, pages, tuple(shrunk) or (None,) * len(several))
-    if picked == "portable":
-        if implementation is not None:
-            raise UnsupportedImplementation("portable has no transposed form; use implementation='xla' or None.")
-        picked = "xla"
-    total: Array | None = None
-    for dy, weight, own in zip(dys, several, pages, strict=True):
-        product = _MATMUL[picked](dy, weight, plan, None, None, True)
-        total = product if total is None else total + product
-        if own is not None:
-            total = grouped_lora(total, dy, own.transposed(), plan, None, picked)
-    assert total is not None
-    return total.astype(dtype)
-
-
-def _one_a_weight(
-    weights: Sequence[Array], biases: Sequence[Array | None], adapters: Adapters
-) -> tuple[tuple[Array | None, ...], Adapters]:
-    """Biases and adapters, None for each weight where there are none."""
-    none = (None,) * len(weights)
-    own_biases, pages = tuple(biases) or none, tuple(adapters) or none
-    if {len(pages), len(own_biases)} != {len(weights)} or len({weight.shape for weight in weights}) != 1:
-        raise ValueError(
-            f"Got {len(pages)} adapters and {len(own_biases)} biases for weights of shapes "
-            f"{[list(weight.shape) for weight in weights]}; expected one (or None) a weight, and a pair of one shape."
-        )
-    return own_biases, pages
-
-
-def _pick(
-    x: Array,
-    weights: Sequence[Array],
-    plan: RoutingPlan,
-    pages: Adapters,
-    dtype: jax.typing.DTypeLike,
-    implementation: Implementation | None,
-) -> Implementation:
-    """The backend; where none was asked for, one that can read the plan."""
-    picked = choose_for(x, weights, pages, dtype, implementation).picked
-    if implementation is None:
-        if picked == "hopper" and plan.alignment % ROW_ALIGNMENT:
-            return "xla"
-        if picked == "portable" and not portable.reads(plan):
-            return "xla"
-    return picked
-
-
-def _products(
-    picked: Implementation,
-    x: Array,
-    weights: Sequence[Array],
-    plan: RoutingPlan,
-    biases: Sequence[Array | None],
-    adapters: Adapters,
-    row_index: Array | None,
-) -> list[Array]:
-    """Each projection's rows in float32, through XLA or by the definition."""
-
-    def project(weight: Array, bias: Array | None, own: LoRAPages | None) -> Array:
-        y = _MATMUL[picked](x, weight, plan, row_index, bias, False)
-        return y if own is None else grouped_lora(y, x, own, plan, row_index, picked)
-
-    return [project(*each) for each in zip(weights, biases, adapters, strict=True)]
+        return jnp.zeros((plan.order.shape[0], several[0].shape[2]), dys[0].dtype)
+    shrunk = tuple(shrunk) or (None,) * len(several)
+    return backend.module("input_gradient").input_gradient(dys, several, plan, adapters=adapters, shrunk=shrunk)
 
 
 def weight_gradient(x: Float[Array, "Q in"], dy: Float[Array, "Q out"], plan: RoutingPlan) -> Float[Array, "E out in"]:
     """Float32 cotangent of the weights of `y[r] = x[r] @ W[e].T`, for `dy` that of y: `dW[e] = sum dy[r].T x[r]`.
 
-    Through XLA on every device: a loop over the tiles in use, in sorted order. x, dy: rows in sorted order; rows that
-    no tile covers may hold anything.
+    Through XLA on every device: a loop over the tiles in use, in sorted order.
+
+    Args:
+      x: rows in sorted order; rows that no tile covers may be undefined.
+      dy: cotangents in sorted order, likewise.
+      plan: as `make_plan` made it.
+
+    Raises:
+      NotDifferentiable: when it is differentiated: there are no second derivatives.
     """
+    x, dy = no_gradient(FIRST_ORDER.format("weight_gradient"), (x, dy))
     return xla.weight_gradient(x, dy, plan)
 
 
-def lora_steps(
-    plan: RoutingPlan, projections: Sequence[Adapters], implementation: Implementation
-) -> list[LoRASteps | None]:
-    """For each projection what `grouped_matmul` takes as `steps`, made in one go; None where the backend needs none.
+def _backend(
+    op: Op,
+    x: Array,
+    weights: Sequence[Array],
+    adapters: LayerPages | None,
+    plan: RoutingPlan,
+    dtype: jax.typing.DTypeLike,
+    implementation: Implementation | None,
+) -> Backend:
+    """The plan's backend or the one that was asked for, which can run the call."""
+    backend = backend_for_plan(plan.backend, implementation)
+    if implementation is None:
+        backend = backend.for_op(op)
+    try:
+        choose_for(x, weights, adapters, dtype, backend.name)
+    except UnsupportedImplementation as error:
+        if implementation is not None:
+            raise
+        raise UnsupportedImplementation(
+            f"The plan was made for {plan.backend!r}. {error} Give make_plan the dtype and the widths of the rows."
+        ) from error
+    _check_slots(plan, adapters)
+    return backend
 
-    Args:
-      projections: the `adapters` of each call. implementation: the backend that the plan was made for.
-    """
-    return make_steps(plan, projections) if implementation == "hopper" else [None] * len(projections)
+
+def _one_per_weight(
+    weights: Sequence[Array], biases: Sequence[Array | None], adapters: LayerPages | None
+) -> tuple[Biases, LayerPages]:
+    """Biases and adapters with a place for each weight."""
+    every = tuple(biases) or (None,) * len(weights)
+    places = adapters.places if adapters is not None else tuple(Place(str(nth)) for nth in range(len(weights)))
+    if {len(places), len(every)} != {len(weights)} or len({weight.shape for weight in weights}) != 1:
+        raise InputError(
+            f"Got adapters of {len(places)} modules and {len(every)} biases for weights of shapes "
+            f"{[list(weight.shape) for weight in weights]}; expected one for each weight, and a pair of one shape "
+            "(LayerPages.select gives the modules of a call)."
+        )
+    return every, LayerPages({}, {}, {}, places, 0) if adapters is None else adapters
 
 
-def check_slots(plan: RoutingPlan, adapters: Iterable[LoRAPages | None]) -> None:
+def _check_slots(plan: RoutingPlan, adapters: LayerPages | None) -> None:
     """Refuses adapters whose experts and slots are not the plan's: a look-up would be clamped to another's pages."""
     experts, segments = plan.segment_sizes.shape
-    for pages in adapters:
-        if pages is not None and pages.scale.shape != (segments - 1, experts):
-            raise ValueError(
-                f"Adapters of {list(pages.scale.shape)} slots and experts came with a plan of "
+    for module, scale in ({} if adapters is None else adapters.scales).items():
+        if scale.shape != (segments - 1, experts):
+            raise InputError(
+                f"Adapters of {module!r} have {list(scale.shape)} slots and experts and came with a plan of "
                 f"{[segments - 1, experts]}; give make_plan their numbers."
             )
 
@@ -237,7 +217,7 @@ def check_slots(plan: RoutingPlan, adapters: Iterable[LoRAPages | None]) -> None
 def choose_for(
     x: Float[Array, "M in"],
     weights: Iterable[Float[Array, "E _out _in"]],
-    adapters: Iterable[LoRAPages | None],
+    adapters: LayerPages | None,
     dtype: jax.typing.DTypeLike,
     implementation: Implementation | None = None,
     *,
@@ -246,18 +226,31 @@ def choose_for(
     """The backend that a `grouped_matmul` of these gets: `backend.choose` with their dtypes, widths and slots.
 
     Args:
+      x: the rows.
+      weights: of all projections.
+      adapters: of all projections, or None.
+      dtype: of the result.
+      implementation: a backend by name, or None for the best.
       rounded: float32 pages will be rounded to x's dtype.
+
+    Raises:
+      UnsupportedImplementation: as `choose`.
     """
-    several, given = list(weights), [pages for pages in adapters if pages is not None]
-    of_pages = [pages.a.dtype for pages in given if not (rounded and pages.a.dtype == jnp.float32)]
-    operands = [*(array.dtype for array in several), *of_pages]
-    slots = max((pages.scale.shape[0] for pages in given), default=0)
-    widths = several[0].shape[1:]
+    several = list(weights)
     return choose(
         implementation,
         dtype=x.dtype,
-        operands=operands,
-        widths=widths,
+        operands=operands_of(x, several, adapters, rounded),
+        widths=several[0].shape[1:],
         result=dtype,
-        slots=slots,
+        slots=0 if adapters is None else adapters.num_slots,
     )
+
+
+def operands_of(
+    x: Array, weights: Iterable[Array], adapters: LayerPages | None, rounded: bool = False
+) -> list[jax.typing.DTypeLike]:
+    """Dtypes of the weights and of the pages; arguments as in `choose_for`."""
+    pools = () if adapters is None else adapters.pools.values()
+    of_pages = [pool.dtype for pool in pools if not (rounded and pool.dtype == jnp.float32)]
+    return [*(array.dtype for array in weights), *of_pages]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.plan.api import RoutingPlan, make_plan
 from pallas_kernels.specs import LAYERS, LayerSpec
 from pallas_kernels.xla.dot import matmul_t
@@ -69,7 +69,7 @@ def measure(expression: Expression, spec: LayerSpec, tokens: int, dtype: str, re
     x = jax.random.normal(keys[0], (rows, spec.hidden_size), dtype)
     weights = jax.random.normal(keys[1], (spec.num_experts, spec.expert_width, spec.hidden_size), dtype) * 0.02
     chosen = lax.top_k(jax.random.normal(keys[2], (tokens, spec.num_experts)), spec.top_k)[1]
-    plan = make_plan(chosen, jnp.full(tokens, -1), spec.num_experts, 0)
+    plan = make_plan(chosen, jnp.full(tokens, -1), spec.num_experts, 0, "xla")
     calls = 4
 
     @jax.jit

@@ -5,15 +5,18 @@ from functools import partial
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation, gated_unit
-from pallas_kernels.backend import UnsupportedImplementation
-from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.dispatch.hopper import dispatch
+from pallas_kernels.errors import InputError
 from pallas_kernels.grouped_lora.hopper_shrink import shrink_adapters
 from pallas_kernels.grouped_matmul import hopper_kernel
 from pallas_kernels.grouped_matmul.hopper_kernel import Source
-from pallas_kernels.hopper import ring
-from pallas_kernels.hopper.tuning import Config, Matmul, config_for, why_not
-from pallas_kernels.lora_steps.api import Adapters, LoRASteps, Shrunk, make_steps, steps_of, with_nothing
-from pallas_kernels.plan.api import RoutingPlan, Tiles, cut_groups
+from pallas_kernels.hopper.tuned_file import config_for
+from pallas_kernels.hopper.tuning import Config, Matmul, why_not
+from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, make_lora_steps
+from pallas_kernels.lora_steps.hopper import layout_of
+from pallas_kernels.pages import LayerPages
+from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.plan.tiles import Tiles, cut_groups
 
 Biases = tuple[Float[Array, "E _out"] | None, ...]
 
@@ -22,52 +25,65 @@ def grouped_matmul(
     x: Float[Array, "M in"],
     weights: tuple[Float[Array, "E _out _in"], ...],
     plan: RoutingPlan,
+    *,
     of_tokens: bool,
-    adapters: Adapters,
+    biases: Biases,
+    adapters: LayerPages,
+    steps: LoRASteps | Shrunk | None,
     activation: Activation,
-    steps: LoRASteps | Shrunk | None = None,
     config: Config | None = None,
-    biases: Biases = (None, None),
-    keep: bool = False,
-) -> tuple[Float[Array, "Q out"], ...]:
-    """What `api.grouped_matmul` promises, by the Hopper kernels, and with `keep` both factors of a gated product.
+) -> Float[Array, "Q out"]:
+    """What `api.grouped_matmul` promises, by the Hopper kernels.
 
     Args:
-      config: `tuning.config_for`'s where None.
+      config: `tuned_file.config_for`'s where None.
     """
     config, tiles = _cut(weights, plan, config)
     rows = dispatch(x, plan.position, plan.order.shape[0], config.num_sms) if of_tokens else x
     unit = partial(gated_unit, activation) if len(weights) == 2 else None
     source = _source(rows, weights, adapters, plan, tiles, steps, config)
-    return hopper_kernel.grouped_matmul((source,), tiles, config, unit, biases, keep=keep)
+    return hopper_kernel.grouped_matmul((source,), tiles, config, unit, biases)[0]
+
+
+def gated_products(
+    x: Float[Array, "Q in"],
+    weights: tuple[Float[Array, "E out in"], ...],
+    plan: RoutingPlan,
+    *,
+    biases: Biases,
+    adapters: LayerPages,
+    steps: LoRASteps | Shrunk | None,
+    activation: Activation,
+    config: Config | None = None,
+) -> tuple[Float[Array, "Q out"], ...]:
+    """What `api.gated_products` promises; the kernel writes both factors beside the gated product."""
+    config, tiles = _cut(weights, plan, config)
+    source = _source(x, weights, adapters, plan, tiles, steps, config)
+    return hopper_kernel.grouped_matmul((source,), tiles, config, partial(gated_unit, activation), biases, keep=True)
 
 
 def input_gradient(
     dys: tuple[Float[Array, "Q _out"], ...],
     weights: tuple[Float[Array, "E out in"], ...],
     plan: RoutingPlan,
-    adapters: Adapters,
+    *,
+    adapters: LayerPages,
     shrunk: tuple[Shrunk | None, ...],
     config: Config | None = None,
 ) -> Float[Array, "Q in"]:
     """What `api.input_gradient` promises, by the Hopper kernels."""
     config, tiles = _cut(weights, plan, config)
     sources = [
-        _source(dy, (weight,), (pages and pages.transposed(),), plan, tiles, own, config)
-        for dy, weight, pages, own in zip(dys, weights, adapters, shrunk, strict=True)
+        _source(dy, (weight,), adapters.select(place.module).transposed(), plan, tiles, given, config)
+        for dy, weight, place, given in zip(dys, weights, adapters.places, shrunk, strict=True)
     ]
     return hopper_kernel.grouped_matmul(tuple(sources), tiles, config, transposed=True)[0]
 
 
 def _cut(weights: tuple[Array, ...], plan: RoutingPlan, config: Config | None) -> tuple[Config, Tiles]:
     """How the call is cut, and the tiles that it takes: the plan's, where they have the size."""
-    if plan.alignment % ring.ROW_ALIGNMENT:
-        raise UnsupportedImplementation(
-            f"The plan aligns experts to {plan.alignment} rows, hopper needs {ring.ROW_ALIGNMENT}; "
-            "give make_plan implementation='hopper'."
-        )
     if config is not None and (reason := why_not(config)):
-        raise ValueError(f"The Hopper kernels cannot be cut like this: {reason}.")
+        raise InputError(f"The Hopper kernels cannot be cut like this: {reason}.")
     pairs = plan.position.shape[0]
     config = config or config_for(Matmul.of(weights, pairs), plan.tiles.size)
     if plan.tiles.size == config.tile_rows:
@@ -78,24 +94,27 @@ def _cut(weights: tuple[Array, ...], plan: RoutingPlan, config: Config | None) -
 def _source(
     rows: Array,
     weights: tuple[Array, ...],
-    adapters: Adapters,
+    adapters: LayerPages,
     plan: RoutingPlan,
     tiles: Tiles,
     steps: LoRASteps | Shrunk | None,
     config: Config,
 ) -> Source:
-    """The product and its adapters' expand; what is not given of the steps, or for other tiles, is made."""
-    if all(pages is None for pages in adapters):
+    """The product and its adapters' expand; steps that are not given, or were made for other tiles, are made here."""
+    if not adapters.modules:
         return Source(rows, weights)
     lists = steps.steps if isinstance(steps, Shrunk) else steps
     if lists is None or lists.tile_rows != tiles.size:
-        (lists,) = make_steps(plan, (adapters,), tiles)
+        (lists,) = make_lora_steps(plan, (adapters,), tiles)
         assert lists is not None
         steps = None
-    pages = with_nothing(adapters)
-    pools_b = tuple(own.b for own in pages)
+    pages = adapters.pad_with_empty_pages()
+    pools_of_b = tuple(pages.pools[place.b] for place in pages.places)
     if isinstance(steps, Shrunk):
-        return Source(rows, weights, lists, steps.hidden, pools_b)
-    if lists.of != (wanted := steps_of(plan, pages, tiles.size)):
-        raise ValueError(f"steps were made for other adapters ({lists.of}) than these ({wanted}); see lora_steps.")
-    return Source(rows, weights, lists, shrink_adapters(rows, adapters, tiles, lists, config.num_sms).hidden, pools_b)
+        return Source(rows, weights, lists, steps.hidden, pools_of_b)
+    if lists.layout != (wanted := layout_of(plan, pages, tiles.size)):
+        raise InputError(
+            f"steps were made for other adapters ({lists.layout}) than these ({wanted}); see make_lora_steps."
+        )
+    hidden = shrink_adapters(rows, adapters, tiles, lists, config.num_sms).hidden
+    return Source(rows, weights, lists, hidden, pools_of_b)

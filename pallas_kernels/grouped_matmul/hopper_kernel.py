@@ -5,7 +5,7 @@ share of the items; its memory warpgroup streams stages of 64 elements of K thro
 warpgroups (or one, where few items would leave SMs idle) multiply them. A stage holds two parts of the weights, 64 rows
 a warpgroup each, and the tile's rows: part 0 and 1 are gate and up of the same columns (gated), or two runs of columns
 of one weight (plain). After K come the LoRA steps: four pages of B in place of the weights, and the step's H (see
-`steps.py`) in place of the rows.
+`lora_steps/api.py`) in place of the rows.
 
 Weights are on wgmma's M side and the tile's rows on its N side: a warpgroup's accumulators are [64 weight rows, rows].
 N may be any multiple of 8, so a tile can be all rows of an expert, however few. A kernel has code for a few widths
@@ -28,12 +28,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.hopper import ring
-from pallas_kernels.hopper.ring import DEPTH, DOWN, HALF, ROW_ALIGNMENT
+from pallas_kernels.hopper.limits import DEPTH, HALF, ROW_ALIGNMENT
+from pallas_kernels.hopper.ring import DOWN
 from pallas_kernels.hopper.tuning import Config
 from pallas_kernels.lora_steps.api import LoRASteps
 from pallas_kernels.lora_steps.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.pages import RANK_PAGE
-from pallas_kernels.plan.api import Tiles
+from pallas_kernels.plan.tiles import Tiles
 
 PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
 STORED_ROWS = 64  # of a tile, at a time, where factors are kept

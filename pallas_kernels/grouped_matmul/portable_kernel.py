@@ -3,8 +3,8 @@
 A block computes one tile of rows (all of one expert) times one block of output columns. It streams stages of 64
 elements of K through a ring in shared memory: the tile's rows, and 64 or 128 rows of each weight. `emit_pipeline` fills
 the ring, by cp.async below sm_90 and by TMA from there on, and waits for it; one warpgroup multiplies. After K come the
-tile's LoRA steps (see `steps.py`) through a second ring, into the same accumulators: the step's H in place of the rows,
-four pages of B in place of the weights.
+tile's LoRA steps (see `lora_steps/api.py`) through a second ring, into the same accumulators: the step's H in place of
+the rows, four pages of B in place of the weights.
 
 A page is 16 ranks, and mma.sync multiplies 16 elements of K at a time: a page that is not a row's own adds exact zeros,
 wherever in a step it lies. The plan aligns each expert's first row to the rows of a tile, so a tile is read and written
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.lora_steps.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP, RANKS
 from pallas_kernels.lora_steps.xla import PackedSteps
 from pallas_kernels.pages import RANK_PAGE
-from pallas_kernels.plan.api import Tiles
+from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.portable.ring import across, compiler_params, release_stage, staged
 from pallas_kernels.portable.tuning import DEPTH, EXPAND_STAGES, Config
 

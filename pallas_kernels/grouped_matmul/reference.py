@@ -1,13 +1,17 @@
 """The definition of the grouped matmul: every row times every expert's weight, the row's own kept. For reading."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_lora import reference as reference_lora
+from pallas_kernels.grouped_matmul import unfused
 from pallas_kernels.plan.api import RoutingPlan, row_experts
 
 
-def grouped_matmul(
+def multiply(
     x: Float[Array, "M in"],
     weights: Float[Array, "E _out _in"],
     plan: RoutingPlan,
@@ -27,3 +31,8 @@ def grouped_matmul(
         products = products + bias.astype(jnp.float32)[:, None]
     own = expert[None, :, None] == jnp.arange(weights.shape[0])[:, None, None]
     return jnp.where(own, products, 0.0).sum(0)
+
+
+grouped_matmul = partial(unfused.grouped_matmul, multiply, reference_lora.grouped_lora)
+gated_products = partial(unfused.gated_products, multiply, reference_lora.grouped_lora)
+input_gradient = partial(unfused.input_gradient, multiply, reference_lora.grouped_lora)

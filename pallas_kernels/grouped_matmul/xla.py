@@ -4,16 +4,21 @@ The cost follows the routed rows. `jax.lax.ragged_dot` multiplies every row with
 kernel of its own; `bench.py` compares the two.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.grouped_lora import xla as xla_lora
+from pallas_kernels.grouped_matmul import unfused
 from pallas_kernels.plan.api import RoutingPlan
 from pallas_kernels.xla.dot import batched_matmul, batched_matmul_t, outer
 from pallas_kernels.xla.tile_loop import over_tiles, window
+from pallas_kernels.xla.varying import varying_as
 
 
-def grouped_matmul(
+def multiply(
     x: Float[Array, "M in"],
     weights: Float[Array, "E _out _in"],
     plan: RoutingPlan,
@@ -23,15 +28,15 @@ def grouped_matmul(
 ) -> Float[Array, "Q out"]:
     tiles = plan.tiles
     out = jnp.zeros((plan.order.shape[0], weights.shape[2 if transposed else 1]), jnp.float32)
-    multiply = batched_matmul if transposed else batched_matmul_t
+    matmul = batched_matmul if transposed else batched_matmul_t
 
     def tile(index, rows, old):
         del old
         own = x[rows if row_index is None else row_index[rows]]
-        y = multiply(own, weights[tiles.expert[index]])
+        y = matmul(own, weights[tiles.expert[index]])
         return y if bias is None else y + bias[tiles.expert[index]].astype(jnp.float32)[:, None]
 
-    return over_tiles(tiles, out, tile)
+    return over_tiles(tiles, out, tile, (x, weights, row_index, bias))
 
 
 def weight_gradient(x: Float[Array, "Q in"], dy: Float[Array, "Q out"], plan: RoutingPlan) -> Float[Array, "E out in"]:
@@ -42,4 +47,10 @@ def weight_gradient(x: Float[Array, "Q in"], dy: Float[Array, "Q out"], plan: Ro
         return total.at[expert].add(outer(others, rows))
 
     shape = (plan.group_sizes.shape[0], dy.shape[1], x.shape[1])
-    return lax.fori_loop(0, plan.tiles.count.reshape(-1)[0], tile, jnp.zeros(shape, jnp.float32))
+    zeros = varying_as(jnp.zeros(shape, jnp.float32), x, dy, plan)
+    return lax.fori_loop(0, plan.tiles.count.reshape(-1)[0], tile, zeros)
+
+
+grouped_matmul = partial(unfused.grouped_matmul, multiply, xla_lora.grouped_lora)
+gated_products = partial(unfused.gated_products, multiply, xla_lora.grouped_lora)
+input_gradient = partial(unfused.input_gradient, multiply, xla_lora.grouped_lora)

@@ -53,12 +53,15 @@ class Comparisons:
         return lax.fori_loop(0, rounds, lambda i, acc: acc + term(first + i * stride), zero).sum(1)
 
 
-class Places(NamedTuple):
-    """What a plan kernel finds out. Tables of tiles have lengths that are rounded up to 64.
+class CountedPlaces(NamedTuple):
+    """What a plan kernel counts. Tables of tiles have lengths that are rounded up to 64.
 
     Attributes:
-      position: int32 `[N]`. sizes, starts: int32 `[G]`, rows of each group (an expert), and its first row.
-      tile_expert, tile_start, tile_rows: int32 `[M]`. tile_count: int32 `[64]`, all the same.
+      position: int32 `[N]`.
+      sizes: int32 `[G]`, rows of each group (an expert).
+      starts: int32 `[G]`, first row of each group.
+      tile_expert, tile_start, tile_rows: int32 `[M]`, as in `Tiles`.
+      tile_count: int32 `[64]`, all the same.
     """
 
     position: Int[Array, "N"]
@@ -70,8 +73,8 @@ class Places(NamedTuple):
     tile_count: Int[Array, "64"]
 
     @classmethod
-    def of(cls, blocks: Sequence[Array], rows: int, groups: int) -> "Places":
-        """Of the kernel's results, `[.., 64]` each."""
+    def of(cls, blocks: Sequence[Array], rows: int, groups: int) -> "CountedPlaces":
+        """From the kernel's results, `[.., 64]` each."""
         position, sizes, starts, *tiles = (block.reshape(-1) for block in blocks)
         return cls(position[:rows], sizes[:groups], starts[:groups], *tiles)
 
@@ -107,8 +110,3 @@ def write_tiles(
     tile_expert[chunk] = jnp.where(used > 0, own, 0)
     tile_start[chunk] = jnp.where(used > 0, start + within, 0)
     tile_used[chunk] = used
-
-
-def group_start(lower: Int[Array, "N"], group: Int[Array, "N"], alignment: int) -> Int[Array, "N"]:
-    """First row of a group that comes after `lower` rows: aligned, and known without the other groups' sizes."""
-    return (lower + (group + 1) * (alignment - 1)) & ~(alignment - 1)

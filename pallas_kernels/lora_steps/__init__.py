@@ -1,0 +1,1 @@
+"""The adapters' work of each tile, cut into steps of four pages."""

@@ -1,4 +1,4 @@
-"""The fields of LoRA entries, which lists are made of and kernels read (see `steps.py`)."""
+"""The fields of LoRA entries, which lists are made of and kernels read (see `api.py`)."""
 
 from pallas_kernels.pages import RANK_PAGE
 

@@ -1,18 +1,19 @@
-"""The lists of LoRA steps through XLA, packed: for kernels whose grid is the steps. `steps.py` says what a step is."""
+"""The lists of LoRA steps through XLA, packed: for kernels whose grid is the steps. `api.py` says what a step is."""
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels.lora_steps.entries import PAGES_A_STEP
-from pallas_kernels.pages import RANK_PAGE, LoRAPages
-from pallas_kernels.plan.api import RoutingPlan, Tiles
+from pallas_kernels.pages import RANK_PAGE, LayerPages
+from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.plan.tiles import Tiles
+from pallas_kernels.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclass(frozen=True)
 class PackedSteps:
     """The LoRA steps of all tiles. N is a static bound of their number.
@@ -31,15 +32,14 @@ class PackedSteps:
         return self.entries.shape[0] // PAGES_A_STEP
 
 
-def make_packed_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, ...]) -> PackedSteps:
+def make_packed_steps(plan: RoutingPlan, tiles: Tiles, pages: LayerPages) -> PackedSteps:
     """The steps of `tiles` for one projection, or for two that share their input.
 
-    Two projections have one pool of A where it is the same array (as `AdapterBank.layer` gives it); only there can a
-    page be one that both alias.
+    Only where two projections have their pages of A in one pool can a page be one that both alias.
     """
     num_experts, num_slots = plan.segment_sizes.shape[0], plan.segment_sizes.shape[1] - 1
     num_tiles = tiles.expert.shape[0]
-    most = sum(-(-p.max_rank // RANK_PAGE) for p in pages)  # entries of one slot in one tile
+    most = len(pages.places) * -(-pages.max_rank // RANK_PAGE)  # entries of one slot in one tile
     runs = min(plan.position.shape[0], num_experts * num_slots + num_tiles)
     bound = num_tiles + -(-runs * most // PAGES_A_STEP)
 
@@ -47,15 +47,15 @@ def make_packed_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, .
     present = end > begin
 
     # [projection, tiles, S]: first page of A and of B, number of pages; scale.
-    table = jnp.stack([p.table[:, tiles.expert] for p in pages]).swapaxes(1, 2)
-    scale = jnp.stack([p.scale[:, tiles.expert] for p in pages]).swapaxes(1, 2)
+    table = jnp.stack([pages.tables[place.module][:, tiles.expert] for place in pages.places]).swapaxes(1, 2)
+    scale = jnp.stack([pages.scales[place.module][:, tiles.expert] for place in pages.places]).swapaxes(1, 2)
     first_a, first_b, count = table[..., 0], table[..., 1], jnp.where(present[None], table[..., 2], 0)
     aliased = jnp.zeros_like(present)
-    one_pool = pages[0].a is pages[-1].a
-    if len(pages) == 2 and one_pool:
+    one_pool, projections = pages.a_in_one_pool, len(pages.places)
+    if projections == 2 and one_pool:
         same = (first_a[0] == first_a[1]) & (count[0] == count[1]) & (scale[0] == scale[1])
         aliased = same & (count[0] > 0)
-    second = jnp.where(aliased, 0, count[-1]) if len(pages) == 2 else jnp.zeros_like(count[0])
+    second = jnp.where(aliased, 0, count[-1]) if projections == 2 else jnp.zeros_like(count[0])
     total = count[0] + second
 
     steps_of = -(-total.sum(1) // PAGES_A_STEP)
@@ -66,12 +66,12 @@ def make_packed_steps(plan: RoutingPlan, tiles: Tiles, pages: tuple[LoRAPages, .
     index = jnp.arange(most, dtype=jnp.int32)[None, None, :]  # [tiles, S, most]
     own = index < count[0][..., None]  # the first projection's entry, or one that serves both
     page = jnp.where(own, index, index - count[0][..., None])
-    last = len(pages) - 1
+    last = projections - 1
     page_a = jnp.where(own, first_a[0][..., None], first_a[last][..., None]) + page
     if not one_pool:
         page_a = jnp.where(own, page_a, ~page_a)
     page_b0 = page_b1 = jnp.where(own, first_b[0][..., None] + page, 0)
-    if len(pages) == 2:
+    if projections == 2:
         page_b1 = jnp.where(~own | aliased[..., None], first_b[1][..., None] + page, 0)
     factor = jnp.where(own, scale[0][..., None], scale[last][..., None])
     columns = [page_a, page_b0, page_b1, begin[..., None], end[..., None], lax.bitcast_convert_type(factor, jnp.int32)]

@@ -1,0 +1,1 @@
+"""The routing plan: rows sorted by expert and slot, and the tiles that they are cut into."""

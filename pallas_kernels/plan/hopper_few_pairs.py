@@ -16,8 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels.backend import target_sms
 from pallas_kernels.hopper import ring
-from pallas_kernels.hopper.counting import BLOCK, Comparisons, Places, group_start, tiles_of, write_tiles
+from pallas_kernels.hopper.counting import BLOCK, Comparisons, CountedPlaces, tiles_of, write_tiles
+from pallas_kernels.plan.tiles import group_start
 
 MAX_PAIRS, MAX_EXPERTS = 4096, 256
 WARPGROUPS = 4
@@ -31,8 +33,8 @@ def runs(pairs: int, num_experts: int, num_slots: int) -> bool:
 
 def places_and_tiles(
     keys: Int[Array, "P"], segments: int, num_experts: int, alignment: int, tile_rows: int, num_tiles: int
-) -> tuple[Places, Int[Array, "before"]]:
-    """Places of the pairs, sizes and starts of the experts, and tiles; and `before`.
+) -> tuple[CountedPlaces, Int[Array, "before"]]:
+    """CountedPlaces of the pairs, sizes and starts of the experts, and tiles; and `before`.
 
     The last, int32, is the pairs of a lower (expert, slot) for each, from (0, 0) on: `E * (S + 1) + 64` or more.
 
@@ -48,7 +50,7 @@ def places_and_tiles(
     pair_jobs = chunks
     tile_jobs = pl.cdiv(num_tiles, WARPGROUPS * BLOCK)
     segment_chunks = pl.cdiv(num_experts * segments, BLOCK) + 1  # one more, so that 64 can be read from anywhere
-    together = segment_chunks <= ring.NUM_SMS  # the warpgroups of a block count for the same 64 segments
+    together = segment_chunks <= target_sms()  # the warpgroups of a block count for the same 64 segments
     segment_jobs = segment_chunks if together else pl.cdiv(segment_chunks, WARPGROUPS)
     last = jnp.iinfo(jnp.int32).max
     padded = jnp.full(chunks * BLOCK, last, jnp.int32).at[:pairs].set(keys).reshape(chunks, BLOCK)
@@ -190,4 +192,4 @@ def places_and_tiles(
         ),
         compiler_params=ring.compiler_params(),
     )(padded)
-    return Places.of((position, sizes, starts, *tables, count), pairs, num_experts), before.reshape(-1)
+    return CountedPlaces.of((position, sizes, starts, *tables, count), pairs, num_experts), before.reshape(-1)

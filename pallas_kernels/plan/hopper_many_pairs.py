@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.hopper import ring
-from pallas_kernels.hopper.counting import BLOCK, Comparisons, Places, group_start, tiles_of, write_tiles
+from pallas_kernels.hopper.counting import BLOCK, Comparisons, CountedPlaces, tiles_of, write_tiles
+from pallas_kernels.plan.tiles import group_start
 
 WARPGROUPS = 4
 PARTS = 2 * WARPGROUPS  # of a chunk: a warpgroup places one with few ids before it, and one with many
@@ -30,7 +31,9 @@ def runs(ids: int, groups: int) -> bool:
     return 0 < chunks <= MAX_CHUNKS and 4 * chunks * blocks * BLOCK <= COUNT_BYTES
 
 
-def places(ids: Int[Array, "N"], groups: int, alignment: int = 1, tile_rows: int = 1, num_tiles: int = 1) -> Places:
+def places(
+    ids: Int[Array, "N"], groups: int, alignment: int = 1, tile_rows: int = 1, num_tiles: int = 1
+) -> CountedPlaces:
     """Place of each id in a stable sort, each group's first a multiple of `alignment`, and the groups cut into tiles.
 
     Args:
@@ -41,7 +44,7 @@ def places(ids: Int[Array, "N"], groups: int, alignment: int = 1, tile_rows: int
     padded = jnp.full(chunks * CHUNK, groups + 1, jnp.int32).at[: ids.shape[0]].set(ids)
     padded = padded.reshape(chunks, PARTS, BLOCK)
     counts = _count(padded, blocks)
-    return Places.of(_place(padded, counts, groups, alignment, tile_rows, num_tiles), ids.shape[0], groups)
+    return CountedPlaces.of(_place(padded, counts, groups, alignment, tile_rows, num_tiles), ids.shape[0], groups)
 
 
 def _count(ids: Int[Array, "chunks parts 64"], blocks: int) -> Int[Array, "chunks blocks 64"]:

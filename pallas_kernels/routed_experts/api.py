@@ -10,7 +10,7 @@ so down's rows are not kept. What is kept: x, the plan, gate's and up's products
 made of the rows, which cost less to keep than to multiply again; `remat` multiplies them again.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,84 +20,79 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation, gated_unit
-from pallas_kernels.backend import Implementation
-from pallas_kernels.dispatch.api import token_rows
+from pallas_kernels.dispatch.api import combine, routed, token_rows
 from pallas_kernels.grouped_lora.api import page_gradients
-from pallas_kernels.grouped_matmul.api import grouped_matmul, lora_steps, weight_gradient
+from pallas_kernels.grouped_matmul.api import grouped_matmul, weight_gradient
 from pallas_kernels.lora_steps.api import Shrunk
-from pallas_kernels.pages import LoRAPages
+from pallas_kernels.pages import NO_ADAPTERS, LayerPages
 from pallas_kernels.plan.api import RoutingPlan, row_experts
 from pallas_kernels.routed_experts.projections import (
     IN,
     OUT,
-    Call,
+    LayerCall,
     Products,
     Rows,
-    Tables,
-    adapters_of,
-    backward_implementation,
-    combine,
-    down_of,
-    products_of,
-    routed,
+    down_projection,
+    gate_and_up,
+    layer_steps,
+    rows_gradient,
     shrink_cotangent,
-    those_of,
-    transposed,
 )
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 
-def run(
+def routed_experts(
     x: Float[Array, "T D"],
     weights: Float[Array, "T K"],
     experts: ExpertWeights,
-    adapters: dict[str, LoRAPages],
+    adapters: LayerPages | None,
     plan: RoutingPlan,
-    activation: Activation,
-    implementation: Implementation,
+    activation: Activation = "silu",
     remat: bool = False,
 ) -> Float[Array, "T D"]:
-    """The layer after its plan; see `moe.routed_experts`.
+    """Each token through its experts with its own adapter, weighted and summed: a layer after its router.
 
     Differentiable with respect to x, the router's weights, the experts and the adapters' pages. Gradients that nobody
     asks for are not computed. An adapter's scale is a constant.
+
+    Args:
+      x: `[T, D]`, one row per token.
+      weights: float32 `[T, K]`, router weights.
+      experts: all experts' weights.
+      adapters: the layer's pages of gate, up and down; None for none.
+      plan: as `make_plan` made it of the experts and slots of the tokens; its backend runs the layer.
+      activation: of the gated unit.
+      remat: for gradients: multiply gate and up again in the backward pass, in place of keeping both products.
+
+    Returns:
+      `[T, D]` in x's dtype.
+
+    Raises:
+      UnsupportedImplementation: the plan's backend cannot run the call.
+      InputError: adapters with another number of slots or experts than the plan.
     """
-    pools: list[Array] = []  # each array once, so that kernels see which modules share one
-
-    def place(pool: Array) -> int:
-        found = next((index for index, other in enumerate(pools) if other is pool), len(pools))
-        if found == len(pools):
-            pools.append(pool)
-        return found
-
-    places = tuple((name, place(pages.a), place(pages.b)) for name, pages in adapters.items())
-    max_rank = max((pages.max_rank for pages in adapters.values()), default=0)
-    tables = {name: Tables(pages.table, jax.lax.stop_gradient(pages.scale)) for name, pages in adapters.items()}
-    leaves, indices = jax.tree.flatten((tables, plan))
-    call = Call(activation, implementation, remat, places, max_rank, indices)
-    return _layer(call, x, weights, vars(experts), pools, leaves)
+    pages = NO_ADAPTERS if adapters is None else adapters.select(*(m for m in (*IN, *OUT) if m in adapters))
+    pages = replace(pages, scales=jax.lax.stop_gradient(pages.scales))
+    leaves, structure = jax.tree.flatten(plan)
+    return _layer(LayerCall(activation, remat, structure), x, weights, experts, pages, leaves)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _layer(call: Call, x, weights, arrays, pools, leaves) -> Float[Array, "T D"]:
-    """Plain containers of arrays, because jax puts its own wrappers into them to say which are differentiated."""
-    experts = ExpertWeights(**arrays)
-    tables, plan = jax.tree.unflatten(call.indices, leaves)
-    adapters = adapters_of(call, x.dtype, pools, tables)
-    steps_in, steps_out = lora_steps(plan, (those_of(adapters, IN), those_of(adapters, OUT)), call.implementation)
+def _layer(call: LayerCall, x, weights, experts, pages, leaves) -> Float[Array, "T D"]:
+    plan, adapters = jax.tree.unflatten(call.plan, leaves), pages.astype(x.dtype)
+    steps_in, steps_out = layer_steps(adapters, plan)
     gated = grouped_matmul(
         x,
         (experts.gate, experts.up),
         plan,
         of_tokens=True,
         biases=(experts.gate_bias, experts.up_bias),
-        adapters=those_of(adapters, IN),
+        adapters=adapters.select(*IN),
         steps=steps_in,
         activation=call.activation,
         dtype=x.dtype,
-        implementation=call.implementation,
     )
-    return combine(down_of(call, gated, experts, adapters, plan, steps_out), weights, plan).astype(x.dtype)
+    return combine(down_projection(gated, experts, adapters, plan, steps_out), weights, plan).astype(x.dtype)
 
 
 @jax.tree_util.register_static
@@ -107,51 +102,51 @@ class _Wanted:
 
     x: bool
     experts: frozenset[str]
-    pools: frozenset[int]
+    pools: frozenset[str]
 
 
-def _forward(call: Call, *traced: Any) -> tuple[Array, tuple[Any, ...]]:
-    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
-    x, weights, arrays, pools, leaves = values = jax.tree.map(lambda leaf: leaf.value, traced, is_leaf=is_primal)
-    asked_x, _, asked_arrays, asked_pools, _ = traced
+def _forward(call: LayerCall, *traced: Any) -> tuple[Array, tuple[Any, ...]]:
+    x, weights, experts, pages, leaves = values = jax.tree.map(lambda leaf: leaf.value, traced, is_leaf=_is_primal)
+    asked_x, _, asked_experts, asked_pages, _ = traced
     wanted = _Wanted(
         asked_x.perturbed,
-        frozenset(name for name, leaf in asked_arrays.items() if leaf is not None and leaf.perturbed),
-        frozenset(index for index, leaf in enumerate(asked_pools) if leaf.perturbed),
+        frozenset(name for name, leaf in vars(asked_experts).items() if leaf is not None and leaf.perturbed),
+        frozenset(name for name, leaf in asked_pages.pools.items() if leaf.perturbed),
     )
     products = None
     if call.remat:
         y = _layer(call, *values)
     else:
-        experts = ExpertWeights(**arrays)
-        tables, plan = jax.tree.unflatten(call.indices, leaves)
-        adapters = adapters_of(call, x.dtype, pools, tables)
-        rows = token_rows(x, plan, call.implementation, clear=False)
-        gated, products = products_of(call, rows, experts, adapters, plan)
-        down = down_of(call, gated, experts, adapters, plan, products.shrunk_out)
+        plan, adapters = jax.tree.unflatten(call.plan, leaves), pages.astype(x.dtype)
+        rows = token_rows(x, plan, clear=False)
+        gated, products = gate_and_up(call, rows, experts, adapters, plan)
+        down = down_projection(gated, experts, adapters, plan, products.shrunk_out)
         y = combine(down, weights, plan).astype(x.dtype)
     return y, (values, products, wanted)
 
 
-def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
-    (x, weights, arrays, pools, leaves), products, wanted = kept
-    experts = ExpertWeights(**arrays)
-    tables, plan = jax.tree.unflatten(call.indices, leaves)
-    adapters = adapters_of(call, x.dtype, pools, tables)
+def _is_primal(leaf: Any) -> bool:
+    """Whether it is jax's own wrapper, which says of an argument whether it is differentiated."""
+    return isinstance(leaf, CustomVJPPrimal)
+
+
+def _backward(call: LayerCall, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
+    (x, weights, experts, pages, leaves), products, wanted = kept
+    plan, adapters = jax.tree.unflatten(call.plan, leaves), pages.astype(x.dtype)
     dtype, pairs = x.dtype, plan.position.shape[0]
     if isinstance(dy, SymbolicZero):  # another output of what is differentiated is the only one that counts
         dy = jnp.zeros(dy.shape, dy.dtype)
-    rows_x = token_rows(x, plan, call.implementation)
-    rows_dy = token_rows(dy, plan, call.implementation)
+    rows_x = token_rows(x, plan)
+    rows_dy = token_rows(dy, plan)
     if products is None:
-        _, products = products_of(call, rows_x, experts, adapters, plan)
+        _, products = gate_and_up(call, rows_x, experts, adapters, plan)
     # The barrier keeps XLA from keeping float32 values that both passes compute from these.
     gate, up = jax.lax.optimization_barrier((products.gate, products.up))
-    owned = (row_experts(plan) < plan.group_sizes.shape[0])[:, None]  # the other rows hold anything
+    owned = (row_experts(plan) < plan.group_sizes.shape[0])[:, None]  # the other rows are undefined
     share = jnp.append(weights.reshape(pairs), 0.0)[plan.order]  # the router's, of each sorted row
 
-    shrunk = {"down": shrink_cotangent(call, rows_dy, "down", adapters, plan, products)}
-    z = transposed(call, {"down": rows_dy}, experts, adapters, plan, shrunk).astype(jnp.float32)
+    shrunk = {"down": shrink_cotangent(rows_dy, "down", adapters, plan, products)}
+    z = rows_gradient({"down": rows_dy}, experts, adapters, plan, shrunk).astype(jnp.float32)
     wide = gate.astype(jnp.float32), up.astype(jnp.float32)
     gated, pull = jax.vjp(partial(gated_unit, call.activation), *wide)
     clean = lambda d: jnp.where(owned, d, 0.0).astype(dtype)  # noqa: E731
@@ -166,27 +161,26 @@ def _backward(call: Call, kept: tuple[Any, ...], dy: Any) -> tuple[Any, ...]:
     dweights = jnp.where(routed(plan), dweights, 0.0).reshape(weights.shape).astype(weights.dtype)
 
     cotangents = {"gate": dgate, "up": dup}
-    shrunk |= {name: shrink_cotangent(call, d, name, adapters, plan, products) for name, d in cotangents.items()}
+    shrunk |= {name: shrink_cotangent(d, name, adapters, plan, products) for name, d in cotangents.items()}
     dx = jnp.zeros_like(x)
     if wanted.x:
-        rows = transposed(call, cotangents, experts, adapters, plan, shrunk)
+        rows = rows_gradient(cotangents, experts, adapters, plan, shrunk)
         dx = combine(rows, jnp.ones(weights.shape, jnp.float32), plan).astype(dtype)
 
     ends = {"gate": (rows_x, dgate, None), "up": (rows_x, dup, None), "down": (rows_gated, rows_dy, share)}
     dexperts = _expert_gradients(wanted.experts, experts, ends, plan)
-    sums = _page_gradients(call, wanted.pools, adapters, ends, plan, products, shrunk)
-    dpools = _of_pools(call, pools, sums)
+    sums = _page_gradients(wanted.pools, adapters, ends, plan, products, shrunk)
+    dpools = _pool_gradients(pages, sums)
     # Together, so that a layer's rows are given up before the next layer's are made.
     dx, dpools = jax.lax.optimization_barrier((dx, dpools))
-    return dx, dweights, dexperts, dpools, [None] * len(leaves)
+    dpages = replace(pages, pools=dpools, tables=None, scales=None)
+    return dx, dweights, dexperts, dpages, [None] * len(leaves)
 
 
 Ends = dict[str, tuple[Rows, Rows, Array | None]]  # of each projection its rows, their cotangents, and a share of each
 
 
-def _expert_gradients(
-    wanted: frozenset[str], experts: ExpertWeights, ends: Ends, plan: RoutingPlan
-) -> dict[str, Array | None]:
+def _expert_gradients(wanted: frozenset[str], experts: ExpertWeights, ends: Ends, plan: RoutingPlan) -> ExpertWeights:
     """Of the arrays that are asked for, zeros for the others."""
 
     def gradient(name: str, value: Array | None) -> Array | None:
@@ -201,47 +195,44 @@ def _expert_gradients(
         total = weight_gradient(rows, dy, plan).astype(value.dtype)
         return total[:, :, 0] if name.endswith("_bias") else total
 
-    return {name: gradient(name, value) for name, value in vars(experts).items()}
+    return ExpertWeights(**{name: gradient(name, value) for name, value in vars(experts).items()})  # type: ignore[arg-type]
 
 
 def _page_gradients(
-    call: Call,
-    wanted: frozenset[int],
-    adapters: dict[str, LoRAPages],
+    wanted: frozenset[str],
+    adapters: LayerPages,
     ends: Ends,
     plan: RoutingPlan,
     products: Products,
     shrunk: dict[str, Shrunk | None],
 ) -> dict[str, tuple[Array, Array]]:
     """Of each module that has pages in a pool that is asked for."""
-    asked = {name for name, *places in call.pools if not wanted.isdisjoint(places)}
-    found: dict[str, tuple[Array, Array]] = {}
-    for names, of_rows in ((IN, products.shrunk_in), (OUT, products.shrunk_out)):
-        rows, _, share = ends[names[0]]
-        sums = page_gradients(
+    asked = {place.module for place in adapters.places if not wanted.isdisjoint((place.a, place.b))}
+    sums: dict[str, tuple[Array, Array]] = {}
+    for modules, of_rows in ((IN, products.shrunk_in), (OUT, products.shrunk_out)):
+        rows, _, share = ends[modules[0]]
+        gradients = page_gradients(
             rows,
-            [ends[name][1] for name in names],
-            tuple(adapters[name] if name in asked else None for name in names),
+            [ends[module][1] for module in modules],
+            adapters.only(asked).select(*modules),
             plan,
-            backward_implementation(call),
             share=share,
-            shrunk=(of_rows, [shrunk[name] for name in names]),
+            shrunk=(of_rows, [shrunk[module] for module in modules]),
         )
-        found |= {name: own for name, own in zip(names, sums, strict=True) if own is not None}
-    return found
+        sums |= {module: pair for module, pair in zip(modules, gradients, strict=True) if pair is not None}
+    return sums
 
 
-def _of_pools(call: Call, pools: list[Array], sums: dict[str, tuple[Array, Array]]) -> list[Array]:
+def _pool_gradients(pages: LayerPages, sums: dict[str, tuple[Array, Array]]) -> dict[str, Array]:
     """Of each pool the sum over the modules whose pages it holds."""
-    totals: list[Array | None] = [None] * len(pools)
-    for name, *places in call.pools:
-        for index, own in zip(places, sums.get(name, ()), strict=False):
-            before = totals[index]
-            totals[index] = own if before is None else before + own
-    return [
-        jnp.zeros_like(pool) if total is None else total.astype(pool.dtype)
-        for pool, total in zip(pools, totals, strict=True)
-    ]
+    totals: dict[str, Array] = {}
+    for place in pages.places:
+        for name, gradient in zip((place.a, place.b), sums.get(place.module, ()), strict=False):
+            totals[name] = totals[name] + gradient if name in totals else gradient
+    return {
+        name: totals[name].astype(pool.dtype) if name in totals else jnp.zeros_like(pool)
+        for name, pool in pages.pools.items()
+    }
 
 
 _layer.defvjp(_forward, _backward, symbolic_zeros=True)

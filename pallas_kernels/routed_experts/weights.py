@@ -13,8 +13,12 @@ class ExpertWeights:
     """All routed experts of one layer, each matrix `[out, in]` as checkpoints hold it.
 
     Attributes:
-      gate, up: `[E, F, D]`. down: `[E, D, F]`.
-      gate_bias, up_bias: `[E, F]`, down_bias: `[E, D]`, for the families that have them (gpt-oss).
+      gate: `[E, F, D]`.
+      up: `[E, F, D]`.
+      down: `[E, D, F]`.
+      gate_bias: `[E, F]`, for the families that have biases (gpt-oss).
+      up_bias: `[E, F]`, likewise.
+      down_bias: `[E, D]`, likewise.
     """
 
     gate: Float[Array, "E F D"]

@@ -1,0 +1,1 @@
+"""What the XLA backends share: matmuls and the loop over tiles."""

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.plan.api import Tiles
+from pallas_kernels.plan.tiles import Tiles
+from pallas_kernels.xla.varying import varying_as
 
 # Tiles a step. A CPU gains nothing from batching and would copy the weights; a GPU's time is the number of kernels, so
 # it takes many, and the bound keeps the gathered weights small (`bench.py` compares).
@@ -18,13 +20,20 @@ TileFunction = Callable[
 ]
 
 
-def over_tiles(tiles: Tiles, out: Float[Array, "P N"], tile_rows: TileFunction) -> Float[Array, "P N"]:
+def over_tiles(tiles: Tiles, out: Float[Array, "P N"], tile_rows: TileFunction, read: Any) -> Float[Array, "P N"]:
     """Replaces the rows of each tile by `tile_rows(tile indices, sorted row ids, old rows)`; others keep their bits.
 
     The trip count follows the tiles in use, so the cost follows the routed rows and not the table's bound.
+
+    Args:
+      tiles: which rows.
+      out: the result before the loop.
+      tile_rows: what becomes of a tile's rows.
+      read: a pytree of the arrays that `tile_rows` reads.
     """
     if tiles.expert.shape[0] == 0:
         return out
+    out = varying_as(out, tiles, read)
     return lax.platform_dependent(
         out,
         cpu=partial(_one_by_one, tiles, tile_rows),

@@ -45,7 +45,7 @@ def test_more_slots_than_hopper_serves_are_another_backends(monkeypatch):
     ("capability", "picked", "why"),
     [
         ((7, 5), "xla", {"portable": "8.0 or later, this is compute capability 7.5"}),
-        ((8, 0), "portable", {"hopper": "capability 9.0", "xla": "portable has kernels"}),
+        ((8, 0), "portable", {"hopper": "capability 9.0", "xla": "portable is preferred"}),
         ((9, 0), "hopper", {"portable": "hopper is preferred"}),
         ((12, 0), "portable", {"hopper": "capability 9.0"}),
     ],

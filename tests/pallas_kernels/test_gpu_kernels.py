@@ -17,7 +17,7 @@ import pytest
 from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper.tuning import heuristic
-from pallas_kernels.ops import UnsupportedImplementation, choose, make_plan
+from pallas_kernels.ops import LayerPages, UnsupportedImplementation, choose, make_plan
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs
 from support.paged import PagedLayer, PagedSpec, draw_layer, replicated
 from support.plans import assert_kernel_makes_the_plan_of_xla
@@ -147,9 +147,19 @@ def test_a_rows_bits_do_not_depend_on_how_wide_its_tile_is_multiplied():
     config = heuristic(layer.chosen.size, layer.spec.experts)
     assert config.tile_rows == plan.tiles.size
     assert len(np.unique(np.searchsorted(config.widths, np.asarray(plan.tiles.rows)))) > 1
-    weights, pages = (layer.experts.gate, layer.experts.up), (layer.adapters["gate"], layer.adapters["up"])
+    weights, pages = (layer.experts.gate, layer.experts.up), layer.adapters.select("gate", "up")
     some, all_alike = (
-        hopper.grouped_matmul(layer.x, weights, plan, True, pages, "silu", config=own)[0][plan.position]
+        hopper.grouped_matmul(
+            layer.x,
+            weights,
+            plan,
+            of_tokens=True,
+            biases=(None, None),
+            adapters=pages,
+            steps=None,
+            activation="silu",
+            config=own,
+        )[plan.position]
         for own in (config, replace(config, widths=()))
     )
     assert bool((some == all_alike).all())
@@ -159,9 +169,12 @@ def test_a_rows_bits_do_not_depend_on_how_wide_its_tile_is_multiplied():
 def test_zero_adapters_are_exact(side, implementation):
     layer = draw_layer(PagedSpec(60, 256, 192, 8, 2), np.random.default_rng())
     run = layer.function(implementation)
-    zero = {}
-    for module, pages in layer.adapters.items():
-        zero[module] = replace(pages, **{side: jnp.zeros_like(getattr(pages, side))})
+    zero = LayerPages.from_modules(
+        {
+            module: replace(pages, **{side: jnp.zeros_like(getattr(pages, side))})
+            for module, pages in ((module, layer.adapters[module]) for module in layer.adapters.modules)
+        }
+    )
     assert bool((run(layer.slots, zero) == run(layer.slots, None)).all())
 
 

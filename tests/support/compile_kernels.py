@@ -25,16 +25,15 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from pallas_kernels.activations import gated_unit  # noqa: E402
-from pallas_kernels.dispatch.api import Gaps, dispatch  # noqa: E402
+from pallas_kernels.dispatch.hopper import Gaps, dispatch  # noqa: E402
 from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink  # noqa: E402
 from pallas_kernels.grouped_matmul import hopper_kernel, portable_kernel  # noqa: E402
 from pallas_kernels.grouped_matmul.hopper_kernel import Source  # noqa: E402
 from pallas_kernels.hopper.tuning import Config, heuristic  # noqa: E402
-from pallas_kernels.lora_steps.api import LoRASteps, make_steps  # noqa: E402
-from pallas_kernels.lora_steps.hopper import StepsOf  # noqa: E402
+from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, make_lora_steps  # noqa: E402
 from pallas_kernels.lora_steps.xla import PackedSteps  # noqa: E402
-from pallas_kernels.ops import LoRAPages, make_plan  # noqa: E402
-from pallas_kernels.plan.api import Tiles  # noqa: E402
+from pallas_kernels.ops import LayerPages, LoRAPages, make_plan  # noqa: E402
+from pallas_kernels.plan.tiles import Tiles  # noqa: E402
 from pallas_kernels.portable.tuning import TILE_ROWS  # noqa: E402
 from pallas_kernels.portable.tuning import heuristic as portable_heuristic  # noqa: E402
 
@@ -79,7 +78,9 @@ def tiles(size: int) -> Tiles:
 def steps_of(kernel, rows: int) -> LoRASteps | PackedSteps:
     if "portable" in kernel.__module__:
         return PackedSteps(array((73,)), array((200, 6)))
-    return LoRASteps(array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows, 16, StepsOf(1, True, 8, 64, False))
+    return LoRASteps(
+        array((72, 64)), array((72, 64)), array((6, 72, 64)), 50, rows, 16, StepLayout(1, True, 8, 64, False)
+    )
 
 
 def steps(slots: int, one_pool: bool):
@@ -90,7 +91,8 @@ def steps(slots: int, one_pool: bool):
     def call(experts, of_token, pages, other_pool):
         other = replace(pages, a=pages.a if one_pool else other_pool)
         plan = make_plan(experts, of_token, 8, slots, "hopper")
-        return make_steps(plan, ((pages, other), (pages,)))
+        adapters = LayerPages.from_modules({"gate": pages, "up": other, "down": pages})
+        return make_lora_steps(plan, (adapters.select("gate", "up"), adapters.select("down")))
 
     return call, (array((40, 2)), array((40,)), pages, a)
 

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jax_moe_lora.adapters.lora import EXPERT_MODULES
-from jax_moe_lora.benchmark.problem import Pooled
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.moe import routed_experts
-from pallas_kernels.ops import RANK_PAGE
+from pallas_kernels.pages import RANK_PAGE, LayerPages, Place
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS, LAYERS
 from support.compile_kernels import array, target  # sets the environment before jax is imported
@@ -24,15 +23,22 @@ from support.compile_kernels import array, target  # sets the environment before
 DTYPE, TOKENS = "bfloat16", 8192
 
 
-def pooled(experts: int, hidden: int, inner: int, name: str) -> Pooled | None:
+def layer_pages(experts: int, hidden: int, inner: int, name: str) -> LayerPages | None:
     """A full bank's pages of per-expert adapters, as shapes."""
     spec = ADAPTERS[name]
     if not spec.slots:
         return None
     count = 1 + 3 * experts * sum(-(-rank // RANK_PAGE) for rank in spec.ranks * (spec.slots // len(spec.ranks)))
-    pools = tuple(array((count, RANK_PAGE, width), DTYPE) for width in (hidden, inner))
-    tables = {m: (array((spec.slots, experts, 4)), array((spec.slots, experts), "float32")) for m in EXPERT_MODULES}
-    return Pooled(pools, tables, (("gate", 0, 1), ("up", 0, 1), ("down", 1, 0)), max(spec.ranks))
+    return LayerPages(
+        {str(width): array((count, RANK_PAGE, width), DTYPE) for width in (hidden, inner)},
+        {module: array((spec.slots, experts, 4)) for module in EXPERT_MODULES},
+        {module: array((spec.slots, experts), "float32") for module in EXPERT_MODULES},
+        tuple(
+            Place(module, *map(str, (inner, hidden) if module == "down" else (hidden, inner)))
+            for module in EXPERT_MODULES
+        ),
+        max(spec.ranks),
+    )
 
 
 def main() -> None:
@@ -43,13 +49,12 @@ def main() -> None:
     config = MoEConfig(d, f, e, k)
 
     def layer(x, weights, chosen, slots, experts, adapters):
-        own = None if adapters is None else adapters.layer()
-        return routed_experts(x, weights, chosen, experts, config, own, slots, "hopper")
+        return routed_experts(x, weights, chosen, experts, config, adapters, slots, "hopper")
 
     for name in sys.argv[1:]:
         tokens = array((TOKENS, d), DTYPE), array((TOKENS, k), "float32"), array((TOKENS, k)), array((TOKENS,))
         experts = ExpertWeights(array((e, f, d), DTYPE), array((e, f, d), DTYPE), array((e, d, f), DTYPE))
-        arguments = (*tokens, experts, pooled(e, d, f, name))
+        arguments = (*tokens, experts, layer_pages(e, d, f, name))
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
         with jax.default_device(device):
             memory = jax.jit(layer).lower(*placed).compile().memory_analysis()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe_lora.layer.moe import routed_experts
-from pallas_kernels.ops import LoRAPages
+from pallas_kernels.ops import LayerPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.paged import PagedLayer
 
@@ -17,11 +17,11 @@ Arguments = tuple[jax.Array, jax.Array, ExpertWeights, dict[int, jax.Array]]
 
 def arguments(layer: PagedLayer) -> Arguments:
     """x, router weights, experts and the pools by width."""
-    return layer.x, layer.gates, layer.experts, {p.a.shape[2]: p.a for p in layer.adapters.values()}
+    return layer.x, layer.gates, layer.experts, {pool.shape[2]: pool for pool in layer.adapters.pools.values()}
 
 
-def with_pools(layer: PagedLayer, pools: dict[int, jax.Array]) -> dict[str, LoRAPages]:
-    return {m: replace(p, a=pools[p.a.shape[2]], b=pools[p.b.shape[2]]) for m, p in layer.adapters.items()}
+def with_pools(layer: PagedLayer, pools: dict[int, jax.Array]) -> LayerPages:
+    return replace(layer.adapters, pools={name: pools[pool.shape[2]] for name, pool in layer.adapters.pools.items()})
 
 
 def loss(layer: PagedLayer, implementation: str, remat: bool, x, gates, experts, pools) -> jax.Array:

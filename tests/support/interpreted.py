@@ -15,7 +15,7 @@ from jax.interpreters import mlir
 
 from pallas_kernels.grouped_matmul import hopper, portable
 from pallas_kernels.hopper.tuning import Config
-from pallas_kernels.ops import LoRAPages, RoutingPlan, make_plan
+from pallas_kernels.ops import LayerPages, RoutingPlan, make_plan
 from support.paged import PagedLayer, PagedSpec, draw_layer
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
@@ -72,22 +72,33 @@ class Kernels:
         x: jax.Array,
         weights: tuple[jax.Array, ...],
         plan: RoutingPlan,
-        pages: tuple[LoRAPages | None, ...],
+        pages: LayerPages,
         activation: str = "silu",
+        biases: tuple[jax.Array, ...] | None = None,
         **options,
-    ) -> tuple[jax.Array, ...]:
-        """The rows, and what `keep=True` (Hopper's alone) keeps."""
-        if self.backend == "portable":
-            return (portable.grouped_matmul(x, weights, plan, True, pages, activation, **options),)
-        return hopper.grouped_matmul(x, weights, plan, True, pages, activation, config=self.config, **options)
+    ) -> jax.Array:
+        """The backend's own function, whatever GPU is here: without one the op itself would refuse."""
+        common = self._options(pages, activation, biases or (None,) * len(weights)) | {"of_tokens": True} | options
+        return self._module.grouped_matmul(x, weights, plan, **common)
+
+    def gated_products(self, rows: jax.Array, weights, plan: RoutingPlan, pages: LayerPages, activation, biases):
+        """The gated rows and both factors, of rows in sorted order."""
+        return self._module.gated_products(rows, weights, plan, **self._options(pages, activation, biases))
+
+    @property
+    def _module(self):
+        return {"hopper": hopper, "portable": portable}[self.backend]
+
+    def _options(self, pages: LayerPages, activation: str, biases) -> dict:
+        config = {} if self.config is None else {"config": self.config}
+        return {"adapters": pages, "activation": activation, "biases": biases, "steps": None} | config
 
     def run(self, layer: PagedLayer, modules: tuple[str, ...], slots=None, adapters=None) -> np.ndarray:
         """One projection's rows by pair `[P, out]`."""
-        used = layer.adapters if adapters is None else adapters
+        adapters = layer.adapters if adapters is None else adapters
         plan = self.plan(layer, slots)
         weights = tuple(getattr(layer.experts, m) for m in modules)
-        rows, *_ = self.matmul(inputs(layer, modules), weights, plan, tuple(used.get(m) for m in modules))
-        return by_pair(rows, plan)
+        return by_pair(self.matmul(inputs(layer, modules), weights, plan, adapters.select(*modules)), plan)
 
 
 HOPPER = {name: Kernels("hopper", PagedSpec(14, 192, 192, 3, 2, ranks=RANKS), own) for name, own in CONFIGS.items()}

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe_lora.benchmark.problem import Pooled
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.moe import routed_experts
-from pallas_kernels.ops import BASE_SLOT, LoRAPages
+from pallas_kernels.ops import BASE_SLOT, LayerPages, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 MODULES = ("gate", "up", "down")
@@ -52,7 +51,7 @@ class PagedLayer:
     chosen: jax.Array
     slots: jax.Array
     experts: ExpertWeights
-    adapters: dict[str, LoRAPages]
+    adapters: LayerPages
     matrices: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray, float]]
 
     @property
@@ -63,13 +62,11 @@ class PagedLayer:
         """`f(slots, adapters) -> y`, jitted."""
 
         @jax.jit
-        def run(x, gates, chosen, slots, experts, pooled):
-            adapters = None if pooled is None else pooled.layer()
+        def run(x, gates, chosen, slots, experts, adapters):
             return routed_experts(x, gates, chosen, experts, self.config, adapters, slots, implementation)
 
-        def call(slots: jax.Array, adapters: dict[str, LoRAPages] | None) -> jax.Array:
-            pooled = None if adapters is None else Pooled.of(adapters)
-            return run(self.x, self.gates, self.chosen, slots, self.experts, pooled)
+        def call(slots: jax.Array, adapters: LayerPages | None) -> jax.Array:
+            return run(self.x, self.gates, self.chosen, slots, self.experts, adapters)
 
         return call
 
@@ -178,13 +175,14 @@ def draw_adapters(spec: PagedSpec, rng: np.random.Generator):
         adapters[module] = LoRAPages(
             arrays[a], arrays[b], jnp.asarray(tables[module]), jnp.asarray(scales[module]), max(spec.ranks)
         )
-    return adapters, matrices
+    return LayerPages.from_modules(adapters), matrices
 
 
 def replicated(layer: PagedLayer, slot: int) -> PagedLayer:
     """The same layer with that slot's shared and aliased pages copied for each expert and module."""
     adapters = {}
-    for module, pages in layer.adapters.items():
+    for module in layer.adapters.modules:
+        pages = layer.adapters[module]
         table = np.array(pages.table)
         pools = {"a": [np.asarray(pages.a)], "b": [np.asarray(pages.b)]}
         for column, side in enumerate(("a", "b")):
@@ -198,4 +196,4 @@ def replicated(layer: PagedLayer, slot: int) -> PagedLayer:
             b=jnp.asarray(np.concatenate(pools["b"])),
             table=jnp.asarray(table),
         )
-    return replace(layer, adapters=adapters)
+    return replace(layer, adapters=LayerPages.from_modules(adapters))

@@ -203,7 +203,7 @@ def test_sites_of_other_layers_share_the_pools():
     sites = {"q": Site(64, 32, 1, (0, 1, 2)), "o": Site(32, 64, 1, (0, 2))}
     pooled = create_bank(sites, 2, 16, None, "float32")
     assert set(pooled.pages) == {32, 64}
-    assert set(pooled.layer(1)) == {"q"}
+    assert set(pooled.layer(1).modules) == {"q"}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import pytest
 
 from jax_moe_lora import InputError
 from jax_moe_lora.benchmark import tune as tuner
-from jax_moe_lora.benchmark.problem import Pooled, make_problem
+from jax_moe_lora.benchmark.problem import make_problem
 from jax_moe_lora.benchmark.tune import Candidate, matmul_candidates, run_candidate, tile_candidates
 from jax_moe_lora.cli.tune import tune
-from pallas_kernels.hopper import tuning
-from pallas_kernels.hopper.tuning import Config, Matmul, bucket, config_for, heuristic, why_not
+from pallas_kernels.hopper import tuned_file, tuning
+from pallas_kernels.hopper.tuned_file import config_for
+from pallas_kernels.hopper.tuning import Config, Matmul, bucket, heuristic, why_not
 from pallas_kernels.ops import Choice
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
@@ -71,8 +72,8 @@ def test_the_faster_config_is_written_and_found_again(clock, tmp_path, monkeypat
     assert tile["us"] == {"none": 90.0, "s8r16": 90.0}
     assert tile["heuristic_us"] == {"none": 120.0, "s8r16": 120.0}
     assert (matmul["gated"], matmul["in_width"], matmul["stages"]) == (False, 64, deepest.stages - 2)
-    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "new" / "cpu.json"))
-    assert tuning.tile_rows(100, 16) == rows
+    monkeypatch.setenv(tuned_file.VARIABLE, str(tmp_path / "new" / "cpu.json"))
+    assert tuned_file.tile_rows(100, 16) == rows
     assert config_for(Matmul(16, 128, 64, 128, False, "bfloat16"), rows) == Config(rows, deepest.stages - 2)
     assert config_for(Matmul(16, 128, 128, 64, True, "bfloat16"), rows) == heuristic(128, 16, rows)
 
@@ -136,7 +137,7 @@ def test_a_file_of_another_device_is_not_written_over(clock, tmp_path):
 def test_a_candidates_layer_lowers_for_a_gpu(adapters, tokens):
     problem = make_problem("small", adapters).with_tokens(tokens, "uniform", ADAPTERS[adapters])
     assert bucket(tokens * 4) == tokens * 4
-    pooled = None if problem.adapters is None else Pooled.of(problem.adapters)
+    pooled = problem.adapters
     arguments = (problem.x, problem.weights, problem.chosen, problem.slots, problem.experts, pooled)
     first, *_, last = tile_candidates(tokens * 4, 16)
     for candidate in (first, last, *matmul_candidates(last)[-1:]):

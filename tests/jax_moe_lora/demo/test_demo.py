@@ -37,7 +37,8 @@ def test_adapters_differ_in_layout_rank_and_modules(model):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_logits_and_greedy_text_equal_transformers_and_peft(model):
     import torch
-    from networks import load_peft
+
+    from support.networks import load_peft
 
     names = [None, *model.adapters]
     texts = heldout_strings(len(names))

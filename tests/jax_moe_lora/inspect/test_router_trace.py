@@ -27,7 +27,7 @@ def tokens() -> np.ndarray:
 @pytest.mark.xdist_group("parity")
 def test_scores_and_choices_are_those_of_transformers_and_peft(model, tokens):
     torch = pytest.importorskip("torch")
-    from networks import load_peft
+    from support.networks import load_peft
 
     names = [None, "reverse", "upper"]
     trace = router_trace(model, tokens, names, LENGTHS)

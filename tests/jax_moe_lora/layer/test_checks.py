@@ -21,7 +21,7 @@ from jax_moe_lora.layer.moe import moe_lora, routed_experts, router_scores
 from jax_moe_lora.layer.routing import route
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.nn import LoRALinear, MoELoRA, load
-from pallas_kernels.ops import LoRAPages
+from pallas_kernels.ops import LayerPages, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.unchecked import annotations_unchecked
 
@@ -50,7 +50,7 @@ def pages(in_width: int, out_width: int, experts: int = E, slots: int = S) -> Lo
 
 def layer(**modules: LoRAPages) -> Any:
     """One layer's adapters."""
-    return modules
+    return LayerPages.from_modules(modules)
 
 
 EXPERTS = ExpertWeights(floats(E, F, D), floats(E, F, D), floats(E, D, F))

@@ -80,7 +80,7 @@ def test_the_form_follows_from_shapes_dtype_and_device(monkeypatch):
     pages = draw_pages("bfloat16", np.random.default_rng())
     x = jnp.zeros((8, IN), jnp.bfloat16)
     assert not packs(x, pages, None)  # no GPU here
-    monkeypatch.setattr("pallas_kernels.backend._why_not_hopper", lambda *_: "")
+    monkeypatch.setattr("pallas_kernels.backend.device_capability", lambda: ((9, 0), "compute capability 9.0"))
     assert packs(x, pages, None)
     assert not packs(x, pages, "xla")
     many = MAX_PACKED_RANKS // RANK_PAGE + 1

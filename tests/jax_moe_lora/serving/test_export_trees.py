@@ -51,7 +51,7 @@ def test_a_function_of_a_bank_is_exported():
 
 def test_a_bank_that_is_returned_is_exported():
     bank = draw(Spec(tokens=5)).bank
-    expected, found = read_back(lambda bank: (bank, bank.layer(0), bank.of_layer(0)), bank)
+    expected, found = read_back(lambda bank: (bank, bank.layer(0)), bank)
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -129,7 +129,7 @@ def test_a_matrix_takes_its_pages_once_however_many_share_it():
     assert pages["down.b"] == 1 + 8 + 16 + 1
     assert pages["router.a"] == pages["router.b"] == 2
     assert pages["q.a"] == 3
-    layer = bank.of_layer(0).layer(0)
+    layer = bank.layer(0)
     assert layer["gate"].a is layer["up"].a
     upper = np.asarray(layer["gate"].table)[0, :, 0], np.asarray(layer["up"].table)[0, :, 0]
     np.testing.assert_array_equal(*upper)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch.api import dispatch
+from pallas_kernels.dispatch.hopper import dispatch
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 

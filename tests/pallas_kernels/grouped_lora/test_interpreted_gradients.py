@@ -12,8 +12,9 @@ from pallas_kernels.dispatch.api import token_rows
 from pallas_kernels.grouped_lora import hopper_gradients
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper.tuning import Config, deepest
-from pallas_kernels.lora_steps.api import Shrunk, make_steps
+from pallas_kernels.lora_steps.api import Shrunk, make_lora_steps
 from pallas_kernels.ops import LoRAPages, RoutingPlan, input_gradient, make_plan, page_gradients, shrink
+from pallas_kernels.pages import NO_ADAPTERS
 from support.paged import PagedLayer, PagedSpec, draw_layer
 
 TOLERANCE = 1e-2  # bfloat16
@@ -53,17 +54,17 @@ def test_rows_gradient_equals_the_reference_without_races(layer, modules, config
     plan, weights = planned(layer), tuple(getattr(layer.experts, module) for module in modules)
     keys = jax.random.split(jax.random.key(1), len(modules))
     dys = tuple(
-        token_rows(jax.random.normal(key, (SPEC.tokens, weight.shape[1]), SPEC.dtype), plan, "hopper")
+        token_rows(jax.random.normal(key, (SPEC.tokens, weight.shape[1]), SPEC.dtype), plan)
         for key, weight in zip(keys, weights, strict=True)
     )
-    pages, none = tuple(layer.adapters[module] for module in modules), (None,) * len(modules)
+    pages, none = layer.adapters.select(*modules), (None,) * len(modules)
     run = partial(hopper.input_gradient, dys, weights, plan, shrunk=none, config=CONFIGS[config])
     found = run(adapters=pages)[plan.position]
     expected = input_gradient(dys, weights, plan, adapters=pages, implementation="reference")
     assert relative(found, expected[plan.position]) < TOLERANCE
     if config == "24 rows":
         base = np.repeat(np.asarray(layer.slots) < 0, SPEC.top_k)
-        alone = run(adapters=none)[plan.position]
+        alone = run(adapters=NO_ADAPTERS.select(*modules))[plan.position]
         np.testing.assert_array_equal(np.asarray(found)[base], np.asarray(alone)[base])
 
 
@@ -71,13 +72,13 @@ def test_rows_gradient_equals_the_reference_without_races(layer, modules, config
 def test_what_the_forward_pass_shrank_serves_both_projections_backward(layer):
     """One list for gate and up, of which some adapters share their A, gives each one's gradients and rows."""
     plan, modules = planned(layer), ("gate", "up")
-    pages, weights = (tuple(each[module] for module in modules) for each in (layer.adapters, vars(layer.experts)))
-    x, dy = random_rows(plan, pages[0], SPEC.tokens)
+    pages, weights = layer.adapters.select(*modules), tuple(getattr(layer.experts, module) for module in modules)
+    x, dy = random_rows(plan, pages["gate"], SPEC.tokens)
     dys = dy, dy[:, ::-1]
-    of_x = shrink(x, pages, plan, implementation="hopper")
+    of_x = shrink(x, pages, plan)
     of_dys = [
-        shrink(dy, (own.transposed(),), plan, of_x.steps.transposed(part), "hopper")
-        for part, (dy, own) in enumerate(zip(dys, pages, strict=True))
+        shrink(dy, pages.select(module).transposed(), plan, of_x.steps.transposed(part))
+        for part, (dy, module) in enumerate(zip(dys, modules, strict=True))
     ]
     share = jax.random.uniform(jax.random.key(4), plan.order.shape)
     found = page_gradients(x, dys, pages, plan, "hopper", share=share, shrunk=(of_x, of_dys))
@@ -85,7 +86,7 @@ def test_what_the_forward_pass_shrank_serves_both_projections_backward(layer):
     for one, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert relative(one, jnp.nan_to_num(want)) < TOLERANCE
     config = replace(deepest(plan.tiles.size), num_sms=3, apart=True, stages=2)
-    dx = hopper.input_gradient(dys, weights, plan, pages, tuple(of_dys), config)
+    dx = hopper.input_gradient(dys, weights, plan, adapters=pages, shrunk=tuple(of_dys), config=config)
     rows = input_gradient(dys, weights, plan, adapters=pages, implementation="reference")
     assert relative(dx[plan.position], rows[plan.position]) < TOLERANCE
 
@@ -94,10 +95,10 @@ def test_what_the_forward_pass_shrank_serves_both_projections_backward(layer):
 @pytest.mark.parametrize("module", ["gate", "down"])
 def test_page_gradients_equal_the_reference_without_races(layer, module):
     """Ranks above 64, pages shared by all experts, poisoned pages, base rows and rows between experts."""
-    plan, pages = planned(layer), layer.adapters[module]
-    x, dy = random_rows(plan, pages, SPEC.tokens)
-    (found,) = hopper_gradients.page_gradients(x, (dy,), (pages,), plan, num_sms=3)
-    (expected,) = page_gradients(x, (dy,), (pages,), plan, "reference")
+    plan, pages = planned(layer), layer.adapters.select(module)
+    x, dy = random_rows(plan, pages[module], SPEC.tokens)
+    (found,) = hopper_gradients.page_gradients(x, (dy,), pages, plan, num_sms=3)
+    (expected,) = page_gradients(x, (dy,), pages, plan, "reference")
     for own, want in zip(found, expected, strict=True):
         want = jnp.nan_to_num(want)  # the reference multiplies poisoned pages by zero
         assert relative(own, want) < TOLERANCE
@@ -108,8 +109,8 @@ def test_page_gradients_equal_the_reference_without_races(layer, module):
 @pytest.mark.newest
 def test_entries_that_no_tile_has_may_hold_anything(layer):
     """The lists' kernel writes a tile's own entries alone; with many slots the rest is whatever was there."""
-    plan, pages = planned(layer), layer.adapters["gate"]
-    (steps,) = make_steps(plan, ((pages,),))
+    plan, pages = planned(layer), layer.adapters.select("gate")
+    (steps,) = make_lora_steps(plan, (pages,))
     hidden = jnp.ones((steps.bound, steps.tile_rows, 64), "bfloat16")
     ranks = lambda lists: hopper_gradients.by_rank(Shrunk(lists, hidden), pages.max_rank, plan)  # noqa: E731
     beyond = jnp.arange(steps.entries.shape[2])[None, :] >= 4 * steps.count[:, :1]
@@ -125,7 +126,7 @@ def random_rows(plan: RoutingPlan, pages: LoRAPages, tokens: int) -> tuple[jax.A
     keys = jax.random.split(jax.random.key(2))
     widths = pages.a.shape[2], pages.b.shape[2]
     drawn = [jax.random.normal(key, (tokens, width), "bfloat16") for key, width in zip(keys, widths, strict=True)]
-    x, dy = (token_rows(rows, plan, "hopper") for rows in drawn)
+    x, dy = (token_rows(rows, plan) for rows in drawn)
     return x, dy
 
 
@@ -134,7 +135,7 @@ def random_rows(plan: RoutingPlan, pages: LoRAPages, tokens: int) -> tuple[jax.A
 def test_rows_between_experts_are_zeros(layer):
     plan = planned(replace(layer, chosen=layer.chosen.at[5].set(-1)))
     x = jnp.ones((SPEC.tokens, 64), "bfloat16").at[5].set(jnp.nan)
-    rows = np.asarray(token_rows(x, plan, "hopper").astype(jnp.float32))
+    rows = np.asarray(token_rows(x, plan).astype(jnp.float32))
     ends = np.asarray(plan.group_starts + plan.group_sizes)
     starts = np.append(np.asarray(plan.group_starts)[1:], ends[-1] + 64)  # a window of the contraction beyond the last
     gaps = [rows[end:start] for end, start in zip(ends, starts, strict=True)]

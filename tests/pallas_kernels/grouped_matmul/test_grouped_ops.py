@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ops import LoRAPages, grouped_lora, grouped_matmul, make_plan
+from pallas_kernels.errors import InputError
+from pallas_kernels.ops import LayerPages, LoRAPages, grouped_lora, grouped_matmul, make_plan
+from pallas_kernels.pages import NO_ADAPTERS
 from support.layers import assert_close, rounded
 from support.pairs import covering_pairs
 
@@ -134,12 +136,12 @@ def test_lora_of_mixed_ranks_reads_its_own_pages_alone(dtype, tolerance, impleme
 def test_adapters_biases_and_weights_must_match():
     plan = make_plan(jnp.zeros((4, 1), jnp.int32), jnp.full(4, -1), 2, 0)
     x, weight = jnp.ones((4, 8)), jnp.ones((2, 6, 8))
-    with pytest.raises(ValueError, match="Got 2 adapters and 1 biases for weights of shapes"):
-        grouped_matmul(x, weight, plan, of_tokens=True, adapters=(None, None))
-    with pytest.raises(ValueError, match="Got 2 adapters and 1 biases for weights of shapes"):
+    with pytest.raises(InputError, match="Got adapters of 2 modules and 1 biases for weights of shapes"):
+        grouped_matmul(x, weight, plan, of_tokens=True, adapters=NO_ADAPTERS.select("gate", "up"))
+    with pytest.raises(ValueError, match="Got adapters of 2 modules and 1 biases for weights of shapes"):
         grouped_matmul(x, (weight, weight), plan, of_tokens=True, biases=(jnp.ones((2, 6)),))
-    with pytest.raises(ValueError, match=r"expected one \(or None\) a weight"):
-        grouped_matmul(x, (weight, weight), plan, of_tokens=True, adapters=(None,))
+    with pytest.raises(InputError, match="expected one for each weight"):
+        grouped_matmul(x, (weight, weight), plan, of_tokens=True, adapters=NO_ADAPTERS.select("gate"))
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -153,5 +155,6 @@ def test_adapters_of_another_number_of_slots_than_the_plan_are_refused():
     """A look-up would be clamped to the last slot: another adapter's pages."""
     pages = LoRAPages(jnp.zeros((2, 16, 64)), jnp.zeros((2, 16, 32)), jnp.zeros((3, 4, 4), int), jnp.zeros((3, 4)), 16)
     plan = make_plan(jnp.zeros((5, 1), jnp.int32), jnp.zeros(5, jnp.int32), 4, 2)
-    with pytest.raises(ValueError, match="with a plan of"):
-        grouped_matmul(jnp.zeros((5, 64)), jnp.zeros((4, 32, 64)), plan, of_tokens=True, adapters=(pages,))
+    adapters = LayerPages.from_modules({"up": pages})
+    with pytest.raises(InputError, match="with a plan of"):
+        grouped_matmul(jnp.zeros((5, 64)), jnp.zeros((4, 32, 64)), plan, of_tokens=True, adapters=adapters)

@@ -7,20 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.errors import TunedFileError
 from pallas_kernels.grouped_matmul import hopper
-from pallas_kernels.hopper import ring, tuning
-from pallas_kernels.hopper.tuning import (
-    MAX_ROWS,
-    Config,
-    Matmul,
-    TunedFileError,
-    bucket,
-    config_for,
-    heuristic,
-    smem_bytes,
-    tile_rows,
-    why_not,
-)
+from pallas_kernels.hopper import limits, tuned_file
+from pallas_kernels.hopper.tuned_file import config_for, tile_rows
+from pallas_kernels.hopper.tuning import MAX_ROWS, Config, Matmul, bucket, heuristic, smem_bytes, why_not
 from pallas_kernels.ops import make_plan
 from pallas_kernels.specs import LAYERS, TOKENS
 
@@ -37,16 +28,16 @@ def use(tmp_path, monkeypatch):
     def write(content) -> None:
         path = tmp_path / "tuned.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        monkeypatch.setenv(tuning.VARIABLE, str(path))
+        monkeypatch.setenv(tuned_file.VARIABLE, str(path))
 
     return write
 
 
 def test_a_tuned_entry_comes_before_the_heuristic(use):
     call = Matmul(**MATMUL)
-    assert (tuning.source(), tile_rows(64, 8)) == ("heuristic", heuristic(64, 8).tile_rows)
+    assert (tuned_file.source(), tile_rows(64, 8)) == ("heuristic", heuristic(64, 8).tile_rows)
     use(FILE)
-    assert (tuning.source(), tile_rows(64, 8)) == ("tuned.json", 24)
+    assert (tuned_file.source(), tile_rows(64, 8)) == ("tuned.json", 24)
     assert config_for(call, 24) == Config(24, 3)
     assert config_for(Matmul(**MATMUL | {"dtype": "float16"}), 24) == heuristic(64, 8, 24)
 
@@ -87,8 +78,8 @@ def test_off_and_a_rewritten_file(use, monkeypatch):
     assert tile_rows(64, 8) == 24
     use(FILE | {"tiles": [TILES | {"tile_rows": 16}]})
     assert tile_rows(64, 8) == 16
-    monkeypatch.setenv(tuning.VARIABLE, "off")
-    assert (tuning.source(), tile_rows(64, 8)) == ("heuristic", heuristic(64, 8).tile_rows)
+    monkeypatch.setenv(tuned_file.VARIABLE, "off")
+    assert (tuned_file.source(), tile_rows(64, 8)) == ("heuristic", heuristic(64, 8).tile_rows)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +105,7 @@ def test_a_broken_file_is_refused_by_name(use, content, message):
 
 
 def test_a_file_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setenv(tuning.VARIABLE, "nowhere.json")
+    monkeypatch.setenv(tuned_file.VARIABLE, "nowhere.json")
     with pytest.raises(TunedFileError, match=r"There is no file nowhere.json, which JAX_MOE_LORA_TUNED names"):
         tile_rows(64, 8)
 
@@ -142,15 +133,15 @@ def test_long_tiles_multiply_few_rows_that_they_do_not_have(mean):
 
 
 def test_every_committed_file_is_valid_and_named_after_its_device():
-    for path in tuning.FOLDER.glob("*.json"):
-        content = tuning.read(path)
-        assert path.stem == tuning.slug(content["device"])
+    for path in tuned_file.FOLDER.glob("*.json"):
+        content = tuned_file.read(path)
+        assert path.stem == tuned_file.slug(content["device"])
         assert {"date", "versions", "command", "method"} <= content.keys()
 
 
 def test_a_device_is_found_by_its_kind():
-    assert tuning.slug("NVIDIA H200") == "nvidia-h200"
-    assert tuning.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert tuned_file.slug("NVIDIA H200") == "nvidia-h200"
+    assert tuned_file.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
     assert jax.devices()[0].device_kind == "cpu"
 
 
@@ -162,4 +153,4 @@ def test_every_heuristic_config_fits():
             assert 8 <= config.tile_rows <= MAX_ROWS
             assert all(0 < width < config.tile_rows and width % 8 == 0 for width in config.widths)
             assert config.stages >= 2
-            assert smem_bytes(config) + ring.BARRIER_BYTES <= ring.SMEM_BYTES
+            assert smem_bytes(config) + limits.BARRIER_BYTES <= limits.SMEM_BYTES

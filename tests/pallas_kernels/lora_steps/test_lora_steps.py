@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.lora_steps.api import make_steps
-from pallas_kernels.ops import LoRAPages, make_plan
+from pallas_kernels.lora_steps.api import make_lora_steps
+from pallas_kernels.ops import LayerPages, LoRAPages, make_plan
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -24,7 +24,7 @@ def random_pages(rng, slots: int, experts: int, ranks: tuple[int, ...], pool: ja
 
 
 def listed(pages: tuple[LoRAPages, ...], one_pool: bool, slot: int, expert: int, rows: tuple[int, int]) -> list[tuple]:
-    """The entries of one slot in one tile, by the definition in `steps.py`."""
+    """The entries of one slot in one tile, by the definition in `lora_steps/api.py`."""
     tables = [np.asarray(own.table)[slot, expert] for own in pages]
     scales = [np.asarray(own.scale)[slot, expert].view(np.int32) for own in pages]
     (a, b, count, _), last = tables[0], tables[-1]
@@ -62,7 +62,9 @@ def test_lists_of_steps_equal_their_definition(tokens, slots, ranks, one_pool):
     plan = make_plan(jnp.asarray(chosen, jnp.int32), jnp.asarray(of_token, jnp.int32), experts, slots, "hopper")
     slot_of_row = np.full(plan.order.shape[0], -1)
     slot_of_row[np.asarray(plan.position)] = np.repeat(of_token, top_k)
-    for pages, steps in zip(((gate, up), (down,)), make_steps(plan, ((gate, up), (down,))), strict=True):
+    adapters = LayerPages.from_modules({"gate": gate, "up": up, "down": down})
+    projections = adapters.select("gate", "up"), adapters.select("down")
+    for pages, steps in zip(((gate, up), (down,)), make_lora_steps(plan, projections), strict=True):
         free = 0
         for tile in range(int(plan.tiles.count.reshape(-1)[0])):
             expert, start, used = (int(x[tile]) for x in (plan.tiles.expert, plan.tiles.start, plan.tiles.rows))
