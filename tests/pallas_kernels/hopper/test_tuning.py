@@ -13,6 +13,7 @@ from pallas_kernels.hopper import limits, tuned_file
 from pallas_kernels.hopper.tuned_file import config_for, tile_rows
 from pallas_kernels.hopper.tuning import MAX_ROWS, Config, Matmul, bucket, heuristic, smem_bytes, why_not
 from pallas_kernels.ops import make_plan
+from pallas_kernels.pages import NO_ADAPTERS
 from pallas_kernels.specs import LAYERS, TOKENS
 
 TILES = {"experts": 8, "pairs": 64, "tile_rows": 24}
@@ -66,7 +67,8 @@ def test_a_config_that_no_kernel_can_run_is_refused():
 
     def call(config):
         plan = make_plan(jnp.zeros((4, 2), jnp.int32), jnp.zeros(4, jnp.int32), 8, 0, "hopper")
-        return hopper.grouped_matmul(x, (weight,), plan, True, (None,), "silu", config=config)
+        options = {"of_tokens": True, "biases": (None,), "steps": None, "activation": "silu", "config": config}
+        return hopper.grouped_matmul(x, (weight,), plan, adapters=NO_ADAPTERS.select("gate"), **options)
 
     jax.eval_shape(lambda: call(Config(16, 2)))
     with pytest.raises(ValueError, match=r"cannot be cut like this: tile_rows is 20; expected a multiple of 8"):
