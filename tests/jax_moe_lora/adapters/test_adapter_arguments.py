@@ -123,9 +123,8 @@ def test_a_budget_that_is_no_number_of_bytes_is_refused(memory):
 @pytest.mark.parametrize("layer", [-1, 0.0, "0", True])
 def test_a_layer_that_is_none_is_refused(bank, layer):
     """It would have no adapters, and every row would be a base row."""
-    for view in (bank.layer, bank.of_layer):
-        with pytest.raises(InputError, match="layer is"):
-            view(layer)
+    with pytest.raises(InputError, match="layer is"):
+        bank.layer(layer)
 
 
 @pytest.mark.parametrize("slot", [-1, -2, 2, 0.0])

@@ -70,7 +70,7 @@ def test_the_trees_of_a_model_s_arguments_survive_a_file():
 def test_every_pytree_of_the_library_can_be_exported():
     """None is registered with jax alone, so that no argument is refused for its type."""
     sources = {path: path.read_text() for path in Path(jax_moe_lora.__file__).parent.rglob("*.py")}
-    assert sum("@pytree\n" in text for text in sources.values()) > 10
+    assert sum("@pytree\n" in text for text in sources.values()) > 8
     assert [path for path, text in sources.items() if "register_dataclass" in text] == []
 
 
