@@ -2,6 +2,7 @@
 
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -75,6 +76,8 @@ def moe_lora(
     checks.check_adapters(adapters, config)
     slot_of_token = token_slots(tokens, slots, request_lengths, request_slots)
     if router is not None:
+        if row_mask is not None:
+            x = _masked_for_gradients(x, row_mask)
         scores = router_scores(x, router, adapters, slot_of_token, implementation)
     assert scores is not None
     weights, chosen = route(scores, config, router_bias)
@@ -82,6 +85,27 @@ def moe_lora(
         chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
         weights = jnp.where(row_mask[:, None], weights, 0.0)  # padding may hold NaN, and NaN times zero is NaN
     return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation, remat)
+
+
+@jax.custom_vjp
+def _masked_for_gradients(x: Float[Array, "T D"], row_mask: Bool[Array, "T"]) -> Float[Array, "T D"]:
+    """The rows; where they are differentiated, masked rows are zeros: a gradient of zero times NaN is NaN.
+
+    The forward pass reads no masked row, so serving does not pay for the copy.
+    """
+    del row_mask
+    return x
+
+
+def _masked_forward(x: Array, row_mask: Array) -> tuple[Array, Array]:
+    return jnp.where(row_mask[:, None], x, 0), row_mask
+
+
+def _masked_backward(row_mask: Array, dx: Array) -> tuple[Array, None]:
+    return jnp.where(row_mask[:, None], dx, 0), None
+
+
+_masked_for_gradients.defvjp(_masked_forward, _masked_backward)
 
 
 def router_scores(

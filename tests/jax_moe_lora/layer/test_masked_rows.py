@@ -1,0 +1,33 @@
+"""Contract 11: a masked row reaches nothing, whatever it holds."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_moe_lora.layer.moe import moe_lora
+from support.layers import Spec, draw
+
+
+@pytest.mark.parametrize("held", [np.nan, np.inf, 0.0])
+def test_contract_11_a_masked_row_reaches_nothing(held):
+    problem = draw(Spec(tokens=9))
+    mask = jnp.arange(9) % 3 != 1
+    x, router = jnp.asarray(problem.x), jnp.asarray(problem.router)
+    slots, adapters = jnp.asarray(problem.slots, jnp.int32), problem.bank.layer(0)
+
+    def loss(x, router, experts, pools):
+        pages = replace(adapters, pools=pools)
+        y = moe_lora(x, router, experts, problem.spec.config, pages, slots, row_mask=mask)
+        return (y * jnp.arange(1.0, 10.0)[:, None]).sum(), y
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+    others = router, problem.experts, adapters.pools
+    wanted, wanted_y = gradient(jnp.where(mask[:, None], x, 1.0), *others)
+    given, y = gradient(jnp.where(mask[:, None], x, held), *others)
+    np.testing.assert_array_equal(y, wanted_y)
+    assert not np.asarray(y)[~np.asarray(mask)].any()
+    for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
