@@ -27,4 +27,7 @@ def varying_as[T](carry: T, *read: Any) -> T:
 
 
 def _axes(leaf: Any) -> frozenset[str]:
-    return getattr(jax.typeof(leaf), "vma", frozenset())
+    kind = jax.typeof(leaf)
+    manual = getattr(kind, "manual_axis_type", None)
+    # Types had the axes themselves before they had a type of their own for all that is manual.
+    return manual.varying if manual is not None else getattr(kind, "vma", frozenset())
