@@ -83,9 +83,13 @@ class Model:
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
 
         Args:
-          path: folder with `config.json` and safetensors files. dtype: of weights, cache and adapters.
-          max_adapters, max_rank: adapters loaded at once, and the largest rank among them.
-          adapter_memory: budget of the adapters, such as `"4GiB"`, or bytes; never more than they can use.
+          path: folder with `config.json` and safetensors files, or a hub id.
+          dtype: of weights, cache and adapters: `bfloat16`, `float16` or `float32`.
+          max_adapters: adapters that can be loaded at once.
+          max_rank: the largest LoRA rank among them.
+          adapter_memory: memory budget of the adapters, in bytes or as text such as `"4GiB"`; no more is taken than
+            they can use.
+          implementation: a backend by name, or None for the best that is available.
 
         Raises:
           ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument.
@@ -201,15 +205,23 @@ class Model:
     ) -> list[Generation]:
         """Answers a batch of prompts, each with its own adapter.
 
+        Sampling options are one value for all prompts, or one per prompt.
+
         Args:
-          prompts: texts, or token ids. adapter_names: one for each prompt; `None` and `"__base__"` are the base model.
-          max_new_tokens, temperature (0 is greedy), top_k (0 is off), top_p, seed: one value, or one a prompt.
-          callback: called with (prompt's index, token id, new text) as tokens come; the joined texts are the answer.
-            A character of several tokens comes with its last one, the rest of a broken one with the last of all.
-          progress: show a progress bar. pad_to: (batch, prompt tokens) to pad to, instead of the smallest bucket: two
-            batches padded alike run the same program.
-          adapter_errors: what to do about an adapter that cannot be loaded (a corrupt file, say): `raise`, and nobody
-            is answered, or `return`: its requests alone get the `error` and no tokens.
+          prompts: texts, or token ids.
+          adapter_names: one per prompt; `None` and `"__base__"` mean the base model.
+          max_new_tokens: limit of the answer, in tokens.
+          temperature: of sampling; 0 is greedy.
+          top_k: sample from the k most likely tokens; 0 is off.
+          top_p: sample from the most likely tokens that together have this probability; 1 is off.
+          seed: of sampling.
+          callback: called with (index of the prompt, token id, new text) as tokens arrive; the joined texts are the
+            answer. A character of several tokens arrives with its last token, an incomplete one with the last of all.
+          progress: show a progress bar.
+          pad_to: (batch, prompt tokens) to pad to, in place of the smallest bucket. Two batches that are padded alike
+            run the same program.
+          adapter_errors: what to do when an adapter cannot be loaded, such as a corrupt file. `raise`: no prompt is
+            answered. `return`: only the requests that named it get the `error`, and no tokens.
 
         Raises:
           InputError: a bad argument or a prompt that is empty or too long. AdapterNameError: an unknown adapter.

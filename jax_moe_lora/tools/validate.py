@@ -27,11 +27,18 @@ def validate(
     of this `max_rank` and `dtype` raises one, but for what only the values of the weights tell: for these, `deep`.
 
     Args:
-      deep: read the adapter's weights too: those that are not finite in `dtype`, all zero, or absurdly large.
-      max_rank, dtype: as `Model.from_pretrained` is given them.
+      adapter_folder: the adapter to check.
+      model_folder: the model that would serve it.
+      deep: also read the adapter's weights, and report those that are not finite in `dtype`, all zero, or absurdly
+        large.
+      max_rank: as for `Model.from_pretrained`.
+      dtype: as for `Model.from_pretrained`.
+
+    Returns:
+      The findings, errors first; empty where nothing is wrong.
 
     Raises:
-      InputError: `max_rank` or `dtype` is none.
+      InputError: `max_rank` or `dtype` is invalid.
     """
     return validate_folders(adapter_folder, model_folder, deep, max_rank=max_rank, dtype=dtype).findings
 

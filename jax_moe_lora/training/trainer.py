@@ -71,20 +71,26 @@ class Trainer:
         """Checks everything, reads the data and then the model.
 
         Args:
-          model: checkpoint folder, or a hub id. data: adapter -> a JSONL file, or the objects of its lines, each
-            `{"prompt", "completion"}` or `{"text"}`. evaluation: the same, of some of the adapters.
-          steps: updates of every adapter. recipe: one for all, or one for each.
-          batch_size: rows of an update, at least one an adapter; they take turns. micro_batches: parts of it that are
-            computed one after the other.
-          sequence_length: tokens of a row; None is 512, or the model's positions where they are fewer.
-          packing: several examples a row.
-          router_loss: coefficient of the load-balancing loss. seed: of the first weights and the order of the examples.
+          model: checkpoint folder, or a hub id.
+          data: adapter -> a JSONL file, or the objects of its lines, each `{"prompt", "completion"}` or `{"text"}`.
+          steps: updates of every adapter.
+          recipe: one for all adapters, or one for each.
+          evaluation: held-out data like `data`, for some of the adapters.
+          batch_size: rows per update, at least one per adapter; the adapters take turns.
+          micro_batches: parts of a batch that are computed one after the other.
+          sequence_length: tokens per row; None is 512, or the model's positions where they are fewer.
+          packing: put several examples into a row.
+          router_loss: coefficient of the load-balancing loss.
+          seed: of the initial weights and the order of the examples.
           dtype: of the frozen model, float32 or bfloat16; adapters and their optimizers are float32.
           skip_bad_lines: leave out lines that cannot be trained on; they are counted in `skipped`.
+          implementation: a backend by name, or None for the best that is available.
 
         Raises:
-          InputError: a bad argument; all lines that cannot be trained on, at once. ConfigError, CheckpointError: the
-          model's folder. DeviceError: jax has no device.
+          InputError: a bad argument, or lines that cannot be trained on, all of them at once.
+          ConfigError: the model's config is not supported.
+          CheckpointError: the model's files are missing or corrupt.
+          DeviceError: jax has no device.
         """
         _check_names(data, evaluation)
         self.steps, self.seed = whole("steps", steps, 1), whole("seed", seed, 0)
@@ -213,15 +219,21 @@ class Trainer:
         """Trains to the last step and writes `out/NAME`, beside `out/metrics.jsonl` and `out/checkpoints`.
 
         Args:
-          resume: go on from the newest checkpoint in `out`, with the bits that a run without an end would have had;
-            without one, begin.
-          save_every: steps between checkpoints. evaluate_every: steps between evaluations, beside that after the last.
-          write_as, and what is returned: as `write`. report: called as the run goes on.
+          out: folder of the run.
+          resume: continue from the newest checkpoint in `out`, with the bits of a run that was never interrupted; where
+            there is none, start from the beginning.
+          save_every: steps between checkpoints.
+          evaluate_every: steps between evaluations; there is one after the last step in any case.
+          write_as: as in `write`.
+          report: called as the run progresses.
+
+        Returns:
+          As `write`.
 
         Raises:
           InputError: `out` exists and is not to be resumed, belongs to a run with other settings, or cannot be written;
-          a loss that is not finite, by its adapter and step. AdapterFormatError: an adapter that its layout has no room
-          for, before the first step.
+            or a loss is not finite, with its adapter and step.
+          AdapterFormatError: the layout cannot express an adapter; raised before the first step.
         """
         self._check_written(write_as)
         out, save_every = Path(out), whole("save_every", save_every, 1)

@@ -141,8 +141,8 @@ class AdapterPool:
         Waits for slots that running requests will give back, and for adapters that have to be loaded.
 
         Raises:
-          AdapterNameError: a name that is not registered. BankFullError: more adapters than there are slots, or than
-          are not pinned.
+          AdapterNameError: a name is not registered.
+          BankFullError: more adapters are named than there are slots that are not pinned.
         """
         self._look_for_changes(names)
         thread = threading.get_ident()

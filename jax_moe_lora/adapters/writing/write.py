@@ -86,19 +86,23 @@ def write_adapter(
     """Writes an adapter folder that `read_adapter` reads as the same matrices, ranks and scales.
 
     Args:
-      sites, names: the model's projections, and where they stand in adapter files.
+      adapter: what to write.
+      folder: where to write it.
+      sites: the model's projections.
+      names: what the projections are called in adapter files.
       layout: `peft` (3-D parameters, as PEFT writes them with transformers 5), `peft-per-expert` (as with transformers
         4), `tinker`, or `tensorrt-llm`.
-      expand: where the layout cannot share a matrix, write a copy for each that uses it. fold_scale: where the config
-        cannot say a scale, multiply B by it, rounded to B's dtype. force: replace the folder, if it holds an adapter.
+      expand: write a copy of a shared matrix for each expert or module that uses it, where the layout cannot share it.
+      fold_scale: multiply B by the scale, rounded to B's dtype, where the config has no field for it.
+      force: replace the folder, if it holds an adapter.
 
     Returns:
-      A sentence for each thing that is another than in the adapter, though it computes the same: copies, folded scales,
-      and gate and up of different A, which `peft` has as one projection of both ranks.
+      A sentence for each difference from the adapter that computes the same: copies, folded scales, and gate and up
+      with different A, which `peft` holds as one projection of both ranks.
 
     Raises:
-      AdapterFormatError: what the layout has no room for, by layer and module. InputError: an unknown layout, or a
-      folder that exists or cannot be written.
+      AdapterFormatError: the layout cannot express something; names layer and module.
+      InputError: an unknown layout, or a folder that exists or cannot be written.
     """
     plan = plan_adapter(adapter, sites, names, layout, expand=expand, fold_scale=fold_scale)
     planned = {key: Planned(tensor.dtype, tensor.shape) for key, tensor in plan.tensors.items()}
