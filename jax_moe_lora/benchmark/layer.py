@@ -20,8 +20,8 @@ from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.ops import Implementation
 
 LAYERS_A_CALL = 8
-WRONG = 2e-2  # relative error above which a result is none: bfloat16 and peers that round more often stay below 1e-2
-MOST_CALLS, ENOUGH_S = 16, 10e-3  # calls are queued until they take this long, so that starting them does not count
+WRONG = 2e-2  # relative error of a wrong result; bfloat16, and peers that round more often, stay below 1e-2
+MOST_CALLS, ENOUGH_S = 16, 10e-3  # calls are queued until they take this long, so that dispatch does not count
 Method = Literal["both", "loop", "queue"]
 Layer = Callable[..., Array]
 """`f(x, weights, chosen, slots, experts, adapters) -> y`; adapters are `LayerPages`, or None."""
@@ -35,12 +35,30 @@ METHOD = (
 
 
 def floor_us(problem: Problem, ceilings: Ceilings) -> float:
-    """What the ceilings allow: weights and pages that are hit read once, or the multiplications."""
+    """The least time that the ceilings allow for one layer.
+
+    That is reading the weights and pages in use once, or the multiplications, whichever takes longer.
+
+    Args:
+      problem: the layer's inputs.
+      ceilings: the device's limits.
+
+    Returns:
+      Microseconds.
+    """
     return max(problem.moved_bytes() / ceilings.bytes_per_s, problem.flops() / ceilings.flop_per_s) * 1e6
 
 
 def own_layer(problem: Problem, implementation: Implementation | None) -> Layer:
-    """The library's layer."""
+    """The library's layer, as a function that `compile_layer` takes.
+
+    Args:
+      problem: the layer's inputs.
+      implementation: a backend by name; None picks the best one.
+
+    Returns:
+      The function.
+    """
 
     def layer(x, weights, chosen, slots, experts, adapters):
         return routed_experts(x, weights, chosen, experts, problem.config, adapters, slots, implementation)
@@ -49,17 +67,23 @@ def own_layer(problem: Problem, implementation: Implementation | None) -> Layer:
 
 
 def shifted(chosen: Array, nth: Any, num_experts: int) -> Array:
-    """Other experts for each of the dependent layers."""
+    """Expert ids for the nth of the dependent layers: different ones for each, so that no cache has their weights."""
     return (chosen + nth * 37) % num_experts
 
 
 def compile_layer(
     problem: Problem, layer: Layer, method: Method = "both", experts: Any = None
 ) -> Callable[[int], dict[str, Any]]:
-    """Compiles the programs, in a thread of its own if need be; the result measures them, given the repeats.
+    """Compiles a layer for timing. May be called from any thread.
 
     Args:
-      layer: what is timed. experts: its weights, where it wants another layout than the problem's.
+      problem: the layer's inputs.
+      layer: the function to time.
+      method: which programs to compile and time, see `METHOD`.
+      experts: the weights in the layout that `layer` takes; None passes those of the problem.
+
+    Returns:
+      A function that is given the number of repeats, measures, and returns the figures of one row.
     """
     weights = problem.experts if experts is None else experts
     arguments = (problem.x, problem.weights, problem.chosen, problem.slots, weights, problem.adapters)
@@ -72,7 +96,7 @@ def compile_layer(
             x = x + y * jnp.asarray(1e-3, y.dtype)  # reads the last result, so that nothing is hoisted or dropped
             return x, one(x, weights, shifted(chosen, i, num_experts), slots, experts, adapters)
 
-        return lax.fori_loop(0, LAYERS_A_CALL, step, (x, jnp.zeros_like(x)), unroll=True)  # as a model's layers are
+        return lax.fori_loop(0, LAYERS_A_CALL, step, (x, jnp.zeros_like(x)), unroll=True)  # like a model's layers
 
     programs, seconds = {}, 0.0
     for name, function in (("loop", jax.jit(loop)), ("queue", one)):
@@ -84,6 +108,7 @@ def compile_layer(
 
 
 def _measure(problem: Problem, programs: dict[str, Any], arguments: tuple[Any, ...], repeats: int) -> dict[str, Any]:
+    """Checks the results of the compiled programs, then times them."""
     x, weights, chosen, *rest = arguments
     ids = [shifted(chosen, i, problem.config.num_experts) for i in range(LAYERS_A_CALL)]
     calls: dict[str, Callable[[], Any]] = {}
@@ -101,10 +126,18 @@ def _measure(problem: Problem, programs: dict[str, Any], arguments: tuple[Any, .
 
 
 def figures(problem: Problem, timed: dict[str, list[float]], error: float) -> dict[str, Any]:
-    """Microseconds a layer and their spread, from the seconds of each method; the smaller median counts.
+    """The figures of one row; the method with the smaller median counts.
+
+    Args:
+      problem: the layer's inputs.
+      timed: method -> seconds per layer of each repeat.
+      error: relative error of the result.
+
+    Returns:
+      Microseconds per layer of each method, of the better method, and their spread, and the error.
 
     Raises:
-      ValueError: the relative error is that of a wrong result, or no number.
+      ValueError: the error is that of a wrong result, or not a number.
     """
     if not error <= WRONG:
         raise ValueError(f"the result is wrong: relative error {error:.4g}")
@@ -119,7 +152,16 @@ def figures(problem: Problem, timed: dict[str, list[float]], error: float) -> di
 
 
 def timings(call: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> list[float]:
-    """Seconds a layer of each repeat of `call`, which starts `LAYERS_A_CALL` layers; `wait` is for their results."""
+    """Times a call again and again.
+
+    Args:
+      call: starts `LAYERS_A_CALL` layers.
+      wait: waits for what `call` returned.
+      repeats: number of timings.
+
+    Returns:
+      Seconds per layer of each repeat.
+    """
     wait(call())
     began = time.perf_counter()
     wait(call())

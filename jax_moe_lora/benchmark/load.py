@@ -1,4 +1,4 @@
-"""Times the loading of an adapter: alone, against the bandwidth from host to device, and while a model decodes."""
+"""Times loading an adapter: alone, beside the bandwidth from host to device, and while a model decodes."""
 
 import itertools
 import statistics
@@ -35,7 +35,17 @@ METHOD = (
 
 
 def host_adapter(name: str, sites: dict[str, Site], rank: int, shared: bool) -> LoRAAdapter:
-    """Random matrices on every site's layers; `shared`: one for all experts on the sides of the hidden width."""
+    """A random adapter in host memory.
+
+    Args:
+      name: the adapter's name.
+      sites: the modules that it changes, in all their layers.
+      rank: its rank.
+      shared: whether all experts share the matrices on the side of the model width (the shared-outer layout).
+
+    Returns:
+      The adapter.
+    """
     some = np.random.default_rng(0).standard_normal(2**20, np.float32).astype(ml_dtypes.bfloat16)
 
     def matrix(*shape: int) -> np.ndarray:
@@ -50,7 +60,7 @@ def host_adapter(name: str, sites: dict[str, Site], rank: int, shared: bool) -> 
 
 
 def copy_bytes_per_s() -> float:
-    """From numpy to the device."""
+    """Bytes per second of a copy from numpy to the device."""
     values = np.zeros(COPY_BYTES // 2, ml_dtypes.bfloat16)
     times = []
     for _ in range(1 + REPEATS):
@@ -61,10 +71,16 @@ def copy_bytes_per_s() -> float:
 
 
 def measure_loads(config: ModelConfig, rank: int, batch: int, context: int) -> dict[str, Any]:
-    """Figures of a per-expert adapter and of its shared-outer twin, each by its name.
+    """Times loading a per-expert adapter, and the same adapter in the shared-outer layout.
 
     Args:
-      batch, context: requests that decode, and tokens that each has behind it.
+      config: the model, whose weights are random.
+      rank: the adapters' rank.
+      batch: requests that decode meanwhile.
+      context: tokens in the cache of each request.
+
+    Returns:
+      The bandwidth of a copy, the time of a decode step, and the figures of each adapter under its name.
     """
     sites = sites_of(config, "experts")
     params = jax.block_until_ready(init_params(config, jax.random.key(0), DTYPE))
@@ -102,14 +118,14 @@ def _no_files(folder: Path, name: str) -> LoRAAdapter:
 
 
 def _reload(pool: AdapterPool, name: str, adapter: LoRAAdapter) -> None:
-    """Out of its slot, and in again."""
+    """Takes the adapter out of its slot and loads it again."""
     pool.forget(name)
     pool.register(name, adapter)
     pool.load(name)
 
 
 def _decoder(config: ModelConfig, params: Any, pool: AdapterPool, batch: int, context: int) -> Callable[[], Any]:
-    """One decode step of a batch in which every other request uses the resident adapter."""
+    """A decode step of a batch in which every second request uses the resident adapter."""
     length = 1 << (context + REPEATS * STEPS).bit_length()
     cache = [decoder.init_cache(config, batch, length, DTYPE)]
     (slot,) = pool.slots(["resident"])
@@ -140,7 +156,7 @@ def _timed(call: Callable[[], Any]) -> float:
 
 
 def _steps_under_load(step: Callable[[], Any], load: Callable[[], Any]) -> tuple[list[float], int]:
-    """Seconds of each step while another thread loads again and again, and how often it did."""
+    """Seconds of each step while another thread keeps loading, and the number of loads."""
     stop, loads = threading.Event(), itertools.count()
 
     def keep_loading() -> None:

@@ -1,4 +1,4 @@
-"""Times a whole model of random weights: decode steps and prefills, with adapters mixed in the batch and without."""
+"""Times a whole model of random weights: decode steps and prefills, without adapters and with mixed ones."""
 
 import statistics
 import time
@@ -31,7 +31,13 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """A case's program and what its compilation took."""
+    """A compiled case.
+
+    Attributes:
+      program: the compiled function of `lower_case`.
+      seconds: time of the compilation.
+      temp_bytes: the program's temporary memory; None if the compiler does not say.
+    """
 
     program: Callable[..., Any]
     seconds: float
@@ -41,7 +47,17 @@ class Compiled:
 def compile_case(
     case: Case, config: ModelConfig, make: Callable[[], AdapterBank | None], implementation: Implementation | None
 ) -> Compiled:
-    """Compiles from shapes alone: weights and adapters need not be there yet."""
+    """Compiles a case from shapes alone: weights and adapters need not exist yet.
+
+    Args:
+      case: what is timed.
+      config: the model.
+      make: makes the bank; only its shapes are used.
+      implementation: a backend by name; None picks the best one.
+
+    Returns:
+      The program.
+    """
     began = time.perf_counter()
     compiled = lower_case(case, config, make, implementation).compile()
     memory = compiled.memory_analysis()
@@ -58,7 +74,14 @@ def lower_case(
     """Lowers `f(params, bank, cache, *inputs) -> (cache, logits)`; bank and cache are lists of their arrays.
 
     Args:
-      make: makes the bank. device: to compile for, also one that is not there; the default one where None.
+      case: what is timed.
+      config: the model.
+      make: makes the bank; only its shapes are used.
+      implementation: a backend by name; None picks the best one.
+      device: the device to compile for, which need not be attached; None is the default device.
+
+    Returns:
+      The lowered function.
     """
     bank, bank_tree = _shapes(make)
     cache, cache_tree = _shapes(lambda: decoder.init_cache(config, case.batch, case.max_length, DTYPE))
@@ -82,7 +105,7 @@ def lower_case(
 
 
 def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
-    """Shapes of a tree's arrays, and its form."""
+    """Shapes of a tree's arrays, and the tree's structure."""
     trees = []
 
     def leaves():
@@ -96,7 +119,22 @@ def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
 def measure(
     case: Case, compiled: Compiled, config: ModelConfig, params: ModelParams, bank: AdapterBank | None, steps: int
 ) -> dict[str, Any]:
-    """Milliseconds a step or a prefill, their spread, tokens a second, memory."""
+    """Times a compiled case.
+
+    Args:
+      case: what is timed.
+      compiled: its program.
+      config: the model.
+      params: the model's weights.
+      bank: the adapters; None for a case without.
+      steps: decode steps per repeat.
+
+    Returns:
+      Milliseconds per step or per prefill and their spread, tokens per second, the floor, and memory.
+
+    Raises:
+      FloatingPointError: the logits are not finite.
+    """
     slots = draw_slots(case, 0 if bank is None else bank.num_slots)
     shape, count = ((case.batch,), steps) if case.kind == "decode" else ((case.batch, case.length), 1)
     keys = jax.random.split(jax.random.key(1), count)
@@ -128,7 +166,7 @@ def measure(
 
 
 def _random_cache(case: Case, config: ModelConfig) -> Cache:
-    """A cache whose positions are all drawn: a decode step attends to `case.length` of them."""
+    """A cache with random values in every position; a decode step attends to `case.length` of them."""
     cache = decoder.init_cache(config, case.batch, case.max_length, DTYPE)
     draw = jax.jit(lambda key, x: jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), donate_argnums=1)
     keys = jax.random.split(jax.random.key(2), 2 * config.num_layers)
@@ -144,12 +182,22 @@ def _peak_gb() -> float | None:
 def sweep(
     config: ModelConfig, cases: Sequence[Case], targets: str, implementation: Implementation | None, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """Measures every case, a row each; one that fails does not stop the others.
+    """Measures every case; one that fails does not stop the others.
 
-    Cases with the same adapters are compiled side by side, then measured one by one: no compilation, which times
-    kernels of its own, runs beside a measurement.
+    Cases with the same adapters are compiled in parallel, then measured one by one. No compilation runs during a
+    measurement, because the compiler times kernels too.
+
+    Args:
+      config: the model.
+      cases: what is timed.
+      targets: the modules with adapters, see `random_model.sites_of`.
+      implementation: a backend by name; None picks the best one.
+      steps: decode steps per repeat.
+
+    Yields:
+      A row per case; the row of a failed case has `error` instead of figures.
     """
-    measure_ceilings()  # while there is room for it
+    measure_ceilings()  # while there is memory for it
     params = None
     for name in dict.fromkeys(case.adapters for case in cases):
         group, make = [case for case in cases if case.adapters == name], make_bank(config, name, targets)
@@ -168,4 +216,4 @@ def sweep(
             except Exception as error:  # such as out of memory
                 figures = {"error": f"{type(error).__name__}: {error}"[:300]}
             yield row | figures
-        del bank  # one at a time
+        del bank  # only one at a time fits

@@ -1,7 +1,7 @@
-"""What the layer should give, in float32 and without any of its code: a matrix and a vector at a time.
+"""The expected result of the layer: in float32, one matrix times one vector at a time, with none of the layer's code.
 
-On the device, where the weights are: a Mixtral expert takes 0.7 GB in float32. The tests compare it with
-`jax_moe_lora.layer.reference`.
+It runs on the device, because the weights are there: a Mixtral expert takes 0.7 GB in float32. The tests compare it
+with `jax_moe_lora.layer.reference`.
 """
 
 from functools import partial
@@ -15,23 +15,38 @@ from jaxtyping import Array, Float
 from jax_moe_lora.benchmark.problem import Problem
 from pallas_kernels.pages import NO_ADAPTERS, RANK_PAGE, LoRAPages
 
-CHECKED = 4  # tokens that are compared with the oracle
+CHECKED = 4  # tokens compared with the oracle
 
 
 def checked_rows(tokens: int) -> np.ndarray:
-    """The tokens that are compared: from the first to the last, some of them twice where there are few."""
+    """The tokens that are compared: evenly from the first to the last; some repeat if there are few."""
     return np.linspace(0, tokens - 1, CHECKED).astype(np.int32)
 
 
 def expected(problem: Problem) -> np.ndarray:
-    """Float32 `[CHECKED, D]`: the result for the checked tokens."""
+    """The expected result for the checked tokens.
+
+    Args:
+      problem: the layer's inputs.
+
+    Returns:
+      float32 `[CHECKED, D]`.
+    """
     rows = checked_rows(problem.x.shape[0])
     tokens = [values[rows] for values in (problem.x, problem.weights, problem.chosen, problem.slots)]
     return np.asarray(_layer(*tokens, problem.experts, problem.adapters))
 
 
 def relative_error(y: Array | np.ndarray, problem: Problem) -> float:
-    """Relative Frobenius error of the checked tokens of `y [T, D]`."""
+    """Relative Frobenius error of a result.
+
+    Args:
+      y: `[T, D]`, the layer's result.
+      problem: the layer's inputs.
+
+    Returns:
+      The error over the checked tokens.
+    """
     found = np.asarray(jnp.asarray(y[checked_rows(problem.x.shape[0])]).astype(jnp.float32))
     wanted = expected(problem)
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
@@ -42,7 +57,7 @@ def _layer(x, weights, chosen, slots, experts, adapters):
     pages = NO_ADAPTERS if adapters is None else adapters
 
     def pair(values):
-        """One token with one of its experts: a loop, so that one expert's weights at a time are float32."""
+        """One token with one of its experts. Called in a loop: only one expert's weights are float32 at a time."""
         row, weight, expert, slot = values
 
         def linear(module: str, row: Float[Array, "in"]) -> Float[Array, "out"]:
@@ -60,7 +75,7 @@ def _layer(x, weights, chosen, slots, experts, adapters):
 
 
 def _update(pages: LoRAPages, row: Float[Array, "in"], expert: Array, slot: Array) -> Float[Array, "out"]:
-    """`scale * B (A row)` of one (slot, expert); zero for a slot below 0."""
+    """`scale * B (A row)` of one slot and expert; zero if the slot is negative."""
     first_a, first_b, count, _ = pages.table[slot, expert]
     most = -(-pages.max_rank // RANK_PAGE)
     live = (jnp.arange(most) < count) & (slot >= 0)
@@ -73,4 +88,4 @@ def _update(pages: LoRAPages, row: Float[Array, "in"], expert: Array, slot: Arra
     return pages.scale[slot, expert] * _times(matrix(pages.b, first_b).T, shrunk)
 
 
-_times = partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # float32 as float32: no TF32
+_times = partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # no TF32

@@ -1,8 +1,8 @@
-"""Other libraries' routed layers, timed on the same problems: what a user would write with each today.
+"""The routed layers of other libraries, timed on the same problems: what a user would write with each today.
 
-Each gets the weights in the layout that it likes best, gate and up side by side, and sorts, gathers and combines as its
-own documentation does. `ragged_dot` and `tokamax` run in the same jitted programs as ours, torch's from CUDA graphs
-(`loop`) and eagerly (`queue`). None of them takes several adapters in a batch: with adapters there is PEFT, with one.
+Each gets the weights in the layout that suits it best, with gate and up side by side, and sorts, gathers and combines
+as its own documentation does. `ragged_dot` and `tokamax` run in the same jitted programs as this library; torch runs
+from CUDA graphs (`loop`) and eagerly (`queue`). None of them takes several adapters in a batch; PEFT takes one.
 """
 
 import importlib.util
@@ -29,23 +29,31 @@ Measure = Callable[[int], dict[str, Any]]
 
 
 class OneLayout:
-    """The weights of the last problem in another layout: made once for all its cells, which are prepared in threads."""
+    """The weights of the last problem in another layout, made once for all its cells. Safe to use from threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last: tuple[ExpertWeights, Any] | None = None
 
     def of(self, experts: ExpertWeights, make: Callable[[ExpertWeights], Any]) -> Any:
+        """`make(experts)`, kept until other weights are given."""
         with self._lock:
             if self._last is None or self._last[0] is not experts:
-                self._last = None  # let go of before the next is made
+                self._last = None  # frees its memory before the next is made
                 self._last = experts, make(experts)
             return self._last[1]
 
 
 @dataclass(frozen=True)
 class RaggedDot:
-    """`dot(rows [P, in], weights [E, in, out], group_sizes [E])` between a sort and its inverse, under jit."""
+    """A layer in jax: a grouped matmul between a sort and its inverse.
+
+    Attributes:
+      name: the engine's name in results.
+      dot: `f(rows [P, in], weights [E, in, out], group_sizes [E]) -> [P, out]`.
+      packages: the packages that it needs.
+      layout: the weights as `[E, in, out]`.
+    """
 
     name: str
     dot: Callable[[Array, Array, Array], Array]
@@ -78,7 +86,15 @@ def _in_by_out(experts: ExpertWeights) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class TorchLayer:
-    """A torch layer `build(gate_up [E, 2F, D], down [E, D, F], problem) -> f(x, chosen, weights)`."""
+    """A layer in torch.
+
+    Attributes:
+      name: the engine's name in results.
+      build: `f(gate_up [E, 2F, D], down [E, D, F], problem) -> layer`, where `layer(x, chosen, weights)` returns y.
+      packages: the packages that it needs.
+      most_slots: the most adapters that it takes.
+      layout: the weights as torch tensors.
+    """
 
     name: str
     build: Callable[[Any, Any, Problem], Callable[..., Any]]
@@ -118,7 +134,7 @@ class TorchLayer:
             if method != "queue" and x.is_cuda:
                 try:
                     calls["loop"] = _graph(layers)
-                except RuntimeError as failed:  # it synchronises somewhere: eager figures are worth having
+                except RuntimeError as failed:  # it waits for the device somewhere; the eager figures are still useful
                     notes["note"] = f"no CUDA graph: {' '.join(str(failed).split())[:200]}"
             if method == "loop" and "loop" in calls:
                 del calls["queue"]
@@ -127,7 +143,7 @@ class TorchLayer:
 
 
 def _graph(layers: Callable[[], None]) -> Callable[[], None]:
-    """The layers as one CUDA graph: what torch takes when Python is not in its way."""
+    """The layers as one CUDA graph: the time that torch takes without Python's overhead."""
     import torch
 
     side = torch.cuda.Stream()
@@ -142,7 +158,7 @@ def _graph(layers: Callable[[], None]) -> Callable[[], None]:
 
 
 def to_torch(array: Array) -> Any:
-    """The same memory as a torch tensor."""
+    """A torch tensor that shares the array's memory."""
     import torch
 
     return torch.from_dlpack(jax.block_until_ready(array))
@@ -155,7 +171,7 @@ def _torch_experts(experts: ExpertWeights) -> tuple[Any, Any]:
 
 
 def grouped_mm(gate_up: Any, down: Any, problem: Problem) -> Callable[..., Any]:
-    """`torch.nn.functional.grouped_mm` between a sort and its inverse."""
+    """A layer with `torch.nn.functional.grouped_mm` between a sort and its inverse."""
     import torch
 
     dot = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
@@ -175,7 +191,7 @@ def grouped_mm(gate_up: Any, down: Any, problem: Problem) -> Callable[..., Any]:
 
 
 def transformers_peft(gate_up: Any, down: Any, problem: Problem) -> Callable[..., Any]:
-    """transformers' experts by its `grouped_mm`; an adapter of the problem by PEFT's `target_parameters`."""
+    """transformers' experts with `grouped_mm`, and the problem's adapter through PEFT's `target_parameters`."""
     import torch
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -185,7 +201,7 @@ def transformers_peft(gate_up: Any, down: Any, problem: Problem) -> Callable[...
         hidden_size=size.hidden_size, moe_intermediate_size=size.expert_width, num_experts=size.num_experts
     )
     config._experts_implementation = "grouped_mm"
-    with torch.device("meta"):  # its own weights are never made
+    with torch.device("meta"):  # its own weights are never allocated
         block = torch.nn.ModuleDict({"experts": Qwen3MoeExperts(config)})
     block["experts"].gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
     block["experts"].down_proj = torch.nn.Parameter(down, requires_grad=False)
@@ -195,7 +211,7 @@ def transformers_peft(gate_up: Any, down: Any, problem: Problem) -> Callable[...
 
 
 def _add_peft(block: Any, problem: Problem) -> None:
-    """Slot 0 as a PEFT adapter. Gate and up have an A each here and one in PEFT, so theirs has both ranks."""
+    """Adds slot 0 as a PEFT adapter, in which gate and up share one A: the rows of both."""
     import torch
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import ParamWrapper
@@ -251,7 +267,19 @@ PEERS: dict[str, RaggedDot | TorchLayer] = {
 
 
 def find_peers(names: list[str], adapters: list[str], tell: Callable[[str], Any]) -> list[RaggedDot | TorchLayer]:
-    """The peers of these names that can run here; `tell` gets a sentence about what cannot: a peer, or its cells."""
+    """The peers that can run here.
+
+    Args:
+      names: peers in `PEERS`.
+      adapters: the sets of adapters that will be timed.
+      tell: is given a sentence about each peer that cannot run, or cannot run with a set of adapters.
+
+    Returns:
+      The peers.
+
+    Raises:
+      InputError: no peer has this name.
+    """
     found = []
     for name in names:
         if name not in PEERS:

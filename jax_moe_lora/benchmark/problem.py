@@ -1,4 +1,4 @@
-"""A routed layer with adapters, made on the device for timing: random weights and pages, routing by distribution."""
+"""A routed layer with adapters for timing: random weights and pages on the device, routing drawn at random."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,17 @@ from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterMix
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of `routed_experts`: x `[T, D]`, router weights and experts `[T, K]`, slots `[T]`, and what they meet."""
+    """Inputs of `routed_experts`.
+
+    Attributes:
+      config: the layer's sizes.
+      x: `[T, D]`, the tokens.
+      weights: `[T, K]`, the router's weights.
+      chosen: `[T, K]`, the chosen experts' ids.
+      slots: `[T]`, each token's adapter slot; -1 for none.
+      experts: the experts' weights.
+      adapters: the layer's pages; None without adapters.
+    """
 
     config: MoEConfig
     x: Float[Array, "T D"]
@@ -30,7 +40,17 @@ class Problem:
     adapters: LayerPages | None
 
     def with_adapters(self, name: str) -> "Problem":
-        """The same weights with the adapters of `specs.ADAPTERS`."""
+        """The same weights with other adapters.
+
+        Args:
+          name: a set of adapters in `specs.ADAPTERS`.
+
+        Returns:
+          The new problem.
+
+        Raises:
+          InputError: no set has this name.
+        """
         if name not in ADAPTERS:
             raise InputError(f"adapters are {name!r}; expected one of {', '.join(ADAPTERS)}.")
         spec, size = ADAPTERS[name], self.config
@@ -40,7 +60,21 @@ class Problem:
     def with_tokens(
         self, tokens: int, routing: str, spec: AdapterMix, slots: str = "uniform", seed: int = 0
     ) -> "Problem":
-        """The same weights and adapters with other tokens, drawn as `choose_experts` and `choose_slots` say."""
+        """The same weights and adapters with other tokens.
+
+        Args:
+          tokens: T.
+          routing: how experts are drawn, see `choose_experts`.
+          spec: the adapters that the tokens may use.
+          slots: how slots are drawn, see `choose_slots`.
+          seed: of all that is drawn.
+
+        Returns:
+          The new problem.
+
+        Raises:
+          InputError: `routing` or `slots` is unknown.
+        """
         rng = np.random.default_rng(seed)
         chosen = choose_experts(routing, tokens, self.config.num_experts, self.config.top_k, rng)
         gates = rng.dirichlet(np.ones(self.config.top_k), tokens).astype(np.float32)
@@ -51,7 +85,7 @@ class Problem:
         )
 
     def moved_bytes(self) -> float:
-        """Bytes of the weights and pages that this routing meets, each once."""
+        """Bytes of the weights and pages in use, each counted once."""
         size, width = self.x.dtype.itemsize, self.config.hidden_size + self.config.expert_width
         hit = len(np.unique(self.chosen))
         moved = hit * 3 * self.config.hidden_size * self.config.expert_width * size
@@ -61,7 +95,7 @@ class Problem:
         return moved
 
     def flops(self) -> float:
-        """Multiplications and additions of the rows' own products, ranks counted as they are."""
+        """Multiplications and additions that the tokens need, with ranks not rounded up to pages."""
         width = self.config.hidden_size + self.config.expert_width
         total = 6.0 * self.chosen.size * self.config.hidden_size * self.config.expert_width
         slots, chosen = np.asarray(self.slots), np.asarray(self.chosen)
@@ -81,7 +115,19 @@ class Problem:
 
 
 def make_problem(shape: str, adapters: str = "none", dtype: str = "bfloat16") -> Problem:
-    """Weights and adapters of a named shape; tokens come by `with_tokens`."""
+    """Random weights and adapters of a named shape, without tokens; `with_tokens` draws these.
+
+    Args:
+      shape: a layer in `specs.LAYERS`.
+      adapters: a set of adapters in `specs.ADAPTERS`.
+      dtype: of weights, pages and tokens.
+
+    Returns:
+      The problem.
+
+    Raises:
+      InputError: a name is unknown.
+    """
     if shape not in LAYERS:
         raise InputError(f"shape is {shape!r}; expected one of {', '.join(LAYERS)}.")
     spec = LAYERS[shape]
@@ -106,7 +152,7 @@ def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> 
     ranks = np.resize(np.asarray(lora.ranks, np.int32), lora.slots)
     counts = -(-ranks // RANK_PAGE)
     each = int(counts.sum()) * e
-    # Ranks in use of each page, in the order in which the pages are given out below.
+    # Which ranks of each page are in use, in the order in which the pages are handed out below.
     of_slot = [np.arange(count * RANK_PAGE) < rank for count, rank in zip(counts, ranks, strict=True)]
     marks = [np.zeros(RANK_PAGE, bool), *[np.tile(own, e) for own in of_slot] * len(EXPERT_MODULES)]
     in_use = np.concatenate(marks).reshape(-1, RANK_PAGE)
@@ -128,7 +174,21 @@ def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> 
 
 
 def choose_experts(routing: str, tokens: int, experts: int, top_k: int, rng: np.random.Generator) -> np.ndarray:
-    """Distinct experts of each token `[T, K]`: `uniform`, `zipf` (exponent 1), or `quarter` (of the experts hit)."""
+    """Draws distinct experts for each token.
+
+    Args:
+      routing: `uniform`, `zipf` (exponent 1) or `quarter` (uniform over a quarter of the experts).
+      tokens: T.
+      experts: E.
+      top_k: K.
+      rng: the source of randomness.
+
+    Returns:
+      int32 `[T, K]`.
+
+    Raises:
+      InputError: `routing` is unknown.
+    """
     weight = {"uniform": np.ones(experts), "zipf": 1 / np.arange(1, experts + 1), "quarter": np.zeros(experts)}
     if routing not in weight:
         raise InputError(f"routing is {routing!r}; expected one of {', '.join(weight)}.")
@@ -139,7 +199,20 @@ def choose_experts(routing: str, tokens: int, experts: int, top_k: int, rng: np.
 
 
 def choose_slots(slots: str, tokens: int, spec: AdapterMix, rng: np.random.Generator) -> np.ndarray:
-    """Slot of each token `[T]`: `uniform`, `one` (all tokens use slot 0) or `half-base` (half of them none)."""
+    """Draws a slot for each token.
+
+    Args:
+      slots: `uniform`, `one` (all adapted tokens use slot 0) or `half-base` (half of the tokens have no adapter).
+      tokens: T.
+      spec: the adapters, and their share of tokens without one.
+      rng: the source of randomness.
+
+    Returns:
+      int32 `[T]`; -1 for no adapter.
+
+    Raises:
+      InputError: `slots` is unknown.
+    """
     base_rows = {"uniform": spec.base_rows, "one": spec.base_rows, "half-base": max(spec.base_rows, 0.5)}
     if slots not in base_rows:
         raise InputError(f"slots are {slots!r}; expected one of {', '.join(base_rows)}.")
@@ -148,6 +221,6 @@ def choose_slots(slots: str, tokens: int, spec: AdapterMix, rng: np.random.Gener
     return np.where(adapted, 0 if slots == "one" else drawn, -1).astype(np.int32)
 
 
-@partial(jax.jit, static_argnames=("shape", "scale", "dtype"))  # compiled once a shape, whatever the adapters
+@partial(jax.jit, static_argnames=("shape", "scale", "dtype"))  # compiled once per shape, whatever the adapters
 def _normal(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: str) -> Array:
     return (scale * jax.random.normal(key, shape, dtype)).astype(dtype)

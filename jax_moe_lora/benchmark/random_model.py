@@ -1,7 +1,7 @@
-"""A whole model and adapters of random numbers, made on the device, and the floor of what it computes.
+"""A whole model and adapters of random numbers, made on the device, and the least time that they need.
 
-Weights and pages are drawn piece by piece: nothing of a model's size is ever on the host, and no more than one matrix
-is on the device twice.
+Weights and pages are drawn piece by piece: the host never holds anything of a model's size, and the device never holds
+more than one matrix twice.
 """
 
 from collections.abc import Callable
@@ -46,8 +46,11 @@ class Case:
     """One thing to time.
 
     Attributes:
-      kind: `decode`, or `prefill`. batch: requests. length: tokens in the cache before a decode step, or of a prompt.
-      max_length: M, positions of the cache. adapters: a name of `specs.ADAPTERS`.
+      kind: `decode` or `prefill`.
+      batch: number of requests.
+      length: tokens in the cache before a decode step, or of a prompt.
+      max_length: positions of the cache.
+      adapters: a set of adapters in `specs.ADAPTERS`.
     """
 
     kind: str
@@ -63,7 +66,18 @@ class Case:
 
 
 def model_config(name: str, layers: int | None = None) -> ModelConfig:
-    """A named model, or one of its width with fewer layers."""
+    """The config of a named model.
+
+    Args:
+      name: a model in `MODELS`.
+      layers: another number of layers; None keeps the model's.
+
+    Returns:
+      The config.
+
+    Raises:
+      InputError: no model has this name.
+    """
     if name not in MODELS:
         raise InputError(f"model is {name!r}; expected one of {', '.join(MODELS)}.")
     config = MODELS[name]
@@ -72,7 +86,18 @@ def model_config(name: str, layers: int | None = None) -> ModelConfig:
 
 
 def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
-    """The projections that the adapters are on: the routed `experts`, or `all`."""
+    """The modules with adapters.
+
+    Args:
+      config: the model.
+      targets: `experts` (the routed experts) or `all`.
+
+    Returns:
+      module -> site.
+
+    Raises:
+      InputError: `targets` is unknown.
+    """
     if targets not in ("experts", "all"):
         raise InputError(f"targets is {targets!r}; expected experts or all.")
     sites = decoder.adapter_sites(config)
@@ -80,13 +105,31 @@ def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
 
 
 def make_bank(config: ModelConfig, adapters: str, targets: str) -> Callable[[], AdapterBank | None]:
-    """What makes the bank of a case's adapters: a name of `specs.ADAPTERS`."""
+    """A function that makes a bank.
+
+    Args:
+      config: the model.
+      adapters: a set of adapters in `specs.ADAPTERS`.
+      targets: the modules with adapters, see `sites_of`.
+
+    Returns:
+      The function; it returns None if the set is empty.
+    """
     spec = ADAPTERS[adapters]
     return partial(random_bank, sites_of(config, targets), spec) if spec.slots else lambda: None
 
 
 def random_bank(sites: dict[str, Site], spec: AdapterMix, dtype: str = DTYPE) -> AdapterBank:
-    """A full bank of per-expert adapters."""
+    """A full bank of random per-expert adapters.
+
+    Args:
+      sites: the modules with adapters.
+      spec: number of slots, and the ranks that they take in turn, rounded up to whole pages.
+      dtype: of the pages.
+
+    Returns:
+      The bank.
+    """
     counts = np.resize(-(-np.asarray(spec.ranks, np.int32) // RANK_PAGE), spec.slots)
     owners: dict[int, list[np.ndarray]] = {}  # width -> the slot of each page
     tables: dict[str, Any] = {}
@@ -119,7 +162,7 @@ def _random_pool(width: int, count: int, dtype: str) -> Float[Array, "N 16 width
 
 @partial(jax.jit, donate_argnums=0)
 def _fill(pool: Array, key: Array, first: Array) -> Array:
-    """Random pages from `first` on, the last of them moved forward to fit; page 0 stays zero."""
+    """Fills pages from `first` on with random values, starting earlier where they would not fit; page 0 stays zero."""
     count, width = min(FILL_PAGES, pool.shape[0]), pool.shape[2]
     first = jnp.minimum(first, pool.shape[0] - count)
     pages = width**-0.5 * jax.random.normal(key, (count, RANK_PAGE, width), jnp.float32)
@@ -129,21 +172,31 @@ def _fill(pool: Array, key: Array, first: Array) -> Array:
 
 
 def draw_slots(case: Case, num_slots: int) -> Int[Array, "B"]:
-    """Adapters in turn, and a base row after the last one."""
+    """Each request's slot: the adapters in turn, then one request without an adapter, and so on."""
     turn = np.arange(case.batch) % (num_slots + 1)
     return jnp.asarray(np.where(turn == num_slots, BASE_SLOT, turn), jnp.int32)
 
 
 def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings: Ceilings) -> float:
-    """What the ceilings allow: weights, pages and keys that are met, once, or the multiplications.
+    """The least time that the ceilings allow for a case.
 
-    Experts and pages are those that uniform routing meets on average.
+    That is reading the weights, pages and cached keys and values in use once, or the multiplications, whichever takes
+    longer. The number of experts and pages in use is the expected one under uniform routing.
+
+    Args:
+      case: what is timed.
+      config: the model.
+      bank: the adapters; None for a case without.
+      ceilings: the device's limits.
+
+    Returns:
+      Seconds.
     """
     moe, rows, size = config.moe, case.rows, jnp.dtype(DTYPE).itemsize
     attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
     expert, dense = 3 * moe.hidden_size * moe.expert_width, attention + moe.num_experts * moe.hidden_size
     head, moved, multiplied = config.vocab_size * config.hidden_size, 0.0, 0.0
-    met = 1 - (1 - moe.top_k / moe.num_experts) ** rows  # part of the experts
+    met = 1 - (1 - moe.top_k / moe.num_experts) ** rows  # share of the experts in use
     moved += config.num_layers * (dense + met * moe.num_experts * expert) + head
     multiplied += rows * config.num_layers * (dense + moe.top_k * expert) + case.batch * head
     keys = case.batch * case.length * config.num_layers * config.head_dim

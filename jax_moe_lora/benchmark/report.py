@@ -1,4 +1,4 @@
-"""What a benchmark writes: a CSV with the peers' columns, a JSON with where and how, a plot, a comparison."""
+"""What a benchmark writes: a CSV of figures, a JSON that also says where and how, and a comparison with peers."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ Peers = dict[tuple[str, int, str], dict[str, float]]
 
 
 def write_csv(rows: Sequence[Row]) -> str:
-    """The rows that have figures."""
+    """The text of a CSV file with the rows that have figures."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -35,7 +35,14 @@ def write_csv(rows: Sequence[Row]) -> str:
 
 
 def about(commands: Sequence[str]) -> dict[str, Any]:
-    """Where, when and how it was measured."""
+    """Where, when and how a benchmark was measured.
+
+    Args:
+      commands: the commands that were run.
+
+    Returns:
+      Device, date, versions, commands, tuned configs, method and ceilings.
+    """
     return {
         "device": require_device().device_kind,
         "date": date.today().isoformat(),
@@ -48,7 +55,7 @@ def about(commands: Sequence[str]) -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Of the packages that are installed."""
+    """Package -> version, of the packages that are installed."""
     found = {}
     for package in packages:
         try:
@@ -59,12 +66,18 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def write_json(rows: Sequence[Row], head: dict[str, Any]) -> str:
-    """`about` and the rows."""
+    """The text of a JSON file with what `about` returns and the rows."""
     return json.dumps(head | {"rows": list(rows)}, indent=1) + "\n"
 
 
 class Kept(NamedTuple):
-    """What a JSON holds that another run is added to. `ceilings`: None where there is no such file yet."""
+    """The results in a JSON file to which a run adds its own.
+
+    Attributes:
+      rows: the rows of earlier runs.
+      commands: their commands.
+      ceilings: the ceilings of all floors in the file; None if there is no file yet.
+    """
 
     rows: list[Row]
     commands: list[str]
@@ -72,7 +85,17 @@ class Kept(NamedTuple):
 
 
 def read_kept(path: Path) -> Kept:
-    """Of a JSON that an earlier run wrote, on this device."""
+    """Reads the results of earlier runs on this device.
+
+    Args:
+      path: the JSON file; it need not exist.
+
+    Returns:
+      The results.
+
+    Raises:
+      InputError: the file holds something else, or results of another device, method or version.
+    """
     if not path.exists():
         return Kept([], [], None)
     try:
@@ -93,13 +116,23 @@ def read_kept(path: Path) -> Kept:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """The old rows without the cells that were measured again, then the new ones."""
+    """The old rows without the cells that were measured again, followed by the new rows."""
     again = {tuple(row.get(name) for name in CELL) for row in new}
     return [row for row in old if tuple(row.get(name) for name in CELL) not in again] + list(new)
 
 
 def read_peers(path: Path) -> Peers:
-    """Microseconds of each engine of a CSV with the peers' columns."""
+    """Reads the times of other engines.
+
+    Args:
+      path: a CSV file with the columns of `PEER_COLUMNS`.
+
+    Returns:
+      The times.
+
+    Raises:
+      InputError: a column is missing.
+    """
     found: Peers = {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
@@ -112,14 +145,23 @@ def read_peers(path: Path) -> Peers:
 
 
 def peers_of(row: Row, peers: Peers) -> dict[str, float]:
-    """The peers of a row; they were measured with uniform routing and slots alone."""
+    """The peers' times for a row's cell; they were measured with uniform routing and slots only."""
     if (row["routing"], row["slots"]) != ("uniform", "uniform"):
         return {}
     return peers.get((row["shape"], row["tokens"], row["adapters"]), {})
 
 
 def summary(rows: Iterable[Row], peers: Peers, engine: str) -> list[str]:
-    """Sentences: how near the floor, and how the rows compare with one engine of the peers."""
+    """Sentences that sum up a sweep.
+
+    Args:
+      rows: the rows of the sweep.
+      peers: the times of other engines.
+      engine: the engine to compare with.
+
+    Returns:
+      A sentence about the share of the floor's speed, and one about each comparison with `engine`.
+    """
     measured = [row for row in rows if "error" not in row and row["engine"] == "jax_moe_lora"]
     if not measured:
         return []

@@ -1,6 +1,6 @@
-"""Unrolled layers against `lax.scan` over stacked ones: `python -m jax_moe_lora.benchmark.scan --out results.json`.
+"""Unrolled layers beside `lax.scan` over stacked layers: `python -m jax_moe_lora.benchmark.scan --out results.json`.
 
-Times a forward pass of random decoders with adapters on every projection, and its compilation.
+Times the forward pass of random decoders with adapters on every projection, and its compilation.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def scanned_logits(
     *,
     config: ModelConfig,
 ) -> Float[Array, "B T V"]:
-    """`decoder.logits` with one compiled layer, run over stacked weights (for models whose layers are all alike)."""
+    """`decoder.logits` with one compiled layer over stacked weights, for models whose layers are all alike."""
     step = decoder.prompt_step(tokens, lengths, slots, bank, params, config, None)
     sites = tuple((module, replace(site, layers=(0,))) for module, site in bank.sites)
 
@@ -62,7 +62,19 @@ def _config(layers: int, spec: LayerSpec) -> ModelConfig:
 
 
 def measure(layers: int, shape: str, dtype: str, batch: int, tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """Compile seconds and milliseconds a forward pass, unrolled and scanned."""
+    """Times compilation and forward pass, unrolled and scanned.
+
+    Args:
+      layers: number of layers.
+      shape: a layer in `specs.LAYERS`.
+      dtype: of the weights.
+      batch: number of prompts.
+      tokens: tokens per prompt.
+      repeats: number of timings.
+
+    Returns:
+      A row for each of the two forms.
+    """
     config = _config(layers, LAYERS[shape])
     params = init_params(config, jax.random.key(0), dtype)
     bank = create_bank(decoder.adapter_sites(config), 4, 16, None, dtype)

@@ -1,4 +1,4 @@
-"""Measures every combination of shape, adapters, tokens and engine, a row each; what fails is a row too."""
+"""Measures every combination of shape, adapters, tokens and engine: a row for each, failures included."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ from jax_moe_lora.files.locks import locked_folder
 from pallas_kernels.ops import Implementation
 from pallas_kernels.specs import ADAPTERS
 
-THREADS = min(8, os.cpu_count() or 1)  # compilers beside each other
+THREADS = min(8, os.cpu_count() or 1)  # compilations in parallel
 Measure = Callable[[int], dict[str, Any]]
 
 
@@ -26,24 +26,29 @@ class Engine(Protocol):
     """Something whose layer is timed."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in the results."""
 
     def why_not(self, adapters: str) -> str:
-        """Empty where it can run cells with these adapters."""
+        """Why it cannot run cells with this set of adapters; empty if it can."""
 
     def prepare(self, problem: Problem, method: Method) -> Measure:
-        """Compiles; the result measures, given the repeats."""
+        """Compiles; the result is given the number of repeats and measures."""
 
 
 @dataclass(frozen=True)
 class Ours:
-    """The library, with the backend of this name or the best one."""
+    """This library.
+
+    Attributes:
+      implementation: a backend by name; None picks the best one.
+    """
 
     implementation: Implementation | None = None
 
     @property
     def name(self) -> str:
-        """Rows of a backend that was asked for are another engine's than those of the best one."""
+        """A backend asked for by name counts as an engine of its own."""
         return "jax_moe_lora" if self.implementation is None else f"jax_moe_lora[{self.implementation}]"
 
     def why_not(self, adapters: str) -> str:
@@ -55,7 +60,15 @@ class Ours:
 
 @dataclass(frozen=True)
 class Cells:
-    """What a sweep covers. `routing` and `slots`: how experts and slots are drawn, see `problem.py`."""
+    """What a sweep covers: every combination of shape, adapters and tokens.
+
+    Attributes:
+      shapes: layers in `specs.LAYERS`.
+      adapters: sets of adapters in `specs.ADAPTERS`.
+      tokens: numbers of tokens.
+      routing: how experts are drawn, see `problem.choose_experts`.
+      slots: how slots are drawn, see `problem.choose_slots`.
+    """
 
     shapes: Sequence[str]
     adapters: Sequence[str]
@@ -72,15 +85,20 @@ def sweep(
     turns: Path | None = None,
     ceilings: Callable[[], Ceilings] = measure_ceilings,
 ) -> Iterator[dict[str, Any]]:
-    """Yields a row a cell and engine. All cells of one shape are compiled side by side, then measured one by one.
-
-    A cell that raises gives a row with `error` in place of figures, and the sweep goes on.
+    """Measures all cells with all engines. The cells of one shape are compiled in parallel, then measured one by one.
 
     Args:
-      turns: a folder; sweeps with the same one take turns on the device, and what they yield is done with in turn too.
-        They compile beside each other's measurements: of loops of a few tokens, which wait for the host, that shows
-        where all processors compile (82 us in place of 41 for one token on an H200).
-      ceilings: gives those of the floors; asked for when it is the turn to measure.
+      cells: what to measure.
+      engines: whose layers to measure.
+      repeats: timings, of which the median counts.
+      method: how to time, see `layer.METHOD`.
+      turns: a folder; sweeps with the same folder take turns on the device, and the caller handles what they yield in
+        its turn too. One sweep may compile while another measures. That slows loops over a few tokens, which wait for
+        the host, if all processors compile (82 us instead of 41 for one token on an H200).
+      ceilings: returns the ceilings of the floors; called when it is this sweep's turn to measure.
+
+    Yields:
+      A row per cell and engine; if one fails, its row has `error` instead of figures, and the sweep goes on.
     """
     for shape in cells.shapes:
         with in_turn(turns):
@@ -98,19 +116,19 @@ def sweep(
                         if not engine.why_not(name):
                             cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
                             started.append((cell, partial(floor_us, drawn), pool.submit(engine.prepare, drawn, method)))
-            pool.shutdown(wait=True)  # this run's compilers, beside its measurements, would show in them
+            pool.shutdown(wait=True)  # a compilation during a measurement would slow it
             started.reverse()
             with in_turn(turns):
                 limits = ceilings()
                 while started:
-                    cell, floor, future = started.pop()  # and what they hold is let go of
+                    cell, floor, future = started.pop()  # which frees what it holds once it is measured
                     cell |= {"floor_us": round(floor(limits), 1)}
                     yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
 
 
 @contextmanager
 def in_turn(folder: Path | None) -> Iterator[None]:
-    """Waits until no other process or thread is in here with this folder; None is no wait."""
+    """Waits until no other process or thread is in here with the same folder; None does not wait."""
     with locked_folder(folder, wait=True) if folder else nullcontext():
         yield
 
@@ -118,5 +136,5 @@ def in_turn(folder: Path | None) -> Iterator[None]:
 def _guarded(future: "Future[Measure]", repeats: int) -> dict[str, Any]:
     try:
         return future.result()(repeats)
-    except Exception as error:  # of a compiler, a device or a peer: whatever it is, the other cells are worth having
+    except Exception as error:  # whatever the compiler, the device or a peer raises: go on with the other cells
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}

@@ -1,4 +1,4 @@
-"""Times a training step of a model of random weights, adapters on its experts, beside transformers and PEFT."""
+"""Times a training step of a model of random weights with adapters on its experts, beside transformers and PEFT."""
 
 import statistics
 import time
@@ -30,10 +30,20 @@ METHOD = (
 
 
 def measure(config: ModelConfig, adapters: int, rank: int, batch: int, length: int) -> dict[str, Any]:
-    """Milliseconds and memory of one step of this library.
+    """Times one step of this library.
 
     Args:
-      adapters: that are trained at once, one row each in turn. batch, length: rows, and tokens of a row.
+      config: the model.
+      adapters: adapters trained at once; the rows belong to them in turn.
+      rank: the adapters' rank.
+      batch: rows.
+      length: tokens per row.
+
+    Returns:
+      Milliseconds per step, peak memory in GB and seconds of compilation.
+
+    Raises:
+      ArithmeticError: a loss is not finite.
     """
     spec = AdapterSpec(rank=rank)
     specs = {f"adapter{index}": spec for index in range(adapters)}
@@ -62,7 +72,17 @@ def measure(config: ModelConfig, adapters: int, rank: int, batch: int, length: i
 
 
 def draw_batch(config: ModelConfig, adapters: int, batch: int, length: int) -> Batch:
-    """Full rows of random tokens."""
+    """A batch of full rows of random tokens.
+
+    Args:
+      config: the model.
+      adapters: number of adapters; the rows belong to them in turn.
+      batch: rows.
+      length: tokens per row.
+
+    Returns:
+      The batch.
+    """
     tokens = jax.random.randint(jax.random.key(7), (batch, length + 1), 0, config.vocab_size, jnp.int32)
     shape = (batch, length)
     return Batch(
@@ -77,7 +97,15 @@ def draw_batch(config: ModelConfig, adapters: int, batch: int, length: int) -> B
 
 
 def step_ms(run: Callable[[], Any], wait: Callable[[], Any]) -> float:
-    """Of one step, after two that do not count."""
+    """Milliseconds per step, after two steps that do not count.
+
+    Args:
+      run: starts a step.
+      wait: waits for all steps.
+
+    Returns:
+      The median.
+    """
     for _ in range(2):
         run()
     wait()
@@ -92,9 +120,19 @@ def step_ms(run: Callable[[], Any], wait: Callable[[], Any]) -> float:
 
 
 def floor_ms(config: ModelConfig, rank: int, tokens: int, ceilings: Ceilings) -> float:
-    """The products of a step, forward and backward (of the rows: the base is frozen), at the device's matmul speed.
+    """The time of a step's multiplications, forward and backward, at the device's matmul speed.
 
-    Attention's scores, which flash kernels multiply again, are left out, and so is all memory traffic.
+    The base is frozen, so only its rows have gradients. Attention's scores, which flash kernels compute again, are left
+    out, and so is all memory traffic.
+
+    Args:
+      config: the model.
+      rank: the adapters' rank.
+      tokens: tokens of a step.
+      ceilings: the device's limits.
+
+    Returns:
+      Milliseconds.
     """
     moe, width = config.moe, config.hidden_size
     heads = config.num_heads * config.head_dim
@@ -108,7 +146,18 @@ def floor_ms(config: ModelConfig, rank: int, tokens: int, ceilings: Ceilings) ->
 
 
 def measure_peft(config: ModelConfig, adapters: int, rank: int, batch: int, length: int) -> dict[str, Any]:
-    """The same step by transformers and PEFT."""
+    """Times the same step of transformers and PEFT, on a CUDA device.
+
+    Args:
+      config: the model.
+      adapters: adapters trained one after the other, each on its own rows.
+      rank: the adapters' rank.
+      batch: rows.
+      length: tokens per row.
+
+    Returns:
+      Milliseconds per step and peak memory in GB.
+    """
     import peft
     import torch
     import transformers

@@ -1,8 +1,9 @@
-"""Finds configs of the Hopper kernels that beat the heuristic, and keeps them as a tuned file (`tuning.py`).
+"""Finds configs of the Hopper kernels that beat the heuristic, and writes them to a tuned file (`tuning.py`).
 
-One cell is a shape and a number of tokens. Its layer is timed with each way to cut it: first the rows a tile, with
-which plan and both matmuls go, then stages and warpgroups of each matmul. A config must not depend on adapters, so a
-cell's score is the geometric mean over several adapter sets, relative to the heuristic's time.
+A cell is a shape and a number of tokens. Its layer is timed with many candidates: first with different rows per tile,
+which the plan and both matmuls share, then with different stages and warpgroups of each matmul. A config must not
+depend on adapters, so a candidate's score is the geometric mean over several sets of adapters, relative to the
+heuristic.
 """
 
 import json
@@ -28,22 +29,22 @@ from pallas_kernels.ops import choose, combine, make_lora_steps, make_plan
 from pallas_kernels.pages import NO_ADAPTERS
 from pallas_kernels.specs import ADAPTERS, LAYERS
 
-# Rows a tile that are tried, near the heuristic's.
+# Rows per tile that are tried, if near the heuristic's.
 LADDER = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 144, 176, 192)
-LEAST_GAIN = 0.02  # of an entry: timings of the same program differ by about 1 %
+LEAST_GAIN = 0.02  # to become an entry; timings of the same program differ by about 1 %
 LARGEST_ERROR = 1e-2  # relative, of bfloat16 against the float32 oracle
 Tell = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """How both matmuls of a layer are cut; their `tile_rows` are one number."""
+    """The configs of a layer's two matmuls, which have the same `tile_rows`."""
 
     gate_up: Config
     down: Config
 
     def __str__(self) -> str:
-        """Rows a tile, stages and warpgroups: `24 x 6 x 2, 24 x 5 x 2`."""
+        """Rows per tile, stages and warpgroups of each: `24 x 6 x 2, 24 x 5 x 2`."""
         return ", ".join(f"{c.tile_rows} x {c.stages} x {c.warpgroups}" for c in (self.gate_up, self.down))
 
 
@@ -81,7 +82,7 @@ def run_candidate(candidate: Candidate, x, weights, chosen, slots, experts, adap
 
 
 def tile_candidates(pairs: int, num_experts: int) -> list[Candidate]:
-    """The heuristic's cut, then those of fewer and more rows a tile."""
+    """The heuristic's candidate, then those with fewer and with more rows per tile."""
     first = heuristic(pairs, num_experts)
     near = [rows for rows in LADDER if first.tile_rows / 2 <= rows <= first.tile_rows * 2]
     configs = [first, *(heuristic(pairs, num_experts, rows) for rows in near)]
@@ -89,7 +90,7 @@ def tile_candidates(pairs: int, num_experts: int) -> list[Candidate]:
 
 
 def matmul_candidates(best: Candidate) -> list[Candidate]:
-    """One matmul of `best` with fewer stages, or the other number of warpgroups."""
+    """Candidates in which one matmul of `best` has fewer stages or the other number of warpgroups."""
     found = []
     for name in ("gate_up", "down"):
         own: Config = getattr(best, name)
@@ -100,7 +101,14 @@ def matmul_candidates(best: Candidate) -> list[Candidate]:
 
 
 class Cell:
-    """Times candidates on the problems of one cell. `times[candidate]`: microseconds a layer, a problem each."""
+    """Times candidates on the problems of one cell.
+
+    Attributes:
+      problems: the cell's layer, with each set of adapters.
+      repeats: timings, of which the median counts.
+      tell: is given a sentence about each candidate.
+      times: candidate -> microseconds per layer, for each problem.
+    """
 
     def __init__(self, problems: Sequence[Problem], repeats: int, tell: Tell) -> None:
         self.problems, self.repeats, self.tell = problems, repeats, tell
@@ -108,7 +116,7 @@ class Cell:
         self._measures: dict[Candidate, list[Measure]] = {}
 
     def try_all(self, candidates: Sequence[Candidate]) -> None:
-        """Compiles them side by side, then measures one by one; one that fails or is wrong is told and left out."""
+        """Compiles candidates in parallel and times them one by one; reports and drops those that fail or are wrong."""
         new = [candidate for candidate in candidates if candidate not in self.times]
         with ThreadPoolExecutor(THREADS) as pool:
             started = {c: [pool.submit(self._compile, c, problem) for problem in self.problems] for c in new}
@@ -116,17 +124,17 @@ class Cell:
             try:
                 self._measures[candidate] = [future.result() for future in futures]
                 self.times[candidate] = self._time(candidate)
-            except Exception as error:  # whatever it is, the other candidates are worth having
+            except Exception as error:  # whatever is raised: go on with the other candidates
                 self.tell(f"{candidate}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             else:
                 self.tell(f"{candidate}: {self.times[candidate]} us")
 
     def again(self, candidate: Candidate) -> None:
-        """Measures once more, and keeps the smaller times."""
+        """Times a candidate once more and keeps the smaller times."""
         self.times[candidate] = list(map(min, self.times[candidate], self._time(candidate)))
 
     def score(self, candidate: Candidate, against: Candidate) -> float:
-        """Geometric mean of the times over those of `against`: below 1 is faster."""
+        """Geometric mean of the times divided by those of `against`; below 1 is faster."""
         ratios = [a / b for a, b in zip(self.times[candidate], self.times[against], strict=True)]
         return math.prod(ratios) ** (1 / len(ratios))
 
@@ -144,7 +152,20 @@ class Cell:
 
 
 def best_of(cell: Cell, pairs: int, num_experts: int, tiles_only: bool) -> Candidate:
-    """The fastest candidate; the heuristic's, which is measured first, unless another gains more than the noise."""
+    """The fastest candidate of a cell.
+
+    Args:
+      cell: times candidates.
+      pairs: routed rows, tokens times top-k.
+      num_experts: E.
+      tiles_only: try only different rows per tile.
+
+    Returns:
+      The candidate; the heuristic's unless another one is faster by more than the noise.
+
+    Raises:
+      InputError: the heuristic's candidate failed.
+    """
     tiles = tile_candidates(pairs, num_experts)
     first = tiles[0]
     cell.try_all(tiles)
@@ -160,7 +181,7 @@ def best_of(cell: Cell, pairs: int, num_experts: int, tiles_only: bool) -> Candi
                 faster[name] = candidate
         cell.try_all([both := Candidate(faster["gate_up"].gate_up, faster["down"].down)])
         best = min((c for c in (best, both, *some) if c in cell.times), key=lambda c: cell.score(c, first))
-    for candidate in (first, best) * 2:  # in turn: what looked fastest of many was also lucky
+    for candidate in (first, best) * 2:  # again, in turn: the fastest of many was also lucky
         cell.again(candidate)
     return best if cell.score(best, first) < 1 - LEAST_GAIN else first
 
@@ -175,14 +196,27 @@ def tune(
     command: str,
     tell: Tell,
 ) -> Iterator[dict[str, Any]]:
-    """Tunes every cell, yields a row each, and writes `out` after each; what it held of other cells stays.
+    """Tunes every cell and writes the tuned file after each; entries of other cells stay in it.
 
-    Cells of the same experts and pairs share the rows a tile: the last one tuned decides, and matmul entries of the
-    others that were made for other rows are not used.
+    Cells with the same numbers of experts and pairs share the rows per tile: the last one tuned decides, and matmul
+    entries of the others, made for other rows, are not used.
+
+    Args:
+      shapes: layers in `specs.LAYERS`.
+      tokens: numbers of tokens.
+      adapters: sets of adapters in `specs.ADAPTERS`, which all count alike.
+      repeats: timings, of which the median counts.
+      tiles_only: try only different rows per tile.
+      out: the tuned file.
+      command: the command that was run, for the file.
+      tell: is given a sentence about each candidate.
+
+    Yields:
+      A row per cell: the best candidate, its gain, and its times beside the heuristic's.
 
     Raises:
-      InputError: no Hopper GPU, names that are unknown, tokens that make no power of two pairs, or an `out` of
-        another device.
+      InputError: no Hopper GPU, an unknown name, a number of pairs that is not a power of two, or an `out` that was
+        tuned on another device.
     """
     require_device()
     if why := choose().why_not.get("hopper"):
@@ -209,7 +243,16 @@ def tune(
 
 
 def check_cells(shapes: Sequence[str], tokens: Sequence[int], adapters: Sequence[str]) -> None:
-    """Before anything is measured: names that are known, and pairs that a tuned file can hold."""
+    """Checks the cells before anything is measured.
+
+    Args:
+      shapes: layers in `specs.LAYERS`.
+      tokens: numbers of tokens.
+      adapters: sets of adapters in `specs.ADAPTERS`.
+
+    Raises:
+      InputError: a name is unknown, or a number of pairs is not a power of two.
+    """
     for what, names, known in (("shape", shapes, LAYERS), ("adapters", adapters, ADAPTERS)):
         for name in names:
             if name not in known:
@@ -218,11 +261,24 @@ def check_cells(shapes: Sequence[str], tokens: Sequence[int], adapters: Sequence
         top_k = LAYERS[shape].top_k
         for count in tokens:
             if bucket(count * top_k) != count * top_k:
-                raise InputError(f"--tokens {count} times top-{top_k} is no power of two, as a tuned file needs.")
+                raise InputError(
+                    f"--tokens {count} times top-{top_k} is not a power of two; a tuned file has only those."
+                )
 
 
 def read_or_new(path: Path, command: str) -> dict[str, Any]:
-    """The tuned file, or an empty one, with where and how as of this run."""
+    """The content of a tuned file, or of a new one, with this run's device, date, versions and command.
+
+    Args:
+      path: the file; it need not exist.
+      command: the command that was run.
+
+    Returns:
+      The content.
+
+    Raises:
+      InputError: the file is not a tuned file, or was tuned on another device.
+    """
     head = about([])
     head = {name: head[name] for name in ("device", "date", "versions")} | {"command": command, "method": METHOD}
     try:
@@ -235,7 +291,15 @@ def read_or_new(path: Path, command: str) -> dict[str, Any]:
 
 
 def add_entries(content: dict[str, Any], problem: Problem, pairs: int, best: Candidate, measured: Any) -> None:
-    """Puts the cell's entries in place of those it had: of what differs from the heuristic alone."""
+    """Replaces a cell's entries; only configs that differ from the heuristic's become entries.
+
+    Args:
+      content: the content of the tuned file, changed in place.
+      problem: the cell's layer.
+      pairs: routed rows, tokens times top-k.
+      best: the cell's best candidate.
+      measured: the times, which are kept in the entries.
+    """
     experts, rows = problem.config.num_experts, best.gate_up.tile_rows
     tile_key = {"experts": experts, "pairs": pairs}
     content["tiles"] = [e for e in content["tiles"] if {k: e[k] for k in tile_key} != tile_key]

@@ -114,7 +114,7 @@ def test_without_the_gpu_tune_says_so(tmp_path):
     [
         ({"shape": ["huge"]}, "--shape is 'huge'; expected one of"),
         ({"adapters": ["many"]}, "--adapters is 'many'; expected one of"),
-        ({"tokens": [33]}, "--tokens 33 times top-4 is no power of two"),
+        ({"tokens": [33]}, "--tokens 33 times top-4 is not a power of two"),
     ],
 )
 def test_bad_options_are_one_sentence(clock, tmp_path, wrong, message):
