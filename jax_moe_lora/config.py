@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-# The kernels' own type, which jax comes with; a test holds the two together.
-Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+from pallas_kernels.constants import Activation
+
 RouterKind = Literal["softmax_topk", "topk_softmax", "sigmoid_bias"]
 
 

@@ -1,13 +1,12 @@
 """The gated unit's activations, by name."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]
+from pallas_kernels.constants import Activation
 
 # Those of the form `activation(gate) * up`.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

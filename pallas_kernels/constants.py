@@ -1,4 +1,7 @@
-"""Numbers that files, banks and kernels agree on; without jax."""
+"""Numbers and names that files, banks and kernels agree on; without jax."""
+
+from typing import Literal
 
 BASE_SLOT = -1  # of a token without an adapter
 RANK_PAGE = 16  # ranks of one page
+Activation = Literal["silu", "gelu_tanh", "clamped_swiglu"]  # of the gated unit, by name

@@ -11,8 +11,7 @@ import ml_dtypes  # noqa: F401  (numpy learns bfloat16 by it)
 import numpy as np
 
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
-
-RANK_PAGE = 16  # the kernels' own, which jax comes with; a test holds the two together
+from pallas_kernels.constants import RANK_PAGE
 
 
 def pages_of(ranks: np.ndarray) -> np.ndarray:

@@ -4,16 +4,12 @@ import json
 import pickle
 import subprocess
 import sys
-from typing import get_args
 
 import pytest
 
 import jax_moe_lora
 import jax_moe_lora.inspect
-from jax_moe_lora.adapters import packing
-from jax_moe_lora.config import Activation
 from jax_moe_lora.demo.run import data_folder
-from pallas_kernels import activations, pages
 
 MODEL, SORT = str(data_folder() / "model"), str(data_folder() / "adapters" / "sort")
 SLOW = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "transformers", "matplotlib", "huggingface_hub"}
@@ -83,8 +79,3 @@ def test_every_public_name_is_there(package):
         assert pickle.loads(pickle.dumps(taken[name])) == taken[name]
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = package.no_such_name
-
-
-def test_what_is_written_apart_from_the_kernels_is_equal():
-    assert packing.RANK_PAGE == pages.RANK_PAGE
-    assert get_args(Activation) == get_args(activations.Activation)
