@@ -58,6 +58,7 @@ class Backend:
       reads: the backends whose plans it can read.
       backward: the backend that runs the backward pass of its layers.
       automatic: it is picked where none is asked for.
+      kernels: it is written in kernels; a model that asks for one without keeps attention with XLA too.
       packs_dense: dense projections multiply the pages of all slots at once (`jax_moe_lora.layer.linear`).
     """
 
@@ -67,6 +68,7 @@ class Backend:
     reads: frozenset[str]
     backward: Implementation
     automatic: bool = True
+    kernels: bool = True
     packs_dense: bool = False
 
     def has(self, op: Op) -> bool:
@@ -90,10 +92,15 @@ class Backend:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The implementation that was picked, and for each other one why it was not."""
+class Choice[Name: str]:
+    """What was picked, and for each other one why it was not.
 
-    picked: Implementation
+    Attributes:
+      picked: name of the backend that runs the call.
+      why_not: each other backend and why it was not picked.
+    """
+
+    picked: Name
     why_not: dict[str, str]
 
 
@@ -105,7 +112,7 @@ def choose(
     widths: Sequence[int] = (),
     result: jax.typing.DTypeLike | None = None,
     slots: int = 0,
-) -> Choice:
+) -> Choice[Implementation]:
     """Picks the implementation of the grouped ops; `None` takes the best that runs this call.
 
     Args:
@@ -266,6 +273,7 @@ BACKENDS: dict[Implementation, Backend] = {
             },
             reads=frozenset({"xla", "reference", "portable"}),
             backward="xla",
+            kernels=False,
         ),
         Backend(
             "reference",
@@ -280,6 +288,7 @@ BACKENDS: dict[Implementation, Backend] = {
             reads=frozenset(IMPLEMENTATIONS),
             backward="reference",
             automatic=False,
+            kernels=False,
         ),
     )
 }

@@ -6,7 +6,6 @@ as a bias: the logits of the heads are still never written. No row is ever witho
 Letters: B requests, T tokens of a request, M positions of the cache, H query heads, G key/value heads, hd head width.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -14,19 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import default_device
+from pallas_kernels.backend import Choice, backend_named, default_device
 from pallas_kernels.ops import Implementation
 
 AttentionBackend = Literal["cudnn", "xla"]
 MIN_CAPABILITY = 8.0  # of cuDNN's flash attention
-
-
-@dataclass(frozen=True)
-class AttentionChoice:
-    """The backend that was picked, and for the other one why it was not."""
-
-    picked: AttentionBackend
-    why_not: dict[str, str]
 
 
 def choose_attention(
@@ -36,16 +27,19 @@ def choose_attention(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-) -> AttentionChoice:
+) -> Choice[AttentionBackend]:
     """Picks the attention backend: cuDNN where it runs the call, else XLA. Never raises.
 
     Args:
       implementation: the backend that was asked for in the grouped ops; "xla" and "reference" keep attention with XLA
         too, so that a whole model runs without a hand-written kernel.
-      dtype: of queries, keys and values. num_heads, num_kv_heads, head_dim: H, G and hd.
+      dtype: of queries, keys and values.
+      num_heads: H.
+      num_kv_heads: G.
+      head_dim: hd.
     """
     why = _why_not_cudnn(implementation, jnp.dtype(dtype), num_heads, num_kv_heads, head_dim)
-    return AttentionChoice("xla", {"cudnn": why}) if why else AttentionChoice("cudnn", {"xla": "cuDNN runs this call"})
+    return Choice("xla", {"cudnn": why}) if why else Choice("cudnn", {"xla": "cuDNN runs this call"})
 
 
 def attend_prompt(
@@ -112,7 +106,7 @@ def _why_not_cudnn(
     implementation: Implementation | None, dtype: jnp.dtype, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> str:
     """Empty where cuDNN can run the call."""
-    if implementation in ("xla", "reference"):
+    if implementation is not None and not backend_named(implementation).kernels:
         return f"implementation={implementation!r} was asked for"
     device = default_device()
     capability = getattr(device, "compute_capability", None)

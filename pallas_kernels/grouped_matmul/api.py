@@ -222,7 +222,7 @@ def choose_for(
     implementation: Implementation | None = None,
     *,
     rounded: bool = False,
-) -> Choice:
+) -> Choice[Implementation]:
     """The backend that a `grouped_matmul` of these gets: `backend.choose` with their dtypes, widths and slots.
 
     Args:
