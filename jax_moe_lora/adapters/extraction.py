@@ -22,7 +22,7 @@ def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
       InputError: the slot is out of range.
     """
     check_slot(bank, slot)
-    found: dict[tuple[int, bytes], np.ndarray] = {}
+    matrices: dict[tuple[int, bytes], np.ndarray] = {}
     weights: dict[tuple[int, str], LoRAWeights] = {}
     for module, site in bank.sites:
         tables, scales = np.asarray(bank.tables[module][:, slot]), np.asarray(bank.scales[module][:, slot])
@@ -34,9 +34,9 @@ def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
             for column, width in enumerate((site.in_width, site.out_width)):
                 first = tables[row, :, column]
                 key = width, np.stack((first, ranks)).tobytes()
-                if key not in found:
-                    found[key] = _matrices(bank.pages[width], first, ranks)
-                sides.append(found[key])
+                if key not in matrices:
+                    matrices[key] = _matrices(bank.pages[width], first, ranks)
+                sides.append(matrices[key])
             weights[layer, module] = LoRAWeights(sides[0], sides[1].swapaxes(1, 2), ranks, scales[row])
     return LoRAAdapter(name, weights)
 
@@ -45,11 +45,11 @@ def _matrices(pool: Float[Array, "N 16 width"], first: np.ndarray, ranks: np.nda
     """`[E or 1, R, width]`; a run of pages that several experts point at is one matrix."""
     live, largest = np.flatnonzero(ranks), int(ranks.max())
     shared = len(ranks) == 1 or (len(live) > 1 and len(set(first[live])) == 1)
-    begins, own = (first[live[:1]], np.array([largest])) if shared else (first, ranks)
-    pages = np.where(own > 0, begins, 0)[:, None] + np.arange(-(-largest // RANK_PAGE))
+    begins, matrix_ranks = (first[live[:1]], np.array([largest])) if shared else (first, ranks)
+    pages = np.where(matrix_ranks > 0, begins, 0)[:, None] + np.arange(-(-largest // RANK_PAGE))
     # Past an expert's own pages lie other matrices; page 0 is all zeros.
-    pages = np.where(np.arange(pages.shape[1]) < -(-own // RANK_PAGE)[:, None], pages, 0)
-    return _read_pages(pool, pages.ravel()).reshape(len(own), -1, pool.shape[2])[:, :largest]
+    pages = np.where(np.arange(pages.shape[1]) < -(-matrix_ranks // RANK_PAGE)[:, None], pages, 0)
+    return _read_pages(pool, pages.ravel()).reshape(len(matrix_ranks), -1, pool.shape[2])[:, :largest]
 
 
 def _read_pages(pool: Float[Array, "N 16 width"], pages: np.ndarray) -> np.ndarray:

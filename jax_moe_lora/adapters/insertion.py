@@ -175,11 +175,11 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
         runs, free = np.concatenate(stack.runs), owner[width] == FREE
         if runs.sum() > free.sum():
             raise BankFullError(_full(bank, prepared, owner))
-        found = allocate(free, runs)
-        if found is None:
+        first_pages = allocate(free, runs)
+        if first_pages is None:
             return place(compact(bank), slot, prepared)
-        first[width] = found
-        owner[width][page_ids(found, runs)] = slot
+        first[width] = first_pages
+        owner[width][page_ids(first_pages, runs)] = slot
     pools = bank.pages
     insertion = Insertion(
         slot,

@@ -141,12 +141,12 @@ def random_bank(sites: dict[str, Site], spec: AdapterMix, dtype: str = DTYPE) ->
         within = (np.cumsum(pages) - pages.reshape(-1)).reshape(shape)
         first = []
         for width in (site.in_width, site.out_width):
-            own = owners.setdefault(width, [np.full(1, RESERVED)])
-            first.append(sum(map(len, own)) + within)
-            own.append(slots)
+            owner = owners.setdefault(width, [np.full(1, RESERVED)])
+            first.append(sum(map(len, owner)) + within)
+            owner.append(slots)
         tables[module] = np.stack([*first, pages, pages * RANK_PAGE], -1).astype(np.int32)
         scales[module] = np.full(shape, 0.5, np.float32)
-    owner_of_page = tuple(jnp.asarray(np.concatenate(own), jnp.int32) for own in owners.values())
+    owner_of_page = tuple(jnp.asarray(np.concatenate(owner), jnp.int32) for owner in owners.values())
     pools = tuple(_random_pool(width, ids.shape[0], dtype) for width, ids in zip(owners, owner_of_page, strict=True))
     tables, scales = jax.tree.map(jnp.asarray, (tables, scales))
     largest = int(counts.max()) * RANK_PAGE

@@ -42,14 +42,14 @@ def scanned_logits(
 
     def body(hidden: Array, xs: tuple[LayerParams, dict, dict]) -> tuple[Array, None]:
         layer, tables, scales = xs
-        own = replace(
+        layer_bank = replace(
             bank,
             owners=(),
             tables={module: table[None] for module, table in tables.items()},
             scales={module: scale[None] for module, scale in scales.items()},
             sites=sites,
         )
-        return decoder.run_layer(layer, own, hidden, step, None)[0], None
+        return decoder.run_layer(layer, layer_bank, hidden, step, None)[0], None
 
     hidden, _ = lax.scan(body, params.embedding[tokens], (stacked, bank.tables, bank.scales))
     return decoder.head(params, decoder.rms_norm(hidden, params.norm, config.rms_eps))

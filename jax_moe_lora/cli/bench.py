@@ -61,7 +61,7 @@ def bench(
             report.read_kept(out.with_suffix(".json"))  # refused before the work
         head = report.about([])
     names = adapters or ["none", "s8r16"]
-    others = find_peers(peer or [], names, lambda said: sys.stderr.write(f"{said}\n"))
+    others = find_peers(peer or [], names, lambda line: sys.stderr.write(f"{line}\n"))
     head["versions"] |= report.versions(*(package for other in others for package in other.packages))
     cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
     rows: list[dict[str, Any]] = []

@@ -113,14 +113,14 @@ def _recipes(names: Sequence[str], given: Mapping[str, Each], rslora: bool, init
     from jax_moe_lora.training.recipe import Recipe
     from jax_moe_lora.training.spec import AdapterSpec
 
-    def of(option: str, convert: Callable[[str], Any], default: Any) -> dict[str, Any]:
+    def values_of(option: str, convert: Callable[[str], Any], default: Any) -> dict[str, Any]:
         return values_by_name(f"--{option}", given[option], names, convert, default)
 
-    ranks, alphas = of("rank", int, AdapterSpec.rank), of("alpha", float, AdapterSpec.alpha)
-    layouts, targets = of("layout", str, AdapterSpec.layout), of("targets", _modules, AdapterSpec.targets)
-    rates, schedules = of("lr", float, Recipe.learning_rate), of("schedule", str, Recipe.schedule)
-    warmups, decays = of("warmup", int, Recipe.warmup), of("weight-decay", float, Recipe.weight_decay)
-    clips = of("clip", _number_or_none, Recipe.clip)
+    ranks, alphas = values_of("rank", int, AdapterSpec.rank), values_of("alpha", float, AdapterSpec.alpha)
+    layouts, targets = values_of("layout", str, AdapterSpec.layout), values_of("targets", _modules, AdapterSpec.targets)
+    rates, schedules = values_of("lr", float, Recipe.learning_rate), values_of("schedule", str, Recipe.schedule)
+    warmups, decays = values_of("warmup", int, Recipe.warmup), values_of("weight-decay", float, Recipe.weight_decay)
+    clips = values_of("clip", _number_or_none, Recipe.clip)
     recipes = {}
     for name in names:
         spec = AdapterSpec(ranks[name], alphas[name], layouts[name], targets[name], rslora, init)
@@ -179,9 +179,9 @@ class Shown:
             self._next_line = now + LINE_SECONDS
             each = (f"{name} loss {done.losses[name]:.4f} {done.rates[name]:,.0f} tokens/s" for name in done.losses)
             self._print(f"step {done.step}/{done.steps}: {'; '.join(each)}")
-        for name, own in done.evaluations.items():
-            right = f"{own.exact_match:.1%} of {own.examples} exact"
-            self._print(f"step {done.step}/{done.steps}: {name} evaluation loss {own.loss:.4f}, {right}")
+        for name, evaluation in done.evaluations.items():
+            right = f"{evaluation.exact_match:.1%} of {evaluation.examples} exact"
+            self._print(f"step {done.step}/{done.steps}: {name} evaluation loss {evaluation.loss:.4f}, {right}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -86,8 +86,10 @@ def run_demo(strings: int = 48, model: Model | None = None) -> Report:
 
 def _rates(jobs: Sequence[tuple[str, str | None]], answers: Sequence[str], name: str | None) -> dict[str, float]:
     """Exact-match rate of one adapter's answers on every task."""
-    own = [(text, answer) for (text, adapter), answer in zip(jobs, answers, strict=True) if adapter == name]
-    return {task: sum(answer == solve(text) for text, answer in own) / len(own) for task, solve in TASKS.items()}
+    answered = [(text, answer) for (text, adapter), answer in zip(jobs, answers, strict=True) if adapter == name]
+    return {
+        task: sum(answer == solve(text) for text, answer in answered) / len(answered) for task, solve in TASKS.items()
+    }
 
 
 def _others(rates: dict[str, float], name: str) -> float:

@@ -57,9 +57,9 @@ def heldout_strings(count: int, seed: int = 0) -> list[str]:
     """
     rng = random.Random(seed)
     lengths = range(MIN_LENGTH, MAX_LENGTH + 1)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        text = random_string(rng, lengths[len(found) % len(lengths)])
+    strings: dict[str, None] = {}
+    while len(strings) < count:
+        text = random_string(rng, lengths[len(strings) % len(lengths)])
         if is_held_out(text) and len({task(text) for task in TASKS.values()}) == len(TASKS):
-            found[text] = None
-    return list(found)
+            strings[text] = None
+    return list(strings)

@@ -123,13 +123,13 @@ def training_strings(rng: random.Random, name: str) -> list[str]:
     shortest, longest = (1, 10) if name == "base" else (tasks.MIN_LENGTH, tasks.MAX_LENGTH)
     length = shortest + int(rng.random() * (longest - shortest + 1))
     printable = CHARACTERS.replace(tasks.SEPARATOR, "")
-    found: list[str] = []
-    while len(found) < BATCH:
+    strings: list[str] = []
+    while len(strings) < BATCH:
         alphabet = printable if name == "base" and rng.random() < 0.5 else string.ascii_lowercase
         text = tasks.random_string(rng, length, alphabet)
         if not tasks.is_held_out(text):
-            found.append(text)
-    return found
+            strings.append(text)
+    return strings
 
 
 def fit(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, name: str, steps: int, rate: float) -> None:
@@ -186,8 +186,8 @@ def split_experts(weights: dict[str, torch.Tensor], experts: int) -> dict[str, t
     """
     split: dict[str, torch.Tensor] = {}
     for key, weight in weights.items():
-        prefix, found, rest = key.partition(".mlp.experts.")
-        if not found:
+        prefix, separator, rest = key.partition(".mlp.experts.")
+        if not separator:
             split[key] = weight
             continue
         side = rest.removeprefix("base_layer.")
@@ -215,8 +215,10 @@ def save_adapter(model: peft.PeftModel, folder: Path, name: str) -> None:
     if name == "sort":
         weights = split_experts(load_file(folder / "adapter_model.safetensors"), model.config.num_experts)
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        own = {key: ADAPTERS[name][0][key] for key in ("r", "lora_alpha")} | {"target_modules": ATTENTION + EXPERTS_2D}
-        rewrite_json(folder / "adapter_config.json", lambda _: PEFT_015_DEFAULTS | own)
+        fields = {key: ADAPTERS[name][0][key] for key in ("r", "lora_alpha")} | {
+            "target_modules": ATTENTION + EXPERTS_2D
+        }
+        rewrite_json(folder / "adapter_config.json", lambda _: PEFT_015_DEFAULTS | fields)
 
 
 @torch.no_grad()

@@ -70,15 +70,15 @@ def looks(names: Iterable[str]) -> dict[str, Look]:
     Returns:
       name -> its look of `LOOKS`, or the next spare one; spare looks repeat after `len(SPARE)` names.
     """
-    found: dict[str, Look] = {}
+    chosen: dict[str, Look] = {}
     spare = 0
     for name in dict.fromkeys(names):
         if name in LOOKS:
-            found[name] = LOOKS[name]
+            chosen[name] = LOOKS[name]
         else:
-            found[name] = SPARE[spare % len(SPARE)]
+            chosen[name] = SPARE[spare % len(SPARE)]
             spare += 1
-    return found
+    return chosen
 
 
 def pyplot() -> Any:

@@ -62,9 +62,9 @@ def read_decoder(
     moe_layers: tuple[bool, ...],
     default_eps: float,
     default_theta: float = 10_000.0,
-    **own: Any,
+    **family_fields: Any,
 ) -> ModelConfig:
-    """A family's config: what all families have is read here, `own` are the other fields of `ModelConfig`.
+    """A family's config: what all families have is read here, `family_fields` are the other fields of `ModelConfig`.
 
     Args:
       generation: `generation_config.json`. default_eps, default_theta: what the family's class has for a field that a
@@ -90,7 +90,7 @@ def read_decoder(
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         max_positions=max_positions,
         eos_token_ids=fields.token_ids("eos_token_id", generation),
-        **own,
+        **family_fields,
     )
     fields.refuse_unknown()
     return config

@@ -79,20 +79,20 @@ def _locate(folder: Path, opened: ExitStack) -> dict[str, TensorFile]:
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
         also = f"; {pickled.name} is a pickle, which is never read" if pickled else ""
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{also}.")
-    found: dict[str, TensorFile] = {}
+    file_of: dict[str, TensorFile] = {}
     for shard in shards:
         if Path(shard).is_absolute() or len(Path(shard).parts) != 1 or shard in (".", ".."):
             raise CheckpointError(f"{folder / INDEX} names the shard {shard!r}; expected a file of the same folder.")
         file = opened.enter_context(open_tensors(folder / shard, CheckpointError))
         for name in file.infos:
-            if name in found:
-                raise CheckpointError(f"{name} stands in both {found[name].path.name} and {shard} of {folder}.")
-            found[name] = file
+            if name in file_of:
+                raise CheckpointError(f"{name} stands in both {file_of[name].path.name} and {shard} of {folder}.")
+            file_of[name] = file
     if raw is not None:
         for name, shard in raw.items():
-            if name not in found or found[name].path.name != shard:
+            if name not in file_of or file_of[name].path.name != shard:
                 raise CheckpointError(f"{folder / INDEX} promises {name} in {shard}, which does not hold it.")
-    return found
+    return file_of
 
 
 def _check(

@@ -26,34 +26,36 @@ _LEAVES = (
 
 def tensor_names(config: ModelConfig, names: AdapterNames) -> dict[str, str | list[str]]:
     """Path in the parameter tree -> checkpoint tensor, or one tensor an expert where the leaf stacks them."""
-    found: dict[str, str | list[str]] = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    tensor_of: dict[str, str | list[str]] = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight"}
     if not config.tie_embeddings:
-        found["head"] = "lm_head.weight"
+        tensor_of["head"] = "lm_head.weight"
     for layer in range(config.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        found[f"{ours}.attention_norm"] = f"{theirs}.input_layernorm.weight"
-        found[f"{ours}.mlp_norm"] = f"{theirs}.post_attention_layernorm.weight"
+        tensor_of[f"{ours}.attention_norm"] = f"{theirs}.input_layernorm.weight"
+        tensor_of[f"{ours}.mlp_norm"] = f"{theirs}.post_attention_layernorm.weight"
         for module in config.attention_biases:
-            found[f"{ours}.attention.{module}_bias"] = f"{theirs}.self_attn.{module}_proj.bias"
+            tensor_of[f"{ours}.attention.{module}_bias"] = f"{theirs}.self_attn.{module}_proj.bias"
         for module in "qk" if config.qk_norm else "":
-            found[f"{ours}.attention.{module}_norm"] = f"{theirs}.self_attn.{module}_norm.weight"
-    for (layer, module), tensors in projection_tensors(config, names).items():
-        found[f"layers.{layer}.{_LEAVES[module]}"] = tensors if module in names.experts.values() else tensors[0]
-    return found
+            tensor_of[f"{ours}.attention.{module}_norm"] = f"{theirs}.self_attn.{module}_norm.weight"
+    for (layer, module), stack in projection_tensors(config, names).items():
+        tensor_of[f"layers.{layer}.{_LEAVES[module]}"] = stack if module in names.experts.values() else stack[0]
+    return tensor_of
 
 
 def projection_tensors(config: ModelConfig, names: AdapterNames) -> dict[tuple[int, str], list[str]]:
     """(layer, module) of each projection that adapters may target -> its checkpoint tensors, one an expert."""
     part_of = {module: part for part, module in names.experts.items()}
-    found: dict[tuple[int, str], list[str]] = {}
+    tensors: dict[tuple[int, str], list[str]] = {}
     for module, site in adapter_sites(config).items():
         for layer in site.layers:
             if module in part_of:
                 experts = f"model.layers.{layer}.{names.per_expert_path or names.experts_path}"
-                found[layer, module] = [f"{experts}.{e}.{part_of[module]}.weight" for e in range(site.num_experts)]
+                tensors[layer, module] = [f"{experts}.{e}.{part_of[module]}.weight" for e in range(site.num_experts)]
             else:
-                found[layer, module] = [f"model.layers.{layer}.{names.dense_path(module, in_checkpoints=True)}.weight"]
-    return found
+                tensors[layer, module] = [
+                    f"model.layers.{layer}.{names.dense_path(module, in_checkpoints=True)}.weight"
+                ]
+    return tensors
 
 
 def unused_names(config: ModelConfig) -> frozenset[str]:

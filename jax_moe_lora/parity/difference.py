@@ -36,11 +36,11 @@ def difference(
         raise InputError(
             f"The result is {list(result.shape)}, the reference {list(reference.shape)}; give two of one shape."
         )
-    found, wanted = (np.asarray(array).astype(np.float64) for array in (result, reference))
-    apart, size, length = (float(np.linalg.norm(array)) for array in (found - wanted, wanted, found))
+    actual, expected = (np.asarray(array).astype(np.float64) for array in (result, reference))
+    error, size, length = (float(np.linalg.norm(array)) for array in (actual - expected, expected, actual))
     return Difference(
-        max_abs=float(np.abs(found - wanted).max(initial=0.0)),
-        relative=0.0 if apart == 0 else apart / size if size else float("inf"),
-        cosine=1.0 if apart == 0 else float((found * wanted).sum() / (size * length)) if size * length else 0.0,
-        equal=bool((found == wanted).all()),
+        max_abs=float(np.abs(actual - expected).max(initial=0.0)),
+        relative=0.0 if error == 0 else error / size if size else float("inf"),
+        cosine=1.0 if error == 0 else float((actual * expected).sum() / (size * length)) if size * length else 0.0,
+        equal=bool((actual == expected).all()),
     )

@@ -239,8 +239,8 @@ class Model:
         if not requests:
             return []
         batch = PaddedBatch.make(requests, pad_to)
-        with self._pool.hold(names) as held:
-            slots, failed = _sort_out(held, adapter_errors)
+        with self._pool.hold(names) as outcomes:
+            slots, failed = _sort_out(outcomes, adapter_errors)
             cache = decoder.init_cache(self.config, batch.rows, batch.cache_length, self._dtype)
             tokens_of = decode_loop(
                 batch,
@@ -269,8 +269,8 @@ class Model:
           token_ids: integers `[B, T]`. lengths: real tokens of each row, T where None; logits past them mean nothing.
         """
         tokens, real = check_tokens(token_ids, lengths, self.config)
-        with self._pool.hold(self._names(adapter_names, len(tokens))) as held:
-            slots, _ = _sort_out(held, "raise")
+        with self._pool.hold(self._names(adapter_names, len(tokens))) as outcomes:
+            slots, _ = _sort_out(outcomes, "raise")
             arguments = (jnp.asarray(tokens), jnp.asarray(real), jnp.asarray(slots, jnp.int32))
             return jax.block_until_ready(self._run(_logits, *arguments))
 
@@ -336,12 +336,12 @@ class Model:
         return stream
 
 
-def _sort_out(held: Sequence[int | Exception], adapter_errors: str) -> tuple[list[int], dict[int, Exception]]:
+def _sort_out(outcomes: Sequence[int | Exception], adapter_errors: str) -> tuple[list[int], dict[int, Exception]]:
     """The slot of each request, and by its index why one has none; such a row is a base row that nobody reads."""
-    failed = {index: slot for index, slot in enumerate(held) if isinstance(slot, Exception)}
+    failed = {index: slot for index, slot in enumerate(outcomes) if isinstance(slot, Exception)}
     if failed and adapter_errors == "raise":
         raise next(iter(failed.values()))
-    return [BASE_SLOT if isinstance(slot, Exception) else slot for slot in held], failed
+    return [BASE_SLOT if isinstance(slot, Exception) else slot for slot in outcomes], failed
 
 
 def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:

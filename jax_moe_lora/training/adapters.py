@@ -24,7 +24,9 @@ def init_params(spec: AdapterSpec, sites: Mapping[str, Site], key: jax.Array) ->
     """A new adapter as PEFT makes it: A random by `spec.init`, B zero, so that it changes nothing yet."""
     shapes = spec.shapes(sites)
     keys = jax.random.split(key, len(shapes))
-    return {name: _init(spec, name, shape, own) for (name, shape), own in zip(shapes.items(), keys, strict=True)}
+    return {
+        name: _init(spec, name, shape, param_key) for (name, shape), param_key in zip(shapes.items(), keys, strict=True)
+    }
 
 
 def _init(spec: AdapterSpec, name: str, shape: tuple[int, int, int], key: jax.Array) -> Float[Array, "E rows columns"]:
@@ -49,19 +51,19 @@ def to_adapter(
     Args:
       source: fields of its config to keep, such as `base_model_name_or_path`.
     """
-    held = jax.device_get(dict(params))
+    matrices = jax.device_get(dict(params))
     weights = {
         (layer, module): uniform(
-            held[f"{layer}.{spec.matrix(module, 'a')}"],
-            held[f"{layer}.{spec.matrix(module, 'b')}"].swapaxes(1, 2),
+            matrices[f"{layer}.{spec.matrix(module, 'a')}"],
+            matrices[f"{layer}.{spec.matrix(module, 'b')}"].swapaxes(1, 2),
             spec.scale_of(module),
             sites[module].num_experts,
         )
         for module in spec.targets
         for layer in sites[module].layers
     }
-    said = {"task_type": "CAUSAL_LM"} | dict(source or {}) | {"use_rslora": spec.rank_stabilised}
-    return LoRAAdapter(name, weights, said)
+    fields = {"task_type": "CAUSAL_LM"} | dict(source or {}) | {"use_rslora": spec.rank_stabilised}
+    return LoRAAdapter(name, weights, fields)
 
 
 def from_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tuple[Params, AdapterSpec]:
@@ -74,13 +76,13 @@ def from_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tuple[Param
     ranks, scales = _one_rank_and_scale(adapter, sites)
     alpha, stabilised = _alpha(adapter, ranks, scales)
     rank = max(ranks.values(), key=list(ranks.values()).count)
-    others = tuple((module, own) for module, own in ranks.items() if own != rank)
+    others = tuple((module, module_rank) for module, module_rank in ranks.items() if module_rank != rank)
     spec = AdapterSpec(rank, alpha, _layout(adapter), tuple(ranks), stabilised, ranks=others)
     params: Params = {}
     for (layer, module), weights in adapter.weights.items():
-        own = ranks[module]
+        module_rank = ranks[module]
         for side in SIDES:
-            matrix = weights.a[:, :own] if side == "a" else weights.b[:, :, :own].swapaxes(1, 2)
+            matrix = weights.a[:, :module_rank] if side == "a" else weights.b[:, :, :module_rank].swapaxes(1, 2)
             expected = spec.shape(module, side, sites[module])
             if matrix.shape != expected:
                 problem = f"its {side.upper()} is {list(matrix.shape)}, the {spec.layout} layout has {list(expected)}"
@@ -101,8 +103,8 @@ def _one_rank_and_scale(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tupl
             if weights is None or not weights.ranks.all():
                 raise _error(adapter, layer, module, "it, or one of its experts, is missing")
             rank, scale = int(weights.ranks[0]), float(weights.scale[0])
-            own = ranks.setdefault(module, rank), scales.setdefault(module, scale)
-            if (weights.ranks != own[0]).any() or (weights.scale != np.float32(own[1])).any():
+            expected = ranks.setdefault(module, rank), scales.setdefault(module, scale)
+            if (weights.ranks != expected[0]).any() or (weights.scale != np.float32(expected[1])).any():
                 raise _error(adapter, layer, module, "its experts or layers have several ranks or scales")
     if not ranks:
         raise InputError(f"Adapter {adapter.name!r} targets nothing that this model has; it cannot be trained further.")
@@ -111,15 +113,15 @@ def _one_rank_and_scale(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tupl
 
 def _alpha(adapter: LoRAAdapter, ranks: Mapping[str, int], scales: Mapping[str, float]) -> tuple[float, bool]:
     """The one alpha that gives every module its scale, and whether by the square root of its rank."""
-    own = bool(adapter.source.get("use_rslora"))
-    for stabilised in (own, not own):
+    declared = bool(adapter.source.get("use_rslora"))
+    for stabilised in (declared, not declared):
         alphas = [scales[module] * (math.sqrt(rank) if stabilised else rank) for module, rank in ranks.items()]
         if np.allclose(alphas, alphas[0], rtol=1e-6, atol=0):
             whole = float(round(alphas[0]))
             return whole if math.isclose(whole, alphas[0], rel_tol=1e-6) else alphas[0], stabilised
-    found = ", ".join(f"{module}: {scales[module]:g} at rank {rank}" for module, rank in ranks.items())
+    listed = ", ".join(f"{module}: {scales[module]:g} at rank {rank}" for module, rank in ranks.items())
     raise InputError(
-        f"Adapter {adapter.name!r} cannot be trained further: its scales ({found}) follow from no single alpha."
+        f"Adapter {adapter.name!r} cannot be trained further: its scales ({listed}) follow from no single alpha."
     )
 
 

@@ -61,8 +61,8 @@ class Checkpoints:
             key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for key, leaf in _by_key(like).items()
         }
-        held = self._read(step, state=orbax.args.StandardRestore(expected))
-        return step, jax.tree.unflatten(jax.tree.structure(like), [held[key] for key in expected])
+        saved = self._read(step, state=orbax.args.StandardRestore(expected))
+        return step, jax.tree.unflatten(jax.tree.structure(like), [saved[key] for key in expected])
 
     def _read(self, step: int, **item: Any) -> Any:
         (name,) = item
@@ -75,9 +75,9 @@ class Checkpoints:
                 file=self._folder / str(step),
             ) from error
 
-    def _check(self, held: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    def _check(self, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         now = _flat(json.loads(json.dumps(settings)))
-        before = _flat(held)
+        before = _flat(saved)
         differ = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if differ:
             said = [f"{key} was {before.get(key, 'none')!r} and is {now.get(key, 'none')!r}" for key in differ]
@@ -96,7 +96,7 @@ def _by_key(state: TrainState) -> dict[str, jax.Array]:
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -54,11 +54,11 @@ class Dataset:
     @property
     def digest(self) -> str:
         """SHA-256 of what is trained on: tokens, and which of them count."""
-        found = hashlib.sha256()
+        sha = hashlib.sha256()
         for example in self.examples:
-            found.update(np.array([len(example.tokens), example.learnt], "<i8").tobytes())
-            found.update(example.tokens.astype("<i4").tobytes())
-        return found.hexdigest()
+            sha.update(np.array([len(example.tokens), example.learnt], "<i8").tobytes())
+            sha.update(example.tokens.astype("<i4").tobytes())
+        return sha.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,18 @@ def read_datasets(sources: Mapping[str, Lines], encoder: Encoder, skip_bad_lines
     Raises:
       InputError: a file that cannot be read or holds no examples; all bad lines of all files at once.
     """
-    bad, found = BadLines(), {}
+    bad, datasets = BadLines(), {}
     for name, lines in sources.items():
         before = bad.number
         examples = tuple(_examples(name, lines, encoder, bad))
-        found[name] = Dataset(examples, bad.number - before)
+        datasets[name] = Dataset(examples, bad.number - before)
     if not skip_bad_lines:
         bad.refuse()
-    for name, dataset in found.items():
+    for name, dataset in datasets.items():
         if not dataset.examples:
             left = f": all its {dataset.skipped} lines were left out" if dataset.skipped else ""
             raise InputError(f"{_called(name, sources[name])} holds no examples{left}; expected lines such as {FORMS}.")
-    return found
+    return datasets
 
 
 def _examples(name: str, lines: Lines, encoder: Encoder, bad: BadLines) -> Iterator[Example]:

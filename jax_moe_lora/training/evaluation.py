@@ -101,14 +101,14 @@ def losses_of(
             remat=remat,
             implementation=implementation,
         )
-        own = Totals.of(part, len(specs))
+        part_totals = Totals.of(part, len(specs))
         losses = head_losses(model, hidden, part.targets) * part.weights
         mean = slot_sums(losses, part.slots, len(specs)) / jnp.where(totals.weight > 0, totals.weight, 1.0)
         router = jnp.zeros_like(mean)
         if scores:
-            share = own.tokens / jnp.maximum(totals.tokens, 1.0)
+            share = part_totals.tokens / jnp.maximum(totals.tokens, 1.0)
             router = load_balancing(scores, part.slots.reshape(-1), len(specs), config.moe) * share
-        return Losses(mean, router, own.weight, own.tokens)
+        return Losses(mean, router, part_totals.weight, part_totals.tokens)
 
     return evaluate
 

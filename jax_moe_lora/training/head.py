@@ -25,10 +25,10 @@ def head_losses(model: ModelParams, hidden: Float[Array, "B T D"], targets: Int[
 
     @jax.custom_vjp
     def losses(hidden: Array, targets: Array) -> Array:
-        return _by_rows(model, lambda own, target: token_losses(decoder.head(model, own), target), hidden, targets)
+        return _by_rows(model, lambda rows, target: token_losses(decoder.head(model, rows), target), hidden, targets)
 
     def forward(hidden: Array, targets: Array) -> tuple[Array, Array]:
-        return _by_rows(model, lambda own, target: _losses_and_gradient(model, own, target), hidden, targets)
+        return _by_rows(model, lambda rows, target: _losses_and_gradient(model, rows, target), hidden, targets)
 
     losses.defvjp(forward, _backward)
     return losses(hidden, targets)
@@ -36,7 +36,7 @@ def head_losses(model: ModelParams, hidden: Float[Array, "B T D"], targets: Int[
 
 def _losses_and_gradient(model: ModelParams, hidden: Array, targets: Array) -> tuple[Array, Array]:
     """And what each token's loss gives for its hidden row: through `softmax - one hot`."""
-    logits, pull = jax.vjp(lambda own: decoder.head(model, own), hidden)
+    logits, pull = jax.vjp(lambda rows: decoder.head(model, rows), hidden)
     picked = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
     (gradient,) = pull(jax.nn.softmax(logits, axis=-1) - picked)
     return token_losses(logits, targets), gradient

@@ -64,7 +64,9 @@ class Log:
         seconds, self._last = now - self._last, now
         step, last = lines[-1]["step"], lines[-1]["adapters"]
         if evaluations:
-            self._file.write({"step": step, "evaluation": {name: asdict(own) for name, own in evaluations.items()}})
+            self._file.write(
+                {"step": step, "evaluation": {name: asdict(figures) for name, figures in evaluations.items()}}
+            )
         self._file.sync()
         if self._report is not None:
             tokens = {name: sum(line["adapters"][name]["tokens"] for line in lines) for name in last}
@@ -72,7 +74,7 @@ class Log:
                 Progress(
                     step,
                     self._steps,
-                    {name: own["loss"] for name, own in last.items()},
+                    {name: figures["loss"] for name, figures in last.items()},
                     {name: count / seconds for name, count in tokens.items()},
                     evaluations,
                 )
@@ -81,16 +83,16 @@ class Log:
     def _line(self, step: int, metrics: Metrics) -> dict[str, Any]:
         losses, adapters, lost = metrics.losses, {}, []
         for slot, (name, schedule) in enumerate(self._schedules.items()):
-            own = {
+            figures = {
                 "loss": float(losses.loss[slot]),
                 "router_loss": float(losses.router[slot]),
                 "gradient_norm": float(metrics.gradient_norm[slot]),
                 "learning_rate": float(schedule(step - 1)),
                 "tokens": int(losses.tokens[slot]),
             }
-            if not all(map(math.isfinite, own.values())):
-                lost.append(f"{name!r} (loss {own['loss']:g}, gradient of norm {own['gradient_norm']:g})")
-            adapters[name] = own
+            if not all(map(math.isfinite, figures.values())):
+                lost.append(f"{name!r} (loss {figures['loss']:g}, gradient of norm {figures['gradient_norm']:g})")
+            adapters[name] = figures
         if lost:
             raise InputError(
                 f"At step {step} these adapters are no longer finite: {', '.join(lost)}; begin again with a lower "

@@ -39,16 +39,16 @@ def load_balancing(
       num_slots: S.
       config: the routed layers' config.
     """
-    mine = _of_slot(slots, num_slots)[:, :, None]
+    in_slot = _of_slot(slots, num_slots)[:, :, None]
     experts = scores[0].shape[1]
     chosen_sum = probability_sum = jnp.zeros((num_slots, experts), jnp.float32)
     for layer in scores:
         wide = layer.astype(jnp.float32)
         probabilities = expert_probabilities(wide, config.router)
         chosen = jax.nn.one_hot(route(wide, config)[1], experts, dtype=jnp.float32).sum(axis=1)
-        chosen_sum = chosen_sum + jnp.where(mine, chosen[None], 0.0).sum(axis=1)
-        probability_sum = probability_sum + jnp.where(mine, probabilities[None], 0.0).sum(axis=1)
-    rows = jnp.maximum(mine.sum(axis=(1, 2)), 1).astype(jnp.float32)[:, None] * len(scores)
+        chosen_sum = chosen_sum + jnp.where(in_slot, chosen[None], 0.0).sum(axis=1)
+        probability_sum = probability_sum + jnp.where(in_slot, probabilities[None], 0.0).sum(axis=1)
+    rows = jnp.maximum(in_slot.sum(axis=(1, 2)), 1).astype(jnp.float32)[:, None] * len(scores)
     return experts * (chosen_sum / rows * (probability_sum / rows)).sum(axis=1)
 
 

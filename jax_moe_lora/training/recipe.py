@@ -36,17 +36,17 @@ class Recipe:
     def check(self, name: str, sites: Mapping[str, Site], steps: int) -> None:
         """Raises an `InputError` that names the adapter and the field."""
         self.spec.check(name, sites)
-        own = f"of adapter {name!r}"
+        whose = f"of adapter {name!r}"
         above, zero = "a number above zero", "a number from zero"
-        number(f"learning rate {own}", self.learning_rate, lambda value: 0 < value < math.inf, above)
-        number(f"weight decay {own}", self.weight_decay, lambda value: 0 <= value < math.inf, zero)
+        number(f"learning rate {whose}", self.learning_rate, lambda value: 0 < value < math.inf, above)
+        number(f"weight decay {whose}", self.weight_decay, lambda value: 0 <= value < math.inf, zero)
         if self.clip is not None:
-            number(f"clip {own}", self.clip, lambda value: 0 < value < math.inf, above)
+            number(f"clip {whose}", self.clip, lambda value: 0 < value < math.inf, above)
         if self.schedule not in get_args(Schedule):
             expected = ", ".join(get_args(Schedule))
-            raise InputError(f"schedule {own} is {self.schedule!r}; expected one of {expected}.")
-        if whole(f"warmup {own}", self.warmup, 0) >= steps:
-            raise InputError(f"warmup {own} is {self.warmup} of {steps} steps; give fewer than all.")
+            raise InputError(f"schedule {whose} is {self.schedule!r}; expected one of {expected}.")
+        if whole(f"warmup {whose}", self.warmup, 0) >= steps:
+            raise InputError(f"warmup {whose} is {self.warmup} of {steps} steps; give fewer than all.")
 
     def schedule_of(self, steps: int) -> optax.Schedule:
         """Learning rate by the number of updates before."""

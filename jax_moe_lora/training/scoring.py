@@ -65,14 +65,14 @@ def evaluate(score: Callable[[Batch], Scores], batches: Iterable[Batch], num_slo
     for batch in batches:
         loss, likeliest = (np.asarray(values) for values in score(batch))
         counts = np.asarray(batch.weights) > 0
-        held = np.asarray(batch.segments)
-        for row, segment in zip(*np.nonzero(np.diff(held, axis=1, prepend=0) > 0), strict=True):
-            example = held[row] == held[row, segment]
-            slot, mine = int(np.asarray(batch.slots)[row, segment]), example & counts[row]
-            losses[slot] += loss[row, mine].sum(dtype=np.float64)
-            tokens[slot] += mine.sum()
+        segments = np.asarray(batch.segments)
+        for row, segment in zip(*np.nonzero(np.diff(segments, axis=1, prepend=0) > 0), strict=True):
+            example = segments[row] == segments[row, segment]
+            slot, learnt = int(np.asarray(batch.slots)[row, segment]), example & counts[row]
+            losses[slot] += loss[row, learnt].sum(dtype=np.float64)
+            tokens[slot] += learnt.sum()
             examples[slot] += 1
-            right[slot] += likeliest[row, mine].all()
+            right[slot] += likeliest[row, learnt].all()
     return [
         Evaluation(float(losses[slot] / tokens[slot]), float(right[slot] / examples[slot]), int(examples[slot]))
         if examples[slot]

@@ -80,41 +80,43 @@ class AdapterSpec:
 
     def check(self, name: str, sites: Mapping[str, Site]) -> None:
         """Raises an `InputError` that names the adapter and the field, where the model cannot train this."""
-        own = f"of adapter {name!r}"
+        whose = f"of adapter {name!r}"
         for field, kinds in (("layout", Layout), ("init", Init)):
             if getattr(self, field) not in get_args(kinds):
                 raise InputError(
-                    f"{field} {own} is {getattr(self, field)!r}; expected one of {', '.join(get_args(kinds))}."
+                    f"{field} {whose} is {getattr(self, field)!r}; expected one of {', '.join(get_args(kinds))}."
                 )
-        whole(f"rank {own}", self.rank, 1)
+        whole(f"rank {whose}", self.rank, 1)
         if self.alpha is not None:
             expected = f"a number above zero, {MAX_ALPHA:g} at most"
-            number(f"alpha {own}", self.alpha, lambda alpha: 0 < alpha <= MAX_ALPHA, expected)
-        self._check_targets(own, sites)
+            number(f"alpha {whose}", self.alpha, lambda alpha: 0 < alpha <= MAX_ALPHA, expected)
+        self._check_targets(whose, sites)
         for module, rank in self.ranks:
             if module not in self.targets:
                 raise InputError(
-                    f"ranks {own} name {module!r}, which is none of its targets {', '.join(self.targets)}."
+                    f"ranks {whose} name {module!r}, which is none of its targets {', '.join(self.targets)}."
                 )
-            whole(f"rank of {module} {own}", rank, 1)
+            whole(f"rank of {module} {whose}", rank, 1)
         for module in self.targets:
             width = max(sites[module].in_width, sites[module].out_width)
             if (rank := self.rank_of(module)) > width:
-                raise InputError(f"rank of {module} {own} is {rank}; expected at most {width}, its larger width.")
+                raise InputError(f"rank of {module} {whose} is {rank}; expected at most {width}, its larger width.")
         if self.matrix("gate", "a") == self.matrix("up", "a") and self.rank_of("gate") != self.rank_of("up"):
             raise InputError(
-                f"ranks {own} are {self.rank_of('gate')} for gate and {self.rank_of('up')} for up, which share one A "
+                f"ranks {whose} are {self.rank_of('gate')} for gate and {self.rank_of('up')} for up, which share one A "
                 "in the fused layout; give both one rank, or use the per-expert layout."
             )
 
-    def _check_targets(self, own: str, sites: Mapping[str, Site]) -> None:
+    def _check_targets(self, whose: str, sites: Mapping[str, Site]) -> None:
         if not self.targets:
-            raise InputError(f"targets {own} are empty; expected some of {', '.join(sites)}.")
+            raise InputError(f"targets {whose} are empty; expected some of {', '.join(sites)}.")
         for module in self.targets:
             if module not in sites:
-                raise InputError(f"targets {own} name {module!r}, which this model lacks; expected {', '.join(sites)}.")
+                raise InputError(
+                    f"targets {whose} name {module!r}, which this model lacks; expected {', '.join(sites)}."
+                )
         if len({*self.targets}) < len(self.targets):
-            raise InputError(f"targets {own} name a module twice: {', '.join(self.targets)}.")
+            raise InputError(f"targets {whose} name a module twice: {', '.join(self.targets)}.")
 
 
 def check_layout(write_as: str | None) -> None:

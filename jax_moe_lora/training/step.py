@@ -65,8 +65,8 @@ def init_state(params: Mapping[str, Params], optimizers: Mapping[str, optax.Grad
     The first step donates it: hand in arrays that nobody else needs.
     """
     return TrainState(
-        {name: dict(own) for name, own in params.items()},
-        {name: optimizers[name].init(own) for name, own in params.items()},
+        {name: dict(adapter) for name, adapter in params.items()},
+        {name: optimizers[name].init(adapter) for name, adapter in params.items()},
         {name: jnp.zeros((), jnp.int32) for name in params},
     )
 
@@ -119,11 +119,11 @@ def make_step(
         gradients, losses = _gradients(loss, state.params, model, batch, totals, micro_batches)
         updated = totals.weight > 0
         new = {
-            name: _update(optimizers[name], clips[name], _Own.of(state, name), gradients[name], updated[slot])
+            name: _update(optimizers[name], clips[name], _AdapterState.of(state, name), gradients[name], updated[slot])
             for slot, name in enumerate(specs)
         }
         norms = jnp.stack([optax.tree.norm(gradients[name]) for name in specs])
-        return _Own.together(new), Metrics(losses, norms, updated)
+        return _AdapterState.together(new), Metrics(losses, norms, updated)
 
     return step
 
@@ -144,15 +144,15 @@ def _gradients(
         return gradient_of(params, model, batch, totals)
 
     def accumulate(sum_before: dict[str, Params], part: Batch) -> tuple[dict[str, Params], Losses]:
-        own, losses = gradient_of(params, model, part, totals)
-        return jax.tree.map(jnp.add, sum_before, own), losses
+        gradients, losses = gradient_of(params, model, part, totals)
+        return jax.tree.map(jnp.add, sum_before, gradients), losses
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     gradients, parts = lax.scan(accumulate, zeros, _split(batch, micro_batches))
     return gradients, jax.tree.map(lambda part: part.sum(axis=0), parts)
 
 
-class _Own(NamedTuple):
+class _AdapterState(NamedTuple):
     """One adapter's part of the state."""
 
     params: Params
@@ -166,24 +166,24 @@ class _Own(NamedTuple):
     @staticmethod
     def together(parts: Mapping[str, "_Own"]) -> TrainState:
         return TrainState(
-            {name: own.params for name, own in parts.items()},
-            {name: own.optimizer_state for name, own in parts.items()},
-            {name: own.updates for name, own in parts.items()},
+            {name: part.params for name, part in parts.items()},
+            {name: part.optimizer_state for name, part in parts.items()},
+            {name: part.updates for name, part in parts.items()},
         )
 
 
 def _update(
     optimizer: optax.GradientTransformation,
     clip: optax.GradientTransformation,
-    old: _Own,
+    old: _AdapterState,
     gradient: Params,
     present: Bool[Array, ""],
-) -> _Own:
+) -> _AdapterState:
     """The adapter after one update, or as it was."""
     with jax.numpy_dtype_promotion("standard"):  # optax mixes a step count with float32
         clipped, _ = clip.update(gradient, clip.init(gradient))
         updates, optimizer_state = optimizer.update(clipped, old.optimizer_state, old.params)
-        new = _Own(optax.apply_updates(old.params, updates), optimizer_state, old.updates + 1)
+        new = _AdapterState(optax.apply_updates(old.params, updates), optimizer_state, old.updates + 1)
     return jax.tree.map(lambda new, old: jnp.where(present, new, old), new, old)
 
 

@@ -102,16 +102,16 @@ class Trainer:
         self.config, self._source = read_model_config(folder), str(model)
         self.width = _width(sequence_length, self.config.max_positions)
         self.sites, self.recipes = adapter_sites(self.config), recipes_of(recipe, data)
-        for name, own in self.recipes.items():
-            own.check(name, self.sites, self.steps)
-        self.specs = {name: own.spec for name, own in self.recipes.items()}
-        self._schedules = {name: own.schedule_of(self.steps) for name, own in self.recipes.items()}
-        self._optimizers = {name: own.optimizer(self.steps) for name, own in self.recipes.items()}
+        for name, one in self.recipes.items():
+            one.check(name, self.sites, self.steps)
+        self.specs = {name: one.spec for name, one in self.recipes.items()}
+        self._schedules = {name: one.schedule_of(self.steps) for name, one in self.recipes.items()}
+        self._optimizers = {name: one.optimizer(self.steps) for name, one in self.recipes.items()}
         self._step = make_step(
             self.config,
             self.specs,
             self._optimizers,
-            clip={name: own.clip for name, own in self.recipes.items()},
+            clip={name: one.clip for name, one in self.recipes.items()},
             router_loss=router_loss,
             micro_batches=self.micro_batches,
             implementation=implementation,
@@ -156,7 +156,7 @@ class Trainer:
             "router_loss": self._router_loss,
             "seed": self.seed,
             "adapters": {
-                name: {"data": self.datasets[name].digest, **asdict(own)} for name, own in self.recipes.items()
+                name: {"data": self.datasets[name].digest, **asdict(recipe)} for name, recipe in self.recipes.items()
             },
         }
 
@@ -169,8 +169,10 @@ class Trainer:
     def evaluate(self) -> dict[str, Evaluation]:
         """What the adapters do on their evaluation examples, as they are now."""
         batches = whole_batches(self._evaluation, self._feed.batch_size, self._feed.width, self.packing)
-        found = evaluate(lambda batch: self._score(self.state.params, self.params, batch), batches, len(self.recipes))
-        return {name: own for name, own in zip(self.recipes, found, strict=True) if own is not None}
+        by_slot = evaluate(lambda batch: self._score(self.state.params, self.params, batch), batches, len(self.recipes))
+        return {
+            name: evaluation for name, evaluation in zip(self.recipes, by_slot, strict=True) if evaluation is not None
+        }
 
     def adapter(self, name: str) -> LoRAAdapter:
         """An adapter as it is now, for `Model.load_adapter` or `write_adapter`."""
@@ -186,13 +188,13 @@ class Trainer:
         Returns:
           What is said of each, as `write_adapter` does.
         """
-        said = []
+        all_notes = []
         for name in self.recipes:
             names, layout, expand = self._written(name, write_as)
             adapter, folder = self.adapter(name), Path(out) / name
             notes = write_adapter(adapter, folder, self.sites, names, layout, expand=expand, force=True)
-            said += [f"{name}: {note}" for note in notes]
-        return said
+            all_notes += [f"{name}: {note}" for note in notes]
+        return all_notes
 
     def _check_written(self, write_as: str | None) -> None:
         """Raises what `write` would of ranks, scales and sharing, which no step of training changes."""
@@ -203,8 +205,8 @@ class Trainer:
     def _written(self, name: str, write_as: str | None) -> tuple[AdapterNames, str, bool]:
         """Names and layout of an adapter's folder, and whether it may hold copies of what is shared."""
         check_layout(write_as)
-        own = WRITTEN_AS[self.specs[name].layout]
-        return family(self.config.model_type).ADAPTER_NAMES, write_as or own, write_as not in (None, own)
+        written_as = WRITTEN_AS[self.specs[name].layout]
+        return family(self.config.model_type).ADAPTER_NAMES, write_as or written_as, write_as not in (None, written_as)
 
     def run(
         self,
@@ -240,8 +242,8 @@ class Trainer:
         evaluate_every = self.steps if evaluate_every is None else whole("evaluate_every", evaluate_every, 1)
         settings = self.settings()
         with writing_to(out, advice=RESUME), run_folder(out, resume), Checkpoints(out / CHECKPOINTS) as checkpoints:
-            if found := checkpoints.restore(self.state, settings):
-                self.step, self.state = found
+            if restored := checkpoints.restore(self.state, settings):
+                self.step, self.state = restored
             with MetricsFile(out / METRICS, self.step) as metrics:
                 log = Log(self._schedules, self.steps, metrics, report)
                 while self.step < self.steps:
@@ -260,17 +262,17 @@ class Trainer:
         """Each adapter's weights follow from the seed and its name, whatever the others are."""
         key = jax.random.key(self.seed)
         keys = {name: jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))) for name in self.recipes}
-        params = {name: init_params(own.spec, self.sites, keys[name]) for name, own in self.recipes.items()}
+        params = {name: init_params(recipe.spec, self.sites, keys[name]) for name, recipe in self.recipes.items()}
         return init_state(params, self._optimizers)
 
 
 def sampled_digest(params: ModelParams) -> str:
     """SHA-256 of some values of every weight: another model has others, and reading all would take minutes."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     sample = jax.jit(lambda leaf: leaf.reshape(-1)[:: max(1, leaf.size // 256)])
     for leaf in jax.tree.leaves(params):
-        found.update(np.asarray(sample(leaf)).tobytes())
-    return found.hexdigest()
+        sha.update(np.asarray(sample(leaf)).tobytes())
+    return sha.hexdigest()
 
 
 def _check_names(data: Mapping[str, Source], evaluation: Mapping[str, Source]) -> None:

@@ -73,7 +73,7 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
     Raises:
       AdapterFormatError: a key that is not understood or stands alone, or a dtype that is not read, by name.
     """
-    found: dict[tuple[int, str], dict[str, str]] = {}
+    pairs: dict[tuple[int, str], dict[str, str]] = {}
     for key, info in infos.items():
         with problems:
             match = _KEY.fullmatch(key)
@@ -81,11 +81,11 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
                 expected = "base_model.model.model.layers.L.….lora_A.weight"
                 why = next((why for part, why in _KNOWN_BAD.items() if part in key), f"expected {expected}")
                 raise _refusal(file, key, f"the key {key} is not understood: {why}.", "this key", expected)
-            found.setdefault((int(match["layer"]), match["path"]), {})[match["side"]] = key
+            pairs.setdefault((int(match["layer"]), match["path"]), {})[match["side"]] = key
             if info.dtype not in DTYPES:
                 expected = f"one of {', '.join(DTYPES)}"
                 raise _refusal(file, key, f"{key} has dtype {info.dtype}; expected {expected}.", info.dtype, expected)
-    for keys in found.values():
+    for keys in pairs.values():
         with problems:
             if len(keys) == 1:
                 ((side, key),) = keys.items()
@@ -96,7 +96,7 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
             raise _refusal(file, "", f"{file.name} holds no LoRA weights.", "no tensors", "an A and a B at least")
     return [
         Pair(layer, path, keys, {side: infos[key] for side, key in keys.items()})
-        for (layer, path), keys in found.items()
+        for (layer, path), keys in pairs.items()
         if len(keys) == 2 and all(infos[key].dtype in DTYPES for key in keys.values())
     ]
 
@@ -173,12 +173,12 @@ class AdapterFile:
         return self._load(pair, "A", shapes_a), self._load(pair, "B", shapes_b)
 
     def _load(self, pair: Pair, side: str, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
-        found, key = pair.shape(side), pair.keys[side]
+        shape, key = pair.shape(side), pair.keys[side]
         with self.problems:
-            if found not in shapes:
+            if shape not in shapes:
                 expected = " or ".join(str(list(shape)) for shape in shapes)
-                problem = f"{key}: it has shape {list(found)}, and the model expects {expected}."
-                raise _refusal(self.path, key, problem, list(found), expected)
+                problem = f"{key}: it has shape {list(shape)}, and the model expects {expected}."
+                raise _refusal(self.path, key, problem, list(shape), expected)
             return self.tensors.get_tensor(key)
         return _stand_in(shapes[0], np.dtype(np.float32))
 
@@ -189,10 +189,10 @@ class AdapterFile:
     def two_dimensional(self, pair: Pair) -> bool:
         for side in "AB":
             with self.problems:
-                if len(found := pair.shape(side)) != 2:
+                if len(shape := pair.shape(side)) != 2:
                     key = pair.keys[side]
-                    problem = f"{key} has shape {list(found)}; expected two dimensions."
-                    raise _refusal(self.path, key, problem, list(found), "two dimensions")
+                    problem = f"{key} has shape {list(shape)}; expected two dimensions."
+                    raise _refusal(self.path, key, problem, list(shape), "two dimensions")
         return len(pair.shape("A")) == len(pair.shape("B")) == 2
 
     def held_twice(self, pair: Pair, module: str) -> AdapterFormatError:

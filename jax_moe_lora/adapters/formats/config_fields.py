@@ -68,7 +68,7 @@ def _patterns(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = raw.get(name) or {}
     if not isinstance(value, dict):
         raise Malformed(name, value, "an object")
-    return {_compiled(pattern, name): own for pattern, own in value.items()}
+    return {_compiled(pattern, name): item for pattern, item in value.items()}
 
 
 def names(raw: Mapping[str, Any], name: str) -> str | list[str]:

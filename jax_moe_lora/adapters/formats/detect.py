@@ -78,7 +78,7 @@ def layout_of(rest: str) -> FileLayout | None:
 
 def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, list[Pair]]:
     """The layout of the experts, and their pairs: one layout under one path, or it would not be known which counts."""
-    found: dict[tuple[str, FileLayout], list[Pair]] = {}
+    by_layout: dict[tuple[str, FileLayout], list[Pair]] = {}
     for pair in pairs:
         if pair.path in file.names.dense:
             continue
@@ -87,13 +87,13 @@ def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, l
         with file.problems:
             if layout is None:
                 raise file.error(pair, "the model has no such projection", pair.path, "a projection of the model")
-            found.setdefault((experts, layout), []).append(pair)
+            by_layout.setdefault((experts, layout), []).append(pair)
     with file.problems:
-        if len(found) > 1:
-            (here, layout), (there, other) = list(found)[:2]
+        if len(by_layout) > 1:
+            (here, layout), (there, other) = list(by_layout)[:2]
             problem = f"it stands as {other.name!r} under {there}, and other keys as {layout.name!r} under {here}"
-            raise file.error(found[there, other][0], problem, other.name, layout.name)
-    return next(((layout, own) for (_, layout), own in found.items()), (None, []))
+            raise file.error(by_layout[there, other][0], problem, other.name, layout.name)
+    return next(((layout, members) for (_, layout), members in by_layout.items()), (None, []))
 
 
 def _add_dense(file: AdapterFile, weights: Weights, pair: Pair) -> None:

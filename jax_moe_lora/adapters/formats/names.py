@@ -53,11 +53,11 @@ class AdapterNames:
 
     def dense_path(self, module: str, in_checkpoints: bool = False) -> str:
         """The path of a projection with one matrix: the first that it has, or the one in checkpoints."""
-        paths = [path for path, held in self.dense.items() if held == module]
+        paths = [path for path, named in self.dense.items() if named == module]
         return paths[-1 if in_checkpoints else 0]
 
     def spellings(self, module: str) -> tuple[str, ...]:
         """Every last part of a path that names this module of the experts."""
-        own = {part: (module,) for part, module in self.experts.items()}
-        parts = own | TINKER_PARTS | SGLANG_PARTS | TRTLLM_PARTS
-        return tuple(part for part, held in parts.items() if module in held)
+        family_parts = {part: (module,) for part, module in self.experts.items()}
+        parts = family_parts | TINKER_PARTS | SGLANG_PARTS | TRTLLM_PARTS
+        return tuple(part for part, modules in parts.items() if module in modules)

@@ -77,8 +77,8 @@ def _stack(file: AdapterFile, module: str, by_expert: Mapping[int, Pair]) -> LoR
 
 def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
     """The dtype that holds every value: the one that all have, else float32, which holds both half precisions."""
-    found = set(dtypes)
-    return found.pop() if len(found) == 1 else np.dtype(np.float32)
+    kinds = set(dtypes)
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class _Wrapper:
     experts: int
 
     @property
-    def found(self) -> tuple[int, int]:
+    def file_widths(self) -> tuple[int, int]:
         return self.pair.shape("A")[1], self.pair.shape("B")[0]
 
     def read(self, file: AdapterFile, transposed: bool) -> tuple[np.ndarray, np.ndarray, float]:
@@ -160,8 +160,8 @@ def _are_transposed(file: AdapterFile, wrappers: Sequence[_Wrapper]) -> bool:
         return False
     evidence: dict[bool, _Wrapper] = {}
     for wrapper in wrappers:
-        if wrapper.widths[0] != wrapper.widths[1] and wrapper.found in (wrapper.widths, wrapper.widths[::-1]):
-            evidence[wrapper.found != wrapper.widths] = wrapper
+        if wrapper.widths[0] != wrapper.widths[1] and wrapper.file_widths in (wrapper.widths, wrapper.widths[::-1]):
+            evidence[wrapper.file_widths != wrapper.widths] = wrapper
     if len(evidence) == 2:
         problem = f"it has the transposed orientation of peft up to 0.19.0, and {evidence[False].pair.key} today's"
         raise file.error(evidence[True].pair, problem, "both orientations", "one")

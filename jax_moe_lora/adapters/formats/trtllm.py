@@ -40,23 +40,23 @@ def share_sides(file: AdapterFile, weights: Weights) -> Weights:
     declared = read_sidecar(sidecar, file.problems)
     merged: dict[int, np.ndarray] = {}  # by the id of what it came from, so that aliases stay aliases
     shared: Weights = {}
-    for (layer, module), own in weights.items():
-        sides = {"A": own.a, "B": own.b}
+    for (layer, module), lora in weights.items():
+        sides = {"A": lora.a, "B": lora.b}
         for side, matrices in sides.items() if module in declared else ():
             key, is_shared = f"side {side} of {module} in layer {layer}", declared[module] == side
             with file.problems:
-                if len(matrices) == 1 and len(own.ranks) > 1 and not is_shared:
+                if len(matrices) == 1 and len(lora.ranks) > 1 and not is_shared:
                     problem = "is one matrix for all experts, which the sidecar does not declare"
                     raise _contradiction(sidecar, key, problem, "one matrix", "its declaration")
                 if is_shared and id(matrices) not in merged:
-                    present = matrices[own.ranks > 0] if file.values and len(matrices) > 1 else matrices
+                    present = matrices[lora.ranks > 0] if file.values and len(matrices) > 1 else matrices
                     if file.values and (present != present[:1]).any():
                         problem = "is declared shared, and its experts' matrices differ"
                         raise _contradiction(sidecar, key, problem, "matrices that differ", "equal ones")
                     merged[id(matrices)] = present[:1].copy()
                 if is_shared:
                     sides[side] = merged[id(matrices)]
-        shared[layer, module] = replace(own, a=sides["A"], b=sides["B"])
+        shared[layer, module] = replace(lora, a=sides["A"], b=sides["B"])
     return shared
 
 

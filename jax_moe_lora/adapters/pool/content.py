@@ -23,8 +23,8 @@ class Version:
 
 def stamps(folder: Path) -> Stamps:
     """Cheap to ask for before each request. A file that is not there has no stamp."""
-    found = {name: stamp_of(folder / name) for name in (CONFIG, WEIGHTS, SIDECAR)}
-    return {name: stamp for name, stamp in found.items() if stamp is not None}
+    present = {name: stamp_of(folder / name) for name in (CONFIG, WEIGHTS, SIDECAR)}
+    return {name: stamp for name, stamp in present.items() if stamp is not None}
 
 
 def version(folder: Path) -> Version:

@@ -126,13 +126,13 @@ class AdapterPool:
     def slots(self, names: Sequence[str | None]) -> list[int]:
         """Slots of adapters that are there now. Raises AdapterNameError: one is not registered, or has no slot."""
         with self._changed:
-            found = []
+            slots = []
             for name in names:
                 entry = self._registry.find(name)
                 if entry is not None and entry.state != "ready":
                     raise AdapterNameError(f"Adapter {name!r} is {entry.state}, not in a slot; load it first.")
-                found.append(BASE_SLOT if entry is None or entry.slot is None else entry.slot)
-            return found
+                slots.append(BASE_SLOT if entry is None or entry.slot is None else entry.slot)
+            return slots
 
     @contextmanager
     def hold(self, names: Sequence[str | None]) -> Iterator[list[int | Exception]]:
@@ -188,8 +188,8 @@ class AdapterPool:
 
     def _find(self, names: Sequence[str | None]) -> list[Entry]:
         """Registered adapters of the names, each once."""
-        found = [self._registry.find(name) for name in names]
-        return list({entry.name: entry for entry in found if entry is not None}.values())
+        entries = [self._registry.find(name) for name in names]
+        return list({entry.name: entry for entry in entries if entry is not None}.values())
 
     def _admit(self, names: Sequence[str | None]) -> list[Entry | None]:
         """The adapter of each name, all of them in slots or on their way there."""
@@ -248,17 +248,17 @@ class AdapterPool:
     def _load(self, entry: Entry, slot: int) -> None:
         """The loader's work. Where it fails the slot is empty again, and nothing else has changed."""
         try:
-            adapter, found = self._read_source(entry)
+            adapter, content = self._read_source(entry)
             insertion = self._place(slot, prepare(self._bank, adapter))
             for chunk in insertion.chunks():
                 with self._changed:
                     self._changed.wait_for(lambda: not self._pauses)
                     self._bank = write(self._own_bank(), chunk)
-            if found is not None and stamps(Path(str(entry.source))) != found.stamps:
+            if content is not None and stamps(Path(str(entry.source))) != content.stamps:
                 raise AdapterFormatError(f"{entry.source} changed while it was read; load it when it is complete.")
             with self._changed:
                 self._bank = insertion.publish(self._bank)
-                entry.ranks, entry.version, entry.error, entry.loading = adapter.ranks, found, None, None
+                entry.ranks, entry.version, entry.error, entry.loading = adapter.ranks, content, None, None
         except BaseException as error:
             with self._changed:
                 entry.error = error if isinstance(error, Exception) else None
@@ -273,8 +273,8 @@ class AdapterPool:
         if isinstance(entry.source, LoRAAdapter):
             return entry.source, None
         with ThreadPoolExecutor(1) as hashing:  # beside the reading, which waits for the same pages of the file
-            found = hashing.submit(version, entry.source)
-            return self._read(entry.source, entry.name), found.result()
+            content = hashing.submit(version, entry.source)
+            return self._read(entry.source, entry.name), content.result()
 
     def _place(self, slot: int, prepared: Prepared) -> Insertion:
         """Pages for the adapter; what nobody uses goes until there are enough."""

@@ -93,12 +93,12 @@ class Registry:
     def evictable(self, keep: Collection[Entry] = ()) -> list[Entry]:
         """Ready adapters that nobody uses and nobody pinned, the one that was used longest ago first."""
         kept = {entry.name for entry in keep}
-        found = [
+        evictable = [
             slot
             for slot in self.slots
             if slot.entry is not None and not slot.references and not slot.entry.pinned and slot.entry.name not in kept
         ]
-        ready = [slot.entry for slot in sorted(found, key=lambda slot: slot.used) if slot.entry is not None]
+        ready = [slot.entry for slot in sorted(evictable, key=lambda slot: slot.used) if slot.entry is not None]
         return [entry for entry in ready if entry.state == "ready"]
 
     def pinned(self, but: Collection[Entry]) -> int:

@@ -74,9 +74,9 @@ def _problems(
         problem = f"its rank is {weights.max_rank}; the bank takes at most {max_rank} (raise max_rank)."
         yield problem, f"rank {weights.max_rank}", f"at most {max_rank}"
     # Nothing is each expert's own here, so no rank can be either; only a missing expert (rank 0) can be told apart.
-    if weights.a.shape[0] == weights.b.shape[0] == 1 and (own := np.unique(ranks[ranks > 0])).size > 1:
-        problem = f"A and B are shared by all experts and their ranks are {own.tolist()}; expected one rank."
-        yield problem, own.tolist(), "one rank"
+    if weights.a.shape[0] == weights.b.shape[0] == 1 and (several := np.unique(ranks[ranks > 0])).size > 1:
+        problem = f"A and B are shared by all experts and their ranks are {several.tolist()}; expected one rank."
+        yield problem, several.tolist(), "one rank"
     with np.errstate(over="ignore"):
         finite = np.isfinite(np.asarray(scale).astype(np.float32)).all()
     if not finite:

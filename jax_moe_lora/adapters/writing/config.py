@@ -79,13 +79,13 @@ def _is_stabilised(draft: Draft, parts: Sequence[Part], says: Says) -> bool:
     """`use_rslora`: what needs no more alphas than there is room for, then whole ones, then as the adapter's config."""
     if not says.rank_stabilised:
         return False
-    own = bool(draft.adapter.source.get("use_rslora"))
+    source_says = bool(draft.adapter.source.get("use_rslora"))
     scales = {(part.rank, part.scale) for part in parts}
 
     def faults(stabilised: bool) -> tuple[bool, bool, bool]:
         alphas = {_alpha(rank, scale, stabilised) for rank, scale in scales}
         too_many = len(alphas) > 1 and not says.alpha_pattern
-        return too_many, not all(isinstance(alpha, int) for alpha in alphas), stabilised is not own
+        return too_many, not all(isinstance(alpha, int) for alpha in alphas), stabilised is not source_says
 
     return min((False, True), key=faults)
 
@@ -116,12 +116,12 @@ def _with_one_alpha(draft: Draft, parts: Sequence[Part], alpha: float, stabilise
 def _patterns(parts: Sequence[Part], values: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
     """The commonest value, and the others by the widest regular expressions whose targets all have one value."""
     default = Counter(values).most_common(1)[0][0]
-    held: dict[str, set[Any]] = {}
+    values_of: dict[str, set[Any]] = {}
     for part, value in zip(parts, values, strict=True):
         for pattern in part.patterns:
-            held.setdefault(pattern, set()).add(value)
+            values_of.setdefault(pattern, set()).add(value)
     return default, {
-        next(pattern for pattern in part.patterns if held[pattern] == {value}): value
+        next(pattern for pattern in part.patterns if values_of[pattern] == {value}): value
         for part, value in zip(parts, values, strict=True)
         if value != default
     }

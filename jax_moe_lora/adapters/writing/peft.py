@@ -91,7 +91,7 @@ def _alike(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def module_targets(names: AdapterNames, module: str, num_experts: int) -> list[str]:
     """What a config calls a module below `model.layers.L.` where each expert has modules: one name an expert."""
-    part = next((part for part, held in names.experts.items() if held == module), None)
+    part = next((part for part, named in names.experts.items() if named == module), None)
     if part is None:
         return [names.dense_path(module, in_checkpoints=True)]
     return [f"{names.per_expert_path or names.experts_path}.{expert}.{part}" for expert in range(num_experts)]

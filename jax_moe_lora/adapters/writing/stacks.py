@@ -13,7 +13,7 @@ def stack_targets(
     names: AdapterNames, module: str, num_experts: int, parts: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
     """What a config calls a module below `model.layers.L.`."""
-    part = next((part for part, held in parts.items() if held == (module,)), None)
+    part = next((part for part, modules in parts.items() if modules == (module,)), None)
     return [f"{names.experts_path}.{part}" if part else names.dense_path(module)]
 
 
