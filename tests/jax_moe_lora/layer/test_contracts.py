@@ -25,6 +25,7 @@ from jax_moe_lora.models.decoder import adapter_sites
 from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
 from pallas_kernels.ops import make_plan
 from pallas_kernels.routed_experts.weights import ExpertWeights
+from support import ROOT
 from support.layers import LAYER, Problem, Spec, assert_close, draw
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -211,7 +212,8 @@ def test_8_the_same_bits_run_after_run_and_process_after_process():
     problem = draw(Spec())
     assert equal_bits(problem.run(), problem.run())
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from layers import Spec, draw; import hashlib; "
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; "
+        "from support.layers import Spec, draw; import hashlib; "
         "print(hashlib.sha256(draw(Spec()).run().tobytes()).hexdigest())"
     )
     hashes = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
