@@ -37,6 +37,7 @@ from pallas_kernels.ops import (
     make_plan,
     page_gradients,
 )
+from pallas_kernels.pages import Place
 from pallas_kernels.pytrees import pytree
 from pallas_kernels.xla.dot import matmul, matmul_t
 
@@ -156,7 +157,7 @@ def _looped_backward(static, kept, dy):
     rows_dy = dy[rows.order]
     zeros = jnp.zeros((rows_dy.shape[0], x.shape[1]), jnp.float32)
     dx = grouped_lora(zeros, rows_dy, pages.transposed(), rows, None, implementation)[rows.position]
-    module = LayerPages.from_modules({"linear": pages})
+    module = LayerPages({"a": a, "b": b}, {"linear": table}, {"linear": scale}, (Place("linear", "a", "b"),), max_rank)
     (sums,) = page_gradients(x[rows.token], (rows_dy,), module, rows, implementation)
     assert sums is not None
     da, db = sums

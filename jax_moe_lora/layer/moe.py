@@ -76,10 +76,11 @@ def moe_lora(
     checks.check_adapters(adapters, config)
     slot_of_token = token_slots(tokens, slots, request_lengths, request_slots)
     if router is not None:
-        if row_mask is not None:
-            x = _masked_for_gradients(x, row_mask)
+        x = x if row_mask is None else _masked_for_gradients(x, row_mask)
         scores = router_scores(x, router, adapters, slot_of_token, implementation)
     assert scores is not None
+    if router is None and row_mask is not None:
+        scores = _masked_for_gradients(scores, row_mask)
     weights, chosen = route(scores, config, router_bias)
     if row_mask is not None:
         chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
@@ -88,8 +89,10 @@ def moe_lora(
 
 
 @jax.custom_vjp
-def _masked_for_gradients(x: Float[Array, "T D"], row_mask: Bool[Array, "T"]) -> Float[Array, "T D"]:
-    """The rows; where they are differentiated, masked rows are zeros: a gradient of zero times NaN is NaN.
+def _masked_for_gradients(x: Float[Array, "T width"], row_mask: Bool[Array, "T"]) -> Float[Array, "T width"]:
+    """Rows or scores as they are; where they are differentiated, masked rows are zeros.
+
+    Without it their gradients would be NaN where they hold NaN: zero times NaN is NaN.
 
     The forward pass reads no masked row, so serving does not pay for the copy.
     """

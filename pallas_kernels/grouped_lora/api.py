@@ -70,7 +70,7 @@ def shrink(
       NotDifferentiable: when it is differentiated; see `routed_experts`.
     """
     backend = BACKENDS[plan.backend]
-    if adapters is None or not has_adapters(adapters) or not backend.has("shrink"):
+    if not (has_adapters(adapters) and backend.has("shrink")):
         return None
     x, adapters = no_gradient(ADVICE.format("shrink"), (x, adapters))
     if steps is None:
@@ -112,7 +112,7 @@ def page_gradients(
       NotDifferentiable: when it is differentiated: there are no second derivatives.
     """
     backend = backend_for_plan(plan.backend, implementation).for_op("page_gradients")
-    if adapters is None or not has_adapters(adapters):
+    if not has_adapters(adapters):
         return [None] * len(dys)
     advice = "page_gradients has no gradient of its own: the layer has first derivatives only."
     x, *dys = no_gradient(advice, (x, *dys))

@@ -15,6 +15,7 @@ tile waits for another, and a tile's list is one warpgroup's work (`hopper_kerne
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -96,7 +97,7 @@ class Shrunk:
     hidden: Float[Array, "N rows 64"]
 
 
-def has_adapters(pages: LayerPages | None) -> bool:
+def has_adapters(pages: LayerPages | None) -> TypeGuard[LayerPages]:
     """Whether any of the projections has adapters."""
     return pages is not None and bool(pages.modules)
 

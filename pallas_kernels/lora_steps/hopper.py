@@ -22,7 +22,7 @@ def make_lora_steps(
     num_experts, segments = plan.segment_sizes.shape
     num_slots, pairs = segments - 1, plan.position.shape[0]
     num_tiles = max_tiles(pairs, num_experts, tiles.size)  # the table may be longer
-    with_adapters = [pages.pad_with_empty_pages() for pages in projections if pages is not None and pages.modules]
+    with_adapters = [pages.pad_with_empty_pages() for pages in projections if has_adapters(pages)]
     if not with_adapters:
         return [None] * len(projections)
     layouts = [layout_of(plan, pages, tiles.size) for pages in with_adapters]

@@ -106,6 +106,7 @@ def cut_groups(group_sizes: Int[Array, "E"], starts: Int[Array, "E"], pairs: int
 
 
 def cut_segments(segments: Int[Array, "E segments"], starts: Int[Array, "E"], pairs: int) -> Tiles:
+    """Tiles of one (expert, slot) each; rows without an adapter are in none."""
     num_experts, num_slots = segments.shape[0], segments.shape[1] - 1
     if num_slots == 0:
         none = jnp.zeros(0, jnp.int32)

@@ -31,3 +31,20 @@ def test_contract_11_a_masked_row_reaches_nothing(held):
     assert not np.asarray(y)[~np.asarray(mask)].any()
     for one, other in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_contract_11_holds_for_scores_that_are_given():
+    problem = draw(Spec(tokens=9))
+    mask = jnp.arange(9) % 3 != 1
+    x, config = jnp.asarray(problem.x), problem.spec.config
+    scores = x @ jnp.asarray(problem.router).T
+
+    def loss(x, scores):
+        return (moe_lora(x, None, problem.experts, config, scores=scores, row_mask=mask) ** 2).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    wanted = gradient(x, scores)
+    hold_nan = [jnp.where(mask[:, None], values, jnp.nan) for values in (x, scores)]
+    for one, other in zip(gradient(*hold_nan), wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert not np.asarray(one)[~np.asarray(mask)].any()
