@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.serving.model import Functional
+from pallas_kernels.backend import lowering_sms, target_sms
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,16 @@ class Step:
 
     Attributes:
       program: what `jax.export.deserialize` reads; its `call(*arrays)` returns the outputs in order.
-      inputs, outputs: the arrays' names, such as `params.layers[0].mlp.router` and `cache.k[0]`.
+      inputs: names of the arguments, such as `params.layers[0].mlp.router` and `cache.k[0]`.
+      outputs: names of the results.
+      sms: streaming multiprocessors of the GPU that the kernels are lowered for. The file says it too: the name of the
+        exported function ends with it (`jax.export.deserialize(program).fun_name`).
     """
 
     program: bytes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    sms: int
 
 
 def decode_arguments(fn: Functional, cache: Any, tokens: jax.Array, slots: jax.Array) -> list[jax.Array]:
@@ -42,15 +48,23 @@ def decode_arguments(fn: Functional, cache: Any, tokens: jax.Array, slots: jax.A
     return jax.tree.leaves((fn.params, fn.bank, cache, tokens, slots))
 
 
-def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None) -> Step:
+def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None, sms: int | None = None) -> Step:
     """Exports the decode step of `model.functional(batch, max_length)`; the cache is donated.
 
     Args:
+      fn: the model's functions for one batch size.
       platforms: of the program, such as `("cuda",)`; that of the running process where None.
+      sms: streaming multiprocessors of the GPU that will run the program. Where None: those of the default device, or
+        132 (H100 SXM, H200) where that is no GPU. On a GPU with fewer, some blocks of a kernel wait for others, so the
+        program is right and slower.
+
+    Returns:
+      The program, the names of its arrays, and the number of SMs.
 
     Raises:
-      InputError: flatbuffers, which the format needs, is not installed.
+      InputError: `sms` is not a positive whole number, or flatbuffers, which the format needs, is not installed.
     """
+    sms = target_sms() if sms is None else whole("sms", sms, 1)
     cache = fn.init_cache()
     batch = cache.lengths.shape[0]
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -60,17 +74,19 @@ def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None) -> S
     def flat(*arrays: jax.Array) -> list[jax.Array]:
         return jax.tree.leaves(fn.decode(*jax.tree.unflatten(tree, arrays)))
 
+    flat.__name__ = f"decode_step_for_{sms}_sms"
     inputs = _names(named)
     donated = tuple(index for index, name in enumerate(inputs) if name.startswith("cache."))
     step = jax.jit(flat, donate_argnums=donated)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
     checks = [export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")]
-    exported = export.export(step, platforms=platforms, disabled_checks=checks)(*shapes)
+    with lowering_sms(sms):
+        exported = export.export(step, platforms=platforms, disabled_checks=checks)(*shapes)
     try:
         program = bytes(exported.serialize())
     except ImportError as error:
         raise InputError("Exporting needs flatbuffers, which is not installed; install the `export` extra.") from error
-    return Step(program, inputs, (*_names({"cache": cache}), "logits"))
+    return Step(program, inputs, (*_names({"cache": cache}), "logits"), sms)
 
 
 def _names(trees: dict[str, Any]) -> tuple[str, ...]:

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from jax_moe_lora.demo.run import load_demo
+from jax_moe_lora.errors import InputError
 from jax_moe_lora.export import decode_arguments, export_decode
+from jax_moe_lora.models.cache import Cache
+from jax_moe_lora.serving.model import Functional
+from pallas_kernels.backend import target_sms
 
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
+pytestmark = pytest.mark.xdist_group("demo")
 
 ELSEWHERE = """
 import sys
@@ -28,6 +33,7 @@ assert "jax_moe_lora" not in sys.modules and "pallas_kernels" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_an_exported_step_gives_the_same_bits_without_the_library(tmp_path):
     model = load_demo()
     fn = model.functional(batch=3, max_length=8)
@@ -51,3 +57,24 @@ def test_an_exported_step_gives_the_same_bits_without_the_library(tmp_path):
     assert len(outputs) == len(expected) == len(step.outputs)
     for name, found, wanted in zip(step.outputs, outputs, expected, strict=True):
         np.testing.assert_array_equal(found, wanted, name)
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, 132), (114, 114)])
+def test_an_exported_step_is_lowered_for_the_sms_that_are_named_and_says_so(named, expected):
+    lowered_for = []
+
+    def decode(params, bank, cache, tokens, slots):
+        lowered_for.append(target_sms())
+        return cache, params[tokens]
+
+    cache = Cache((), (), jnp.zeros(2, jnp.int32))
+    fn = Functional(jnp.zeros((5, 3)), None, lambda: cache, prefill=None, decode=decode)
+    step = export_decode(fn, platforms=("cuda",), sms=named)
+    assert set(lowered_for) == {step.sms} == {expected}
+    assert export.deserialize(bytearray(step.program)).fun_name == f"decode_step_for_{expected}_sms"
+
+
+def test_a_number_of_sms_that_is_none_is_refused():
+    fn = Functional(None, None, lambda: None, prefill=None, decode=None)
+    with pytest.raises(InputError, match="sms"):
+        export_decode(fn, sms=0)
