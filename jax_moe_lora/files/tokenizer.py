@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -12,47 +13,103 @@ class Tokenizer:
     """Text to token ids and back."""
 
     def __init__(self, folder: Path):
+        """Reads a checkpoint's tokenizer.
+
+        Args:
+          folder: the checkpoint.
+
+        Raises:
+          CheckpointError: there is no tokenizer, or it cannot be read.
+        """
         file = folder / "tokenizer.json"
         if file.is_file():
-            try:
-                fast = FastTokenizer.from_file(str(file))
-            except Exception as error:  # the library raises plain Exception on a malformed file
-                raise CheckpointError(f"{file} is not a tokenizer that can be read: {error}") from error
-            self._encode = lambda text: fast.encode(text).ids
-            self._encode_plain = lambda text: fast.encode(text, add_special_tokens=False).ids
+            fast = _read_fast(file)
+            self._encode = lambda text, special: list(fast.encode(text, add_special_tokens=special).ids)
             self._decode = lambda ids: fast.decode(list(ids), skip_special_tokens=True)
-            return
-        try:
-            from transformers import AutoTokenizer
-        except ImportError as error:
-            raise CheckpointError(
-                f"{folder} has no tokenizer.json; install jax-moe-lora[text] for other tokenizers, or pass token ids."
-            ) from error
-        try:
-            slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder} holds no tokenizer that can be read; pass token ids instead of text."
-            ) from error
-        self._encode = lambda text: slow(text)["input_ids"]
-        self._encode_plain = lambda text: slow(text, add_special_tokens=False)["input_ids"]
-        self._decode = lambda ids: str(slow.decode(list(ids), skip_special_tokens=True))
+        else:
+            slow = _read_with_transformers(folder)
+            self._encode = lambda text, special: list(slow(text, add_special_tokens=special)["input_ids"])
+            self._decode = lambda ids: str(slow.decode(list(ids), skip_special_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._encode(text))
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a text, with the special tokens that the tokenizer puts around it, such as BOS.
+
+        Text that already begins with them, as a chat template's output does, gets no second ones.
+
+        Args:
+          text: any text. The text of a special token inside it becomes that token.
+          add_special_tokens: False gives the text's own tokens alone.
+
+        Returns:
+          Token ids.
+        """
+        plain = self._encode(text, False)
+        return _add_once(self._encode(text, True), plain) if add_special_tokens else plain
 
     def encode_pair(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        """A prompt as `encode` gives it, which is what a server reads, and the tokens that are to follow it.
+        """A prompt and its completion as a model sees them when it answers.
 
-        Those are the rest of the joint text's tokens, or the completion's own where a token would reach across.
+        Args:
+          prompt: encoded by `encode`, as a server does.
+          completion: the text that follows.
+
+        Returns:
+          The prompt's tokens, and the tokens that follow it: the rest of the joint text's tokens, or the completion's
+          own tokens where one token would reach across the seam.
         """
         before, both = self.encode(prompt), self.encode(prompt + completion)
         if both[: len(before)] == before:
             return before, both[len(before) :]
-        return before, list(self._encode_plain(completion))
+        return before, self.encode(completion, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
         return self._decode(token_ids)
+
+
+def _read_fast(file: Path) -> FastTokenizer:
+    try:
+        fast = FastTokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception on a malformed file
+        raise CheckpointError(f"{file} is not a tokenizer that can be read: {error}") from error
+    # The file keeps the truncation and padding of whoever saved it last; neither is part of the model.
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _read_with_transformers(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; install jax-moe-lora[text] for other tokenizers, or pass token ids."
+        ) from error
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no tokenizer that can be read; pass token ids instead of text.") from error
+
+
+def _add_once(full: list[int], plain: list[int]) -> list[int]:
+    """Special tokens around a text, but for those that the text itself begins or ends with.
+
+    Args:
+      full: special tokens, `plain`, special tokens; or something else, which is returned as it is.
+      plain: the text's own tokens.
+
+    Returns:
+      The shortest result, where `plain` fits into `full` in several places.
+    """
+    added, size = len(full) - len(plain), len(plain)
+    results = [full]
+    for at in range(added + 1 if size else 0):
+        if full[at : at + size] == plain:
+            before, after = full[:at], full[at + size :]
+            before = [] if plain[:at] == before else before
+            after = [] if after and plain[-len(after) :] == after else after
+            results.append([*before, *plain, *after])
+    return min(results, key=len)
 
 
 class TextStream:
