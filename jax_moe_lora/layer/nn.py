@@ -108,6 +108,8 @@ class MoELoRA(nnx.Module):
         request_slots: Int[Array, "N"] | None = None,
         row_mask: Bool[Array, "T"] | None = None,
     ) -> Float[Array, "T D"]:
+        if self.adapters is None:
+            _refuse_slots(slots=slots, request_lengths=request_lengths, request_slots=request_slots)
         return moe_lora(
             x,
             self.router.weight[...],
@@ -146,6 +148,7 @@ class LoRALinear(nnx.Module):
     def __call__(self, x: Float[Array, "T in"], slots: Int[Array, "T"] | None = None) -> Float[Array, "T out"]:
         slot_of_row = token_slots(x.shape[0], slots)
         if self.adapters is None:
+            _refuse_slots(slots=slots)
             return lora_linear(x, self.weight[...]).astype(x.dtype)
         pages = self.adapters.get_value().layer(0)["linear"]
         plan = dense_plan(slot_of_row, pages.scale.shape[0])
@@ -169,6 +172,16 @@ def load(module: "MoELoRA | LoRALinear", change: Callable[[AdapterBank], Adapter
     if not isinstance(new, AdapterBank) or (new.sites, new.max_rank) != (bank.sites, bank.max_rank):
         raise InputError(f"change returned a {type(new).__name__}; expected the module's own bank, changed.")
     module.adapters.set_value(new)
+
+
+def _refuse_slots(**given: Array | None) -> None:
+    """A module without a bank would serve the base model whatever slots say."""
+    for name, values in given.items():
+        if values is not None:
+            raise InputError(
+                f"{name} came to a module without an adapter bank; make it with max_adapters of at least 1, "
+                f"or call it without {name}."
+            )
 
 
 def _bank(sites, max_adapters, max_rank, memory, dtype) -> LoRAParam | None:

@@ -12,6 +12,7 @@ from flax.nnx import bridge
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site, uniform
 from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.nn import LoRALinear, LoRAParam, MoELoRA, RoutedExperts, Router, load, moe_sites
@@ -107,6 +108,16 @@ def test_linen_through_the_bridge_gives_the_same(layer, rows):
     own = {"params": params, "LoRAParam": {"adapters": layer.adapters.get_value()}}
     expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.get_value(), rows, SLOTS)
     np.testing.assert_array_equal(jax.jit(linen.apply)(own, rows, SLOTS), expected)
+
+
+@pytest.mark.parametrize("given", ["slots", "request_lengths", "request_slots"])
+def test_a_module_without_a_bank_refuses_slots(rows, given):
+    layer = MoELoRA(CONFIG, rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match=f"{given} came to a module without an adapter bank; make it with max_adapt"):
+        layer(rows, **{given: SLOTS})
+    if given == "slots":
+        with pytest.raises(InputError, match="slots came to a module without an adapter bank"):
+            LoRALinear(64, 48, rngs=nnx.Rngs(0))(rows, SLOTS)
 
 
 def test_router_and_experts_compose_to_the_layer(rows):
