@@ -5,51 +5,27 @@ from typing import Any
 
 from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.models.fields import Fields
+from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.rope_config import read_rope
 
 MOST = 65_536  # layers and experts: a hostile config must not size the lists that are made before a file is opened
 
-# Fields that change nothing at inference, or that only repeat what the others say.
-HARMLESS = frozenset(
-    {
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "finetuning_task",
-        "id2label",
-        "initializer_range",
-        "is_encoder_decoder",
-        "label2id",
-        "model_type",
-        "name_or_path",
-        "_name_or_path",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "sep_token_id",
-        "task_specific_params",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "unsloth_version",
-        "_attn_implementation",
-        "experts_implementation",
-    }
-)
 
+def open_fields(
+    raw: Mapping[str, Any], source: str, neutral: Values | None = None, any_value: tuple[str, ...] = ()
+) -> Fields:
+    """The fields of a config that is not quantised.
 
-def open_fields(raw: Mapping[str, Any], source: str, harmless: tuple[str, ...] = ()) -> Fields:
-    """The fields of a config that is not quantised; `harmless`: the family's own that change nothing at inference."""
-    fields = Fields(raw, source, HARMLESS.union(harmless))
+    Args:
+      raw: the config.
+      source: what errors call the file.
+      neutral: the family's own neutral fields, as in `neutral_fields.ONE_VALUE`.
+      any_value: the family's own fields that are passed over whatever they say.
+
+    Raises:
+      ConfigError: the checkpoint is quantised.
+    """
+    fields = Fields(raw, source, neutral, any_value)
     fields.refuse_quantised()
     return fields
 

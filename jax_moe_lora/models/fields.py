@@ -5,19 +5,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_moe_lora.errors import ConfigError
+from jax_moe_lora.models.neutral_fields import Values, why_refused
 
 
 class Fields:
     """A config's fields; each one that is read is ticked off, and `refuse_unknown` names what is left."""
 
-    def __init__(self, raw: Mapping[str, Any], source: str, harmless: frozenset[str] = frozenset()):
+    def __init__(
+        self, raw: Mapping[str, Any], source: str, neutral: Values | None = None, any_value: tuple[str, ...] = ()
+    ):
+        """Opens a config.
+
+        Args:
+          raw: its fields.
+          source: what errors call the file.
+          neutral: the family's own neutral fields, as in `neutral_fields.ONE_VALUE`.
+          any_value: the family's own fields that are passed over whatever they say.
+        """
         self._raw, self.source = raw, source
-        self._seen = set(harmless)
+        self._neutral, self._any_value = neutral or {}, frozenset(any_value)
+        self._seen: set[str] = set()
 
     def error(self, problem: str, name: str = "") -> ConfigError:
-        """`name`: of the field."""
-        found = self._raw.get(name, "nothing")
-        return ConfigError(f"{self.source}: {problem}.", file=self.source, key=name, found=repr(found)[:200])
+        """An error to raise.
+
+        Args:
+          problem: the sentence, without its full stop.
+          name: the field.
+        """
+        value = self._raw.get(name, "nothing")
+        return ConfigError(f"{self.source}: {problem}.", file=self.source, key=name, found=repr(value)[:200])
 
     def get(self, name: str, default: Any = None) -> Any:
         self._seen.add(name)
@@ -76,11 +93,12 @@ class Fields:
             raise self.error(f"{name} is {value!r}, only {wanted!r} in all {count} layers is supported", name)
 
     def refuse_quantised(self) -> None:
-        for name in ("quantization_config", "compression_config"):
+        for name in ("quantization_config", "compression_config", "quantization"):
             value = self.get(name)
-            if value is not None:
-                found = value if isinstance(value, dict) else {}
-                method = found.get("quant_algo") or found.get("quant_method") or found.get("format") or "unknown"
+            if value not in (None, False, {}, ""):
+                settings = value if isinstance(value, dict) else {}
+                methods = [settings.get(key) for key in ("quant_algo", "quant_method", "format", "mode")]
+                method = next(filter(None, methods), "unknown")
                 raise self.error(
                     f"{name} says {method!r}: quantised checkpoints are not supported, load the bfloat16 one", name
                 )
@@ -96,8 +114,7 @@ class Fields:
         return tuple(ids)
 
     def refuse_unknown(self) -> None:
+        """Raises a `ConfigError` for a field that was not read and that `neutral_fields` does not call neutral."""
         for name, value in self._raw.items():
-            if name not in self._seen and value is not None and value is not False and value not in ([], {}):
-                raise self.error(
-                    f"the field {name} = {value!r} is not understood and may change what the model computes", name
-                )
+            if name not in self._seen and (why := why_refused(name, self._raw, self._neutral, self._any_value)):
+                raise self.error(f"the field {name} = {value!r} {why}", name)

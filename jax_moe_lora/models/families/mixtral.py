@@ -8,6 +8,7 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models.decoder_config import open_fields, read_decoder, read_layers, read_moe
 from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.names import ATTENTION, ROUTER
+from jax_moe_lora.models.neutral_fields import QK_NORM, QKV_BIAS, Values
 
 MODEL_TYPE = "mixtral"
 # Checkpoints, and adapters from transformers 4, say block_sparse_moe; the modules of transformers 5 are called mlp.
@@ -18,6 +19,9 @@ ADAPTER_NAMES = AdapterNames(
     per_expert_path="block_sparse_moe.experts",
 )
 
+# What the class in transformers does whatever its config says.
+NEUTRAL: Values = {"norm_topk_prob": (True,)} | dict.fromkeys((*QK_NORM, *QKV_BIAS), (False,))
+
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, source: str) -> ModelConfig:
     """The model's config from `config.json`, as published on the hub or as transformers 5 writes it.
@@ -25,7 +29,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     Raises:
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
-    fields = open_fields(raw, source, harmless=("router_jitter_noise",))
+    fields = open_fields(raw, source, NEUTRAL)
     _refuse_window(fields)
     return read_decoder(
         fields,

@@ -7,9 +7,13 @@ from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models.decoder_config import open_fields, read_decoder, read_layers, read_moe
 from jax_moe_lora.models.names import ATTENTION, EXPERTS, ROUTER
+from jax_moe_lora.models.neutral_fields import QK_NORM, Values
 
 MODEL_TYPE = "olmoe"
 ADAPTER_NAMES = AdapterNames(dense=ATTENTION | ROUTER, experts=EXPERTS, experts_path="mlp.experts")
+
+# What the class in transformers does whatever its config says.
+NEUTRAL: Values = dict.fromkeys(QK_NORM, (True,))
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, source: str) -> ModelConfig:
@@ -18,7 +22,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     Raises:
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
-    fields = open_fields(raw, source)
+    fields = open_fields(raw, source, NEUTRAL)
     return read_decoder(
         fields,
         generation,

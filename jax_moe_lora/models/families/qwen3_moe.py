@@ -8,9 +8,13 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models.decoder_config import read_decoder
 from jax_moe_lora.models.families.qwen import common, open_qwen
 from jax_moe_lora.models.names import ATTENTION, DENSE_MLP, EXPERTS, ROUTER
+from jax_moe_lora.models.neutral_fields import QK_NORM, QKV_BIAS, Values
 
 MODEL_TYPE = "qwen3_moe"
 ADAPTER_NAMES = AdapterNames(dense=ATTENTION | ROUTER | DENSE_MLP, experts=EXPERTS, experts_path="mlp.experts")
+
+# What the class in transformers does whatever its config says.
+NEUTRAL: Values = dict.fromkeys(QK_NORM, (True,)) | dict.fromkeys(QKV_BIAS, (False,))
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, source: str) -> ModelConfig:
@@ -19,7 +23,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     Raises:
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
-    fields = open_qwen(raw, source)
+    fields = open_qwen(raw, source, NEUTRAL)
     return read_decoder(
         fields,
         generation,

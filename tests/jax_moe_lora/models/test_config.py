@@ -161,7 +161,7 @@ def test_fields_without_effect_are_passed_over(harmless: dict[str, Any]) -> None
     ("changes", "named"),
     [
         ({"new_gate": 3}, ("new_gate", "3")),
-        ({"new_gate": 0}, ("new_gate", "0")),
+        ({"new_multiplier": 0}, ("new_multiplier", "0")),
         ({"hidden_act": ["silu"]}, ("hidden_act",)),
         ({"rope_theta": -1.0}, ("rope_theta", "-1.0")),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, ("rope_theta", "5.0")),

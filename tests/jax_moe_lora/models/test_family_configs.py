@@ -204,7 +204,7 @@ def test_expert_weights_are_renormalised_where_the_config_says_so(model_type: st
     ("model_type", "changes", "named"),
     [
         ("mixtral", {"sliding_window": 4096}, ("sliding_window", "4096", "32768")),
-        ("mixtral", {"norm_topk_prob": True}, ("norm_topk_prob",)),
+        ("mixtral", {"norm_topk_prob": False}, ("norm_topk_prob", "False")),
         ("mixtral", {"attention_bias": True}, ("attention_bias",)),
         ("mixtral", {"num_experts": 4}, ("num_experts", "num_local_experts")),
         ("mixtral", {"quantization_config": {"quant_method": "awq"}}, ("quantization_config", "awq")),
