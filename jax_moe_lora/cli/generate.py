@@ -13,6 +13,7 @@ from jax_moe_lora.cli.options import Dtype, named_values, write_file
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.safetensors_io import parse_json
+from jax_moe_lora.files.text import decode, read_content
 
 if TYPE_CHECKING:
     from jax_moe_lora.serving.model import Model
@@ -83,10 +84,7 @@ def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaul
         return [Job(f"--prompt {n}", prompt, use, asdict(defaults)) for n, prompt in enumerate(prompts, 1)]
     if use is not None:
         raise InputError("--use goes with --prompt; in --requests each line names its own adapter.")
-    try:
-        lines = file.read_bytes().decode("utf-8").split("\n")  # splitlines would also split at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8 text: {error}.") from error
+    lines = decode(read_content(file), str(file)).split("\n")  # splitlines would also split at U+2028
     jobs = [_job(f"{file}, line {number}", line, defaults) for number, line in enumerate(lines, 1) if line.strip()]
     if not jobs:
         raise InputError(f"{file} holds no requests.")

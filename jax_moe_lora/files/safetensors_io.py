@@ -110,7 +110,7 @@ def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:
             if len(data) > MAX_JSON_BYTES:
                 message = f"{path} has {size} bytes; a JSON file of at most {MAX_JSON_BYTES} was expected."
                 raise error(message, file=path)
-            text = data.decode("utf-8")
+            text = data.decode("utf-8-sig")  # Windows programs put a byte order mark before it
         except (UnicodeError, OSError) as problem:
             raise error(f"{path} is not valid JSON: {problem}.", file=path) from problem
     del data  # a text may take four times as much

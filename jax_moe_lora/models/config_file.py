@@ -22,4 +22,4 @@ def read_model_config(folder: Path) -> ModelConfig:
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None
     source = str(folder / "config.json")
-    return family(raw.get("model_type"), source).read_config(raw, generation, source)
+    return family(raw.get("model_type"), source, raw).read_config(raw, generation, source)

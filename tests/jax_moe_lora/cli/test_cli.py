@@ -137,7 +137,7 @@ def test_a_size_that_is_no_size_is_refused_in_a_short_sentence(size):
         (["generate", "--model", MODEL, "--prompt", "a>", "--adapter", "x=/no/such"], "There is no folder /no/such"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--dtype", "int8"], "dtype is 'int8'"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--adapter-memory", "lots"], "Size 'lots'"),
-        (["generate", "--model", MODEL, "--requests", "/no/such.jsonl"], "cannot be read"),
+        (["generate", "--model", MODEL, "--requests", "/no/such.jsonl"], "File not found: /no/such.jsonl"),
         (["generate", "--model", UPPER.partition("=")[2], "--prompt", "a>"], "holds an adapter, not a model"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--adapter", f"x={MODEL}"], "holds a model, not an adapter"),
         (["generate", "--model", MODEL, "--prompt", "a>", "--out", "/no/such/out"], "there is no folder /no/such"),
@@ -209,6 +209,31 @@ def test_requests_are_checked_before_the_first_batch_runs(tmp_path, monkeypatch)
     monkeypatch.setattr(model, "generate", lambda *_, **__: pytest.fail("a batch ran"))
     with pytest.raises(InputError, match="line 1 has 140 tokens and asks for 100000 more"):
         run_jobs(model, jobs, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "File not found: "),
+        ("a folder", "is a folder; name a file"),
+        (b'{"prompt": "\xff"}', "is not UTF-8 text at byte 13; save it as UTF-8"),
+    ],
+)
+def test_a_requests_file_that_cannot_be_read_says_why(refusal, tmp_path, content, sentence):
+    file = tmp_path / "in.jsonl"
+    if content == "a folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    message = refusal("generate", "--model", MODEL, "--requests", str(file))
+    assert sentence in message
+    assert str(file) in message
+
+
+def test_a_byte_order_mark_before_requests_is_no_part_of_them(tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "a>"}')
+    assert [job.prompt for job in read_jobs(file, [], None, Defaults(4, 0.0, 0, 1.0, 0))] == ["a>"]
 
 
 def test_only_a_newline_ends_a_request(tmp_path):

@@ -29,6 +29,11 @@ def test_a_bad_json_file_is_an_error_that_names_it(tmp_path, case):
     assert str(file) in str(caught.value)
 
 
+def test_a_byte_order_mark_before_json_is_no_part_of_it(tmp_path):
+    (tmp_path / CONFIG).write_bytes(b'\xef\xbb\xbf{"r": 1}')
+    assert read_json(tmp_path / CONFIG, CheckpointError) == {"r": 1}
+
+
 def header(shape: list[int], end: int, dtype: str = "F32") -> bytes:
     text = json.dumps({"x": {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}).encode()
     return len(text).to_bytes(8, "little") + text
