@@ -23,6 +23,10 @@ LAYERS_A_CALL = 8
 WRONG = 2e-2  # relative error of a wrong result; bfloat16, and peers that round more often, stay below 1e-2
 MOST_CALLS, ENOUGH_S = 16, 10e-3  # calls are queued until they take this long, so that dispatch does not count
 Method = Literal["both", "loop", "queue"]
+ResultRow = dict[str, Any]
+"""The figures of one cell by their names, or `error`: a row of the tables that a benchmark writes."""
+MeasureRow = Callable[[int], ResultRow]
+"""Is given the number of repeats, measures, and returns the figures."""
 Layer = Callable[..., Array]
 """`f(x, weights, chosen, slots, experts, adapters) -> y`; adapters are `LayerPages`, or None."""
 METHOD = (
@@ -49,7 +53,7 @@ def floor_us(problem: Problem, ceilings: Ceilings) -> float:
     return max(problem.moved_bytes() / ceilings.bytes_per_s, problem.flops() / ceilings.flop_per_s) * 1e6
 
 
-def own_layer(problem: Problem, implementation: Implementation | None) -> Layer:
+def library_layer(problem: Problem, implementation: Implementation | None) -> Layer:
     """The library's layer, as a function that `compile_layer` takes.
 
     Args:
@@ -71,9 +75,7 @@ def shifted(chosen: Array, nth: Any, num_experts: int) -> Array:
     return (chosen + nth * 37) % num_experts
 
 
-def compile_layer(
-    problem: Problem, layer: Layer, method: Method = "both", experts: Any = None
-) -> Callable[[int], dict[str, Any]]:
+def compile_layer(problem: Problem, layer: Layer, method: Method = "both", experts: Any = None) -> MeasureRow:
     """Compiles a layer for timing. May be called from any thread.
 
     Args:
@@ -107,7 +109,7 @@ def compile_layer(
     return lambda repeats: _measure(problem, programs, arguments, repeats) | {"compile_s": round(seconds, 2)}
 
 
-def _measure(problem: Problem, programs: dict[str, Any], arguments: tuple[Any, ...], repeats: int) -> dict[str, Any]:
+def _measure(problem: Problem, programs: dict[str, Any], arguments: tuple[Any, ...], repeats: int) -> ResultRow:
     """Checks the results of the compiled programs, then times them."""
     x, weights, chosen, *rest = arguments
     ids = [shifted(chosen, i, problem.config.num_experts) for i in range(LAYERS_A_CALL)]
@@ -125,7 +127,7 @@ def _measure(problem: Problem, programs: dict[str, Any], arguments: tuple[Any, .
     return figures(problem, timed, float(np.max(errors)))
 
 
-def figures(problem: Problem, timed: dict[str, list[float]], error: float) -> dict[str, Any]:
+def figures(problem: Problem, timed: dict[str, list[float]], error: float) -> ResultRow:
     """The figures of one row; the method with the smaller median counts.
 
     Args:

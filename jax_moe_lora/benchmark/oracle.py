@@ -47,9 +47,9 @@ def relative_error(y: Array | np.ndarray, problem: Problem) -> float:
     Returns:
       The error over the checked tokens.
     """
-    found = np.asarray(jnp.asarray(y[checked_rows(problem.x.shape[0])]).astype(jnp.float32))
+    actual = np.asarray(jnp.asarray(y[checked_rows(problem.x.shape[0])]).astype(jnp.float32))
     wanted = expected(problem)
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+    return float(np.linalg.norm(actual - wanted) / np.linalg.norm(wanted))
 
 
 @jax.jit
@@ -61,8 +61,8 @@ def _layer(x, weights, chosen, slots, experts, adapters):
         row, weight, expert, slot = values
 
         def linear(module: str, row: Float[Array, "in"]) -> Float[Array, "out"]:
-            own = getattr(experts, module)[expert].astype(jnp.float32)
-            y = _times(own, row)
+            weight = getattr(experts, module)[expert].astype(jnp.float32)
+            y = _times(weight, row)
             return y if module not in pages else y + _update(pages[module], row, expert, slot)
 
         gate, up = linear("gate", row), linear("up", row)
@@ -81,8 +81,8 @@ def _update(pages: LoRAPages, row: Float[Array, "in"], expert: Array, slot: Arra
     live = (jnp.arange(most) < count) & (slot >= 0)
 
     def matrix(pool: Float[Array, "_pages 16 width"], first: Array) -> Float[Array, "R width"]:
-        own = jnp.where(live[:, None, None], pool[first + jnp.arange(most)], 0)
-        return own.reshape(most * RANK_PAGE, -1).astype(jnp.float32)
+        pages_in_use = jnp.where(live[:, None, None], pool[first + jnp.arange(most)], 0)
+        return pages_in_use.reshape(most * RANK_PAGE, -1).astype(jnp.float32)
 
     shrunk = _times(matrix(pages.a, first_a), row)
     return pages.scale[slot, expert] * _times(matrix(pages.b, first_b).T, shrunk)

@@ -17,7 +17,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from jax_moe_lora.benchmark.layer import LAYERS_A_CALL, Method, compile_layer, figures, shifted, timings
+from jax_moe_lora.benchmark.layer import (
+    LAYERS_A_CALL,
+    MeasureRow,
+    Method,
+    ResultRow,
+    compile_layer,
+    figures,
+    shifted,
+    timings,
+)
 from jax_moe_lora.benchmark.oracle import relative_error
 from jax_moe_lora.benchmark.problem import Problem
 from jax_moe_lora.errors import InputError
@@ -25,17 +34,15 @@ from pallas_kernels.ops import RANK_PAGE
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS
 
-Measure = Callable[[int], dict[str, Any]]
 
-
-class OneLayout:
+class LastLayout:
     """The weights of the last problem in another layout, made once for all its cells. Safe to use from threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last: tuple[ExpertWeights, Any] | None = None
 
-    def of(self, experts: ExpertWeights, make: Callable[[ExpertWeights], Any]) -> Any:
+    def get(self, experts: ExpertWeights, make: Callable[[ExpertWeights], Any]) -> Any:
         """`make(experts)`, kept until other weights are given."""
         with self._lock:
             if self._last is None or self._last[0] is not experts:
@@ -58,13 +65,13 @@ class RaggedDot:
     name: str
     dot: Callable[[Array, Array, Array], Array]
     packages: tuple[str, ...] = ()
-    layout: OneLayout = field(default_factory=OneLayout)
+    layout: LastLayout = field(default_factory=LastLayout)
 
     def why_not(self, adapters: str) -> str:
         return "it takes no adapters" if ADAPTERS[adapters].slots else ""
 
-    def prepare(self, problem: Problem, method: Method) -> Measure:
-        experts = self.layout.of(problem.experts, _in_by_out)
+    def prepare(self, problem: Problem, method: Method) -> MeasureRow:
+        experts = self.layout.get(problem.experts, _in_by_out)
         return compile_layer(problem, lambda *arguments: self._layer(*arguments), method, experts)
 
     def _layer(self, x, weights, chosen, slots, experts, adapters):
@@ -100,20 +107,20 @@ class TorchLayer:
     build: Callable[[Any, Any, Problem], Callable[..., Any]]
     packages: tuple[str, ...]
     most_slots: int = 0
-    layout: OneLayout = field(default_factory=OneLayout)
+    layout: LastLayout = field(default_factory=LastLayout)
 
     def why_not(self, adapters: str) -> str:
         if ADAPTERS[adapters].slots <= self.most_slots:
             return ""
         return "it serves one adapter at a time" if self.most_slots else "it takes no adapters"
 
-    def prepare(self, problem: Problem, method: Method) -> Measure:
+    def prepare(self, problem: Problem, method: Method) -> MeasureRow:
         return lambda repeats: self._measure(problem, method, repeats)
 
-    def _measure(self, problem: Problem, method: Method, repeats: int) -> dict[str, Any]:
+    def _measure(self, problem: Problem, method: Method, repeats: int) -> ResultRow:
         import torch
 
-        gate_up, down = self.layout.of(problem.experts, _torch_experts)
+        gate_up, down = self.layout.get(problem.experts, _torch_experts)
         layer = self.build(gate_up, down, problem)
         x, weights = to_torch(problem.x), to_torch(problem.weights)
         ids = [shifted(problem.chosen, i, problem.config.num_experts) for i in range(LAYERS_A_CALL)]
@@ -216,14 +223,14 @@ def _add_peft(block: Any, problem: Problem) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora.layer import ParamWrapper
 
-    (gate_a, gate_b), (up_a, up_b), own = (_matrices(problem, module) for module in ("gate", "up", "down"))
+    (gate_a, gate_b), (up_a, up_b), of_down = (_matrices(problem, module) for module in ("gate", "up", "down"))
     zero = torch.zeros_like(gate_b)
     factors = {
         "gate_up_proj": (
             torch.cat([gate_a, up_a], 1),
             torch.cat([torch.cat([gate_b, zero], 2), torch.cat([zero, up_b], 2)], 1),
         ),
-        "down_proj": own,
+        "down_proj": of_down,
     }
     assert problem.adapters is not None
     scale: Any = float(problem.adapters.scales["gate"][0, 0])
@@ -266,13 +273,13 @@ PEERS: dict[str, RaggedDot | TorchLayer] = {
 }
 
 
-def find_peers(names: list[str], adapters: list[str], tell: Callable[[str], Any]) -> list[RaggedDot | TorchLayer]:
+def find_peers(names: list[str], adapters: list[str], log: Callable[[str], Any]) -> list[RaggedDot | TorchLayer]:
     """The peers that can run here.
 
     Args:
       names: peers in `PEERS`.
       adapters: the sets of adapters that will be timed.
-      tell: is given a sentence about each peer that cannot run, or cannot run with a set of adapters.
+      log: is given a sentence about each peer that cannot run, or cannot run with a set of adapters.
 
     Returns:
       The peers.
@@ -280,22 +287,22 @@ def find_peers(names: list[str], adapters: list[str], tell: Callable[[str], Any]
     Raises:
       InputError: no peer has this name.
     """
-    found = []
+    peers = []
     for name in names:
         if name not in PEERS:
             raise InputError(f"--peer is {name!r}; expected one of {', '.join(PEERS)}.")
         peer = PEERS[name]
         missing = [package for package in peer.packages if importlib.util.find_spec(package) is None]
         if missing:
-            tell(f"{name} is left out: {', '.join(missing)} is not installed.")
+            log(f"{name} is left out: {', '.join(missing)} is not installed.")
         elif "torch" in peer.packages and jax.default_backend() == "gpu" and not _torch_has_gpu():
-            tell(f"{name} is left out: this torch has no CUDA device.")
+            log(f"{name} is left out: this torch has no CUDA device.")
         else:
-            found.append(peer)
+            peers.append(peer)
             for some in adapters:
                 if some in ADAPTERS and (why := peer.why_not(some)):
-                    tell(f"{name} is left out of the cells with {some}: {why}.")
-    return found
+                    log(f"{name} is left out of the cells with {some}: {why}.")
+    return peers
 
 
 def _torch_has_gpu() -> bool:

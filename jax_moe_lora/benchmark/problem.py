@@ -101,8 +101,8 @@ class Problem:
         slots, chosen = np.asarray(self.slots), np.asarray(self.chosen)
         for table in self._tables():
             ranks = table[..., 3]
-            own = np.where(slots[:, None] >= 0, ranks[slots[:, None], chosen], 0)
-            total += 2.0 * int(own.sum()) * width
+            ranks_of_pairs = np.where(slots[:, None] >= 0, ranks[slots[:, None], chosen], 0)
+            total += 2.0 * int(ranks_of_pairs.sum()) * width
         return total
 
     def _tables(self) -> list[np.ndarray]:
@@ -154,7 +154,7 @@ def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> 
     each = int(counts.sum()) * e
     # Which ranks of each page are in use, in the order in which the pages are handed out below.
     of_slot = [np.arange(count * RANK_PAGE) < rank for count, rank in zip(counts, ranks, strict=True)]
-    marks = [np.zeros(RANK_PAGE, bool), *[np.tile(own, e) for own in of_slot] * len(EXPERT_MODULES)]
+    marks = [np.zeros(RANK_PAGE, bool), *[np.tile(mark, e) for mark in of_slot] * len(EXPERT_MODULES)]
     in_use = np.concatenate(marks).reshape(-1, RANK_PAGE)
     pools = {}
     for key, (name, width) in enumerate(widths.items()):

@@ -204,9 +204,9 @@ def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings:
     multiplied += 2 * keys * config.num_heads * (case.length / 2 if case.kind == "prefill" else 1)
     for _, site in () if bank is None else bank.sites:
         assert bank is not None
-        own = rows / (bank.num_slots + 1)  # of each adapter; as many are base rows
+        rows_each = rows / (bank.num_slots + 1)  # of each adapter; as many are base rows
         chance = min(1.0, moe.top_k / site.num_experts) if site.num_experts > 1 else 1.0  # of an expert for a row
         matrix = len(site.layers) * bank.num_slots * bank.max_rank * (site.in_width + site.out_width)
-        moved += matrix * site.num_experts * (1 - (1 - chance) ** own if chance < 1 else min(1.0, own))
-        multiplied += matrix * own * chance * site.num_experts
+        moved += matrix * site.num_experts * (1 - (1 - chance) ** rows_each if chance < 1 else min(1.0, rows_each))
+        multiplied += matrix * rows_each * chance * site.num_experts
     return max(moved * size / ceilings.bytes_per_s, 2 * multiplied / ceilings.flop_per_s)

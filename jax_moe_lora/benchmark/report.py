@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
-from jax_moe_lora.benchmark.layer import METHOD
+from jax_moe_lora.benchmark.layer import METHOD, ResultRow
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from pallas_kernels.hopper import tuned_file
@@ -20,12 +20,11 @@ from pallas_kernels.hopper import tuned_file
 PEER_COLUMNS = ("shape", "tokens", "adapters", "engine", "layer_us", "floor_us", "rel_err")
 COLUMNS = (*PEER_COLUMNS, "min_us", "max_us", "compile_s", "routing", "slots")
 CELL = ("shape", "tokens", "adapters", "engine", "routing", "slots")
-Row = dict[str, Any]
 Peers = dict[tuple[str, int, str], dict[str, float]]
 """(shape, tokens, adapters) -> engine -> microseconds."""
 
 
-def write_csv(rows: Sequence[Row]) -> str:
+def write_csv(rows: Sequence[ResultRow]) -> str:
     """The text of a CSV file with the rows that have figures."""
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
@@ -56,21 +55,21 @@ def about(commands: Sequence[str]) -> dict[str, Any]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Package -> version, of the packages that are installed."""
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def write_json(rows: Sequence[Row], head: dict[str, Any]) -> str:
+def write_json(rows: Sequence[ResultRow], head: dict[str, Any]) -> str:
     """The text of a JSON file with what `about` returns and the rows."""
     return json.dumps(head | {"rows": list(rows)}, indent=1) + "\n"
 
 
-class Kept(NamedTuple):
+class EarlierResults(NamedTuple):
     """The results in a JSON file to which a run adds its own.
 
     Attributes:
@@ -79,12 +78,12 @@ class Kept(NamedTuple):
       ceilings: the ceilings of all floors in the file; None if there is no file yet.
     """
 
-    rows: list[Row]
+    rows: list[ResultRow]
     commands: list[str]
     ceilings: Ceilings | None
 
 
-def read_kept(path: Path) -> Kept:
+def read_earlier(path: Path) -> EarlierResults:
     """Reads the results of earlier runs on this device.
 
     Args:
@@ -97,10 +96,10 @@ def read_kept(path: Path) -> Kept:
       InputError: the file holds something else, or results of another device, method or version.
     """
     if not path.exists():
-        return Kept([], [], None)
+        return EarlierResults([], [], None)
     try:
         content = json.loads(path.read_text())
-        kept = Kept(content["rows"], content["commands"], Ceilings(**content["ceilings"]))
+        earlier = EarlierResults(content["rows"], content["commands"], Ceilings(**content["ceilings"]))
         _ = content["versions"]["jax"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} holds no results of this command ({error!r}); leave out --keep.") from error
@@ -112,10 +111,10 @@ def read_kept(path: Path) -> Kept:
         raise InputError(
             f"{path} was measured with {content['versions']}, this is {now['versions']}; give another --out."
         )
-    return kept
+    return earlier
 
 
-def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+def merge(old: Sequence[ResultRow], new: Sequence[ResultRow]) -> list[ResultRow]:
     """The old rows without the cells that were measured again, followed by the new rows."""
     again = {tuple(row.get(name) for name in CELL) for row in new}
     return [row for row in old if tuple(row.get(name) for name in CELL) not in again] + list(new)
@@ -133,25 +132,25 @@ def read_peers(path: Path) -> Peers:
     Raises:
       InputError: a column is missing.
     """
-    found: Peers = {}
+    peers: Peers = {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if missing := set(PEER_COLUMNS[:5]) - set(reader.fieldnames or ()):
             raise InputError(f"{path} has no column {', '.join(sorted(missing))}; expected {', '.join(PEER_COLUMNS)}.")
         for row in reader:
             key = row["shape"], int(row["tokens"]), row["adapters"]
-            found.setdefault(key, {})[row["engine"]] = float(row["layer_us"])
-    return found
+            peers.setdefault(key, {})[row["engine"]] = float(row["layer_us"])
+    return peers
 
 
-def peers_of(row: Row, peers: Peers) -> dict[str, float]:
+def peers_of(row: ResultRow, peers: Peers) -> dict[str, float]:
     """The peers' times for a row's cell; they were measured with uniform routing and slots only."""
     if (row["routing"], row["slots"]) != ("uniform", "uniform"):
         return {}
     return peers.get((row["shape"], row["tokens"], row["adapters"]), {})
 
 
-def summary(rows: Iterable[Row], peers: Peers, engine: str) -> list[str]:
+def summary(rows: Iterable[ResultRow], peers: Peers, engine: str) -> list[str]:
     """Sentences that sum up a sweep.
 
     Args:
@@ -187,7 +186,7 @@ def summary(rows: Iterable[Row], peers: Peers, engine: str) -> list[str]:
     return lines
 
 
-def _cell(row: Row) -> str:
+def _cell(row: ResultRow) -> str:
     return f"{row['shape']} {row['adapters']} T={row['tokens']}"
 
 

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jax_moe_lora.benchmark.layer import ResultRow
 from jax_moe_lora.inspect.style import Look, looks, pyplot, subplots
 
-Row = dict[str, Any]
 
-
-def save_roofline(rows: Sequence[Row], title: str, path: Path) -> None:
+def save_roofline(rows: Sequence[ResultRow], title: str, path: Path) -> None:
     """Writes `roofline` as a PNG; needs no display.
 
     Args:
@@ -23,7 +22,7 @@ def save_roofline(rows: Sequence[Row], title: str, path: Path) -> None:
     pyplot().close(figure)
 
 
-def roofline(rows: Sequence[Row], title: str) -> Any:
+def roofline(rows: Sequence[ResultRow], title: str) -> Any:
     """Time per layer over tokens beside the floor, and the share of the floor's speed reached; a column per shape.
 
     Args:
@@ -56,7 +55,9 @@ def roofline(rows: Sequence[Row], title: str) -> Any:
     return figure
 
 
-def _column(times: Any, shares: Any, rows: Sequence[Row], sets: dict[str, Look], engines: dict[str, Look]) -> None:
+def _column(
+    times: Any, shares: Any, rows: Sequence[ResultRow], sets: dict[str, Look], engines: dict[str, Look]
+) -> None:
     """Draws one shape: the times above, the shares of the floor's speed below."""
     for adapters, (color, marker) in sets.items():
         for index, (engine, look) in enumerate(engines.items()):
@@ -72,7 +73,7 @@ def _column(times: Any, shares: Any, rows: Sequence[Row], sets: dict[str, Look],
         axis.grid(alpha=0.3, which="major")
 
 
-def _curve(times: Any, shares: Any, cells: Sequence[Row], color: str, marker: str, *, with_floor: bool) -> None:
+def _curve(times: Any, shares: Any, cells: Sequence[ResultRow], color: str, marker: str, *, with_floor: bool) -> None:
     """Draws one engine with one set of adapters."""
     cells = sorted(cells, key=lambda row: row["tokens"])
     tokens, reached = [row["tokens"] for row in cells], [row["layer_us"] for row in cells]

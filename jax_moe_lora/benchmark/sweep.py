@@ -7,19 +7,18 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
-from jax_moe_lora.benchmark.layer import Method, compile_layer, floor_us, own_layer
+from jax_moe_lora.benchmark.layer import MeasureRow, Method, ResultRow, compile_layer, floor_us, library_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.files.locks import locked_folder
 from pallas_kernels.ops import Implementation
 from pallas_kernels.specs import ADAPTERS
 
 THREADS = min(8, os.cpu_count() or 1)  # compilations in parallel
-Measure = Callable[[int], dict[str, Any]]
 
 
 class Engine(Protocol):
@@ -32,12 +31,12 @@ class Engine(Protocol):
     def why_not(self, adapters: str) -> str:
         """Why it cannot run cells with this set of adapters; empty if it can."""
 
-    def prepare(self, problem: Problem, method: Method) -> Measure:
+    def prepare(self, problem: Problem, method: Method) -> MeasureRow:
         """Compiles; the result is given the number of repeats and measures."""
 
 
 @dataclass(frozen=True)
-class Ours:
+class ThisLibrary:
     """This library.
 
     Attributes:
@@ -54,8 +53,8 @@ class Ours:
     def why_not(self, adapters: str) -> str:
         return ""
 
-    def prepare(self, problem: Problem, method: Method) -> Measure:
-        return compile_layer(problem, own_layer(problem, self.implementation), method)
+    def prepare(self, problem: Problem, method: Method) -> MeasureRow:
+        return compile_layer(problem, library_layer(problem, self.implementation), method)
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def sweep(
     method: Method = "both",
     turns: Path | None = None,
     ceilings: Callable[[], Ceilings] = measure_ceilings,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[ResultRow]:
     """Measures all cells with all engines. The cells of one shape are compiled in parallel, then measured one by one.
 
     Args:
@@ -105,7 +104,7 @@ def sweep(
             base = make_problem(shape)
             jax.block_until_ready((base.x, base.experts))
         with ThreadPoolExecutor(THREADS) as pool:
-            started: list[tuple[dict[str, Any], Callable[[Ceilings], float], Future[Measure]]] = []
+            started: list[tuple[ResultRow, Callable[[Ceilings], float], Future[MeasureRow]]] = []
             for name in cells.adapters:
                 with in_turn(turns):
                     problem = base.with_adapters(name)
@@ -133,7 +132,7 @@ def in_turn(folder: Path | None) -> Iterator[None]:
         yield
 
 
-def _guarded(future: "Future[Measure]", repeats: int) -> dict[str, Any]:
+def _guarded(future: "Future[MeasureRow]", repeats: int) -> ResultRow:
     try:
         return future.result()(repeats)
     except Exception as error:  # whatever the compiler, the device or a peer raises: go on with the other cells

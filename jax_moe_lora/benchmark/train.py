@@ -56,13 +56,13 @@ def measure(config: ModelConfig, adapters: int, rank: int, batch: int, length: i
     began = time.perf_counter()
     step = make_step(config, specs, optimizers).lower(state, model, data).compile()  # type: ignore[attr-defined]
     compile_s, memory = time.perf_counter() - began, step.memory_analysis()
-    held = [state]
+    states = [state]
 
     def run() -> None:
-        held[0], metrics = step(held[0], model, data)
+        states[0], metrics = step(states[0], model, data)
         run.losses = metrics.losses.loss  # type: ignore[attr-defined]
 
-    ms = step_ms(run, lambda: jax.block_until_ready(held[0]))
+    ms = step_ms(run, lambda: jax.block_until_ready(states[0]))
     losses = np.asarray(run.losses)  # type: ignore[attr-defined]
     if not np.isfinite(losses).all():
         raise ArithmeticError(f"losses are {losses.tolist()}")

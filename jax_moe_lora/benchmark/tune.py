@@ -15,16 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.benchmark.layer import METHOD, compile_layer
+from jax_moe_lora.benchmark.layer import METHOD, MeasureRow, compile_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
 from jax_moe_lora.benchmark.report import about
-from jax_moe_lora.benchmark.sweep import THREADS, Measure
+from jax_moe_lora.benchmark.sweep import THREADS
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import whole_file, writing_to
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper import tuned_file
-from pallas_kernels.hopper.tuning import Config, Matmul, bucket, deepest, heuristic, why_not
+from pallas_kernels.hopper.tuning import HopperConfig, MatmulShape, bucket, deepest, heuristic, why_not
 from pallas_kernels.ops import choose, combine, make_lora_steps, make_plan
 from pallas_kernels.pages import NO_ADAPTERS
 from pallas_kernels.specs import ADAPTERS, LAYERS
@@ -33,15 +33,15 @@ from pallas_kernels.specs import ADAPTERS, LAYERS
 LADDER = (8, 16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 144, 176, 192)
 LEAST_GAIN = 0.02  # to become an entry; timings of the same program differ by about 1 %
 LARGEST_ERROR = 1e-2  # relative, of bfloat16 against the float32 oracle
-Tell = Callable[[str], Any]
+Log = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
 class Candidate:
     """The configs of a layer's two matmuls, which have the same `tile_rows`."""
 
-    gate_up: Config
-    down: Config
+    gate_up: HopperConfig
+    down: HopperConfig
 
     def __str__(self) -> str:
         """Rows per tile, stages and warpgroups of each: `24 x 6 x 2, 24 x 5 x 2`."""
@@ -91,29 +91,29 @@ def tile_candidates(pairs: int, num_experts: int) -> list[Candidate]:
 
 def matmul_candidates(best: Candidate) -> list[Candidate]:
     """Candidates in which one matmul of `best` has fewer stages or the other number of warpgroups."""
-    found = []
+    candidates = []
     for name in ("gate_up", "down"):
-        own: Config = getattr(best, name)
-        configs = [replace(own, stages=own.stages - fewer) for fewer in (1, 2)]
-        configs.append(replace(deepest(own.tile_rows, 3 - own.warpgroups), widths=own.widths))
-        found += [replace(best, **{name: config}) for config in configs if not why_not(config)]
-    return found
+        config: HopperConfig = getattr(best, name)
+        configs = [replace(config, stages=config.stages - fewer) for fewer in (1, 2)]
+        configs.append(replace(deepest(config.tile_rows, 3 - config.warpgroups), widths=config.widths))
+        candidates += [replace(best, **{name: other}) for other in configs if not why_not(other)]
+    return candidates
 
 
-class Cell:
+class CandidateTimer:
     """Times candidates on the problems of one cell.
 
     Attributes:
       problems: the cell's layer, with each set of adapters.
       repeats: timings, of which the median counts.
-      tell: is given a sentence about each candidate.
+      log: is given a sentence about each candidate.
       times: candidate -> microseconds per layer, for each problem.
     """
 
-    def __init__(self, problems: Sequence[Problem], repeats: int, tell: Tell) -> None:
-        self.problems, self.repeats, self.tell = problems, repeats, tell
+    def __init__(self, problems: Sequence[Problem], repeats: int, log: Log) -> None:
+        self.problems, self.repeats, self.log = problems, repeats, log
         self.times: dict[Candidate, list[float]] = {}
-        self._measures: dict[Candidate, list[Measure]] = {}
+        self._measures: dict[Candidate, list[MeasureRow]] = {}
 
     def try_all(self, candidates: Sequence[Candidate]) -> None:
         """Compiles candidates in parallel and times them one by one; reports and drops those that fail or are wrong."""
@@ -125,9 +125,9 @@ class Cell:
                 self._measures[candidate] = [future.result() for future in futures]
                 self.times[candidate] = self._time(candidate)
             except Exception as error:  # whatever is raised: go on with the other candidates
-                self.tell(f"{candidate}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                self.log(f"{candidate}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
             else:
-                self.tell(f"{candidate}: {self.times[candidate]} us")
+                self.log(f"{candidate}: {self.times[candidate]} us")
 
     def again(self, candidate: Candidate) -> None:
         """Times a candidate once more and keeps the smaller times."""
@@ -138,7 +138,7 @@ class Cell:
         ratios = [a / b for a, b in zip(self.times[candidate], self.times[against], strict=True)]
         return math.prod(ratios) ** (1 / len(ratios))
 
-    def _compile(self, candidate: Candidate, problem: Problem) -> Measure:
+    def _compile(self, candidate: Candidate, problem: Problem) -> MeasureRow:
         return compile_layer(problem, partial(run_candidate, candidate), "loop")
 
     def _time(self, candidate: Candidate) -> list[float]:
@@ -151,11 +151,11 @@ class Cell:
         return times
 
 
-def best_of(cell: Cell, pairs: int, num_experts: int, tiles_only: bool) -> Candidate:
+def best_of(timer: CandidateTimer, pairs: int, num_experts: int, tiles_only: bool) -> Candidate:
     """The fastest candidate of a cell.
 
     Args:
-      cell: times candidates.
+      timer: times candidates on the cell's problems.
       pairs: routed rows, tokens times top-k.
       num_experts: E.
       tiles_only: try only different rows per tile.
@@ -168,22 +168,22 @@ def best_of(cell: Cell, pairs: int, num_experts: int, tiles_only: bool) -> Candi
     """
     tiles = tile_candidates(pairs, num_experts)
     first = tiles[0]
-    cell.try_all(tiles)
-    if first not in cell.times:
+    timer.try_all(tiles)
+    if first not in timer.times:
         raise InputError("The heuristic's own config failed, so there is nothing to compare with; see above.")
-    best = min(cell.times, key=lambda candidate: cell.score(candidate, first))
+    best = min(timer.times, key=lambda candidate: timer.score(candidate, first))
     if not tiles_only:
-        cell.try_all(some := matmul_candidates(best))
+        timer.try_all(some := matmul_candidates(best))
         faster = dict.fromkeys(("gate_up", "down"), best)
-        for candidate in (c for c in some if c in cell.times):
+        for candidate in (c for c in some if c in timer.times):
             name = "gate_up" if candidate.gate_up != best.gate_up else "down"
-            if cell.score(candidate, faster[name]) < 1:
+            if timer.score(candidate, faster[name]) < 1:
                 faster[name] = candidate
-        cell.try_all([both := Candidate(faster["gate_up"].gate_up, faster["down"].down)])
-        best = min((c for c in (best, both, *some) if c in cell.times), key=lambda c: cell.score(c, first))
+        timer.try_all([both := Candidate(faster["gate_up"].gate_up, faster["down"].down)])
+        best = min((c for c in (best, both, *some) if c in timer.times), key=lambda c: timer.score(c, first))
     for candidate in (first, best) * 2:  # again, in turn: the fastest of many was also lucky
-        cell.again(candidate)
-    return best if cell.score(best, first) < 1 - LEAST_GAIN else first
+        timer.again(candidate)
+    return best if timer.score(best, first) < 1 - LEAST_GAIN else first
 
 
 def tune(
@@ -194,7 +194,7 @@ def tune(
     tiles_only: bool,
     out: Path,
     command: str,
-    tell: Tell,
+    log: Log,
 ) -> Iterator[dict[str, Any]]:
     """Tunes every cell and writes the tuned file after each; entries of other cells stay in it.
 
@@ -209,7 +209,7 @@ def tune(
       tiles_only: try only different rows per tile.
       out: the tuned file.
       command: the command that was run, for the file.
-      tell: is given a sentence about each candidate.
+      log: is given a sentence about each candidate.
 
     Yields:
       A row per cell: the best candidate, its gain, and its times beside the heuristic's.
@@ -228,18 +228,18 @@ def tune(
         sets = [base.with_adapters(name) for name in adapters]
         for count in tokens:
             pairs, named = count * spec.top_k, zip(sets, adapters, strict=True)
-            cell = Cell([p.with_tokens(count, "uniform", ADAPTERS[name]) for p, name in named], repeats, tell)
-            best = best_of(cell, pairs, spec.num_experts, tiles_only)
+            timer = CandidateTimer([p.with_tokens(count, "uniform", ADAPTERS[name]) for p, name in named], repeats, log)
+            best = best_of(timer, pairs, spec.num_experts, tiles_only)
             first = tile_candidates(pairs, spec.num_experts)[0]
             measured = {
-                "us": dict(zip(adapters, cell.times[best], strict=True)),
-                "heuristic_us": dict(zip(adapters, cell.times[first], strict=True)),
+                "us": dict(zip(adapters, timer.times[best], strict=True)),
+                "heuristic_us": dict(zip(adapters, timer.times[first], strict=True)),
             }
             add_entries(content, base, pairs, best, measured)
             out.parent.mkdir(parents=True, exist_ok=True)
             with writing_to(out):
                 whole_file(out, json.dumps(content, indent=1) + "\n")
-            yield {"shape": shape, "tokens": count, "best": best, "gain": 1 - cell.score(best, first), **measured}
+            yield {"shape": shape, "tokens": count, "best": best, "gain": 1 - timer.score(best, first), **measured}
 
 
 def check_cells(shapes: Sequence[str], tokens: Sequence[int], adapters: Sequence[str]) -> None:
@@ -307,8 +307,8 @@ def add_entries(content: dict[str, Any], problem: Problem, pairs: int, best: Can
         content["tiles"].append(tile_key | {"tile_rows": rows} | measured)
     matrices = problem.experts
     for weights, config in (((matrices.gate, matrices.up), best.gate_up), ((matrices.down,), best.down)):
-        key = vars(Matmul.of(weights, pairs))
+        key = vars(MatmulShape.from_weights(weights, pairs))
         content["matmuls"] = [e for e in content["matmuls"] if {k: e[k] for k in key} != key]
         if config != heuristic(pairs, experts, rows):
-            own = {name: getattr(config, name) for name in ("tile_rows", "stages", "warpgroups")}
-            content["matmuls"].append(key | own | measured)
+            cut = {name: getattr(config, name) for name in ("tile_rows", "stages", "warpgroups")}
+            content["matmuls"].append(key | cut | measured)

@@ -49,7 +49,7 @@ def bench(
     from jax_moe_lora.benchmark.ceilings import measure_ceilings
     from jax_moe_lora.benchmark.peers import find_peers
     from jax_moe_lora.benchmark.roofline import save_roofline
-    from jax_moe_lora.benchmark.sweep import Cells, Ours, in_turn, sweep
+    from jax_moe_lora.benchmark.sweep import Cells, ThisLibrary, in_turn, sweep
 
     _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
     known = report.read_peers(peers) if peers else {}
@@ -58,7 +58,7 @@ def bench(
     turns = out.parent if out and keep else None
     with in_turn(turns):  # of what another run may be writing, and of the ceilings
         if keep and out:
-            report.read_kept(out.with_suffix(".json"))  # refused before the work
+            report.read_earlier(out.with_suffix(".json"))  # refused before the work
         head = report.about([])
     names = adapters or ["none", "s8r16"]
     others = find_peers(peer or [], names, lambda line: sys.stderr.write(f"{line}\n"))
@@ -66,7 +66,7 @@ def bench(
     cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
     rows: list[dict[str, Any]] = []
     all_rows: list[dict[str, Any]] = []
-    engines = [Ours(implementation), *others]  # type: ignore[arg-type]
+    engines = [ThisLibrary(implementation), *others]  # type: ignore[arg-type]
     limits = partial(_ceilings, out) if out and keep else measure_ceilings
     for row in sweep(cells, engines, repeats, method, turns, limits):  # type: ignore[arg-type]
         rows.append(row)
@@ -90,14 +90,14 @@ def _ceilings(out: Path) -> "Ceilings":
     from jax_moe_lora.benchmark import report
     from jax_moe_lora.benchmark.ceilings import measure_ceilings
 
-    return report.read_kept(out.with_suffix(".json")).ceilings or measure_ceilings()
+    return report.read_earlier(out.with_suffix(".json")).ceilings or measure_ceilings()
 
 
 def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bool) -> list[dict[str, Any]]:
     """OUT.csv and OUT.json with these rows, and with `keep` the others that are there by now; returns all."""
     from jax_moe_lora.benchmark import report
 
-    old, commands, ceilings = report.read_kept(out.with_suffix(".json")) if keep else ([], [], None)
+    old, commands, ceilings = report.read_earlier(out.with_suffix(".json")) if keep else ([], [], None)
     if ceilings:
         head = head | {"ceilings": asdict(ceilings)}
     if len(rows) == 1 or not keep:  # else this run's command is among those that were read

@@ -101,9 +101,9 @@ def train(
     )
     for name, count in trainer.skipped.items():
         sys.stdout.write(f"{name}: {count} bad lines left out\n")
-    with Shown(names, steps) as shown:
+    with ProgressBars(names, steps) as bars:
         notes = trainer.run(
-            out, resume=resume, save_every=save_every, evaluate_every=eval_every, write_as=write_as, report=shown
+            out, resume=resume, save_every=save_every, evaluate_every=eval_every, write_as=write_as, report=bars
         )
     sys.stdout.write("".join(f"{line}\n" for line in (*notes, *(f"{out / name}: written" for name in names))))
 
@@ -140,7 +140,7 @@ def _files(option: str, entries: Sequence[str]) -> dict[str, Path]:
     return {name: Path(file) for name, file in named_values(option, entries, "FILE.jsonl").items()}
 
 
-class Shown:
+class ProgressBars:
     """Progress on standard error: a bar an adapter on a terminal, else a line now and then; a context manager."""
 
     def __init__(self, names: Sequence[str], steps: int):
@@ -160,7 +160,7 @@ class Shown:
         }
         self._next_line = 0.0
 
-    def __enter__(self) -> "Shown":
+    def __enter__(self) -> "ProgressBars":
         self._bars.start()
         return self
 

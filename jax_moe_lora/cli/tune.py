@@ -24,9 +24,9 @@ def tune(
 
     table = Table("shape", "tokens", "gate_up, down", "us", "heuristic's", "gain", title="Tuned configs")
     cells = shape or ["qwen3-30b-a3b"], tokens or list(TOKENS), adapters or ["none", "s8r16"]
-    tell = lambda line: sys.stderr.write(f"{line}\n")  # noqa: E731
-    for row in tune_cells(*cells, repeats, tiles_only, out, command_line(), tell):
+    log = lambda line: sys.stderr.write(f"{line}\n")  # noqa: E731
+    for row in tune_cells(*cells, repeats, tiles_only, out, command_line(), log):
         times = [", ".join(map(str, row[name].values())) for name in ("us", "heuristic_us")]
         table.add_row(row["shape"], str(row["tokens"]), str(row["best"]), *times, f"{row['gain']:.1%}")
-        tell({**row, "best": str(row["best"])})
+        log({**row, "best": str(row["best"])})
     console().print(table)

@@ -52,7 +52,8 @@ class DensePlan:
     """Which adapter each row of a step has.
 
     Attributes:
-      slots: int32 `[T]`. rows: the same as a routing plan of one expert; not computed where nothing reads it.
+      slots: int32 `[T]`, adapter slot of each row, `BASE_SLOT` for none.
+      rows: the same as a routing plan of one expert; not computed where nothing reads it.
     """
 
     slots: Int[Array, "T"]
@@ -176,14 +177,14 @@ def packed_lora(
       y: float32 `[T, out]`. slots: int32 `[T]`; a row whose slot is outside `0 .. S - 1` gets its own y.
     """
     tokens, num_slots = x.shape[0], pages.table.shape[0]
-    own = (slots >= 0) & (slots < num_slots)
+    adapted = (slots >= 0) & (slots < num_slots)
     if num_slots <= tokens:  # a block of columns a slot
         table, scale = pages.table[:, 0], pages.scale[:, 0]
-        mine = slots[:, None] == jnp.arange(num_slots, dtype=slots.dtype)[None, :]
+        uses_block = slots[:, None] == jnp.arange(num_slots, dtype=slots.dtype)[None, :]
     else:  # a block a row, for a bank of many slots and a batch of few rows
-        of_row = jnp.where(own, slots, 0)
+        of_row = jnp.where(adapted, slots, 0)
         table, scale = pages.table[of_row, 0], pages.scale[of_row, 0]
-        mine = own[:, None] & jnp.eye(tokens, dtype=bool)
+        uses_block = adapted[:, None] & jnp.eye(tokens, dtype=bool)
     page = jnp.arange(-(-pages.max_rank // RANK_PAGE), dtype=jnp.int32)[None, :]
     live = page < table[:, 2:3]
 
@@ -194,6 +195,6 @@ def packed_lora(
     # Behind a barrier x is another value to XLA, which would merge this product into the base one and change its bits.
     hidden = matmul_t(lax.optimization_barrier(x), packed(pages.a, table[:, 0:1]))
     hidden = hidden.reshape(tokens, table.shape[0], -1) * scale[None, :, None]
-    hidden = jnp.where(mine[:, :, None], hidden, 0.0).reshape(tokens, -1).astype(x.dtype)
+    hidden = jnp.where(uses_block[:, :, None], hidden, 0.0).reshape(tokens, -1).astype(x.dtype)
     b = packed(pages.b, table[:, 1:2])
     return y + lax.optimization_barrier(matmul(hidden, b))

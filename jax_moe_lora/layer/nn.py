@@ -64,9 +64,9 @@ class RoutedExperts(nnx.Module):
 
     @property
     def weights(self) -> ExpertWeights:
-        biases = (self.gate_bias, self.up_bias, self.down_bias)
-        own = (None if bias is None else bias[...] for bias in biases)
-        return ExpertWeights(self.gate[...], self.up[...], self.down[...], *own)
+        params = (self.gate_bias, self.up_bias, self.down_bias)
+        biases = (None if param is None else param[...] for param in params)
+        return ExpertWeights(self.gate[...], self.up[...], self.down[...], *biases)
 
     def __call__(
         self, x: Float[Array, "T D"], weights: Float[Array, "T K"], chosen: Int[Array, "T K"]

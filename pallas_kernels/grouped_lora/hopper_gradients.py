@@ -140,8 +140,8 @@ def by_rank(
     # Of the entries of a row's tile its own, which follow one another; those beyond the tile's steps are not written.
     begin, end, page_b = (steps.entries[kind][tile] for kind in (BEGIN, END, (PAGE_B0, PAGE_B1)[part]))
     written = jnp.arange(begin.shape[1], dtype=jnp.int32)[None, :] < steps.count[tile, :1] * PAGES_A_STEP
-    own = written & (begin <= local) & (local < end) & (page_b > 0)
-    first, count = jnp.argmax(own, axis=1).astype(jnp.int32), own.sum(1, dtype=jnp.int32)
+    of_row = written & (begin <= local) & (local < end) & (page_b > 0)
+    first, count = jnp.argmax(of_row, axis=1).astype(jnp.int32), of_row.sum(1, dtype=jnp.int32)
     page = jnp.arange(-(-max_rank // RANK_PAGE), dtype=jnp.int32)[:, None]
     entry, live = first[None, :] + page, page < count[None, :]
     step = jnp.where(live, steps.first[tile, 0][None, :] + entry // PAGES_A_STEP, 0)
@@ -312,6 +312,6 @@ def contract(
         "empty": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
     }
     out_type = [jax.ShapeDtypeStruct((count, RANK_PAGE, width), jnp.float32) for count in num_pages]
-    of_pages = [array for own in runs for array in (own.first, own.pages, own.stop)]
+    of_pages = [array for each in runs for array in (each.first, each.pages, each.stop)]
     kernel = ring.run(contract_rows, out_type, scratch, num_sms)
     return tuple(kernel(runs[0].begin, runs[0].end, *of_pages, *hiddens, rows))

@@ -27,11 +27,11 @@ def grouped_lora(
         expert, slot = tiles.expert[index], tiles.slot[index]
         first_a, first_b, count, _ = jnp.moveaxis(pages.table[slot, expert], -1, 0)
         scale = pages.scale[slot, expert][:, None, None]
-        own = x[rows if row_index is None else row_index[rows]]
+        tile_x = x[rows if row_index is None else row_index[rows]]
 
         def add_page(page, total):
             live = page < count
-            hidden = scale * batched_matmul_t(own, pages.a[jnp.where(live, first_a + page, 0)])
+            hidden = scale * batched_matmul_t(tile_x, pages.a[jnp.where(live, first_a + page, 0)])
             # B is read as float32 so that the float32 hidden row is not rounded to the adapter's dtype.
             b = pages.b[jnp.where(live, first_b + page, 0)].astype(jnp.float32)
             update = lax.dot_general(hidden, b, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)

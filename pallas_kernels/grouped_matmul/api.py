@@ -11,11 +11,10 @@ from pallas_kernels.backend import Backend, Choice, Implementation, Op, backend_
 from pallas_kernels.errors import InputError, UnsupportedImplementation
 from pallas_kernels.gradients import no_gradient
 from pallas_kernels.grouped_matmul import xla
+from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk
 from pallas_kernels.pages import LayerPages, Place
 from pallas_kernels.plan.api import RoutingPlan
-
-Biases = tuple[Float[Array, "E _out"] | None, ...]
 
 ADVICE = (
     "{} has no gradient of its own: differentiate routed_experts, the whole layer, "

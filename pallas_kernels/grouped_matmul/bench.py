@@ -50,8 +50,8 @@ def gathered_tiles(
     tiles = plan.tiles
     rows = jnp.minimum(tiles.start[:, None] + jnp.arange(tiles.size)[None, :], x.shape[0] - 1)
     products = jax.vmap(matmul_t)(x[rows], weights[tiles.expert])
-    mine = jnp.arange(tiles.size)[None, :] < tiles.rows[:, None]
-    target = jnp.where(mine, rows, x.shape[0])
+    in_tile = jnp.arange(tiles.size)[None, :] < tiles.rows[:, None]
+    target = jnp.where(in_tile, rows, x.shape[0])
     return jnp.zeros((x.shape[0], weights.shape[1]), jnp.float32).at[target].set(products, mode="drop")
 
 

@@ -9,16 +9,15 @@ from pallas_kernels.dispatch.hopper import dispatch
 from pallas_kernels.errors import InputError
 from pallas_kernels.grouped_lora.hopper_shrink import shrink_adapters
 from pallas_kernels.grouped_matmul import hopper_kernel
-from pallas_kernels.grouped_matmul.hopper_kernel import Source
+from pallas_kernels.grouped_matmul.biases import Biases
+from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands
 from pallas_kernels.hopper.tuned_file import config_for
-from pallas_kernels.hopper.tuning import Config, Matmul, why_not
+from pallas_kernels.hopper.tuning import HopperConfig, MatmulShape, why_not
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, make_lora_steps
 from pallas_kernels.lora_steps.hopper import layout_of
 from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
 from pallas_kernels.plan.tiles import Tiles, cut_groups
-
-Biases = tuple[Float[Array, "E _out"] | None, ...]
 
 
 def grouped_matmul(
@@ -31,7 +30,7 @@ def grouped_matmul(
     adapters: LayerPages,
     steps: LoRASteps | Shrunk | None,
     activation: Activation,
-    config: Config | None = None,
+    config: HopperConfig | None = None,
 ) -> Float[Array, "Q out"]:
     """What `api.grouped_matmul` promises, by the Hopper kernels.
 
@@ -54,7 +53,7 @@ def gated_products(
     adapters: LayerPages,
     steps: LoRASteps | Shrunk | None,
     activation: Activation,
-    config: Config | None = None,
+    config: HopperConfig | None = None,
 ) -> tuple[Float[Array, "Q out"], ...]:
     """What `api.gated_products` promises; the kernel writes both factors beside the gated product."""
     config, tiles = _cut(weights, plan, config)
@@ -69,7 +68,7 @@ def input_gradient(
     *,
     adapters: LayerPages,
     shrunk: tuple[Shrunk | None, ...],
-    config: Config | None = None,
+    config: HopperConfig | None = None,
 ) -> Float[Array, "Q in"]:
     """What `api.input_gradient` promises, by the Hopper kernels."""
     config, tiles = _cut(weights, plan, config)
@@ -80,12 +79,12 @@ def input_gradient(
     return hopper_kernel.grouped_matmul(tuple(sources), tiles, config, transposed=True)[0]
 
 
-def _cut(weights: tuple[Array, ...], plan: RoutingPlan, config: Config | None) -> tuple[Config, Tiles]:
+def _cut(weights: tuple[Array, ...], plan: RoutingPlan, config: HopperConfig | None) -> tuple[HopperConfig, Tiles]:
     """How the call is cut, and the tiles that it takes: the plan's, where they have the size."""
     if config is not None and (reason := why_not(config)):
         raise InputError(f"The Hopper kernels cannot be cut like this: {reason}.")
     pairs = plan.position.shape[0]
-    config = config or config_for(Matmul.of(weights, pairs), plan.tiles.size)
+    config = config or config_for(MatmulShape.from_weights(weights, pairs), plan.tiles.size)
     if plan.tiles.size == config.tile_rows:
         return config, plan.tiles
     return config, cut_groups(plan.group_sizes, plan.group_starts, pairs, config.tile_rows)
@@ -98,11 +97,11 @@ def _source(
     plan: RoutingPlan,
     tiles: Tiles,
     steps: LoRASteps | Shrunk | None,
-    config: Config,
-) -> Source:
+    config: HopperConfig,
+) -> MatmulOperands:
     """The product and its adapters' expand; steps that are not given, or were made for other tiles, are made here."""
     if not adapters.modules:
-        return Source(rows, weights)
+        return MatmulOperands(rows, weights)
     lists = steps.steps if isinstance(steps, Shrunk) else steps
     if lists is None or lists.tile_rows != tiles.size:
         (lists,) = make_lora_steps(plan, (adapters,), tiles)
@@ -111,10 +110,10 @@ def _source(
     pages = adapters.pad_with_empty_pages()
     pools_of_b = tuple(pages.pools[place.b] for place in pages.places)
     if isinstance(steps, Shrunk):
-        return Source(rows, weights, lists, steps.hidden, pools_of_b)
+        return MatmulOperands(rows, weights, lists, steps.hidden, pools_of_b)
     if lists.layout != (wanted := layout_of(plan, pages, tiles.size)):
         raise InputError(
             f"steps were made for other adapters ({lists.layout}) than these ({wanted}); see make_lora_steps."
         )
     hidden = shrink_adapters(rows, adapters, tiles, lists, config.num_sms).hidden
-    return Source(rows, weights, lists, hidden, pools_of_b)
+    return MatmulOperands(rows, weights, lists, hidden, pools_of_b)

@@ -9,7 +9,7 @@ of one weight (plain). After K come the LoRA steps: four pages of B in place of 
 
 Weights are on wgmma's M side and the tile's rows on its N side: a warpgroup's accumulators are [64 weight rows, rows].
 N may be any multiple of 8, so a tile can be all rows of an expert, however few. A kernel has code for a few widths
-(`Config.widths`); a tile is multiplied by the narrowest one that holds its rows.
+(`HopperConfig.widths`); a tile is multiplied by the narrowest one that holds its rows.
 
 `full[s]` counts the TMA copies of a step of K into stage s, `pages_full[s]` those of a LoRA step; `empty[s]` counts the
 compute warpgroups that are done with it. They let go of a stage one step late, so that the tensor cores always have the
@@ -30,7 +30,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.limits import DEPTH, HALF, ROW_ALIGNMENT
 from pallas_kernels.hopper.ring import DOWN
-from pallas_kernels.hopper.tuning import Config
+from pallas_kernels.hopper.tuning import HopperConfig
 from pallas_kernels.lora_steps.api import LoRASteps
 from pallas_kernels.lora_steps.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.pages import RANK_PAGE
@@ -40,13 +40,15 @@ PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
 STORED_ROWS = 64  # of a tile, at a time, where factors are kept
 
 
-class Source(NamedTuple):
-    """One product that a tile sums.
+class MatmulOperands(NamedTuple):
+    """What one of the products that a tile sums is made of.
 
     Attributes:
-      x: rows in sorted order. weights: one matrix an expert, or two (gated).
-      steps, hidden, pages: the adapters' expand: what each LoRA step holds, its H, and the pools of B pages, one for
-        each weight. None, None and nothing where there are none.
+      x: rows in sorted order.
+      weights: one matrix per expert, or two (gated).
+      steps: what each LoRA step of the adapters' expand holds; None without adapters.
+      hidden: H of each step; None without adapters.
+      pages: the pools of B pages, one for each weight; empty without adapters.
     """
 
     x: Float[Array, "Q _in"]
@@ -72,9 +74,9 @@ OPERANDS = 9  # of a source
 
 
 def grouped_matmul(
-    sources: tuple[Source, ...],
+    sources: tuple[MatmulOperands, ...],
     tiles: Tiles,
-    config: Config,
+    config: HopperConfig,
     unit: Callable[[Array, Array], Array] | None = None,
     biases: tuple[Float[Array, "E _out"] | None, ...] = (None, None),
     *,

@@ -9,13 +9,12 @@ from pallas_kernels.activations import Activation, gated_unit
 from pallas_kernels.grouped_lora import portable_shrink
 from pallas_kernels.grouped_lora.pools import pools_of_a
 from pallas_kernels.grouped_matmul import portable_kernel
+from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk
 from pallas_kernels.lora_steps.xla import make_packed_steps
 from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
-from pallas_kernels.portable.tuning import Config, heuristic
-
-Biases = tuple[Float[Array, "E out"] | None, ...]
+from pallas_kernels.portable.tuning import PortableConfig, heuristic
 
 
 def grouped_matmul(
@@ -28,7 +27,7 @@ def grouped_matmul(
     adapters: LayerPages,
     steps: LoRASteps | Shrunk | None = None,
     activation: Activation,
-    config: Config | None = None,
+    config: PortableConfig | None = None,
 ) -> Float[Array, "Q out"]:
     """What `api.grouped_matmul` promises, by the portable kernels.
 

@@ -25,14 +25,14 @@ from pallas_kernels.lora_steps.xla import PackedSteps
 from pallas_kernels.pages import RANK_PAGE
 from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.portable.ring import across, compiler_params, release_stage, staged
-from pallas_kernels.portable.tuning import DEPTH, EXPAND_STAGES, Config
+from pallas_kernels.portable.tuning import DEPTH, EXPAND_STAGES, PortableConfig
 
 
 def grouped_matmul(
     x: Float[Array, "Q in"],
     weights: tuple[Float[Array, "E out in"], ...],
     tiles: Tiles,
-    config: Config,
+    config: PortableConfig,
     unit: Callable[[Array, Array], Array] | None = None,
     steps: PackedSteps | None = None,
     hidden: Float[Array, "N rows 64"] | None = None,

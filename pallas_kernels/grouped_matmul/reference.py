@@ -29,8 +29,8 @@ def multiply(
     )
     if bias is not None:
         products = products + bias.astype(jnp.float32)[:, None]
-    own = expert[None, :, None] == jnp.arange(weights.shape[0])[:, None, None]
-    return jnp.where(own, products, 0.0).sum(0)
+    is_expert = expert[None, :, None] == jnp.arange(weights.shape[0])[:, None, None]
+    return jnp.where(is_expert, products, 0.0).sum(0)
 
 
 grouped_matmul = partial(unfused.grouped_matmul, multiply, reference_lora.grouped_lora)

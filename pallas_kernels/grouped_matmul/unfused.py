@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation, gated_unit
+from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk
 from pallas_kernels.pages import LayerPages, LoRAPages
 from pallas_kernels.plan.api import RoutingPlan
@@ -26,7 +27,7 @@ def grouped_matmul(
     plan: RoutingPlan,
     *,
     of_tokens: bool,
-    biases: tuple[Float[Array, "E out"] | None, ...],
+    biases: Biases,
     adapters: LayerPages,
     steps: LoRASteps | Shrunk | None,
     activation: Activation,
@@ -45,7 +46,7 @@ def gated_products(
     weights: tuple[Float[Array, "E out in"], ...],
     plan: RoutingPlan,
     *,
-    biases: tuple[Float[Array, "E out"] | None, ...],
+    biases: Biases,
     adapters: LayerPages,
     steps: LoRASteps | Shrunk | None,
     activation: Activation,
@@ -83,7 +84,7 @@ def _products(
     x: Array,
     weights: tuple[Array, ...],
     plan: RoutingPlan,
-    biases: tuple[Array | None, ...],
+    biases: Biases,
     adapters: LayerPages,
     row_index: Array | None,
 ) -> list[Array]:

@@ -32,8 +32,8 @@ def multiply(
 
     def tile(index, rows, old):
         del old
-        own = x[rows if row_index is None else row_index[rows]]
-        y = matmul(own, weights[tiles.expert[index]])
+        tile_x = x[rows if row_index is None else row_index[rows]]
+        y = matmul(tile_x, weights[tiles.expert[index]])
         return y if bias is None else y + bias[tiles.expert[index]].astype(jnp.float32)[:, None]
 
     return over_tiles(tiles, out, tile, (x, weights, row_index, bias))

@@ -73,7 +73,7 @@ class CountedPlaces(NamedTuple):
     tile_count: Int[Array, "64"]
 
     @classmethod
-    def of(cls, blocks: Sequence[Array], rows: int, groups: int) -> "CountedPlaces":
+    def from_blocks(cls, blocks: Sequence[Array], rows: int, groups: int) -> "CountedPlaces":
         """From the kernel's results, `[.., 64]` each."""
         position, sizes, starts, *tiles = (block.reshape(-1) for block in blocks)
         return cls(position[:rows], sizes[:groups], starts[:groups], *tiles)

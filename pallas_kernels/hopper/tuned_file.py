@@ -19,40 +19,48 @@ from typing import Any
 
 from pallas_kernels.backend import default_device, target_sms
 from pallas_kernels.errors import TunedFileError
-from pallas_kernels.hopper.tuning import Config, Matmul, bucket, heuristic, why_not
+from pallas_kernels.hopper.tuning import HopperConfig, MatmulShape, bucket, heuristic, why_not
 
 VARIABLE = "JAX_MOE_LORA_TUNED"
 FOLDER = Path(__file__).parent / "tuned"
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A tuned file: `tiles` maps (experts, bucket of pairs) to rows a tile, `matmuls` a `Matmul.key` to its config."""
+class TunedConfigs:
+    """What a tuned file holds.
+
+    Attributes:
+      tiles: (experts, bucket of pairs) -> rows per tile.
+      matmuls: `MatmulShape.key` -> config.
+    """
 
     tiles: dict[tuple[int, int], int]
-    matmuls: dict[tuple[Any, ...], Config]
+    matmuls: dict[tuple[Any, ...], HopperConfig]
 
 
 def tile_rows(pairs: int, num_experts: int) -> int:
     """Rows a tile of the Hopper backend's plan."""
     tuned = _current()
-    found = tuned.tiles.get((num_experts, bucket(pairs))) if tuned else None
-    return found or heuristic(pairs, num_experts).tile_rows
+    measured = tuned.tiles.get((num_experts, bucket(pairs))) if tuned else None
+    return measured or heuristic(pairs, num_experts).tile_rows
 
 
-def config_for(call: Matmul, rows: int) -> Config:
+def config_for(call: MatmulShape, rows: int) -> HopperConfig:
     """The config of a matmul over tiles of `rows` rows.
 
     Raises:
-      ValueError: for rows that no kernel takes. TunedFileError: see `read`.
+      ValueError: for rows that no kernel takes.
+      TunedFileError: see `read`.
     """
-    if reason := why_not(Config(rows, 2)):
+    if reason := why_not(HopperConfig(rows, 2)):
         raise ValueError(f"The Hopper kernels cannot read these tiles: {reason}.")
     tuned = _current()
-    found = tuned.matmuls.get(call.key) if tuned else None
+    measured = tuned.matmuls.get(call.key) if tuned else None
     likely = heuristic(call.pairs, call.experts, rows)
     # An entry for other tiles than the plan has (of an explicit size, say) would cut them again: more kernels.
-    return replace(found, widths=likely.widths, num_sms=target_sms()) if found and found.tile_rows == rows else likely
+    if measured is None or measured.tile_rows != rows:
+        return likely
+    return replace(measured, widths=likely.widths, num_sms=target_sms())
 
 
 def source() -> str:
@@ -82,23 +90,23 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse(content: dict[str, Any], name: str) -> Tuned:
+def parse(content: dict[str, Any], name: str) -> TunedConfigs:
     """The entries of a tuned file, each checked; `name` is for the errors. Raises as `read` does."""
     tiles: dict[tuple[int, int], int] = {}
-    matmuls: dict[tuple[Any, ...], Config] = {}
+    matmuls: dict[tuple[Any, ...], HopperConfig] = {}
     for entry in content["tiles"]:
         _check_fields(entry, {"experts", "pairs", "tile_rows"}, name)
         _check_new(key := (entry["experts"], entry["pairs"]), tiles, entry, name)
-        _check_config(Config(entry["tile_rows"], 2), entry, name)
+        _check_config(HopperConfig(entry["tile_rows"], 2), entry, name)
         tiles[key] = entry["tile_rows"]
-    own, call = ("tile_rows", "stages", "warpgroups"), tuple(Matmul.__dataclass_fields__)
+    cut, call = ("tile_rows", "stages", "warpgroups"), tuple(MatmulShape.__dataclass_fields__)
     for entry in content["matmuls"]:
-        _check_fields(entry, {*own, *call}, name)
-        key = Matmul(**{field: entry[field] for field in call}).key
+        _check_fields(entry, {*cut, *call}, name)
+        key = MatmulShape(**{field: entry[field] for field in call}).key
         _check_new(key, matmuls, entry, name)
-        _check_config(Config(**{field: entry[field] for field in own}), entry, name)
-        matmuls[key] = Config(**{field: entry[field] for field in own})
-    return Tuned(tiles, matmuls)
+        _check_config(HopperConfig(**{field: entry[field] for field in cut}), entry, name)
+        matmuls[key] = HopperConfig(**{field: entry[field] for field in cut})
+    return TunedConfigs(tiles, matmuls)
 
 
 def _check_fields(entry: Any, expected: set[str], name: str) -> None:
@@ -118,7 +126,7 @@ def _check_new(key: tuple[Any, ...], entries: dict[Any, Any], entry: Any, name: 
         raise TunedFileError(f"{name}: entry {entry} comes twice.")
 
 
-def _check_config(config: Config, entry: Any, name: str) -> None:
+def _check_config(config: HopperConfig, entry: Any, name: str) -> None:
     if reason := why_not(config):
         raise TunedFileError(f"{name}: entry {entry}: {reason}.")
 
@@ -133,7 +141,7 @@ def _path() -> Path | None:
     return path if path.is_file() else None
 
 
-def _current() -> Tuned | None:
+def _current() -> TunedConfigs | None:
     path = _path()
     if path is None:
         return None
@@ -143,7 +151,7 @@ def _current() -> Tuned | None:
 
 
 @functools.cache
-def _load(path: Path, changed: int, device_kind: str) -> Tuned:
+def _load(path: Path, changed: int, device_kind: str) -> TunedConfigs:
     """`changed`: when, so that a file that is written anew is read anew."""
     content = read(path)
     if content["device"] != device_kind:

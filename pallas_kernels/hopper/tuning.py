@@ -21,7 +21,7 @@ LEAST_SPLIT = 112  # rows a tile from which tiles are multiplied as what they ho
 
 
 @dataclass(frozen=True)
-class Config:
+class HopperConfig:
     """How one call is cut.
 
     Attributes:
@@ -43,8 +43,17 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Matmul:
-    """What a tuned matmul is known by. `pairs`: of the call; `key` has its bucket."""
+class MatmulShape:
+    """The sizes by which a tuned matmul is found.
+
+    Attributes:
+      experts: E.
+      pairs: routed rows of the call; `key` has their bucket.
+      in_width: of the rows.
+      out_width: of one weight's result.
+      gated: gate and up in one call.
+      dtype: of the weights.
+    """
 
     experts: int
     pairs: int
@@ -54,13 +63,14 @@ class Matmul:
     dtype: str
 
     @classmethod
-    def of(cls, weights: tuple[jax.Array, ...], pairs: int) -> "Matmul":
-        """That of one weight, or of gate and up `[E, out, in]`."""
+    def from_weights(cls, weights: tuple[jax.Array, ...], pairs: int) -> "MatmulShape":
+        """Those of one weight, or of gate and up `[E, out, in]`."""
         experts, out_width, in_width = weights[0].shape
         return cls(experts, pairs, in_width, out_width, len(weights) == 2, str(weights[0].dtype))
 
     @property
     def key(self) -> tuple[Any, ...]:
+        """What a tuned file's entries are found by."""
         return tuple(asdict(replace(self, pairs=bucket(self.pairs))).values())
 
 
@@ -69,13 +79,13 @@ def bucket(pairs: int) -> int:
     return 1 << max(pairs - 1, 0).bit_length()
 
 
-def smem_bytes(config: Config) -> int:
+def smem_bytes(config: HopperConfig) -> int:
     """Shared memory that a block takes, barriers aside."""
     stage = (2 * HALF * config.warpgroups + config.tile_rows) * DEPTH * 2
     return config.stages * stage + config.warpgroups * config.tile_rows * HALF * 2
 
 
-def why_not(config: Config) -> str:
+def why_not(config: HopperConfig) -> str:
     """Empty where the kernels can run the config."""
     for name in ("tile_rows", "stages", "warpgroups"):
         if type(getattr(config, name)) is not int:
@@ -94,15 +104,15 @@ def why_not(config: Config) -> str:
     return ""
 
 
-def deepest(rows: int, warpgroups: int = COMPUTE_WARPGROUPS) -> Config:
+def deepest(rows: int, warpgroups: int = COMPUTE_WARPGROUPS) -> HopperConfig:
     """The config with the most stages that fit."""
-    config = Config(rows, 2, warpgroups)
+    config = HopperConfig(rows, 2, warpgroups)
     while not why_not(larger := replace(config, stages=config.stages + 1)):
         config = larger
     return config
 
 
-def heuristic(pairs: int, num_experts: int, rows: int | None = None) -> Config:
+def heuristic(pairs: int, num_experts: int, rows: int | None = None) -> HopperConfig:
     """A config that is valid for every shape; `rows`: of a tile, where they are given."""
     mean = pairs / num_experts
     if rows is None:
@@ -124,7 +134,7 @@ def _likely_rows(mean: float) -> int:
 
 
 def _likely_widths(mean: float, rows: int) -> tuple[int, ...]:
-    """`Config.widths` for the rows that an expert's last tile is likely to have.
+    """`HopperConfig.widths` for the rows that an expert's last tile is likely to have.
 
     Each is a part of the kernel of its own, so they are few. Tiles of few rows need none: reading their weights takes
     longer than multiplying them.

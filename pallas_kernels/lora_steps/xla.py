@@ -64,16 +64,16 @@ def make_packed_steps(plan: RoutingPlan, tiles: Tiles, pages: LayerPages) -> Pac
     first = start[:-1, None] * PAGES_A_STEP + jnp.cumsum(total, axis=1) - total
 
     index = jnp.arange(most, dtype=jnp.int32)[None, None, :]  # [tiles, S, most]
-    own = index < count[0][..., None]  # the first projection's entry, or one that serves both
-    page = jnp.where(own, index, index - count[0][..., None])
+    of_first = index < count[0][..., None]  # the first projection's entry, or one that serves both
+    page = jnp.where(of_first, index, index - count[0][..., None])
     last = projections - 1
-    page_a = jnp.where(own, first_a[0][..., None], first_a[last][..., None]) + page
+    page_a = jnp.where(of_first, first_a[0][..., None], first_a[last][..., None]) + page
     if not one_pool:
-        page_a = jnp.where(own, page_a, ~page_a)
-    page_b0 = page_b1 = jnp.where(own, first_b[0][..., None] + page, 0)
+        page_a = jnp.where(of_first, page_a, ~page_a)
+    page_b0 = page_b1 = jnp.where(of_first, first_b[0][..., None] + page, 0)
     if projections == 2:
-        page_b1 = jnp.where(~own | aliased[..., None], first_b[1][..., None] + page, 0)
-    factor = jnp.where(own, scale[0][..., None], scale[last][..., None])
+        page_b1 = jnp.where(~of_first | aliased[..., None], first_b[1][..., None] + page, 0)
+    factor = jnp.where(of_first, scale[0][..., None], scale[last][..., None])
     columns = [page_a, page_b0, page_b1, begin[..., None], end[..., None], lax.bitcast_convert_type(factor, jnp.int32)]
     target = jnp.where(index < total[..., None], first[..., None] + index, bound * PAGES_A_STEP)
     return PackedSteps(start, _scatter_rows(columns, target, bound * PAGES_A_STEP))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.backend import Implementation, backend_named, choose
-from pallas_kernels.plan.tiles import BASE_SLOT, Layout, Pairs, Places, Tiles, cut_segments
+from pallas_kernels.plan.tiles import BASE_SLOT, Pairs, Places, RowLayout, Tiles, cut_segments
 from pallas_kernels.pytrees import pytree
 
 
@@ -95,7 +95,7 @@ def make_plan(
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     pairs = Pairs(expert, slot_of_token, expert * (num_slots + 1) + slot, num_experts, num_slots)
     module = backend.module("plan")
-    cut: Layout = module.layout(count, num_experts, rows_per_tile)
+    cut: RowLayout = module.layout(count, num_experts, rows_per_tile)
     places: Places = module.places(pairs, cut)
     bound = -(-(count + (cut.alignment - 1) * cut.gaps) // cut.alignment) * cut.alignment
     index = jnp.arange(count, dtype=jnp.int32)

@@ -7,15 +7,15 @@ from pallas_kernels.hopper import tuned_file
 from pallas_kernels.hopper.counting import CountedPlaces
 from pallas_kernels.hopper.limits import ROW_ALIGNMENT
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs, xla
-from pallas_kernels.plan.tiles import BASE_SLOT, READABLE, Layout, Pairs, Places, Tiles, max_tiles, offsets_of
+from pallas_kernels.plan.tiles import BASE_SLOT, READABLE, Pairs, Places, RowLayout, Tiles, max_tiles, offsets_of
 
 
-def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None) -> Layout:
+def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None) -> RowLayout:
     """TMA reads tiles of 8 rows, so experts begin at multiples of 8; a tile's rows come from the tuned file."""
-    return Layout(ROW_ALIGNMENT, rows_per_tile or tuned_file.tile_rows(pairs, num_experts), num_experts + 1)
+    return RowLayout(ROW_ALIGNMENT, rows_per_tile or tuned_file.tile_rows(pairs, num_experts), num_experts + 1)
 
 
-def places(pairs: Pairs, cut: Layout) -> Places:
+def places(pairs: Pairs, cut: RowLayout) -> Places:
     """As `plan.xla.places`, with the kernel's rule for where an expert begins: no block waits for another's counts."""
     tokens, count = pairs.slot.shape[0], pairs.expert.shape[0]
     if hopper_few_pairs.runs(count, pairs.num_experts, pairs.num_slots):
@@ -25,7 +25,7 @@ def places(pairs: Pairs, cut: Layout) -> Places:
     return xla.places(pairs, cut, as_kernels_do=True)
 
 
-def _of_few_pairs(pairs: Pairs, cut: Layout) -> Places:
+def _of_few_pairs(pairs: Pairs, cut: RowLayout) -> Places:
     count, num_experts, num_slots = pairs.expert.shape[0], pairs.num_experts, pairs.num_slots
     unique = pairs.key * count + jnp.arange(count, dtype=jnp.int32)
     bound = max_tiles(count, num_experts, cut.tile_rows)
@@ -37,7 +37,7 @@ def _of_few_pairs(pairs: Pairs, cut: Layout) -> Places:
     return _places(counted, counted.position, segments, before, cut)
 
 
-def _of_many_pairs(pairs: Pairs, cut: Layout) -> Places:
+def _of_many_pairs(pairs: Pairs, cut: RowLayout) -> Places:
     expert, num_experts, num_slots = pairs.expert, pairs.num_experts, pairs.num_slots
     count, tokens = expert.shape[0], pairs.slot.shape[0]
     by_slot = None
@@ -64,7 +64,7 @@ def _before(sizes: Int[Array, "E"], segments: Int[Array, "E segments"]) -> Int[A
     return jnp.concatenate([(lower[:, None] + of_lower_slots).reshape(-1), routed])
 
 
-def _places(counted: CountedPlaces, position: Array, segments: Array, before: Array, cut: Layout) -> Places:
+def _places(counted: CountedPlaces, position: Array, segments: Array, before: Array, cut: RowLayout) -> Places:
     no_slot = jnp.full_like(counted.tile_expert, BASE_SLOT)
     tiles = Tiles(
         counted.tile_expert, no_slot, counted.tile_start, counted.tile_rows, counted.tile_count, cut.tile_rows

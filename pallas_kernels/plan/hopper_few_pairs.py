@@ -192,4 +192,4 @@ def places_and_tiles(
         ),
         compiler_params=ring.compiler_params(),
     )(padded)
-    return CountedPlaces.of((position, sizes, starts, *tables, count), pairs, num_experts), before.reshape(-1)
+    return CountedPlaces.from_blocks((position, sizes, starts, *tables, count), pairs, num_experts), before.reshape(-1)

@@ -44,7 +44,9 @@ def places(
     padded = jnp.full(chunks * CHUNK, groups + 1, jnp.int32).at[: ids.shape[0]].set(ids)
     padded = padded.reshape(chunks, PARTS, BLOCK)
     counts = _count(padded, blocks)
-    return CountedPlaces.of(_place(padded, counts, groups, alignment, tile_rows, num_tiles), ids.shape[0], groups)
+    return CountedPlaces.from_blocks(
+        _place(padded, counts, groups, alignment, tile_rows, num_tiles), ids.shape[0], groups
+    )
 
 
 def _count(ids: Int[Array, "chunks parts 64"], blocks: int) -> Int[Array, "chunks blocks 64"]:

@@ -36,7 +36,7 @@ class Tiles:
     size: int = field(metadata={"static": True})
 
 
-class Layout(NamedTuple):
+class RowLayout(NamedTuple):
     """How a backend lays out sorted rows.
 
     Attributes:

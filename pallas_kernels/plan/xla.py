@@ -3,17 +3,17 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.plan.tiles import READABLE, Layout, Pairs, Places, cut_groups, group_start, offsets_of, tile_rows
+from pallas_kernels.plan.tiles import READABLE, Pairs, Places, RowLayout, cut_groups, group_start, offsets_of, tile_rows
 
 PAIRWISE = 2048  # pairs up to which ranks by comparing all with all are faster than a sort
 
 
-def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None) -> Layout:
+def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None) -> RowLayout:
     """Experts follow one another; a tile's rows are the given ones or follow from the mean."""
-    return Layout(1, rows_per_tile or tile_rows(pairs, num_experts), min(num_experts, pairs))
+    return RowLayout(1, rows_per_tile or tile_rows(pairs, num_experts), min(num_experts, pairs))
 
 
-def places(pairs: Pairs, cut: Layout, as_kernels_do: bool = False) -> Places:
+def places(pairs: Pairs, cut: RowLayout, as_kernels_do: bool = False) -> Places:
     """Sorts the pairs and cuts each expert's rows into tiles.
 
     Args:

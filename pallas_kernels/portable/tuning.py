@@ -12,7 +12,7 @@ EXPAND_STAGES = 2  # of LoRA steps: most tiles have one or two
 
 
 @dataclass(frozen=True)
-class Config:
+class PortableConfig:
     """How the matmul is cut.
 
     Attributes:
@@ -30,13 +30,13 @@ def tile_rows(pairs: int, num_experts: int) -> int:
     return next((rows for rows in TILE_ROWS if rows >= mean), TILE_ROWS[-1])
 
 
-def smem_bytes(config: Config, rows: int, num_weights: int) -> int:
+def smem_bytes(config: PortableConfig, rows: int, num_weights: int) -> int:
     """Shared memory that a block takes, barriers aside: the ring of K, then the smaller one of LoRA steps."""
     return config.stages * (num_weights * config.columns + rows) * DEPTH * 2
 
 
-def heuristic(rows: int, num_weights: int, out_width: int) -> Config:
+def heuristic(rows: int, num_weights: int, out_width: int) -> PortableConfig:
     """A config that fits every GPU that the kernels run on."""
     columns = 128 if num_weights == 1 and out_width % 128 == 0 else 64
-    configs = (Config(columns, stages) for stages in range(MAX_STAGES, 1, -1))
+    configs = (PortableConfig(columns, stages) for stages in range(MAX_STAGES, 1, -1))
     return next(config for config in configs if smem_bytes(config, rows, num_weights) <= SMEM_BYTES - RESERVED_BYTES)

@@ -97,7 +97,7 @@ def _layer(call: LayerCall, x, weights, experts, pages, leaves) -> Float[Array, 
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Wanted:
+class _WantedGradients:
     """Which gradients are asked for: of x, of each expert array, of each pool (the router's weights come for free)."""
 
     x: bool
@@ -108,7 +108,7 @@ class _Wanted:
 def _forward(call: LayerCall, *traced: Any) -> tuple[Array, tuple[Any, ...]]:
     x, weights, experts, pages, leaves = values = jax.tree.map(lambda leaf: leaf.value, traced, is_leaf=_is_primal)
     asked_x, _, asked_experts, asked_pages, _ = traced
-    wanted = _Wanted(
+    wanted = _WantedGradients(
         asked_x.perturbed,
         frozenset(name for name, leaf in vars(asked_experts).items() if leaf is not None and leaf.perturbed),
         frozenset(name for name, leaf in asked_pages.pools.items() if leaf.perturbed),

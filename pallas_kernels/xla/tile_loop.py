@@ -49,10 +49,10 @@ def _one_by_one(tiles: Tiles, tile_rows: TileFunction, out: Float[Array, "P N"])
         # The window may begin before the tile where it would pass the end; the mask keeps its neighbours' rows.
         start = jnp.minimum(tiles.start[index], last)
         rows = start + jnp.arange(size, dtype=jnp.int32)
-        mine = (rows >= tiles.start[index]) & (rows < tiles.start[index] + tiles.rows[index])
+        in_tile = (rows >= tiles.start[index]) & (rows < tiles.start[index] + tiles.rows[index])
         old = lax.dynamic_slice_in_dim(out, start, size)
         new = tile_rows(index[None], rows[None], old[None])[0]
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(mine[:, None], new, old), start, 0)
+        return lax.dynamic_update_slice_in_dim(out, jnp.where(in_tile[:, None], new, old), start, 0)
 
     return lax.fori_loop(0, tiles.count.reshape(-1)[0], step, out)
 
@@ -65,10 +65,10 @@ def _in_chunks(tiles: Tiles, tile_rows: TileFunction, chunk: int, out: Float[Arr
         index = number * chunk + jnp.arange(chunk, dtype=jnp.int32)
         live = index < bound
         index = jnp.minimum(index, bound - 1)
-        mine = live[:, None] & (within < tiles.rows[index][:, None])
+        in_tile = live[:, None] & (within < tiles.rows[index][:, None])
         rows = jnp.minimum(tiles.start[index][:, None] + within, total - 1)
         new = tile_rows(index, rows, out[rows])
-        return out.at[jnp.where(mine, rows, total)].set(new, mode="drop")
+        return out.at[jnp.where(in_tile, rows, total)].set(new, mode="drop")
 
     return lax.fori_loop(0, -(-tiles.count.reshape(-1)[0] // chunk), step, out)
 
@@ -78,6 +78,6 @@ def window(tiles: Tiles, index: Int[Array, ""], *arrays: Float[Array, "Q _width"
     last = arrays[0].shape[0] - tiles.size
     start = jnp.clip(tiles.start[index], 0, last)
     rows = start + jnp.arange(tiles.size, dtype=jnp.int32)
-    mine = (rows >= tiles.start[index]) & (rows < tiles.start[index] + tiles.rows[index])
-    own = [lax.dynamic_slice_in_dim(array, start, tiles.size) for array in arrays]
-    return tiles.expert[index], *(jnp.where(mine[:, None], rows, 0) for rows in own)
+    in_tile = (rows >= tiles.start[index]) & (rows < tiles.start[index] + tiles.rows[index])
+    windows = [lax.dynamic_slice_in_dim(array, start, tiles.size) for array in arrays]
+    return tiles.expert[index], *(jnp.where(in_tile[:, None], rows, 0) for rows in windows)

@@ -28,8 +28,8 @@ from pallas_kernels.activations import gated_unit  # noqa: E402
 from pallas_kernels.dispatch.hopper import Gaps, dispatch  # noqa: E402
 from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink  # noqa: E402
 from pallas_kernels.grouped_matmul import hopper_kernel, portable_kernel  # noqa: E402
-from pallas_kernels.grouped_matmul.hopper_kernel import Source  # noqa: E402
-from pallas_kernels.hopper.tuning import Config, heuristic  # noqa: E402
+from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands  # noqa: E402
+from pallas_kernels.hopper.tuning import HopperConfig, heuristic  # noqa: E402
 from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, make_lora_steps  # noqa: E402
 from pallas_kernels.lora_steps.xla import PackedSteps  # noqa: E402
 from pallas_kernels.ops import LayerPages, LoRAPages, make_plan  # noqa: E402
@@ -116,7 +116,7 @@ def matmul(
 
 
 def hopper_matmul(
-    config: Config,
+    config: HopperConfig,
     gated: bool,
     with_lora: bool,
     widths: tuple[int, int],
@@ -126,7 +126,7 @@ def hopper_matmul(
 ):
     def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
         return hopper_kernel.grouped_matmul(
-            (Source(x, weights, steps, hidden, pages),), tiles, config, unit, added, keep=keep
+            (MatmulOperands(x, weights, steps, hidden, pages),), tiles, config, unit, added, keep=keep
         )
 
     kernel.__module__ = hopper_kernel.__name__
@@ -146,11 +146,11 @@ def shrink(kernel, rows: int, pools: int, width: int, dtype: str):
     return call, (array((1024, width), dtype), (array((100, 16, width), dtype),) * pools, tiles(rows), steps)
 
 
-def transposed_matmul(config: Config, with_lora: bool, widths: tuple[int, int], dtype: str, sources: int = 1):
+def transposed_matmul(config: HopperConfig, with_lora: bool, widths: tuple[int, int], dtype: str, sources: int = 1):
     """The gradient of the rows: `widths` are those of its rows and of its result."""
 
     def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
-        source = Source(x, weights, steps, hidden, pages)
+        source = MatmulOperands(x, weights, steps, hidden, pages)
         return hopper_kernel.grouped_matmul((source,) * sources, tiles, config, unit, added, transposed=True)
 
     kernel.__module__ = hopper_kernel.__name__

@@ -14,18 +14,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.interpreters import mlir
 
 from pallas_kernels.grouped_matmul import hopper, portable
-from pallas_kernels.hopper.tuning import Config
+from pallas_kernels.hopper.tuning import HopperConfig
 from pallas_kernels.ops import LayerPages, RoutingPlan, make_plan
 from support.paged import PagedLayer, PagedSpec, draw_layer
 
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
 RANKS = (4, 16, 17, 40)
 CONFIGS = {
-    "8 rows": Config(8, 3, num_sms=2, apart=True),
-    "one warpgroup": Config(16, 4, 1, num_sms=3, apart=True),
-    "24 rows": Config(24, 2, num_sms=3, apart=True),
-    "as wide as a tile has rows": Config(48, 2, num_sms=2, apart=True, widths=(8, 16)),
-    "128 rows": Config(128, 3, num_sms=2, apart=True, widths=(64,)),
+    "8 rows": HopperConfig(8, 3, num_sms=2, apart=True),
+    "one warpgroup": HopperConfig(16, 4, 1, num_sms=3, apart=True),
+    "24 rows": HopperConfig(24, 2, num_sms=3, apart=True),
+    "as wide as a tile has rows": HopperConfig(48, 2, num_sms=2, apart=True, widths=(8, 16)),
+    "128 rows": HopperConfig(128, 3, num_sms=2, apart=True, widths=(64,)),
 }
 
 
@@ -52,7 +52,7 @@ class Kernels:
 
     backend: str
     spec: PagedSpec
-    config: Config | None = None
+    config: HopperConfig | None = None
 
     @property
     def layer(self) -> PagedLayer:

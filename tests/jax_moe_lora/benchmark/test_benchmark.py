@@ -171,14 +171,14 @@ def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, monkey
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_a_wrong_result_is_a_failure(monkeypatch, factor):
-    real = sweep.own_layer
+    real = sweep.library_layer
 
     def wrong(problem, implementation):
         return lambda x, *others: real(problem, implementation)(x, *others) * jnp.asarray(factor, x.dtype)
 
-    monkeypatch.setattr(sweep, "own_layer", wrong)
+    monkeypatch.setattr(sweep, "library_layer", wrong)
     cells = sweep.Cells(["small"], ["none"], [3])
-    (row,) = sweep.sweep(cells, [sweep.Ours()], 1, "queue")
+    (row,) = sweep.sweep(cells, [sweep.ThisLibrary()], 1, "queue")
     assert row["error"].startswith("ValueError: the result is wrong: relative error ")
 
 
@@ -212,7 +212,7 @@ def test_peers_that_are_not_there_are_named(tmp_path):
         bench(**SMALL, out=tmp_path / "cpu", keep=True)
 
 
-def row(adapters: str, tokens: int, reached: float, **more) -> report.Row:
+def row(adapters: str, tokens: int, reached: float, **more) -> report.ResultRow:
     cell = {"shape": "olmoe", "adapters": adapters, "tokens": tokens, "engine": "jax_moe_lora", "layer_us": reached}
     return cell | {"floor_us": 50.0, "rel_err": 1e-3, "routing": "uniform", "slots": "uniform"} | more
 

@@ -13,7 +13,7 @@ from jax_moe_lora.benchmark.tune import Candidate, matmul_candidates, run_candid
 from jax_moe_lora.cli.tune import tune
 from pallas_kernels.hopper import tuned_file, tuning
 from pallas_kernels.hopper.tuned_file import config_for
-from pallas_kernels.hopper.tuning import Config, Matmul, bucket, heuristic, why_not
+from pallas_kernels.hopper.tuning import HopperConfig, MatmulShape, bucket, heuristic, why_not
 from pallas_kernels.ops import Choice
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
@@ -74,8 +74,8 @@ def test_the_faster_config_is_written_and_found_again(clock, tmp_path, monkeypat
     assert (matmul["gated"], matmul["in_width"], matmul["stages"]) == (False, 64, deepest.stages - 2)
     monkeypatch.setenv(tuned_file.VARIABLE, str(tmp_path / "new" / "cpu.json"))
     assert tuned_file.tile_rows(100, 16) == rows
-    assert config_for(Matmul(16, 128, 64, 128, False, "bfloat16"), rows) == Config(rows, deepest.stages - 2)
-    assert config_for(Matmul(16, 128, 128, 64, True, "bfloat16"), rows) == heuristic(128, 16, rows)
+    assert config_for(MatmulShape(16, 128, 64, 128, False, "bfloat16"), rows) == HopperConfig(rows, deepest.stages - 2)
+    assert config_for(MatmulShape(16, 128, 128, 64, True, "bfloat16"), rows) == heuristic(128, 16, rows)
 
 
 def test_a_gain_within_the_noise_is_no_entry_and_an_old_entry_goes(clock, tmp_path):

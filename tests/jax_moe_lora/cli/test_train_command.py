@@ -15,7 +15,7 @@ import pytest
 from jax_moe_lora import AdapterFormatError, InputError, Model
 from jax_moe_lora.cli.main import main
 from jax_moe_lora.cli.options import values_by_name
-from jax_moe_lora.cli.train import Shown
+from jax_moe_lora.cli.train import ProgressBars
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.demo.tasks import TASKS, heldout_strings, prompt
 from jax_moe_lora.training.log import Progress
@@ -130,7 +130,7 @@ class Written(io.StringIO):
 def test_progress_says_loss_and_tokens_a_second_of_each_adapter(monkeypatch, terminal):
     monkeypatch.setattr(sys, "stderr", written := Written(terminal))
     monkeypatch.setenv("COLUMNS", "120")
-    with Shown(("sql", "poet"), 20) as shown:
+    with ProgressBars(("sql", "poet"), 20) as shown:
         for step in (10, 20):
             done = {"sql": Evaluation(0.5, 0.25, 8)} if step == 20 else {}
             shown(Progress(step, 20, {"sql": 1.25, "poet": 2.5}, {"sql": 1234.5, "poet": 99.0}, done))

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels.dispatch.api import token_rows
 from pallas_kernels.grouped_lora import hopper_gradients
 from pallas_kernels.grouped_matmul import hopper
-from pallas_kernels.hopper.tuning import Config, deepest
+from pallas_kernels.hopper.tuning import HopperConfig, deepest
 from pallas_kernels.lora_steps.api import Shrunk, make_lora_steps
 from pallas_kernels.ops import LoRAPages, RoutingPlan, input_gradient, make_plan, page_gradients, shrink
 from pallas_kernels.pages import NO_ADAPTERS
@@ -21,9 +21,9 @@ TOLERANCE = 1e-2  # bfloat16
 LAYOUTS = ("per_expert", "fused", "shared_some", "shared_outer")
 SPEC = PagedSpec(40, 128, 192, 3, 2, slots=4, ranks=(4, 16, 17, 72), layouts=LAYOUTS)
 CONFIGS = {
-    "24 rows": Config(24, 2, num_sms=3, apart=True),
-    "one warpgroup": Config(16, 3, 1, num_sms=2, apart=True),
-    "128 rows": Config(128, 3, num_sms=2, apart=True, widths=(64,)),
+    "24 rows": HopperConfig(24, 2, num_sms=3, apart=True),
+    "one warpgroup": HopperConfig(16, 3, 1, num_sms=2, apart=True),
+    "128 rows": HopperConfig(128, 3, num_sms=2, apart=True, widths=(64,)),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from pallas_kernels import backend
 from pallas_kernels.errors import InputError
-from pallas_kernels.hopper.tuning import Config
+from pallas_kernels.hopper.tuning import HopperConfig
 from pallas_kernels.lora_steps.api import make_lora_steps
 from pallas_kernels.ops import LayerPages, UnsupportedImplementation, grouped_matmul, make_plan, token_rows
 from pallas_kernels.pages import NO_ADAPTERS
@@ -99,7 +99,7 @@ def test_no_rows_at_all_is_no_hang(name):
 def test_adapters_anywhere_in_long_tiles(slots):
     """The shrink's windows: wide and narrow, at both ends of a tile and between, and several of one run of rows."""
     spec = PagedSpec(620, 64, 64, 2, 1, slots, (16, 32), ("per_expert",), base_rows=0.05)
-    layer, config = draw_once(spec, 1), Config(184, 2, num_sms=2, apart=True, widths=(48, 96))
+    layer, config = draw_once(spec, 1), HopperConfig(184, 2, num_sms=2, apart=True, widths=(48, 96))
     kernels = Kernels("hopper", spec, config)
     actual = kernels.run(layer, GATED)
     assert relative_error(actual, expected(layer, GATED)) < kernels.tolerance

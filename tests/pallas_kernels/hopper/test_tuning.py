@@ -11,7 +11,7 @@ from pallas_kernels.errors import TunedFileError
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper import limits, tuned_file
 from pallas_kernels.hopper.tuned_file import config_for, tile_rows
-from pallas_kernels.hopper.tuning import MAX_ROWS, Config, Matmul, bucket, heuristic, smem_bytes, why_not
+from pallas_kernels.hopper.tuning import MAX_ROWS, HopperConfig, MatmulShape, bucket, heuristic, smem_bytes, why_not
 from pallas_kernels.ops import make_plan
 from pallas_kernels.pages import NO_ADAPTERS
 from pallas_kernels.specs import LAYERS, TOKENS
@@ -35,12 +35,12 @@ def use(tmp_path, monkeypatch):
 
 
 def test_a_tuned_entry_comes_before_the_heuristic(use):
-    call = Matmul(**MATMUL)
+    call = MatmulShape(**MATMUL)
     assert (tuned_file.source(), tile_rows(64, 8)) == ("heuristic", heuristic(64, 8).tile_rows)
     use(FILE)
     assert (tuned_file.source(), tile_rows(64, 8)) == ("tuned.json", 24)
-    assert config_for(call, 24) == Config(24, 3)
-    assert config_for(Matmul(**MATMUL | {"dtype": "float16"}), 24) == heuristic(64, 8, 24)
+    assert config_for(call, 24) == HopperConfig(24, 3)
+    assert config_for(MatmulShape(**MATMUL | {"dtype": "float16"}), 24) == heuristic(64, 8, 24)
 
 
 def test_an_entry_holds_for_its_bucket_of_pairs(use):
@@ -57,9 +57,9 @@ def test_the_plan_decides_the_tiles_and_the_matmul_follows(use):
     for rows in (None, 40):
         jax.eval_shape(lambda r=rows: sizes.append(make_plan(*arguments, rows_per_tile=r).tiles.size))
     assert sizes == [24, 40]
-    assert config_for(Matmul(**MATMUL), 40) == heuristic(64, 8, 40)
+    assert config_for(MatmulShape(**MATMUL), 40) == heuristic(64, 8, 40)
     with pytest.raises(ValueError, match="tile_rows is 20; expected a multiple of 8"):
-        config_for(Matmul(**MATMUL), 20)
+        config_for(MatmulShape(**MATMUL), 20)
 
 
 def test_a_config_that_no_kernel_can_run_is_refused():
@@ -70,9 +70,9 @@ def test_a_config_that_no_kernel_can_run_is_refused():
         options = {"of_tokens": True, "biases": (None,), "steps": None, "activation": "silu", "config": config}
         return hopper.grouped_matmul(x, (weight,), plan, adapters=NO_ADAPTERS.select("gate"), **options)
 
-    jax.eval_shape(lambda: call(Config(16, 2)))
+    jax.eval_shape(lambda: call(HopperConfig(16, 2)))
     with pytest.raises(ValueError, match=r"cannot be cut like this: tile_rows is 20; expected a multiple of 8"):
-        jax.eval_shape(lambda: call(Config(20, 2)))
+        jax.eval_shape(lambda: call(HopperConfig(20, 2)))
 
 
 def test_off_and_a_rewritten_file(use, monkeypatch):
