@@ -121,9 +121,8 @@ def load_model(
     folders = named_values("--adapter", adapters, "DIR")
     missing = {job.adapter for job in jobs} - set(folders) - {None, "__base__"}
     if missing:
-        raise InputError(
-            f"Requests use adapters that are not given: {', '.join(sorted(map(str, missing)))}; add --adapter NAME=DIR."
-        )
+        named, given = ", ".join(sorted(map(str, missing))), ", ".join(sorted(folders)) or "none"
+        raise InputError(f"Requests use adapters that are not given: {named} (given: {given}); add --adapter NAME=DIR.")
     served = Model.from_pretrained(
         model, dtype=dtype, max_adapters=max(1, len(folders)), max_rank=max_rank, adapter_memory=adapter_memory
     )

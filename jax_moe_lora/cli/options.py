@@ -31,7 +31,7 @@ def named_values(option: str, entries: Sequence[str], value: str) -> dict[str, s
     for entry in entries:
         name, text = _split(entry)
         if not (name and text):
-            raise InputError(f"{option} {entry!r} is not NAME={value}.")
+            raise InputError(f"{option} {entry!r} is not NAME={value}; put a name and an equals sign first.")
         if name in values:
             raise InputError(f"{option} {name!r} is given twice.")
         values[name] = text

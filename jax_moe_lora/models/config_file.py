@@ -18,6 +18,9 @@ def read_model_config(folder: Path) -> ModelConfig:
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
         message = f"{folder} holds an adapter, not a model; load it into its base model under a name."
         raise ConfigError(message, file=folder / "config.json", found="adapter_config.json", expected="config.json")
+    if not os.path.lexists(folder / "config.json"):
+        message = f"{folder} has no config.json; give the folder of a model: config.json and safetensors files."
+        raise ConfigError(message, file=folder / "config.json", found="no such file", expected="config.json")
     raw = read_json(folder / "config.json", ConfigError)
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None

@@ -74,7 +74,7 @@ class Request:
         if len(self.token_ids) + self.max_new_tokens > config.max_positions:
             raise InputError(
                 f"{where} has {len(self.token_ids)} tokens and asks for {self.max_new_tokens} more; "
-                f"the model has {config.max_positions} positions."
+                f"the model has {config.max_positions} positions; shorten the prompt or ask for fewer."
             )
 
 

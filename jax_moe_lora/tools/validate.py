@@ -62,5 +62,7 @@ def validate_folders(
 
 def _existing(folder: Path) -> Path:
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}.", file=folder, found="no folder", expected="a folder")
+        raise CheckpointError(
+            f"There is no folder {folder}; give one that exists.", file=folder, found="no folder", expected="a folder"
+        )
     return folder

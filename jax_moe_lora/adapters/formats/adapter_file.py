@@ -31,6 +31,8 @@ _KNOWN_BAD = {
     "embed_tokens": "adapters on embeddings are not supported",
     ".bias": "biases are not supported",
 }
+# What to do about a projection that the model lacks or has in other sizes.
+ANOTHER_MODEL = "; if it was trained for another model, load it into that one"
 
 Weights = dict[tuple[int, str], LoRAWeights]
 
@@ -144,7 +146,7 @@ class AdapterFile:
             self.keys.setdefault((pair.layer, module), pair.key)
         site = self.sites.get(modules[0])
         if site is None or pair.layer not in site.layers:
-            problem = f"the model has no {modules[0]} projection in layer {pair.layer}"
+            problem = f"the model has no {modules[0]} projection in layer {pair.layer}{ANOTHER_MODEL}"
             raise self.error(pair, problem, pair.path, "a projection of the model")
         return site
 
@@ -177,7 +179,7 @@ class AdapterFile:
         with self.problems:
             if shape not in shapes:
                 expected = " or ".join(str(list(shape)) for shape in shapes)
-                problem = f"{key}: it has shape {list(shape)}, and the model expects {expected}."
+                problem = f"{key}: it has shape {list(shape)}, and the model expects {expected}{ANOTHER_MODEL}."
                 raise _refusal(self.path, key, problem, list(shape), expected)
             return self.tensors.get_tensor(key)
         return _stand_in(shapes[0], np.dtype(np.float32))

@@ -4,7 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, AdapterFile, FileLayout, Pair, Weights, pair_keys
+from jax_moe_lora.adapters.formats.adapter_file import (
+    ANOTHER_MODEL,
+    WEIGHTS,
+    AdapterFile,
+    FileLayout,
+    Pair,
+    Weights,
+    pair_keys,
+)
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig, read_peft_config
@@ -86,7 +94,8 @@ def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, l
         layout = layout_of(rest) if experts else None
         with file.problems:
             if layout is None:
-                raise file.error(pair, "the model has no such projection", pair.path, "a projection of the model")
+                why = f"the model has no such projection{ANOTHER_MODEL}"
+                raise file.error(pair, why, pair.path, "a projection of the model")
             by_layout.setdefault((experts, layout), []).append(pair)
     with file.problems:
         if len(by_layout) > 1:

@@ -212,10 +212,10 @@ class AdapterPool:
         slots, pinned = len(self._registry.slots), self._registry.pinned(but=entries)
         waits_for_itself = self._holding[threading.get_ident()] > 0
         if len(entries) + pinned > slots or waits_for_itself:
-            others = f", {pinned} others are pinned" if pinned else ""
-            others += ", and this thread's own running requests use the rest" if waits_for_itself else ""
+            others = f", {pinned} held by adapters that were loaded or pinned" if pinned else ""
+            others += ", the rest used by running requests of this thread itself" if waits_for_itself else ""
             raise BankFullError(
-                f"The bank has {slots} adapter slots; {len(entries)} adapters are asked for at once{others}. Unload or "
+                f"The bank has too few adapter slots: {slots} in all, {len(entries)} needed at once{others}; unload or "
                 "unpin some, ask for fewer, or raise max_adapters."
             )
 

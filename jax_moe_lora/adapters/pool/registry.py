@@ -71,7 +71,9 @@ class Registry:
             raise AdapterNameError(f"Adapter name {name!r} is reserved, empty or no text; choose another.")
         if name in self.entries:
             state = self.entries[name].state
-            raise AdapterNameError(f"An adapter named {name!r} is {state} already; unload it or choose another name.")
+            raise AdapterNameError(
+                f"There already is an adapter named {name!r} ({state}); unload it or choose another name."
+            )
         self.entries[name] = Entry(name, source, pinned)
         return self.entries[name]
 

@@ -152,7 +152,10 @@ def test_6_unused_pages_reach_nobody():
 NOT_UNDERSTOOD = {
     "unknown": ("layers.0.mlp.experts.lora_C.weight", "is not understood: expected"),
     "DoRA": ("layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA is not supported"),
-    "a layer too many": ("layers.99.self_attn.q_proj.lora_A.weight", "no q projection in layer 99"),
+    "a layer too many": (
+        "layers.99.self_attn.q_proj.lora_A.weight",
+        "no q projection in layer 99; if it was trained for another model",
+    ),
     "not targeted": ("layers.0.self_attn.q_proj.lora_A.weight", "does not target"),
 }
 

@@ -250,7 +250,7 @@ def test_an_unknown_model_type_is_refused_with_the_supported_ones(tmp_path: Path
         family(None)
 
 
-@pytest.mark.parametrize(("text", "named"), [(None, "does not exist"), ("{", "JSON"), ("[]", "object")])
+@pytest.mark.parametrize(("text", "named"), [(None, "give the folder of a model"), ("{", "JSON"), ("[]", "object")])
 def test_a_config_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path, text: str | None, named: str) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text)
