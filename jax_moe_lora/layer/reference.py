@@ -49,6 +49,8 @@ def moe_lora(
 def _gated_unit(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
     if activation == "silu":
         return gate / (1 + np.exp(-gate)) * up
+    if activation == "gelu_tanh":
+        return gate / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
     if activation == "clamped_swiglu":  # gpt-oss
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
         return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
