@@ -5,6 +5,7 @@ is what is checked and read (no second look-up of the path), and a file that cha
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -53,11 +54,17 @@ class TensorFile:
         with self._reading():
             return self._array(self.infos[name], self.infos[name].shape, 0)
 
-    def get_rows(self, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows of a tensor along its first axis, within its bounds."""
+    def get_values(self, name: str, begin: int, shape: tuple[int, ...]) -> np.ndarray:
+        """A run of a tensor's values, in the order of the file.
+
+        Args:
+          name: the tensor.
+          begin: the first of them, within the tensor.
+          shape: theirs; as many values as it has, which the tensor must hold.
+        """
         info = self.infos[name]
         with self._reading():
-            return self._array(info, (end - begin, *info.shape[1:]), begin * (info.nbytes // max(info.shape[0], 1)))
+            return self._array(info, shape, begin * (info.nbytes // max(math.prod(info.shape), 1)))
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

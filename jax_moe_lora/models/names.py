@@ -58,6 +58,17 @@ def projection_tensors(config: ModelConfig, names: AdapterNames) -> dict[tuple[i
     return tensors
 
 
+def other_names(config: ModelConfig, names: AdapterNames) -> dict[str, str]:
+    """Checkpoint tensors that have a second name, which transformers 5 writes -> that name."""
+    second: dict[str, str] = {}
+    for module in set(names.dense.values()):
+        first, written = names.dense_path(module), names.dense_path(module, in_checkpoints=True)
+        if first != written:
+            for layer in range(config.num_layers):
+                second[f"model.layers.{layer}.{written}.weight"] = f"model.layers.{layer}.{first}.weight"
+    return second
+
+
 def unused_names(config: ModelConfig) -> frozenset[str]:
     """Tensors that may stand in a checkpoint and are not read: a tied head, saved all the same."""
     return frozenset({"lm_head.weight"} if config.tie_embeddings else ())

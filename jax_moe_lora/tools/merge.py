@@ -2,8 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,11 @@ from jax_moe_lora.files.folders import whole_folder
 from jax_moe_lora.files.safetensors_io import TensorFile, read_json
 from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
 from jax_moe_lora.files.sizes import parse_bytes
+from jax_moe_lora.models.checkpoint_files import INDEX, SINGLE
+from jax_moe_lora.models.checkpoint_tensors import Part
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.loading import INDEX, SINGLE, checked_files
+from jax_moe_lora.models.loading import Checkpoint, open_checkpoint
 from jax_moe_lora.models.names import projection_tensors
 from jax_moe_lora.models.sites import adapter_sites
 
@@ -49,38 +53,44 @@ def merge_adapter(
 ) -> None:
     """Writes a checkpoint whose weights are the base model's plus the adapter's update: `W + scale * B @ A`.
 
-    One tensor is in memory at a time. Sums are float32's, cast once. The other files of the folder (config, tokenizer,
-    licence) are copied, but for weights in other forms.
+    One tensor is in memory at a time. Sums are float32's, cast once. Tensors keep their names and forms, and the other
+    files of the folder (config, tokenizer, licence) are copied, but for weights in other forms.
 
     Args:
-      model: folder of the base checkpoint, which is not changed. dtype: of all tensors; each keeps its own where None.
+      adapter: the adapter, in host memory.
+      model: folder of the base checkpoint, which is not changed.
+      out: the folder to write.
+      dtype: of all tensors; each keeps its own where None.
       max_shard_size: of a shard's tensors, such as `"5GB"`, or bytes; a larger tensor has a shard to itself.
       force: replace `out`, if it holds a model.
 
     Raises:
-      AdapterFormatError: the adapter does not fit the model. ConfigError, CheckpointError: the base checkpoint is not
-      read, or a merged weight is not finite in its dtype, by name. InputError: a bad argument, or `out` exists.
+      AdapterFormatError: the adapter does not fit the model.
+      ConfigError: the base checkpoint's config cannot be read.
+      CheckpointError: the base checkpoint cannot be read, or a merged weight is not finite in its dtype, by name.
+      InputError: a bad argument, or `out` exists.
     """
     cast_to = None if dtype is None else check_dtype(dtype)
     limit, model = parse_bytes(max_shard_size), Path(model)
     config = read_model_config(model)
     check_adapter(adapter, adapter_sites(config), MAX_RANK, np.dtype(np.float32))
     with ExitStack() as opened:
-        files, deltas = checked_files(model, config, opened), _deltas(config, adapter)
+        checkpoint = open_checkpoint(model, config, opened)
+        files, updates = checkpoint.files, _updates(config, adapter, checkpoint)
         planned = {
             name: Planned(cast_to or DTYPES[file.infos[name].dtype], file.infos[name].shape)
             for name, file in files.items()
         }
-        with whole_folder(out, "config.json", force) as partial:
+        with whole_folder(out, "config.json", force) as folder:
             for shard, names in (shards := _shards(planned, limit)).items():
                 write_tensors(
-                    partial / shard,
+                    folder / shard,
                     {name: planned[name] for name in names},
-                    lambda name: _merged(name, files[name], planned[name].dtype, deltas.get(name)),
+                    lambda name: _merged(name, files[name], planned[name].dtype, updates.get(name, [])),
                 )
             if len(shards) > 1:
-                _write_index(partial, shards, sum(tensor.nbytes for tensor in planned.values()))
-            _copy_others(model, partial, dtype)
+                _write_index(folder, shards, sum(tensor.nbytes for tensor in planned.values()))
+            _copy_others(model, folder, dtype)
             opened.close()  # refuses a shard that was written to meanwhile, before the folder appears
 
 
@@ -105,26 +115,42 @@ def _shards(planned: Mapping[str, Planned], limit: int) -> dict[str, list[str]]:
     return {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
 
 
-def _deltas(config: ModelConfig, adapter: LoRAAdapter) -> dict[str, Callable[[], np.ndarray]]:
-    """Checkpoint tensor -> what makes its update, float32 `[out, in]`."""
-    tensors = projection_tensors(config, family(config.model_type).ADAPTER_NAMES)
+@dataclass(frozen=True)
+class _Update:
+    """One matrix of a tensor, and what the adapter adds to it.
 
-    def delta(key: tuple[int, str], expert: int) -> Callable[[], np.ndarray]:
-        return lambda: adapter.weights[key].delta(expert)
+    Attributes:
+      part: where the matrix stands in the tensor.
+      rows: of the matrix.
+      delta: makes the update, float32 `[rows, in]`.
+    """
 
-    return {
-        tensors[key][expert]: delta(key, int(expert))
-        for key, weights in adapter.weights.items()
-        for expert in np.flatnonzero(weights.ranks)
-    }
+    part: Part
+    rows: int
+    delta: Callable[[], np.ndarray]
 
 
-def _merged(name: str, file: TensorFile, dtype: np.dtype, delta: Callable[[], np.ndarray] | None) -> np.ndarray:
+def _updates(config: ModelConfig, adapter: LoRAAdapter, checkpoint: Checkpoint) -> dict[str, list[_Update]]:
+    """Checkpoint tensor -> the updates of its matrices."""
+    tensors, sites = projection_tensors(config, family(config.model_type).ADAPTER_NAMES), adapter_sites(config)
+    updates: dict[str, list[_Update]] = {}
+    for key, weights in adapter.weights.items():
+        for expert in map(int, np.flatnonzero(weights.ranks)):
+            part = checkpoint.parts[tensors[key][expert]]
+            update = _Update(part, sites[key[1]].out_width, partial(weights.delta, expert))
+            updates.setdefault(part.tensor, []).append(update)
+    return updates
+
+
+def _merged(name: str, file: TensorFile, dtype: np.dtype, updates: Sequence[_Update]) -> np.ndarray:
     """A tensor of the base checkpoint, updated and cast."""
     base = file.get_tensor(name)
     with np.errstate(over="ignore"):
-        merged = base if delta is None else base.astype(np.float32) + delta()
-        merged = merged.astype(dtype, copy=False)
+        merged = base.astype(dtype, copy=False)
+        for update in updates:
+            # `base` and `merged` may be one array: a matrix is read before it is written.
+            matrix = update.part.view(base, update.rows).astype(np.float32) + update.delta()
+            update.part.view(merged, update.rows)[...] = matrix.astype(dtype)
     if not np.isfinite(merged).all():
         raise CheckpointError(f"{name} of {file.path.parent} with the adapter is not finite in {merged.dtype}.")
     return merged
