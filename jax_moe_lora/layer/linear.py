@@ -39,6 +39,7 @@ from pallas_kernels.ops import (
 )
 from pallas_kernels.pages import Place
 from pallas_kernels.pytrees import pytree
+from pallas_kernels.varying import varying_as
 from pallas_kernels.xla.dot import matmul, matmul_t
 
 TILE_LOOP: Implementation = "xla"  # the backend of the loop that is not packed
@@ -118,7 +119,8 @@ def lora_linear(
         else:
             pools = pages.a.astype(x.dtype), pages.b.astype(x.dtype)
             leaves, structure = jax.tree.flatten((pages.table, pages.scale, plan.rows))
-            y = _looped_lora((_loop_of(implementation), pages.max_rank, structure), y, x, *pools, leaves)
+            call = _loop_of(implementation), pages.max_rank, structure
+            y = _looped_lora(call, *varying_as((y, x, *pools, leaves)))
         y = lax.optimization_barrier(y)
     return y if bias is None else y + bias.astype(jnp.float32)[None]
 

@@ -21,6 +21,7 @@ from pallas_kernels.ops import (
     make_plan,
 )
 from pallas_kernels.routed_experts.weights import ExpertWeights
+from pallas_kernels.varying import varying_as
 
 
 def moe_lora(
@@ -76,11 +77,11 @@ def moe_lora(
     checks.check_adapters(adapters, config)
     slot_of_token = token_slots(tokens, slots, request_lengths, request_slots)
     if router is not None:
-        x = x if row_mask is None else _masked_for_gradients(x, row_mask)
+        x = x if row_mask is None else _masked_for_gradients(*varying_as((x, row_mask)))
         scores = router_scores(x, router, adapters, slot_of_token, implementation)
     assert scores is not None
     if router is None and row_mask is not None:
-        scores = _masked_for_gradients(scores, row_mask)
+        scores = _masked_for_gradients(*varying_as((scores, row_mask)))
     weights, chosen = route(scores, config, router_bias)
     if row_mask is not None:
         chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)

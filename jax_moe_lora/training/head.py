@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.training.loss import token_losses
+from pallas_kernels.varying import varying_as
 
 HEAD_LOGITS = 2**26  # that many logits at once (256 MiB)
 
@@ -31,7 +32,7 @@ def head_losses(model: ModelParams, hidden: Float[Array, "B T D"], targets: Int[
         return _by_rows(model, lambda rows, target: _losses_and_gradient(model, rows, target), hidden, targets)
 
     losses.defvjp(forward, _backward)
-    return losses(hidden, targets)
+    return losses(*varying_as((hidden, targets)))
 
 
 def _losses_and_gradient(model: ModelParams, hidden: Array, targets: Array) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.backend import target_sms
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.limits import DEPTH
@@ -136,7 +137,7 @@ def dispatch(
     }
     if gaps is not None:  # a warpgroup stores 8 bytes a thread at once, so whole multiples of that
         scratch["zeros"] = plgpu.SMEM((pl.cdiv(chunks, 8) * 8, DEPTH), x.dtype)
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         dispatch_rows,
         out_type=jax.ShapeDtypeStruct((num_rows, chunks, DEPTH), x.dtype),
         grid=(num_sms,),

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.lora_steps.entries import BEGIN, END, PAGE_A, PAGES_A_STEP, RANKS, SCALE
 from pallas_kernels.lora_steps.xla import PackedSteps
 from pallas_kernels.pages import RANK_PAGE
@@ -79,7 +80,7 @@ def shrink(
                 ranks = pl.ds(q * RANK_PAGE, RANK_PAGE)
                 out[step, :, ranks] = jnp.where(mine, acc * scale, 0.0).astype(out.dtype)
 
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((steps.bound, tile_rows, RANKS), x.dtype),
         grid=(steps.bound,),

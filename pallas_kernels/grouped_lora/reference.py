@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_lora.projections import each_projection
 from pallas_kernels.pages import RANK_PAGE, LoRAPages
 from pallas_kernels.plan.api import RoutingPlan, row_experts, row_slots
-from pallas_kernels.xla.varying import varying_as
+from pallas_kernels.varying import varying_as
 
 
 def grouped_lora(

@@ -9,9 +9,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_lora.projections import each_projection
 from pallas_kernels.pages import LoRAPages
 from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.varying import varying_as
 from pallas_kernels.xla.dot import batched_matmul_t, matmul_t, outer
 from pallas_kernels.xla.tile_loop import over_tiles, window
-from pallas_kernels.xla.varying import varying_as
 
 
 def grouped_lora(

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import mosaic
 from pallas_kernels.lora_steps.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP, RANKS
 from pallas_kernels.lora_steps.xla import PackedSteps
 from pallas_kernels.pages import RANK_PAGE
@@ -124,7 +125,7 @@ def grouped_matmul(
             target = out.at[pl.ds(row_block * tile_rows, tile_rows), some]
             target[...] = result.astype(out.dtype)
 
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, out_width), x.dtype),
         grid=(tiles.expert.shape[0] * blocks,),

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_lora import xla as xla_lora
 from pallas_kernels.grouped_matmul import unfused
 from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.varying import varying_as
 from pallas_kernels.xla.dot import batched_matmul, batched_matmul_t, outer
 from pallas_kernels.xla.tile_loop import over_tiles, window
-from pallas_kernels.xla.varying import varying_as
 
 
 def multiply(

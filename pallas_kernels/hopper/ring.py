@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.hopper.limits import COMPUTE_REGISTERS, COMPUTE_WARPGROUPS, MEMORY_REGISTERS
 
 DOWN = plgpu.Layout.WGMMA.reduce(1)  # a vector along the rows of an accumulator
@@ -36,7 +37,7 @@ def run(
     warpgroups: int = COMPUTE_WARPGROUPS,
 ) -> Callable[..., Any]:
     """A persistent kernel: one block an SM, so many compute warpgroups and one that moves memory."""
-    return plgpu.kernel(
+    return mosaic.kernel(
         body,
         out_type=out_type,
         grid=(num_sms,),

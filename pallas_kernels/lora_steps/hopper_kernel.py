@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.counting import BLOCK, Comparisons
 from pallas_kernels.lora_steps.api import StepLayout
@@ -154,7 +155,7 @@ def lists(
 
             module += layout.projections
 
-    kernel = plgpu.kernel(
+    kernel = mosaic.kernel(
         list_steps,
         out_type=[
             jax.ShapeDtypeStruct(shape, jnp.int32)

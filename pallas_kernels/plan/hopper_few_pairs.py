@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.backend import target_sms
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.counting import BLOCK, Comparisons, CountedPlaces, tiles_of, write_tiles
@@ -173,7 +174,7 @@ def places_and_tiles(
 
     tile_chunks = pl.cdiv(num_tiles, BLOCK)
     lengths = (chunks, expert_chunks, expert_chunks, segment_chunks, tile_chunks, tile_chunks, tile_chunks)
-    position, sizes, starts, before, *tables, count = plgpu.kernel(
+    position, sizes, starts, before, *tables, count = mosaic.kernel(
         plan_rows,
         out_type=(
             *[jax.ShapeDtypeStruct((length, BLOCK), jnp.int32) for length in lengths],

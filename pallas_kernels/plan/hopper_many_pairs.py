@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
+from pallas_kernels import mosaic
 from pallas_kernels.hopper import ring
 from pallas_kernels.hopper.counting import BLOCK, Comparisons, CountedPlaces, tiles_of, write_tiles
 from pallas_kernels.plan.tiles import group_start
@@ -67,7 +68,7 @@ def _count(ids: Int[Array, "chunks parts 64"], blocks: int) -> Int[Array, "chunk
                     PARTS, lambda part: (compare.across(own.at[part]) == group).astype(jnp.int32)
                 )
 
-    return plgpu.kernel(
+    return mosaic.kernel(
         count_groups,
         out_type=jax.ShapeDtypeStruct((chunks, blocks, BLOCK), jnp.int32),
         grid=(chunks,),
@@ -197,7 +198,7 @@ def _place(
     tile_chunks = pl.cdiv(num_tiles, BLOCK)
     lengths = (chunks * PARTS, blocks, blocks, tile_chunks, tile_chunks, tile_chunks)
     of_groups = plgpu.SMEM((blocks, BLOCK), jnp.int32)
-    return plgpu.kernel(
+    return mosaic.kernel(
         place_rows,
         out_type=(
             *[jax.ShapeDtypeStruct((length, BLOCK), jnp.int32) for length in lengths],

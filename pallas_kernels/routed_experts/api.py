@@ -39,6 +39,7 @@ from pallas_kernels.routed_experts.projections import (
     shrink_cotangent,
 )
 from pallas_kernels.routed_experts.weights import ExpertWeights
+from pallas_kernels.varying import varying_as
 
 
 def routed_experts(
@@ -74,7 +75,7 @@ def routed_experts(
     pages = NO_ADAPTERS if adapters is None else adapters.select(*(m for m in (*IN, *OUT) if m in adapters))
     pages = replace(pages, scales=jax.lax.stop_gradient(pages.scales))
     leaves, structure = jax.tree.flatten(plan)
-    return _layer(LayerCall(activation, remat, structure), x, weights, experts, pages, leaves)
+    return _layer(LayerCall(activation, remat, structure), *varying_as((x, weights, experts, pages, leaves)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

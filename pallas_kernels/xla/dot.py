@@ -5,18 +5,24 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.varying import varying_as
 
-@jax.custom_vjp
+
 def matmul_t(x: Float[Array, "rows in"], weight: Float[Array, "out in"]) -> Float[Array, "rows out"]:
     """`x @ weight.T`, summed in float32; float32 inputs are multiplied as float32 (never TF32).
 
     Its cotangent is rounded to x's dtype before it is multiplied: 16-bit models stay on the tensor cores.
     """
+    return _matmul_t(*varying_as((x, weight)))
+
+
+@jax.custom_vjp
+def _matmul_t(x: Array, weight: Array) -> Array:
     return _dot(x, weight, (((1,), (1,)), ((), ())))
 
 
 def _matmul_t_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return matmul_t(x, weight), (x, weight)
+    return _matmul_t(x, weight), (x, weight)
 
 
 def _matmul_t_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -26,17 +32,21 @@ def _matmul_t_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Arr
     return dx.astype(x.dtype), _dot(dy, x, (((0,), (0,)), ((), ()))).astype(weight.dtype)
 
 
-matmul_t.defvjp(_matmul_t_forward, _matmul_t_backward)
+_matmul_t.defvjp(_matmul_t_forward, _matmul_t_backward)
+
+
+def matmul(x: Float[Array, "rows in"], weight: Float[Array, "in out"]) -> Float[Array, "rows out"]:
+    """`x @ weight`, summed, multiplied and differentiated as `matmul_t`."""
+    return _matmul(*varying_as((x, weight)))
 
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "rows in"], weight: Float[Array, "in out"]) -> Float[Array, "rows out"]:
-    """`x @ weight`, summed, multiplied and differentiated as `matmul_t`."""
+def _matmul(x: Array, weight: Array) -> Array:
     return _dot(x, weight, (((1,), (0,)), ((), ())))
 
 
 def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, weight), (x, weight)
+    return _matmul(x, weight), (x, weight)
 
 
 def _matmul_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
@@ -46,7 +56,7 @@ def _matmul_backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array
     return dx.astype(x.dtype), _dot(x, dy, (((0,), (0,)), ((), ()))).astype(weight.dtype)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def batched_matmul_t(

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.plan.tiles import Tiles
-from pallas_kernels.xla.varying import varying_as
+from pallas_kernels.varying import varying_as
 
 # Tiles a step. A CPU gains nothing from batching and would copy the weights; a GPU's time is the number of kernels, so
 # it takes many, and the bound keeps the gathered weights small (`bench.py` compares).

@@ -1,38 +1,43 @@
-"""The layer under `jax.shard_map` as it comes, with its check of what varies over the mesh: two CPU devices."""
+"""The layer and its gradient under `jax.shard_map` as it comes, with its check of what varies over the mesh."""
 
+import json
 import os
 import subprocess
 import sys
-import textwrap
+
+import jax
+import pytest
 
 from support import ROOT
-
-PROGRAM = textwrap.dedent("""
-    from functools import partial
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import PartitionSpec as P
-    from jax_moe_lora.layer.moe import moe_lora
-    from support.layers import Spec, draw
-
-    problem = draw(Spec(tokens=10))
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    x, router, slots = jnp.asarray(problem.x), jnp.asarray(problem.router), jnp.asarray(problem.slots, jnp.int32)
-    arguments = x, slots, router, problem.experts, problem.bank.layer(0)
-
-    def layer(x, slots, router, experts, adapters, implementation):
-        return moe_lora(x, router, experts, problem.spec.config, adapters, slots, implementation=implementation)
-
-    for implementation in ("xla", "reference"):
-        whole = partial(layer, implementation=implementation)
-        split = jax.shard_map(whole, mesh=mesh, in_specs=(P("data"), P("data"), P(), P(), P()), out_specs=P("data"))
-        expected, found = jax.jit(whole)(*arguments), jax.jit(split)(*arguments)
-        assert float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected)) < 1e-6, implementation
-    print("equal")
-""")
+from support.split_layer import assert_split_equals_whole
 
 
-def test_the_layer_runs_under_shard_map_with_its_default_check():
+def run(python, *arguments, **environment):
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    result = subprocess.run(
+        [python, *arguments], env=os.environ | path | environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_layer_and_its_gradient_on_two_devices_equal_one():
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    environment = os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
-    assert run.stdout == "equal\n", run.stderr[-3000:]
+    assert run(sys.executable, "-m", "support.split_layer", "xla", "reference", **flags) == "equal\n"
+
+
+@pytest.mark.slow
+def test_the_kernels_and_their_gradients_lower_for_two_gpus():
+    python = ROOT / ".venv-cuda13" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make .venv-cuda13/full.stamp")
+    lines = [json.loads(line) for line in run(python, "-m", "support.lower_shard_map").splitlines()]
+    assert [line["backend"] for line in lines] == ["hopper", "portable"]
+    assert all(min(line["kernels"]) > 0 for line in lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["hopper", "portable", "xla"])
+def test_the_layer_and_its_gradient_under_shard_map_equal_the_whole_on_a_gpu(implementation):
+    assert_split_equals_whole(implementation, "bfloat16", len(jax.devices()), limit=1e-2)
