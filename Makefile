@@ -52,7 +52,7 @@ NEWEST := tests/jax_moe_lora/models/test_attention.py \
 	tests/jax_moe_lora/layer/test_nn.py \
 	tests/pallas_kernels/plan/test_plan.py \
 	tests/jax_moe_lora/adapters/test_pool.py \
-	tests/jax_moe_lora/layer/test_torch_parity.py \
+	tests/jax_moe_lora/parity/test_torch_parity.py \
 	tests/pallas_kernels/hopper/test_tuning.py
 newest: .venv-newest/full.stamp
 	.venv-newest/bin/python -m pytest $(WORKERS) -m "(not slow or newest) and not gpu" --durations=20 $(NEWEST)

@@ -6,7 +6,7 @@ Names are imported when they are first used: reading a config or an adapter does
 from etils import epy as _epy
 
 with _epy.lazy_api_imports(globals()):
-    from jax_moe_lora import adapters, config, errors, export, inspect, nn, plots, training  # noqa: F401
+    from jax_moe_lora import adapters, config, errors, export, inspect, nn, parity, plots, training  # noqa: F401
     from jax_moe_lora.adapters.bank import AdapterBank, create_bank, remove
     from jax_moe_lora.adapters.extraction import extract
     from jax_moe_lora.adapters.insertion import insert

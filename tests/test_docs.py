@@ -14,7 +14,10 @@ from support import ROOT
 DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "pallas_kernels").rglob("*.md"))]
 RESULTS = ROOT / "pallas_kernels" / "results"
-PUBLIC = ("jax_moe_lora", *(f"jax_moe_lora.{name}" for name in ("export", "inspect", "nn", "plots", "training")))
+PUBLIC = (
+    "jax_moe_lora",
+    *(f"jax_moe_lora.{name}" for name in ("export", "inspect", "nn", "parity", "plots", "training")),
+)
 PATHS = ("docs/", "jax_moe_lora/", "notebooks/", "pallas_kernels/", "tests/")
 
 

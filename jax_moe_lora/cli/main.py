@@ -14,6 +14,7 @@ from jax_moe_lora.cli.convert import convert, merge
 from jax_moe_lora.cli.demo import demo
 from jax_moe_lora.cli.generate import generate
 from jax_moe_lora.cli.inspect import inspect
+from jax_moe_lora.cli.parity import parity
 from jax_moe_lora.cli.train import train
 from jax_moe_lora.cli.tune import tune
 from jax_moe_lora.cli.validate import validate
@@ -52,6 +53,7 @@ for command in (
     demo,
     generate,
     inspect,
+    parity,
     validate,
 ):
     app.command()(command)

@@ -9,6 +9,7 @@ import pytest
 
 import jax_moe_lora
 import jax_moe_lora.inspect
+import jax_moe_lora.parity
 from jax_moe_lora.demo.run import data_folder
 
 MODEL, SORT = str(data_folder() / "model"), str(data_folder() / "adapters" / "sort")
@@ -43,7 +44,12 @@ def imported_by(code: str) -> set[str]:
 
 
 def test_importing_the_package_imports_nothing_slow():
-    assert imported_by("import jax_moe_lora, jax_moe_lora.errors, jax_moe_lora.inspect") == set()
+    assert imported_by("import jax_moe_lora, jax_moe_lora.errors, jax_moe_lora.inspect, jax_moe_lora.parity") == set()
+
+
+def test_making_probes_imports_no_torch():
+    probes = "from jax_moe_lora import MoEConfig, parity; parity.probes(MoEConfig(8, 8, 2, 1))"
+    assert imported_by(f"{probes}; parity.torch_reference") == set()
 
 
 def test_a_model_needs_jax_alone():
@@ -56,6 +62,7 @@ def test_commands_that_read_files_import_no_jax():
         ("--version",): 0,
         ("train", "--help"): 0,
         ("bench", "--help"): 0,
+        ("parity", "--help"): 0,
         ("inspect", MODEL): 0,
         ("inspect", SORT, "--json"): 0,
         ("validate", SORT, "--model", MODEL): 0,
@@ -69,7 +76,9 @@ def test_commands_that_read_files_import_no_jax():
         assert (code, SLOW & set(modules)) == (expected, set()), command
 
 
-@pytest.mark.parametrize("package", [jax_moe_lora, jax_moe_lora.inspect], ids=lambda package: package.__name__)
+@pytest.mark.parametrize(
+    "package", [jax_moe_lora, jax_moe_lora.inspect, jax_moe_lora.parity], ids=lambda package: package.__name__
+)
 def test_every_public_name_is_there(package):
     assert set(package.__all__) <= set(dir(package))
     taken: dict[str, object] = {}

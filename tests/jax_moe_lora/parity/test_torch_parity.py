@@ -11,7 +11,7 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.moe import routed_experts
 from jax_moe_lora.nn import moe_sites
-from jax_moe_lora.parity.torch_reference import routed_experts as routed_experts_in_torch
+from jax_moe_lora.parity import torch_reference as routed_experts_in_torch
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.layers import assert_close, rounded
 from support.pairs import covering_pairs
@@ -47,7 +47,7 @@ def torch_reference(x, weights, chosen, base, adapter) -> np.ndarray:
     """The library's plain torch definition, with the adapter on every token."""
     loaded = {MODULE[name]: (a, b, 1.0) for name, (a, b) in adapter.items()}
     experts = {MODULE[name]: w for name, w in base.items()}
-    return routed_experts_in_torch(x, weights, chosen, experts, [loaded] * len(x)).numpy()
+    return routed_experts_in_torch(x, chosen, weights, experts, [loaded], [0] * len(x)).numpy()
 
 
 def draw(shape: str, probe: str, dtype: str, seed: int = 0):
