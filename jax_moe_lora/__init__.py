@@ -28,7 +28,8 @@ with _epy.lazy_api_imports(globals()):
     )
     from jax_moe_lora.layer.linear import lora_linear
     from jax_moe_lora.layer.moe import moe_lora, routed_experts
-    from jax_moe_lora.serving.model import Functional, Model
+    from jax_moe_lora.serving.functional import Functional
+    from jax_moe_lora.serving.model import Model
     from jax_moe_lora.serving.requests import Generation
     from jax_moe_lora.tools.compilations import count_compilations
     from jax_moe_lora.tools.merge import merge_adapter

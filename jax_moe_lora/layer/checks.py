@@ -1,18 +1,21 @@
 """What the layer's functions ask of their arguments.
 
-Every check reads shapes and dtypes alone. So bad input raises before anything is traced, under `jit` as outside of it,
-and a check costs nothing when the compiled program runs.
+Every check but `check_slots` reads shapes and dtypes alone. So bad input raises before anything is traced, under `jit`
+as outside of it, and a check costs nothing when the compiled program runs.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
+from pallas_kernels.ops import BASE_SLOT
 from pallas_kernels.pages import RANK_PAGE, LayerPages, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
@@ -45,6 +48,27 @@ def check_array(name: str, value: Any, shape: Sequence[int | str], kind: Kind) -
         raise InputError(f"{name} has dtype {value.dtype}; expected {kind}.")
     if not _fits(value.shape, shape):
         raise InputError(f"{name} has shape {list(value.shape)}; expected {_shown(shape)}.")
+
+
+def check_slots(slots: Any, num_slots: int) -> None:
+    """Refuses slots that a bank does not have, where their values are known: inside `jit` such a row is a base row.
+
+    Args:
+      slots: integers of any shape, traced or not; None is accepted.
+      num_slots: S.
+
+    Raises:
+      InputError: the first slot that is out of range.
+    """
+    if slots is None or isinstance(slots, jax.core.Tracer):
+        return
+    values = np.asarray(slots)
+    if values.dtype.kind not in "iu":
+        return  # refused by name where it is used
+    bad = values[(values < BASE_SLOT) | (values >= num_slots)]
+    if bad.size:
+        has = f"-1 (the base model) to {num_slots - 1}" if num_slots else "-1 (the base model) alone, without a bank"
+        raise InputError(f"slots has {bad.flat[0]}; expected {has}.")
 
 
 def check_layer_input(x: Any, config: MoEConfig) -> int:

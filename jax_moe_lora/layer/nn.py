@@ -15,6 +15,7 @@ from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.layer.checks import check_slots
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora, routed_experts
 from jax_moe_lora.layer.routing import token_slots
@@ -108,8 +109,7 @@ class MoELoRA(nnx.Module):
         request_slots: Int[Array, "N"] | None = None,
         row_mask: Bool[Array, "T"] | None = None,
     ) -> Float[Array, "T D"]:
-        if self.adapters is None:
-            _refuse_slots(slots=slots, request_lengths=request_lengths, request_slots=request_slots)
+        _check_slots(self.adapters, slots=slots, request_lengths=request_lengths, request_slots=request_slots)
         return moe_lora(
             x,
             self.router.weight[...],
@@ -146,9 +146,9 @@ class LoRALinear(nnx.Module):
         self.adapters = _bank(sites, max_adapters, max_rank, adapter_memory, param_dtype)
 
     def __call__(self, x: Float[Array, "T in"], slots: Int[Array, "T"] | None = None) -> Float[Array, "T out"]:
+        _check_slots(self.adapters, slots=slots)
         slot_of_row = token_slots(x.shape[0], slots)
         if self.adapters is None:
-            _refuse_slots(slots=slots)
             return lora_linear(x, self.weight[...]).astype(x.dtype)
         pages = self.adapters.get_value().layer(0)["linear"]
         plan = dense_plan(slot_of_row, pages.scale.shape[0])
@@ -174,14 +174,16 @@ def load(module: "MoELoRA | LoRALinear", change: Callable[[AdapterBank], Adapter
     module.adapters.set_value(new)
 
 
-def _refuse_slots(**given: Array | None) -> None:
-    """A module without a bank would serve the base model whatever slots say."""
+def _check_slots(bank: LoRAParam | None, **given: Array | None) -> None:
+    """Refuses slots that the bank does not have; without a bank, all: the base model would be served silently."""
     for name, values in given.items():
-        if values is not None:
+        if bank is None and values is not None:
             raise InputError(
                 f"{name} came to a module without an adapter bank; make it with max_adapters of at least 1, "
                 f"or call it without {name}."
             )
+        if bank is not None and name != "request_lengths":
+            check_slots(values, bank.get_value().num_slots)
 
 
 def _bank(sites, max_adapters, max_rank, memory, dtype) -> LoRAParam | None:

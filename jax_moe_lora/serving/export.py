@@ -21,7 +21,7 @@ from jax import export
 
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.serving.model import Functional
+from jax_moe_lora.serving.functional import Functional
 from pallas_kernels.backend import lowering_sms, target_sms
 
 

@@ -1,8 +1,6 @@
 """The surface that most users touch: a checkpoint, adapters by name, and batches that mix them."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,25 +11,21 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank
-from jax_moe_lora.adapters.formats.detect import read_adapter
-from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
-from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import flag, sequence, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.devices import require_device
-from jax_moe_lora.errors import AdapterInUseError, CheckpointError, InputError
+from jax_moe_lora.errors import CheckpointError, InputError
 from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.files.tokenizer import TextStream, Tokenizer
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.decoder import Cache
-from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.serving import programs
+from jax_moe_lora.serving.adapters import ServedAdapters
+from jax_moe_lora.serving.functional import Functional, functions
 from jax_moe_lora.serving.requests import Generation, PaddedBatch, check_tokens, decode_loop, make_requests
 from pallas_kernels.ops import BASE_SLOT, Implementation, UnsupportedImplementation, choose
 
@@ -39,22 +33,7 @@ Result = TypeVar("Result")
 _logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
 
 
-@dataclass(frozen=True)
-class Functional:
-    """The model as data and pure functions, for a user's own `jax.jit`.
-
-    `prefill(params, bank, cache, tokens [B, T], lengths [B], slots [B]) -> (cache, float32 logits [B, V])`;
-    `decode(params, bank, cache, tokens [B], slots [B]) -> (cache, float32 logits [B, V])`. The cache may be donated.
-    """
-
-    params: ModelParams
-    bank: AdapterBank
-    init_cache: Callable[[], Cache]
-    prefill: Callable[..., tuple[Cache, Array]]
-    decode: Callable[..., tuple[Cache, Array]]
-
-
-class Model:
+class Model(ServedAdapters):
     """A Mixture-of-Experts model and the adapters that its requests use. Make one with `from_pretrained`."""
 
     def __init__(
@@ -65,8 +44,8 @@ class Model:
         folder: Path | None = None,
         implementation: Implementation | None = None,
     ):
-        self.config, self.params, self.implementation = config, params, implementation
-        self._folder, self._pool = folder, AdapterPool(bank, self._read_adapter)
+        super().__init__(config, bank)
+        self.params, self.implementation, self._folder = params, implementation, folder
         self._compiled: set[Any] = set()
 
     @classmethod
@@ -118,75 +97,6 @@ class Model:
             return self.tokenizer is not None
         except (InputError, CheckpointError):
             return False
-
-    @property
-    def adapters(self) -> dict[str, AdapterInfo]:
-        """The adapters that are in a slot, by name."""
-        return {loaded.name: loaded for loaded in self._pool.loaded()}
-
-    @property
-    def adapter_status(self) -> dict[str, AdapterStatus]:
-        """What every registered adapter is doing, by name."""
-        return self._pool.statuses()
-
-    def load_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> AdapterInfo:
-        """Loads an adapter under a name; it keeps its slot until it is unloaded.
-
-        Nothing recompiles, running requests go on, and a failure leaves everything as it was.
-
-        Args:
-          adapter: a folder in any layout that `read_adapter` knows, or an adapter in memory.
-
-        Raises:
-          AdapterFormatError: the files are not understood or do not fit. AdapterNameError: the name is taken or
-          reserved. BankFullError: no slot or not enough pages are free.
-        """
-        self._pool.register(adapter_name, self._source(adapter), pinned=True)
-        try:
-            self._pool.load(adapter_name)
-            return self.adapters[adapter_name]
-        except BaseException:
-            with suppress(AdapterInUseError):  # interrupted, and the loader goes on
-                self._pool.forget(adapter_name)
-            raise
-
-    def register_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> None:
-        """Makes an adapter known; the first request that names it loads it, and later ones may evict it.
-
-        Any number can be registered. A folder whose content has changed is read again before the next request.
-
-        Raises:
-          AdapterNameError: the name is taken or reserved.
-        """
-        self._pool.register(adapter_name, self._source(adapter))
-
-    def prefetch_adapters(self, adapter_names: Sequence[str]) -> None:
-        """Begins to load registered adapters into slots that nobody uses, and does not wait."""
-        self._pool.prefetch(sequence("adapter_names", adapter_names))
-
-    def pin_adapter(self, adapter_name: str, pinned: bool = True) -> None:
-        """Keeps a registered adapter in its slot once it is there, or lets it be evicted again."""
-        self._pool.pin(adapter_name, flag("pinned", pinned))
-
-    def unload_adapter(self, adapter_name: str) -> None:
-        """Forgets an adapter and frees its slot. Raises AdapterInUseError while a running request holds it."""
-        self._pool.forget(adapter_name)
-
-    def save_adapter(
-        self, adapter: str | LoRAAdapter, folder: str | Path, layout: str = "peft", **options: bool
-    ) -> list[str]:
-        """Writes an adapter from memory, or by its name: what its source holds, or the bank where its folder is gone.
-
-        Options (`expand`, `fold_scale`, `force`), what is returned and raised: as `write_adapter`.
-        """
-        if not isinstance(adapter, LoRAAdapter):
-            adapter = self._pool.fetch(adapter)
-        sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
-        return write_adapter(adapter, folder, sites, names, layout, **options)
-
-    def slots(self, adapter_names: Sequence[str | None]) -> Array:
-        """int32 `[B]`: the slots of a batch's adapters, for `functional`."""
-        return jnp.asarray(self._pool.slots(sequence("adapter_names", adapter_names)), jnp.int32)
 
     def generate(
         self,
@@ -277,47 +187,53 @@ class Model:
     def functional(self, batch: int, max_length: int) -> Functional:
         """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each.
 
-        The bank is the one of this moment: after loading or unloading an adapter, take the new one.
+        The bank is the one of this moment, and stays as it is, at the cost of a copy with the next change of the
+        adapters. A loop in which adapters come and go calls the functions through `run`, with slots that it holds.
+        Models of one config have the same functions: asking again compiles nothing.
+
+        Args:
+          batch: rows of the cache.
+          max_length: positions of the cache, prompt and answer together.
 
         Raises:
-          InputError: a size that is no whole number, or a length that the model has no positions for.
+          InputError: a size that is not a whole number, or a length that the model has no positions for.
         """
         batch = whole("batch", batch, 1)
         max_length = whole("max_length", max_length, 1, self.config.max_positions)
-        static: dict[str, Any] = {"config": self.config, "implementation": self.implementation}
-        return Functional(
-            params=self.params,
-            bank=self._pool.lend(),
-            init_cache=partial(decoder.init_cache, self.config, batch, max_length, self._dtype),
-            prefill=partial(decoder.prefill, **static),
-            decode=partial(decoder.decode, **static),
-        )
+        steps = functions(self.config, self.implementation)
+        bank, slots = self._pool.lend()
+        init_cache = partial(decoder.init_cache, self.config, batch, max_length, self._dtype)
+        return Functional(self.params, bank, init_cache, steps.prefill, steps.decode, slots)
+
+    def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """`function(params, bank, *arguments)` with the bank of this moment, for a loop in which adapters come and go.
+
+        Slots are right in it as long as they are held. Loads wait while the function is compiled for new shapes.
+
+        Args:
+          function: one of `functional`, or a jitted function of your own; the same object each time.
+          *arguments: what follows the bank.
+
+        Returns:
+          What the function returns.
+        """
+        return self._dispatch(function, function, arguments)
 
     def _run(self, program: Callable[..., Result], *arguments: Any) -> Result:
-        """Starts a program with the bank of this moment; while it is compiled, other requests go on."""
         call = partial(program, config=self.config, implementation=self.implementation)
-        key = program, jax.tree.structure(arguments), *(x.shape for x in jax.tree.leaves(arguments))
+        return self._dispatch(program, call, arguments)
+
+    def _dispatch(self, key: Any, call: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
+        """Starts a program with the bank of this moment; while it is compiled, other requests go on."""
+        key = key, jax.tree.structure(arguments), *(np.shape(x) for x in jax.tree.leaves(arguments))
         start = self._pool.using if key in self._compiled else self._pool.pausing_loads
         result = start(lambda bank: call(self.params, bank, *arguments))
         self._compiled.add(key)
         return result
 
-    def _source(self, adapter: str | Path | LoRAAdapter) -> Path | LoRAAdapter:
-        return adapter if isinstance(adapter, LoRAAdapter) else local_folder(adapter)
-
-    def _read_adapter(self, folder: Path, name: str) -> LoRAAdapter:
-        names = family(self.config.model_type).ADAPTER_NAMES
-        return read_adapter(folder, decoder.adapter_sites(self.config), names, name)
-
     @property
     def _dtype(self) -> np.dtype:
         return self.params.embedding.dtype
-
-    def _names(self, adapter_names: Sequence[str | None] | None, count: int) -> list[str | None]:
-        names = [None] * count if adapter_names is None else list(sequence("adapter_names", adapter_names))
-        if len(names) != count:
-            raise InputError(f"adapter_names has {len(names)} entries for {count} prompts; give one for each.")
-        return names
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)

@@ -1,7 +1,11 @@
 """Any number of adapters behind the slots of one bank.
 
-`registry.py`: names, slots, references and who is evicted, on the host alone. `content.py`: whether a folder changed.
-`pool.py`: `AdapterPool`, which ties them to a bank and loads adapters while others run. `status.py`: what it tells.
+- `registry.py`: names, slots, references and who is evicted, on the host alone.
+- `holds.py`: which slots are in use, and from which threads.
+- `content.py`: whether a folder has changed.
+- `shared_bank.py`: the bank that steps read while a loader writes.
+- `pool.py`: `AdapterPool`, which ties them together and loads adapters while others run.
+- `status.py`: what users are told of adapters.
 """
 
 from jax_moe_lora.adapters.pool.pool import AdapterPool

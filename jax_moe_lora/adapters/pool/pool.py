@@ -7,23 +7,22 @@ that moment, in which its slot is still empty.
 """
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
-import jax
-
-from jax_moe_lora.adapters.bank import AdapterBank, remove
+from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.extraction import extract
-from jax_moe_lora.adapters.insertion import Insertion, Prepared, place, prepare, write
+from jax_moe_lora.adapters.insertion import Insertion, Prepared, prepare
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool.content import Version, stamps, version
+from jax_moe_lora.adapters.pool.holds import Holds
 from jax_moe_lora.adapters.pool.registry import Entry, Registry, Source
+from jax_moe_lora.adapters.pool.shared_bank import SharedBank
 from jax_moe_lora.adapters.pool.status import AdapterInfo, AdapterStatus
-from jax_moe_lora.errors import AdapterFormatError, AdapterInUseError, AdapterNameError, BankFullError
+from jax_moe_lora.errors import AdapterFormatError, AdapterNameError, BankFullError
 from pallas_kernels.ops import BASE_SLOT
 
 Result = TypeVar("Result")
@@ -35,12 +34,11 @@ class AdapterPool:
 
     def __init__(self, bank: AdapterBank, read: Read):
         """`read(folder, name)` reads an adapter from disk."""
-        self._bank, self._read = bank, read
-        self._lent = False  # somebody else holds this bank, so its memory is not ours to write into
-        self._holding: Counter[int] = Counter()  # thread -> its batches that run
-        self._pauses = 0  # calls under way with a bank that no load may write into
+        self._read = read
         self._registry = Registry(bank.num_slots)
+        self._holds = Holds(self._registry)
         self._changed = threading.Condition(threading.RLock())  # its lock guards the registry and the bank
+        self._bank = SharedBank(bank, self._changed)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
 
     def register(self, name: str, source: Source, pinned: bool = False) -> None:
@@ -65,13 +63,7 @@ class AdapterPool:
     def forget(self, name: str) -> None:
         """Takes an adapter out of slot and registry. Raises AdapterNameError, or AdapterInUseError while it runs."""
         with self._changed:
-            entry = self._registry.find(name)
-            if entry is None:
-                raise AdapterNameError(f"{name!r} is the base model, which is never unloaded; name an adapter.")
-            if entry.state == "loading":
-                raise AdapterInUseError(f"Adapter {name!r} is loading; wait for it.")
-            if uses := self._registry.references(entry):
-                raise AdapterInUseError(f"Adapter {name!r} is used by {uses} running requests; wait for them.")
+            entry = self._registry.unused(name)
             if entry.slot is not None:
                 self._evict(entry)
             del self._registry.entries[name]
@@ -98,7 +90,7 @@ class AdapterPool:
         """What is in a slot, in the order of the slots."""
         with self._changed:
             return [
-                AdapterInfo(entry.name, entry.slot, entry.ranks, self._bank.slot_nbytes(entry.slot))
+                AdapterInfo(entry.name, entry.slot, entry.ranks, self._bank.value.slot_nbytes(entry.slot))
                 for entry in self._registry.ready()
                 if entry.slot is not None
             ]
@@ -126,13 +118,7 @@ class AdapterPool:
     def slots(self, names: Sequence[str | None]) -> list[int]:
         """Slots of adapters that are there now. Raises AdapterNameError: one is not registered, or has no slot."""
         with self._changed:
-            slots = []
-            for name in names:
-                entry = self._registry.find(name)
-                if entry is not None and entry.state != "ready":
-                    raise AdapterNameError(f"Adapter {name!r} is {entry.state}, not in a slot; load it first.")
-                slots.append(BASE_SLOT if entry is None or entry.slot is None else entry.slot)
-            return slots
+            return [self._registry.slot_of(name) for name in names]
 
     @contextmanager
     def hold(self, names: Sequence[str | None]) -> Iterator[list[int | Exception]]:
@@ -144,47 +130,63 @@ class AdapterPool:
           AdapterNameError: a name is not registered.
           BankFullError: more adapters are named than there are slots that are not pinned.
         """
+        outcomes, thread = self._take(names), threading.get_ident()
+        try:
+            yield outcomes
+        finally:
+            self._give_back([slot for slot in outcomes if isinstance(slot, int)], thread)
+
+    def acquire(self, names: Sequence[str | None]) -> list[int]:
+        """As `hold`, until each slot is released. Raises, with nothing acquired, where an adapter cannot be loaded."""
+        outcomes, thread = self._take(names), threading.get_ident()
+        slots = [slot for slot in outcomes if isinstance(slot, int)]
+        for error in (outcome for outcome in outcomes if not isinstance(outcome, int)):
+            self._give_back(slots, thread)
+            raise error
+        with self._changed:
+            self._holds.keep(slots, thread)
+        return slots
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Gives slots back, all that were acquired together or some of them. Raises InputError: one is not acquired."""
+        with self._changed:
+            self._bank.clear(self._holds.drop(slots))
+            self._changed.notify_all()
+
+    def _take(self, names: Sequence[str | None]) -> list[int | Exception]:
         self._look_for_changes(names)
         thread = threading.get_ident()
         with self._changed:
             entries = self._admit(names)
             slots = [BASE_SLOT if entry is None or entry.slot is None else entry.slot for entry in entries]
-            self._registry.count(slots, 1)
-            self._holding[thread] += 1
+            self._holds.begin(slots, thread)
             loading = [None if entry is None else entry.loading for entry in entries]
         try:
-            failed = [None if future is None else future.exception() for future in loading]
-            yield [slot if error is None else error for slot, error in zip(slots, failed, strict=True)]
-        finally:
-            with self._changed:
-                self._registry.count(slots, -1)
-                self._holding[thread] -= 1
-                for slot in self._registry.left(slots):
-                    self._clear(slot)
-                self._changed.notify_all()
+            errors = [None if future is None else cast(Exception | None, future.exception()) for future in loading]
+        except BaseException:  # interrupted
+            self._give_back(slots, thread)
+            raise
+        self._give_back([slot for slot, error in zip(slots, errors, strict=True) if error is not None], thread)
+        return [slot if error is None else error for slot, error in zip(slots, errors, strict=True)]
+
+    def _give_back(self, slots: Sequence[int], thread: int) -> None:
+        with self._changed:
+            self._bank.clear(self._holds.end(slots, thread))
+            self._changed.notify_all()
 
     def using(self, call: Callable[[AdapterBank], Result]) -> Result:
-        """`call(bank)` with the bank of this moment; for starting a step: nothing else goes on before it returns."""
-        with self._changed:
-            return call(self._bank)
+        """As `SharedBank.using`."""
+        return self._bank.using(call)
 
     def pausing_loads(self, call: Callable[[AdapterBank], Result]) -> Result:
-        """As `using`, for what takes long, such as compiling a step: loads wait for it, other steps do not."""
-        with self._changed:
-            self._pauses += 1
-            bank = self._bank
-        try:
-            return call(bank)
-        finally:
-            with self._changed:
-                self._pauses -= 1
-                self._changed.notify_all()
+        """As `SharedBank.pausing_loads`."""
+        return self._bank.pausing_loads(call)
 
-    def lend(self) -> AdapterBank:
-        """The bank of this moment, for good: the next change is made in a copy."""
+    def lend(self) -> tuple[AdapterBank, dict[str, int]]:
+        """The bank of this moment, for good, and the slots of its adapters by name."""
         with self._changed:
-            self._lent = True
-            return self._bank
+            slots = {entry.name: entry.slot for entry in self._registry.ready() if entry.slot is not None}
+            return self._bank.lend(), slots
 
     def _find(self, names: Sequence[str | None]) -> list[Entry]:
         """Registered adapters of the names, each once."""
@@ -210,7 +212,7 @@ class AdapterPool:
     def _check_hope(self, entries: Sequence[Entry]) -> None:
         """Raises BankFullError where waiting would not help: nobody else is going to make room."""
         slots, pinned = len(self._registry.slots), self._registry.pinned(but=entries)
-        waits_for_itself = self._holding[threading.get_ident()] > 0
+        waits_for_itself = self._holds.used_by(threading.get_ident())
         if len(entries) + pinned > slots or waits_for_itself:
             others = f", {pinned} held by adapters that were loaded or pinned" if pinned else ""
             others += ", the rest used by running requests of this thread itself" if waits_for_itself else ""
@@ -229,17 +231,7 @@ class AdapterPool:
         return self._registry.free_slots()[:count]
 
     def _evict(self, entry: Entry) -> None:
-        self._clear(self._registry.take(entry))
-
-    def _clear(self, slot: int) -> None:
-        """Empties a slot of the bank."""
-        self._bank = remove(self._bank, slot)
-
-    def _own_bank(self) -> AdapterBank:
-        """The bank, whose memory may be written into."""
-        if self._lent:
-            self._bank, self._lent = jax.device_put(self._bank, may_alias=False), False
-        return self._bank
+        self._bank.clear([self._registry.take(entry)])
 
     def _begin(self, entry: Entry, slot: int) -> None:
         self._registry.give(entry, slot)
@@ -249,15 +241,13 @@ class AdapterPool:
         """The loader's work. Where it fails the slot is empty again, and nothing else has changed."""
         try:
             adapter, content = self._read_source(entry)
-            insertion = self._place(slot, prepare(self._bank, adapter))
+            insertion = self._place(slot, prepare(self._bank.value, adapter))
             for chunk in insertion.chunks():
-                with self._changed:
-                    self._changed.wait_for(lambda: not self._pauses)
-                    self._bank = write(self._own_bank(), chunk)
+                self._bank.write(chunk)
             if content is not None and stamps(Path(str(entry.source))) != content.stamps:
                 raise AdapterFormatError(f"{entry.source} changed while it was read; load it when it is complete.")
             with self._changed:
-                self._bank = insertion.publish(self._bank)
+                self._bank.publish(insertion)
                 entry.ranks, entry.version, entry.error, entry.loading = adapter.ranks, content, None, None
         except BaseException as error:
             with self._changed:
@@ -281,8 +271,7 @@ class AdapterPool:
         with self._changed:
             while True:
                 try:
-                    self._bank, insertion = place(self._bank, slot, prepared)
-                    return insertion
+                    return self._bank.place(slot, prepared)
                 except BankFullError:
                     unused = self._registry.evictable()
                     if not unused:
@@ -308,5 +297,4 @@ class AdapterPool:
                     entry.version = new
                     if new.digest != old.digest:
                         slot = self._registry.take(entry)
-                        for left in self._registry.left([slot]):
-                            self._clear(left)
+                        self._bank.clear(self._registry.left([slot]))

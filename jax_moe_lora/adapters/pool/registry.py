@@ -13,7 +13,7 @@ from typing import Literal
 
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool.content import Version
-from jax_moe_lora.errors import AdapterNameError
+from jax_moe_lora.errors import AdapterInUseError, AdapterNameError
 from pallas_kernels.ops import BASE_SLOT
 
 BASE_NAMES = (None, "__base__")
@@ -88,6 +88,24 @@ class Registry:
             some = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
             raise AdapterNameError(f"No adapter named {name!r} is loaded or registered (there are: {some or 'none'}).")
         return self.entries[name]
+
+    def unused(self, name: str | None) -> Entry:
+        """The adapter of a name. Raises AdapterNameError, or AdapterInUseError while it loads or requests use it."""
+        entry = self.find(name)
+        if entry is None:
+            raise AdapterNameError(f"{name!r} is the base model, which is never unloaded; name an adapter.")
+        if entry.state == "loading":
+            raise AdapterInUseError(f"Adapter {name!r} is loading; wait for it.")
+        if uses := self.references(entry):
+            raise AdapterInUseError(f"Adapter {name!r} is used by {uses} running requests; wait for them.")
+        return entry
+
+    def slot_of(self, name: str | None) -> int:
+        """The slot of a name. Raises AdapterNameError: it is not registered, or has no slot."""
+        entry = self.find(name)
+        if entry is not None and entry.state != "ready":
+            raise AdapterNameError(f"Adapter {name!r} is {entry.state}, not in a slot; load it first.")
+        return BASE_SLOT if entry is None or entry.slot is None else entry.slot
 
     def free_slots(self) -> list[int]:
         return [number for number, slot in enumerate(self.slots) if slot.entry is None and not slot.references]

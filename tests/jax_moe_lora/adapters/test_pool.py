@@ -267,7 +267,8 @@ def test_a_forgotten_name_is_unknown_and_free(pool, folder):
 
 def test_a_lent_bank_stays_as_it_was(pool, folder):
     pool.register("a", folder("a", 1.0))
-    lent = pool.lend()
+    lent, slots = pool.lend()
+    assert slots == {}
     before = [np.array(leaf) for leaf in jax.tree.leaves(lent)]
     pool.load("a")
     for old, now in zip(before, jax.tree.leaves(lent), strict=True):

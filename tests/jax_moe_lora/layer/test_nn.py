@@ -148,3 +148,10 @@ def test_linear_module_equals_the_pure_function(rows):
     plain = LoRALinear(64, 48, rngs=nnx.Rngs(0))
     base = nnx.jit(lambda m, x: m(x))(plain, rows)
     np.testing.assert_array_equal(base[1], expected[1])
+
+
+def test_slots_that_a_bank_does_not_have_are_refused(layer, rows):
+    with pytest.raises(InputError, match=r"slots has 4; expected -1 \(the base model\) to 3"):
+        layer(rows, SLOTS + 2)
+    with pytest.raises(InputError, match="slots has -2"):
+        layer(rows, request_lengths=jnp.array([1]), request_slots=jnp.array([-2]))

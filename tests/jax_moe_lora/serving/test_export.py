@@ -13,7 +13,7 @@ from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.export import decode_arguments, export_decode
 from jax_moe_lora.models.cache import Cache
-from jax_moe_lora.serving.model import Functional
+from jax_moe_lora.serving.functional import Functional
 from pallas_kernels.backend import target_sms
 
 pytestmark = pytest.mark.xdist_group("demo")

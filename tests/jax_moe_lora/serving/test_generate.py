@@ -27,6 +27,7 @@ from jax_moe_lora import (
     count_compilations,
 )
 from jax_moe_lora.demo.run import data_folder, load_demo
+from jax_moe_lora.serving import adapters as reading
 from jax_moe_lora.serving import model as surface
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.requests import PaddedBatch, Request
@@ -242,13 +243,13 @@ def during_a_load(model, monkeypatch):
     """Calls a function while an adapter named "late" loads: its files are read, its pages are not in the bank."""
 
     def load(check) -> None:
-        real = surface.read_adapter
+        real = reading.read_adapter
 
         def read(*arguments):
             check()
             return real(*arguments)
 
-        monkeypatch.setattr(surface, "read_adapter", read)
+        monkeypatch.setattr(reading, "read_adapter", read)
         model.load_adapter(data_folder() / "adapters" / "sort", "late")
         monkeypatch.undo()
 
