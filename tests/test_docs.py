@@ -30,6 +30,21 @@ def test_the_files_that_a_page_names_or_links_are_there(page):
     assert not missing + [name for name in named if page.name != "CHANGELOG.md" and not (ROOT / name).exists()]
 
 
+def test_the_steps_of_a_page_name_functions_of_their_files():
+    rows = [
+        line.split("|")[2:4]
+        for line in (ROOT / "CONTRIBUTING.md").read_text().splitlines()
+        if re.match(r"\| \d+\. ", line)
+    ]
+    missing = []
+    for files, functions in rows:
+        source = "\n".join((ROOT / file).read_text() for file in re.findall(r"`([^`]+)`", files))
+        parts = [part for name in re.findall(r"`([^`]+)`", functions) for part in name.split(".")]
+        missing += [part for part in parts if not re.search(rf"^ *(def|class) {part}\b", source, re.MULTILINE)]
+    assert rows
+    assert not missing
+
+
 def test_the_picture_of_imports_is_current():
     page = (DOCS / "contributing.md").read_text()
     drawn = runpy.run_path(str(DOCS / "draw_imports.py"))["with_picture"](page)
