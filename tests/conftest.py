@@ -4,6 +4,7 @@ On a CPU the compiled programs are kept in the clone, for the tests that need th
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -59,12 +60,32 @@ if _gone := [name for name in _hooked if not [*_root.glob(name.replace(".", "/")
 _hook = install_import_hook(_hooked, "beartype.beartype")
 
 
+def seconds_of(item: pytest.Item) -> float:
+    """About how much CPU a test takes."""
+    slow = item.get_closest_marker("slow")
+    return 0.2 if slow is None else next(iter(slow.args), 4)
+
+
+def group_of(item: pytest.Item) -> str:
+    """Tests of one group run in one worker: those of a file, because what one of them compiles the others have.
+
+    A test that says how many seconds it takes, `slow(60)`, is long enough to be alone.
+    """
+    if group := item.get_closest_marker("xdist_group"):
+        return group.args[0]
+    slow = item.get_closest_marker("slow")
+    return item.nodeid if slow and slow.args else f"{item.path.parent.name}/{item.path.stem}"
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick tests of a file run in one worker: what one of them traces, the others have."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Groups for the workers, the longest ones first, so that the workers end together."""
+    seconds: Counter[str] = Counter()
     for item in items:
-        if not any(item.get_closest_marker(name) for name in ("xdist_group", "slow")):
-            item.add_marker(pytest.mark.xdist_group(item.path.parent.name + "/" + item.path.stem))
+        seconds[group_of(item)] += seconds_of(item)
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (-seconds[group_of(item)], group_of(item)))
 
 
 @pytest.fixture(autouse=True)

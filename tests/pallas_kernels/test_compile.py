@@ -11,26 +11,26 @@ import pytest
 
 from support import ROOT
 
-
-def no_hang(kernels: int) -> pytest.MarkDecorator:
-    """A limit against hanging alone: ten minutes for each kernel, which takes seconds."""
-    return pytest.mark.timeout(600 * kernels)
+# Against hanging alone: ten minutes for each kernel, which takes seconds.
+NO_HANG = pytest.mark.timeout(600 * 30)
 
 
-@pytest.mark.slow
-# The older compiler and the other GPUs see a part of the kernels.
-@pytest.mark.parametrize(
-    ("cuda", "words", "least"),
-    [
-        pytest.param("cuda13", (), 20, marks=no_hang(60)),
-        pytest.param("cuda12", ("matmul", "gated=True"), 5, marks=no_hang(20)),
-    ],
-)
-def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(cuda, words, least):
-    assert compile_all(cuda, "hopper", "h200", *words) > least
+@pytest.mark.slow(60)
+@NO_HANG
+@pytest.mark.parametrize("part", ["1/3", "2/3", "3/3"])
+def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(part):
+    assert compile_all("cuda13", "hopper", "h200", part) > 15
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
+@NO_HANG
+def test_hopper_kernels_compile_with_the_older_compiler_too():
+    """Those that hold the most registers."""
+    assert compile_all("cuda12", "hopper", "h200", "1/1", "matmul", "gated=True") > 5
+
+
+@pytest.mark.slow(20)
+# The other GPUs and the older compiler see a part of the kernels.
 @pytest.mark.parametrize(
     ("cuda", "gpu", "words", "least"),
     [("cuda13", "a100", (), 12)]
@@ -38,7 +38,7 @@ def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(cuda, words, 
     + [("cuda12", gpu, ("matmul 64", "lora=True"), 1) for gpu in ("a100", "h200")],
 )
 def test_portable_kernels_compile_without_spills(cuda, gpu, words, least):
-    assert compile_all(cuda, "portable", gpu, *words) > least
+    assert compile_all(cuda, "portable", gpu, "1/1", *words) > least
 
 
 def run_script(name: str, *arguments: str, cuda: str = "cuda13") -> list[dict]:
@@ -56,9 +56,9 @@ def run_script(name: str, *arguments: str, cuda: str = "cuda13") -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def compile_all(cuda: str, backend: str, gpu: str, *words: str) -> int:
+def compile_all(cuda: str, backend: str, gpu: str, part: str, *words: str) -> int:
     """Compiles kernels of these words in a process of its own and returns how many; each must be free of spills."""
-    lines = run_script("compile_kernels.py", backend, gpu, *words, cuda=cuda)
+    lines = run_script("compile_kernels.py", backend, gpu, part, *words, cuda=cuda)
     kernels = 0
     for line in lines:
         assert line["error"] is None, line
@@ -72,7 +72,7 @@ def compile_all(cuda: str, backend: str, gpu: str, *words: str) -> int:
     return kernels
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_a_decode_step_is_one_cuda_graph_whatever_adapters_are_on():
     """Nothing is launched outside it, and no loop or branch waits for the host."""
     lines = run_script("compile_decode.py")
@@ -84,7 +84,7 @@ def test_a_decode_step_is_one_cuda_graph_whatever_adapters_are_on():
         assert line["donated"], line
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_the_layer_takes_the_rows_and_one_activation_and_little_else():
     """No copy of the weights, no delta, no second array of P x D: the down projection's rows reuse the first one."""
     lines = run_script("compile_memory.py", "none", "s8r64")

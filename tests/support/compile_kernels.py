@@ -1,41 +1,37 @@
 """Compiles the kernels to SASS on a machine without a GPU; prints what ptxas said, a line of JSON each.
 
-`compile_kernels.py hopper h200`, or `compile_kernels.py portable GPU` with a name of `GPUS`: one GPU a process, in an
-environment of its own (`make .venv-cuda13/full.stamp`) with jax's CUDA plugin and the CUDA compiler packages.
+`compile_kernels.py hopper h200 1/1`, or `compile_kernels.py portable GPU 1/1` with a name of `GPUS`: one GPU a process,
+in an environment of its own (`make .venv-cuda13/full.stamp`) with jax's CUDA plugin and the CUDA compiler packages.
+`2/3` is every third kernel from the second on; words after it pick the kernels that have them all in their names.
 """
 
-import atexit
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-DUMP = Path(tempfile.mkdtemp())
-atexit.register(shutil.rmtree, DUMP, ignore_errors=True)
-os.environ |= {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(DUMP), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # a kept program says nothing of how it was compiled
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
 
-from pallas_kernels.activations import gated_unit  # noqa: E402
-from pallas_kernels.dispatch.hopper import Gaps, dispatch  # noqa: E402
-from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink  # noqa: E402
-from pallas_kernels.grouped_matmul import hopper_kernel, portable_kernel  # noqa: E402
-from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands  # noqa: E402
-from pallas_kernels.hopper.tuning import HopperConfig, heuristic  # noqa: E402
-from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, make_lora_steps  # noqa: E402
-from pallas_kernels.lora_steps.xla import PackedSteps  # noqa: E402
-from pallas_kernels.ops import LayerPages, LoRAPages, make_plan  # noqa: E402
-from pallas_kernels.plan.tiles import Tiles  # noqa: E402
-from pallas_kernels.portable.tuning import TILE_ROWS  # noqa: E402
-from pallas_kernels.portable.tuning import heuristic as portable_heuristic  # noqa: E402
+from pallas_kernels.activations import gated_unit
+from pallas_kernels.dispatch.hopper import Gaps, dispatch
+from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink
+from pallas_kernels.grouped_matmul import hopper_kernel, portable_kernel
+from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands
+from pallas_kernels.hopper.tuning import HopperConfig, heuristic
+from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, make_lora_steps
+from pallas_kernels.lora_steps.xla import PackedSteps
+from pallas_kernels.ops import LayerPages, LoRAPages, make_plan
+from pallas_kernels.plan.tiles import Tiles
+from pallas_kernels.portable.tuning import TILE_ROWS
+from pallas_kernels.portable.tuning import heuristic as portable_heuristic
 
 # Compute capability, shared memory of a block and of an SM, SMs.
 GPUS = {
@@ -191,8 +187,8 @@ def hopper_cases():
                 yield name, *hopper_matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
     yield "matmul float16, gpt-oss widths", *hopper_matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
     for pairs in (1024, 16384, 32768, 65536):
-        for with_lora in (True, False):
-            config = heuristic(pairs, 128)
+        config = heuristic(pairs, 128)
+        for with_lora in (True, False) if pairs in (1024, 65536) else (True,):
             name = f"transposed matmul {config.tile_rows} lora={with_lora}"
             yield name, *transposed_matmul(config, with_lora, (768, 2048), "bfloat16")
         yield (
@@ -228,25 +224,37 @@ def hopper_cases():
         )
 
 
+def compile_and_report(lowered: jax.stages.Lowered) -> list[str]:
+    """What ptxas says of the kernels; it is C++ that prints it, so the file descriptor is redirected."""
+    with tempfile.TemporaryFile("w+", errors="ignore") as file:
+        sys.stdout.flush()
+        before = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            lowered.compile()
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+            file.seek(0)
+        return re.findall(r".*(?:spill stores|registers|C75\d\d).*", file.read())
+
+
 def main() -> None:
-    backend, gpu, *words = sys.argv[1:]
+    backend, gpu, share, *words = sys.argv[1:]
+    part, parts = map(int, share.split("/"))
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"
     cases = {"hopper": hopper_cases, "portable": portable_cases}[backend]
     device = topologies.get_topology_desc(platform="cuda", target_config=target(gpu), topology="1x1x1").devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    for name, call, arguments in cases():
-        if not all(word in name for word in words):
-            continue
+    chosen = [case for case in cases() if all(word in case[0] for word in words)]
+    for name, call, arguments in chosen[part - 1 :: parts]:
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments)
         line = {"name": name, "error": None, "ptxas": []}
         try:
             with jax.default_device(device):
-                jax.jit(call).lower(*placed).compile()
+                line["ptxas"] = compile_and_report(jax.jit(call).lower(*placed))
         except Exception as error:  # reported, and the other kernels still compile
             line["error"] = f"{type(error).__name__}: {error}"[:500]
-        for file in sorted(DUMP.iterdir()):
-            if "ptxas" in file.name:
-                line["ptxas"] += re.findall(r".*(?:spill stores|registers|C75\d\d).*", file.read_text(errors="ignore"))
-            file.unlink()  # a kernel's passes fill hundreds of megabytes
         print(json.dumps(line), flush=True)
 
 
