@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import check_implementation, command_line, console, write_file
+from jax_moe_lora.cli.options import check_implementation, command_line, console, report_progress, write_file
 from jax_moe_lora.errors import InputError
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
@@ -70,13 +70,12 @@ def bench(
     limits = partial(_ceilings, out) if out and keep else measure_ceilings
     for row in sweep(cells, engines, repeats, method, turns, limits):  # type: ignore[arg-type]
         rows.append(row)
-        sys.stderr.write(f"{row}\n")
+        report_progress(row)
         if out is not None:  # after each row: a sweep that is cut off keeps what it has
             all_rows = _write(out, rows, head, keep)
-    out_console = console()
-    out_console.print(_table(rows, known))
-    for line in report.summary(rows, known, VLLM):
-        out_console.print(line)
+    table = _table(rows, known)
+    table.caption = "\n".join(report.summary(rows, known, VLLM))
+    console().print(table)
     if plot and out is not None:
         alike = [row for row in all_rows if (row["routing"], row["slots"]) == (routing, slots)]
         title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"

@@ -1,14 +1,13 @@
 """`jax-moe-lora bench-model`: decode steps and prefills of a whole model of random weights."""
 
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import check_implementation, command_line, console, write_file
+from jax_moe_lora.cli.options import check_implementation, command_line, console, report_progress, write_file
 from jax_moe_lora.errors import InputError
 from pallas_kernels.specs import ADAPTERS
 
@@ -46,7 +45,7 @@ def bench_model(
     rows: list[dict[str, Any]] = []
     for row in sweep(config, cases, targets, implementation, steps):  # type: ignore[arg-type]
         rows.append({"model": model} | row)
-        sys.stderr.write(f"{rows[-1]}\n")
+        report_progress(rows[-1])
         if out is not None:  # after each case: a run that is cut off keeps what it has
             out.parent.mkdir(parents=True, exist_ok=True)
             write_file(out.with_suffix(".json"), _json(rows, METHOD))

@@ -1,6 +1,5 @@
 """`jax-moe-lora bench-train`: one training step of a model of random weights, beside transformers + PEFT."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import command_line, console, write_file
+from jax_moe_lora.cli.options import command_line, console, report_progress, write_file
 from jax_moe_lora.errors import InputError
 
 PEFT = "transformers_peft"
@@ -54,7 +53,7 @@ def bench_train(
             except Exception as error:  # of a compiler, a device or a peer: the other cases are worth having
                 row["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             rows.append(row)
-            sys.stderr.write(f"{row}\n")
+            report_progress(row)
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 write_file(out.with_suffix(".json"), report.write_json(rows, head))

@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -82,6 +82,12 @@ def console(stderr: bool = False) -> Console:
     """A console, wide where it is no terminal, so that tables in logs and pipes keep their words whole."""
     stream = sys.stderr if stderr else sys.stdout
     return Console(stderr=stderr, width=None if stream.isatty() else 160)
+
+
+def report_progress(row: Mapping[str, Any]) -> None:
+    """Writes a measured row to standard error as one line of names and values; the table follows when all are done."""
+    shown = (f"{name} {f'{value:g}' if isinstance(value, float) else value}" for name, value in row.items())
+    sys.stderr.write(f"{', '.join(shown)}\n")
 
 
 def write_file(path: Path, text: str) -> None:
