@@ -50,7 +50,7 @@ CHECKED = [
     "models.attention",
     "models.cache",
     "models.decoder",
-    "models.layer",
+    "models.decoder_layer",
     "models.rope",
 ]
 _hooked = [f"pallas_kernels.{name}" for name in KERNELS] + [f"jax_moe_lora.{name}" for name in CHECKED]

@@ -17,7 +17,7 @@ from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.models.attention import choose_attention
 from jax_moe_lora.models.cache import Cache, init_cache
-from jax_moe_lora.models.layer import Bank, StepContext, rms_norm, run_layer
+from jax_moe_lora.models.decoder_layer import Bank, StepContext, rms_norm, run_layer
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites
 from pallas_kernels.ops import BASE_SLOT, Implementation
