@@ -32,7 +32,7 @@ _KNOWN_BAD = {
     ".bias": "biases are not supported",
 }
 # What to do about a projection that the model lacks or has in other sizes.
-ANOTHER_MODEL = "; if it was trained for another model, load it into that one"
+ANOTHER_MODEL = "; if the adapter was trained for another model, load it into that one"
 
 Weights = dict[tuple[int, str], LoRAWeights]
 

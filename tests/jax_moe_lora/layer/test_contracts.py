@@ -154,7 +154,7 @@ NOT_UNDERSTOOD = {
     "DoRA": ("layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA is not supported"),
     "a layer too many": (
         "layers.99.self_attn.q_proj.lora_A.weight",
-        "no q projection in layer 99; if it was trained for another model",
+        "no q projection in layer 99; if the adapter was trained for another model",
     ),
     "not targeted": ("layers.0.self_attn.q_proj.lora_A.weight", "does not target"),
 }
