@@ -160,23 +160,39 @@ def backend_named(implementation: str) -> Backend:
     return BACKENDS[implementation]
 
 
-def backend_for_plan(planned: Implementation, implementation: str | None) -> Backend:
+def backend_for_plan(planned: Implementation, implementation: str | None, op: Op | None = None) -> Backend:
     """The backend that was asked for, or the one that a plan was made for.
 
     Args:
       planned: the plan's backend.
       implementation: the backend that the caller asks for, or None for the plan's.
+      op: an op that the backend must have; None for any.
 
     Raises:
-      UnsupportedImplementation: the backend is unknown, or cannot read the plan.
+      UnsupportedImplementation: the backend is unknown, cannot read the plan, or lacks the op.
     """
     backend = backend_named(planned if implementation is None else implementation)
     if planned not in backend.reads:
+        to_plan = ", or leave the implementation to the plan" if op is None or BACKENDS[planned].has(op) else ""
         raise UnsupportedImplementation(
             f"The plan was made for {planned!r}, which {backend.name!r} cannot read; "
-            f"give make_plan implementation={backend.name!r}, or leave the implementation to the plan."
+            f"give make_plan implementation={backend.name!r}{to_plan}."
+        )
+    if op is not None and not backend.has(op):
+        raise UnsupportedImplementation(
+            f"The plan was made for {planned!r}, and {backend.name!r} has no {op}; {_who_has(op, planned)}."
         )
     return backend
+
+
+def _who_has(op: Op, planned: Implementation) -> str:
+    """What to ask for to have the op run: first the backends that can read the plan, then those that want their own."""
+    able = [backend for backend in BACKENDS.values() if backend.has(op)]
+    readers = [repr(backend.name) for backend in able if planned in backend.reads]
+    others = [repr(backend.name) for backend in able if planned not in backend.reads]
+    advice = [f"ask for implementation={' or '.join(readers)}, which can read this plan"] if readers else []
+    advice += [f"give make_plan implementation={' or '.join(others)}"] if others else []
+    return ", or ".join(advice)
 
 
 def default_device() -> jax.Device:

@@ -41,20 +41,27 @@ def moe_lora(
             b = {name: np.asarray(bias[e], dtype) for name, bias in (biases or {}).items()}
             g = _linear(row, "gate", e, weights, adapter, dtype) + b.get("gate", 0)
             u = _linear(row, "up", e, weights, adapter, dtype) + b.get("up", 0)
-            hidden = _gated_unit(activation, g, u)
+            hidden = GATED_UNITS[activation](g, u)
             y[t] += p * (_linear(hidden, "down", e, weights, adapter, dtype) + b.get("down", 0))
     return y
 
 
-def _gated_unit(activation: str, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-    if activation == "silu":
-        return gate / (1 + np.exp(-gate)) * up
-    if activation == "gelu_tanh":
-        return gate / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
-    if activation == "clamped_swiglu":  # gpt-oss
-        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
-        return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
-    raise ValueError(f"unknown activation {activation!r}")
+def _silu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def _gelu_tanh(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Hendrycks and Gimpel, arXiv:1606.08415, section 2: the approximation by tanh."""
+    return 0.5 * gate * (1 + np.tanh((2 / np.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+
+
+def _clamped_swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Of gpt-oss."""
+    gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+    return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
+
+
+GATED_UNITS = {"silu": _silu, "gelu_tanh": _gelu_tanh, "clamped_swiglu": _clamped_swiglu}
 
 
 def _linear(

@@ -46,7 +46,7 @@ def grouped_lora(
       UnsupportedImplementation: the backend is unknown, has no such op, or cannot read the plan.
       NotDifferentiable: when it is differentiated; see `routed_experts`.
     """
-    backend = backend_for_plan(plan.backend, implementation)
+    backend = backend_for_plan(plan.backend, implementation, "grouped_lora")
     y, x, pages = no_gradient(ADVICE.format("grouped_lora"), (y, x, pages))
     return backend.module("grouped_lora").grouped_lora(y, x, pages, plan, row_index)
 

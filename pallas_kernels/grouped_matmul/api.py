@@ -172,7 +172,7 @@ def _backend(
     implementation: Implementation | None,
 ) -> Backend:
     """The plan's backend or the one that was asked for, which can run the call."""
-    backend = backend_for_plan(plan.backend, implementation)
+    backend = backend_for_plan(plan.backend, implementation, None if implementation is None else op)
     if implementation is None:
         backend = backend.for_op(op)
     try:

@@ -1,9 +1,12 @@
 """Which backend a call gets, and why not the others."""
 
+from dataclasses import replace
+
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import backend
-from pallas_kernels.ops import UnsupportedImplementation, choose
+from pallas_kernels.ops import LoRAPages, UnsupportedImplementation, choose, grouped_lora, make_plan
 
 
 def test_an_unknown_implementation_is_refused_with_the_choices():
@@ -73,3 +76,31 @@ def test_portable_says_what_it_cannot_run(call, why, monkeypatch):
     assert choose(**call).picked == "xla"
     with pytest.raises(UnsupportedImplementation, match=f"'portable' cannot run this: .*{why}"):
         choose("portable", **call)
+
+
+OWN_PLAN = "ask for implementation='reference', which can read this plan, or give make_plan implementation='xla'"
+
+
+@pytest.mark.parametrize(
+    ("planned", "asked", "advice"),
+    [
+        ("hopper", None, f"'hopper' has no grouped_lora; {OWN_PLAN}"),
+        ("hopper", "hopper", f"'hopper' has no grouped_lora; {OWN_PLAN}"),
+        ("hopper", "xla", "which 'xla' cannot read; give make_plan implementation='xla'"),
+        ("portable", None, "'portable' has no grouped_lora; ask for implementation='xla' or 'reference', which can"),
+    ],
+)
+def test_an_op_that_a_plans_backend_lacks_says_in_one_sentence_what_runs(planned, asked, advice):
+    with pytest.raises(UnsupportedImplementation, match=rf"^The plan was made for {planned!r}, .*{advice}.*\.$"):
+        backend.backend_for_plan(planned, asked, "grouped_lora")
+    for runs in ("reference", *(("xla",) if planned == "portable" else ())):  # as it is advised
+        assert backend.backend_for_plan(planned, runs, "grouped_lora").name == runs
+    assert backend.backend_for_plan("xla", None, "grouped_lora").name == "xla"
+
+
+def test_grouped_lora_gives_that_advice():
+    plan = make_plan(jnp.zeros((3, 1), jnp.int32), jnp.zeros(3, jnp.int32), 1, 1, "xla")
+    pages = LoRAPages(*[jnp.zeros((1, 16, 8))] * 2, jnp.zeros((1, 1, 4), jnp.int32), jnp.ones((1, 1)), 16)
+    rows = jnp.ones((plan.order.shape[0], 8))
+    with pytest.raises(UnsupportedImplementation, match=OWN_PLAN):
+        grouped_lora(rows, rows, pages, replace(plan, backend="hopper"))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from pallas_kernels.activations import gated_unit
+from pallas_kernels.activations import ACTIVATIONS, Activation, gated_unit
 from pallas_kernels.dispatch.hopper import Gaps, dispatch
 from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink
 from pallas_kernels.grouped_matmul import hopper_kernel, portable_kernel
@@ -32,6 +32,9 @@ from pallas_kernels.ops import LayerPages, LoRAPages, make_plan
 from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.portable.tuning import TILE_ROWS
 from pallas_kernels.portable.tuning import heuristic as portable_heuristic
+
+# The cases without a name of one have silu, and clamped_swiglu where there are biases.
+OTHER_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name not in ("silu", "clamped_swiglu"))
 
 # Compute capability, shared memory of a block and of an SM, SMs.
 GPUS = {
@@ -94,7 +97,15 @@ def steps(slots: int, one_pool: bool):
 
 
 def matmul(
-    kernel, config, rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str, biases: bool = False
+    kernel,
+    config,
+    rows: int,
+    gated: bool,
+    with_lora: bool,
+    widths: tuple[int, int],
+    dtype: str,
+    biases: bool = False,
+    activation: Activation | None = None,
 ):
     depth, out = widths
     count = 2 if gated else 1
@@ -102,7 +113,8 @@ def matmul(
     steps = steps_of(kernel, rows) if with_lora else None
     hidden = array((50, rows, 64), dtype) if with_lora else None
     pages = (array((100, 16, out), dtype),) * count if with_lora else ()
-    unit = partial(gated_unit, "clamped_swiglu" if biases else "silu") if gated else None
+    activation = activation or ("clamped_swiglu" if biases else "silu")
+    unit = partial(gated_unit, activation) if gated else None
     added = (array((8, out), dtype),) * count if biases else (None,) * count
 
     def call(x, weights, tiles, steps, hidden, pages, added):
@@ -119,6 +131,7 @@ def hopper_matmul(
     dtype: str,
     biases: bool = False,
     keep: bool = False,
+    activation: Activation | None = None,
 ):
     def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
         return hopper_kernel.grouped_matmul(
@@ -126,12 +139,20 @@ def hopper_matmul(
         )
 
     kernel.__module__ = hopper_kernel.__name__
-    return matmul(kernel, config, config.tile_rows, gated, with_lora, widths, dtype, biases)
+    return matmul(kernel, config, config.tile_rows, gated, with_lora, widths, dtype, biases, activation)
 
 
-def portable_matmul(rows: int, gated: bool, with_lora: bool, widths: tuple[int, int], dtype: str, biases: bool = False):
+def portable_matmul(
+    rows: int,
+    gated: bool,
+    with_lora: bool,
+    widths: tuple[int, int],
+    dtype: str,
+    biases: bool = False,
+    activation: Activation | None = None,
+):
     config = portable_heuristic(rows, 2 if gated else 1, widths[1])
-    return matmul(portable_kernel.grouped_matmul, config, rows, gated, with_lora, widths, dtype, biases)
+    return matmul(portable_kernel.grouped_matmul, config, rows, gated, with_lora, widths, dtype, biases, activation)
 
 
 def shrink(kernel, rows: int, pools: int, width: int, dtype: str):
@@ -173,6 +194,9 @@ def portable_cases():
     yield "matmul float16, gpt-oss widths", *portable_matmul(64, False, True, (2880, 2880), "float16")
     for gated in (True, False):
         yield f"matmul gated={gated}, biases", *portable_matmul(64, gated, True, (2880, 2880), "bfloat16", biases=True)
+    for activation in OTHER_ACTIVATIONS:
+        case = portable_matmul(64, True, False, (2048, 768), "bfloat16", activation=activation)
+        yield f"matmul 64 gated=True, {activation}", *case
     yield "matmul of one step of K", *portable_matmul(32, True, True, (64, 64), "bfloat16")
     yield "shrink of two pools, float16", *shrink(portable_shrink.shrink, 64, 2, 2880, "float16")
 
@@ -186,6 +210,10 @@ def hopper_cases():
                 name = f"matmul {config.tile_rows} gated={gated} lora={with_lora}"
                 yield name, *hopper_matmul(config, gated, with_lora, (2048, 768) if gated else (768, 2048), "bfloat16")
     yield "matmul float16, gpt-oss widths", *hopper_matmul(heuristic(100, 8), True, True, (2880, 2880), "float16")
+    for activation in OTHER_ACTIVATIONS:
+        config = heuristic(65536, 128)
+        case = hopper_matmul(config, True, False, (2048, 768), "bfloat16", keep=True, activation=activation)
+        yield f"matmul {config.tile_rows} gated=True, {activation}", *case
     for pairs in (1024, 16384, 32768, 65536):
         config = heuristic(pairs, 128)
         for with_lora in (True, False) if pairs in (1024, 65536) else (True,):
