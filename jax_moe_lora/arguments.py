@@ -56,6 +56,15 @@ def per_prompt(name: str, values: Any, count: int) -> list[Any]:
 
 
 def array(name: str, values: Any) -> np.ndarray:
+    """The values as a numpy array.
+
+    Args:
+      name: what errors call them.
+      values: a sequence, nested to any depth, or an array.
+
+    Raises:
+      InputError: rows of different lengths.
+    """
     try:
         return np.asarray(values)
     except ValueError as error:  # rows of different lengths

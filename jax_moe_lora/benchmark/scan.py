@@ -119,6 +119,7 @@ def measure(layers: int, shape: str, dtype: str, batch: int, tokens: int, repeat
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 8, 24])
     parser.add_argument("--shape", default="small", choices=LAYERS)

@@ -90,15 +90,18 @@ def check_router(router: Any, scores: Any, tokens: int, config: MoEConfig) -> No
 
 
 def check_scores(scores: Any, tokens: int | str, config: MoEConfig) -> None:
+    """The router's scores, one per expert."""
     check_array("scores", scores, (tokens, config.num_experts), "floating point")
 
 
 def check_router_bias(bias: Any, config: MoEConfig) -> None:
+    """The router's bias, one value per expert, where there is one."""
     if bias is not None:
         check_array("router_bias", bias, (config.num_experts,), "floating point")
 
 
 def check_row_mask(row_mask: Any, tokens: int) -> None:
+    """A boolean per row, where there is a mask."""
     if row_mask is not None:
         check_array("row_mask", row_mask, (tokens,), "booleans")
 
@@ -158,7 +161,21 @@ def check_adapters(adapters: LayerPages | None, config: MoEConfig) -> None:
 
 
 def check_pages(name: str, pages: Any, in_width: int, out_width: int, num_experts: int) -> int:
-    """Pages of a projection of these widths; returns the number of slots."""
+    """Refuses pages that are not of this projection.
+
+    Args:
+      name: what errors call the pages.
+      pages: `LoRAPages`, or what came in their place.
+      in_width: of the projection's rows.
+      out_width: of its result.
+      num_experts: E; 1 for a dense projection.
+
+    Returns:
+      S, the number of slots.
+
+    Raises:
+      InputError: they are another thing, or of other shapes.
+    """
     if not isinstance(pages, LoRAPages):
         raise InputError(f"{name} is of type {type(pages).__name__}; expected LoRAPages.")
     check_array(f"{name}.a", pages.a, ("N", RANK_PAGE, in_width), "floating point")
@@ -180,8 +197,13 @@ def check_dense_plan(plan_slots: Array, planned_slots: int, tokens: int, num_slo
     """The plan of a dense projection is of its rows and of its bank.
 
     Args:
-      plan_slots: `[T]`, the plan's slots. planned_slots: S that the plan was made for.
-      tokens: rows of x. num_slots: S of the pages.
+      plan_slots: `[T]`, the plan's slots.
+      planned_slots: S that the plan was made for.
+      tokens: rows of x.
+      num_slots: S of the pages.
+
+    Raises:
+      InputError: it is another plan.
     """
     check_array("plan.slots", plan_slots, (tokens,), "integers")
     if planned_slots != num_slots:

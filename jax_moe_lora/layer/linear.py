@@ -126,7 +126,16 @@ def lora_linear(
 
 
 def packs(x: Float[Array, "T in"], pages: LoRAPages, implementation: Implementation | None) -> bool:
-    """Whether the packed form serves this call."""
+    """Whether the packed form serves this call.
+
+    Args:
+      x: `[T, in]`, the rows.
+      pages: the projection's adapters.
+      implementation: a backend by name, or None for the best.
+
+    Raises:
+      UnsupportedImplementation: no backend has this name.
+    """
     if implementation is not None and not backend_named(implementation).packs_dense:
         return False
     ranks = min(pages.table.shape[0], x.shape[0]) * -(-pages.max_rank // RANK_PAGE) * RANK_PAGE
@@ -176,7 +185,13 @@ def packed_lora(
     """`y[t] + scale[s] * (x[t] @ A[s].T) @ B[s].T` with s the row's slot, by two matmuls over all slots' pages.
 
     Args:
-      y: float32 `[T, out]`. slots: int32 `[T]`; a row whose slot is outside `0 .. S - 1` gets its own y.
+      y: float32 `[T, out]`, the base projection.
+      x: `[T, in]`, its rows.
+      pages: the projection's adapters.
+      slots: int32 `[T]`; a row whose slot is outside `0 .. S - 1` gets its own y.
+
+    Returns:
+      float32 `[T, out]`.
     """
     tokens, num_slots = x.shape[0], pages.table.shape[0]
     adapted = (slots >= 0) & (slots < num_slots)

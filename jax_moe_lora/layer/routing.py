@@ -86,9 +86,14 @@ def token_slots(
     """The adapter slot of each token, given per token or per request.
 
     Args:
-      slots: int32 `[T]`, a slot per token; or
-      request_lengths, request_slots: int32 `[N]`, tokens and slot of each request, in order. Tokens past the last
-        request have no adapter. Nothing given at all: no token has one.
+      num_tokens: T.
+      slots: int32 `[T]`, a slot per token.
+      request_lengths: int32 `[N]`, in place of `slots`: the tokens of each request, in order. Tokens past the last
+        request have no adapter.
+      request_slots: int32 `[N]`, with `request_lengths`: the slot of each request.
+
+    Returns:
+      int32 `[T]`; all `BASE_SLOT` where nothing is given.
 
     Raises:
       InputError: both forms, half a form, a wrong shape or dtype, or (where the values are known) lengths that are

@@ -131,7 +131,11 @@ def by_rank(
     """The shrink's H by rank and sorted row: each row's own adapter's, zeros beyond its rank. Both multiples of 64.
 
     Args:
-      share: a factor on each row. part: which of two projections that share their rows.
+      shrunk: what the shrink made of the rows.
+      max_rank: no adapter has a larger rank.
+      plan: as `make_plan` made it.
+      share: float32 `[Q]`, a factor on each row, or None for ones.
+      part: which of two projections that share their rows, 0 or 1.
     """
     tiles, steps, hidden = plan.tiles, shrunk.steps, shrunk.hidden
     rows = jnp.arange(-(-plan.order.shape[0] // DEPTH) * DEPTH, dtype=jnp.int32)
@@ -173,8 +177,11 @@ def contract(
     Pages of no run are not written.
 
     Args:
-      hiddens: `by_rank`'s, one or two of one plan: the rows are read once. rows: a width that is a multiple of 64;
-        every value finite. runs, num_pages: of each of these.
+      hiddens: `by_rank`'s, one or two of one plan: the rows are read once.
+      rows: `[Q, width]`, a width that is a multiple of 64; every value finite.
+      runs: the page runs of each of `hiddens`.
+      num_pages: pages in the pool of each of `hiddens`.
+      num_sms: blocks; those of the target where None.
     """
     num_sms = num_sms or target_sms()
     several, ranks, width = len(hiddens), hiddens[0].shape[0], rows.shape[1]

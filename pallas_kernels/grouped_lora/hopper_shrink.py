@@ -41,7 +41,11 @@ def shrink_adapters(
     """`shrink` by the pools of one projection's adapters, or of two's.
 
     Args:
+      x: `[Q, in]`, rows in sorted order.
+      adapters: of one projection, or of two that share x.
+      tiles: those that the steps were made for.
       steps: made of these adapters.
+      num_sms: blocks; those of the target where None.
     """
     return Shrunk(steps, shrink(x, pools_of_a(adapters), tiles, steps, num_sms))
 

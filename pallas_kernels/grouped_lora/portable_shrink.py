@@ -28,6 +28,8 @@ def shrink(
     Args:
       x: rows in sorted order, each tile's first row a multiple of `tiles.size`, which is 32 or 64.
       pools: the pool of A pages, or one for each of two projections (see `PackedSteps`). Page 0 is zeros.
+      tiles: the plan's.
+      steps: the adapters' steps of these tiles.
 
     Returns:
       `[N, tiles.size, 64]` in x's dtype; steps that are not in use are not written.

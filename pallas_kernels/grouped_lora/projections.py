@@ -22,6 +22,11 @@ def each_projection(
 
     Args:
       gradients: `gradients(x, dy, pages, plan, share)`, of one projection.
+      x: as in `api.page_gradients`.
+      dys: as there.
+      adapters: as there.
+      plan: as there.
+      share: as there.
       shrunk: not used: these backends multiply A and B in one go.
     """
     del shrunk

@@ -19,6 +19,7 @@ def grouped_lora(
     plan: RoutingPlan,
     row_index: Int[Array, "Q"] | None,
 ) -> Float[Array, "Q out"]:
+    """What `api.grouped_lora` promises."""
     rows = (x if row_index is None else x[row_index]).astype(jnp.float32)
     expert, slot = row_experts(plan), row_slots(plan)
     adapted = (slot >= 0) & (expert < pages.table.shape[1])
@@ -46,6 +47,7 @@ def projection_gradients(
     plan: RoutingPlan,
     share: Float[Array, "Q"] | None,
 ) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
+    """What `api.page_gradients` promises, of one projection."""
     expert, slot = row_experts(plan), row_slots(plan)
     adapted = (slot >= 0) & (expert < pages.table.shape[1])
     first_a, first_b, count, _ = jnp.moveaxis(pages.table[slot, expert], -1, 0)

@@ -21,6 +21,7 @@ def grouped_lora(
     plan: RoutingPlan,
     row_index: Int[Array, "Q"] | None,
 ) -> Float[Array, "Q out"]:
+    """What `api.grouped_lora` promises."""
     tiles = plan.lora_tiles
 
     def tile(index, rows, old):
@@ -49,6 +50,7 @@ def projection_gradients(
     plan: RoutingPlan,
     share: Float[Array, "Q"] | None,
 ) -> tuple[Float[Array, "N_A 16 in"], Float[Array, "N_B 16 out"]]:
+    """What `api.page_gradients` promises, of one projection."""
     tiles = plan.lora_tiles
     x = x.astype(jnp.float32) if share is None else share[:, None] * x.astype(jnp.float32)
 

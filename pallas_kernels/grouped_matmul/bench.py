@@ -93,6 +93,7 @@ def measure(expression: Expression, spec: LayerSpec, tokens: int, dtype: str, re
 
 
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["qwen3-tiny"], choices=LAYERS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 128, 512])

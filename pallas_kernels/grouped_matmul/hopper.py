@@ -35,7 +35,15 @@ def grouped_matmul(
     """What `api.grouped_matmul` promises, by the Hopper kernels.
 
     Args:
-      config: `tuned_file.config_for`'s where None.
+      x: as in `api.grouped_matmul`.
+      weights: one weight, or a pair.
+      plan: as in `api.grouped_matmul`.
+      of_tokens: as there.
+      biases: for each weight its bias, or None.
+      adapters: for each weight its pages.
+      steps: as there.
+      activation: as there.
+      config: how to cut; `tuned_file.config_for`'s where None.
     """
     config, tiles = _cut(weights, plan, config)
     rows = dispatch(x, plan.position, plan.order.shape[0], config.num_sms) if of_tokens else x

@@ -87,7 +87,10 @@ def grouped_matmul(
 
     Args:
       sources: one; transposed, one or two, whose products are summed.
-      tiles: of at most `config.tile_rows` rows. biases: of each weight.
+      tiles: of at most `config.tile_rows` rows.
+      config: how the call is cut.
+      unit: the gated unit of two products; None for one product.
+      biases: for each weight its bias, or None.
       transposed: one weight a source, `[E, in, out]`, `x[r] @ W[e]`. A stage then holds 64 rows of it as it holds 64
         ranks of B.
       keep: of a gated product both factors are results too.

@@ -32,7 +32,15 @@ def grouped_matmul(
     """What `api.grouped_matmul` promises, by the portable kernels.
 
     Args:
-      config: how to cut; the heuristic's if None.
+      x: as in `api.grouped_matmul`.
+      weights: one weight, or a pair.
+      plan: as in `api.grouped_matmul`.
+      of_tokens: as there.
+      biases: for each weight its bias, or None.
+      adapters: for each weight its pages.
+      steps: as there; not used.
+      activation: as there.
+      config: how to cut; the heuristic's where None.
     """
     del steps
     config = config or heuristic(plan.tiles.size, len(weights), weights[0].shape[1])

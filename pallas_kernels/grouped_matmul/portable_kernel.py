@@ -44,9 +44,14 @@ def grouped_matmul(
 
     Args:
       x: rows in sorted order, Q and each tile's first row multiples of `tiles.size`, which is 32 or 64.
-      weights: one matrix an expert, or two (gated). config: its columns divide the output width.
-      steps, hidden, pages: the adapters' expand: what each LoRA step holds, its H, and the pools of B pages, one for
-        each weight. biases: of each weight.
+      weights: one matrix per expert, or two (gated).
+      tiles: the plan's.
+      config: how the call is cut; its columns divide the output width.
+      unit: the gated unit of two products; None for one product.
+      steps: what each LoRA step of the adapters' expand holds; None without adapters.
+      hidden: H of each step; None without adapters.
+      pages: the pools of B pages, one for each weight; empty without adapters.
+      biases: for each weight its bias, or None.
 
     Returns:
       `[Q, out]` in x's dtype; rows that no tile covers are not written, those between experts hold anything.

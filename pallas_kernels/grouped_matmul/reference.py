@@ -19,6 +19,7 @@ def multiply(
     bias: Float[Array, "E out"] | None = None,
     transposed: bool = False,
 ) -> Float[Array, "Q out"]:
+    """`unfused.Multiply`."""
     rows = x if row_index is None else x[row_index]
     expert = row_experts(plan)  # E for skipped rows
     products = jnp.einsum(

@@ -26,6 +26,7 @@ def multiply(
     bias: Float[Array, "E out"] | None = None,
     transposed: bool = False,
 ) -> Float[Array, "Q out"]:
+    """`unfused.Multiply`."""
     tiles = plan.tiles
     out = jnp.zeros((plan.order.shape[0], weights.shape[2 if transposed else 1]), jnp.float32)
     matmul = batched_matmul if transposed else batched_matmul_t

@@ -80,6 +80,7 @@ class CountedPlaces(NamedTuple):
 
 
 def tiles_of(rows: Array, tile_rows: int) -> Array:
+    """How many tiles so many rows take."""
     return lax.div(rows + (tile_rows - 1), jnp.int32(tile_rows))
 
 
@@ -89,7 +90,11 @@ def write_tiles(
     """Expert, first row and rows of 64 tiles.
 
     Args:
-      chunk: which 64. of_groups: sizes, first rows, and tiles up to and with each expert's, `[chunks, 64]` in memory.
+      compare: the comparisons of one warpgroup.
+      chunk: which 64 tiles.
+      of_groups: sizes, first rows, and tiles up to and with each expert's, `[chunks, 64]` in memory.
+      chunks: how many times 64 experts.
+      tile_rows: rows that a tile holds.
       outs: three tables `[N, 64]`. A tile that is not in use is all zeros.
     """
     sizes, starts, tile_ends = of_groups

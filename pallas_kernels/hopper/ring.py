@@ -62,6 +62,7 @@ def give_registers(warpgroups: int) -> None:
 
 
 def compiler_params() -> plgpu.CompilerParams:
+    """How Mosaic compiles the Hopper kernels."""
     return plgpu.CompilerParams(
         approx_math=True,
         unsafe_no_auto_barriers=True,  # barriers are the kernels' own
@@ -77,6 +78,7 @@ def over_items(count: Int[Array, ""], num_sms: int, item: Callable[[Array, Array
 
 
 def stage_of(step: Array, stages: int) -> Array:
+    """The stage of the ring that a step uses."""
     return lax.rem(step, jnp.int32(stages))
 
 

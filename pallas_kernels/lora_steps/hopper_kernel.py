@@ -37,9 +37,12 @@ def lists(
     """`(first [N, 64], count [N, 64], entries [6, N, J])` for each of `layouts` (see `LoRASteps`).
 
     Args:
+      tiles: those whose steps are listed.
       starts: first row of each expert.
       before: see `RoutingPlan`.
       packed: tables of the projections, one after the other, as `hopper.py` packs them.
+      num_slots: S.
+      layouts: how the steps of each projection, or of each two that share their rows, are cut.
     """
     num_tiles, chunks = tiles.expert.shape[0], packed.shape[3]
     segments = num_slots + 1

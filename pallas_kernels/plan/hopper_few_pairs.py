@@ -42,7 +42,10 @@ def places_and_tiles(
     Args:
       keys: int32 `[P]`, `(expert * segments + slot) * P + pair`; skipped pairs have `num_experts` for their expert.
       segments: an expert's slots, and one more for base rows.
-      alignment: a power of two. num_tiles: static bound.
+      num_experts: E.
+      alignment: a power of two, of each expert's first row.
+      tile_rows: rows that a tile holds.
+      num_tiles: static bound of the tiles.
     """
     pairs = keys.shape[0]
     keys_an_expert = segments * pairs

@@ -39,7 +39,10 @@ def places(
 
     Args:
       ids: int32 `[N]`, `0 .. groups`; the last value's come after all groups, and are in no tile.
-      alignment: a power of two. num_tiles: static bound.
+      groups: how many values count; experts, or slots.
+      alignment: a power of two, of each group's first place.
+      tile_rows: rows that a tile holds.
+      num_tiles: static bound of the tiles.
     """
     chunks, blocks = pl.cdiv(ids.shape[0], CHUNK), pl.cdiv(groups + 1, BLOCK)
     padded = jnp.full(chunks * CHUNK, groups + 1, jnp.int32).at[: ids.shape[0]].set(ids)

@@ -46,4 +46,5 @@ def _accumulator(rows: int, dtype: jax.typing.DTypeLike) -> Any:
 
 
 def compiler_params() -> plgpu.CompilerParams:
+    """How Mosaic compiles the portable kernels."""
     return plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
