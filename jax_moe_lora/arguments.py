@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jax_moe_lora.errors import InputError
@@ -37,8 +38,8 @@ def flag(name: str, value: Any) -> bool:
 
 def sequence(name: str, values: Any) -> Sequence[Any]:
     """A list, a tuple or an array along its first axis; a text or bytes are none."""
-    if _is_array(values) and values.ndim:
-        return list(np.asarray(values))
+    if is_array(values) and values.ndim:
+        return list(host_array(values))
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
         raise InputError(f"{name} is of type {type(values).__name__}; expected a list.")
     return values
@@ -46,8 +47,8 @@ def sequence(name: str, values: Any) -> Sequence[Any]:
 
 def per_prompt(name: str, values: Any, count: int) -> list[Any]:
     """One value for each prompt, out of one for all or a list of them."""
-    if _is_array(values):
-        values = np.asarray(values).tolist()
+    if is_array(values):
+        values = host_array(values).tolist()
     if isinstance(values, str) or not isinstance(values, Sequence):
         return [values] * count
     if len(values) != count:
@@ -66,15 +67,31 @@ def array(name: str, values: Any) -> np.ndarray:
       InputError: rows of different lengths.
     """
     try:
-        return np.asarray(values)
+        return host_array(values)
     except ValueError as error:  # rows of different lengths
         raise InputError(f"{name} is no array; expected rows of one length, padded on the right.") from error
 
 
-def _is_array(value: Any) -> bool:
-    """numpy's or jax's, without importing jax: as long as nobody has, there are no arrays of it."""
+def is_array(value: Any) -> bool:
+    """Of numpy, jax or torch, importing neither of the latter: as long as nobody has, there are no arrays of theirs."""
     jax = sys.modules.get("jax")
-    return isinstance(value, np.ndarray) or (jax is not None and isinstance(value, jax.Array))
+    return isinstance(value, np.ndarray) or (jax is not None and isinstance(value, jax.Array)) or is_torch(value)
+
+
+def is_torch(value: Any) -> bool:
+    """A tensor of torch, without importing it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
+
+
+def host_array(values: Any) -> np.ndarray:
+    """numpy's view of an array, or its copy where it is not in host memory; a torch tensor without its gradient."""
+    if not is_torch(values):
+        return np.asarray(values)
+    tensor = values.detach().cpu()
+    if str(tensor.dtype) != "torch.bfloat16":
+        return tensor.numpy()
+    return tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)  # which numpy does not have
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from jax_moe_lora.arguments import host_array, is_torch
 from jax_moe_lora.errors import InputError
 
 Side = Literal["a", "b"]
@@ -37,8 +38,8 @@ class LoRAWeights:
     """A and B of one projection in one layer: `delta W[e] = scale[e] * B[e] @ A[e]`.
 
     A side whose leading axis is 1 is shared by all experts; it stays one array here and one page in the bank. Two
-    projections that alias a matrix (gate and up with one A) hold the same array object. Arrays of jax, and lists,
-    become arrays of numpy.
+    projections that alias a matrix (gate and up with one A) hold the same array, or views of the same memory. Arrays of
+    jax, tensors of torch, and lists become arrays of numpy.
 
     Attributes:
       a: `[E or 1, R, in]`, floating point.
@@ -115,13 +116,23 @@ class LoRAAdapter:
         }
 
 
+def same_matrices(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are views of the same numbers in memory."""
+    return memory_of(one) == memory_of(other)
+
+
+def memory_of(values: np.ndarray) -> tuple[Any, ...]:
+    """What tells an array from every other one that is alive: where its numbers lie, and how."""
+    return values.__array_interface__["data"][0], values.shape, values.strides, values.dtype
+
+
 def _host_array(name: str, values: Any, expected: str) -> np.ndarray:
     """numpy's view of what came: of one array always the same object, so that aliases are still seen."""
     if not isinstance(values, np.ndarray):
         try:
             # An array of jax keeps its view; `np.asarray` would go by its buffer and make a new one.
-            values = np.asarray(values.__array__() if hasattr(values, "__array__") else values)
-        except (TypeError, ValueError) as error:  # an array that jax traces; rows of different lengths
+            values = host_array(values.__array__() if hasattr(values, "__array__") and not is_torch(values) else values)
+        except (RuntimeError, TypeError, ValueError) as error:  # an array that jax traces; rows of different lengths
             found = type(values).__name__
             raise InputError(
                 f"{name} of LoRA weights is of type {found}, which numpy cannot read; give an array, outside of jit."

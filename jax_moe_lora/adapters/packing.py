@@ -6,11 +6,12 @@ the order in which it lies in memory, and is transposed there.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 by it)
 import numpy as np
 
-from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, memory_of
 from pallas_kernels.constants import RANK_PAGE
 
 
@@ -90,13 +91,13 @@ def pack(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> PackedAdapter:
     """Says where an adapter's matrices go, and copies nothing; a shared or aliased matrix is packed once."""
     widths: dict[int, Packed] = {}
     entries: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    packed_before: dict[tuple[int, str, bytes], np.ndarray] = {}
+    packed_before: dict[tuple[tuple[Any, ...], str, bytes], np.ndarray] = {}
     for (layer, module), weights in adapter.weights.items():
         site = sites[module]
         runs = []
         for side, width in (("a", site.in_width), ("b", site.out_width)):
-            # Arrays stay alive in the adapter, so an id names one matrix.
-            identity = (id(getattr(weights, side)), side, weights.ranks.tobytes())
+            # Arrays stay alive in the adapter, so their memory names one matrix.
+            identity = (memory_of(getattr(weights, side)), side, weights.ranks.tobytes())
             if identity not in packed_before:
                 packed_before[identity] = _pack_side(weights, side, widths.setdefault(width, Packed()))
             runs.append(packed_before[identity])

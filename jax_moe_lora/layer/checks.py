@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from jax_moe_lora.arguments import whole
+from jax_moe_lora.arguments import host_array, whole
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from pallas_kernels.ops import BASE_SLOT
@@ -62,7 +61,7 @@ def check_slots(slots: Any, num_slots: int) -> None:
     """
     if slots is None or isinstance(slots, jax.core.Tracer):
         return
-    values = np.asarray(slots)
+    values = host_array(slots)
     if values.dtype.kind not in "iu":
         return  # refused by name where it is used
     bad = values[(values < BASE_SLOT) | (values >= num_slots)]

@@ -5,6 +5,7 @@ weights. For Linen: `flax.nnx.bridge.to_linen(MoELoRA, config)`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.arguments import is_torch
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.checks import check_slots
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora, routed_experts
 from jax_moe_lora.layer.routing import token_slots
+from jax_moe_lora.layer.torch_tensors import from_torch
 from pallas_kernels.ops import Implementation
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
@@ -147,12 +150,12 @@ class LoRALinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "T in"], slots: Int[Array, "T"] | None = None) -> Float[Array, "T out"]:
         _check_slots(self.adapters, slots=slots)
-        slot_of_row = token_slots(x.shape[0], slots)
+        slot_of_row = token_slots(x.shape[0], from_torch("slots", slots))
         if self.adapters is None:
-            return lora_linear(x, self.weight[...]).astype(x.dtype)
+            return _of_dtype(lora_linear(x, self.weight[...]), x)
         pages = self.adapters.get_value().layer(0)["linear"]
         plan = dense_plan(slot_of_row, pages.scale.shape[0])
-        return lora_linear(x, self.weight[...], None, pages, plan, self.implementation).astype(x.dtype)
+        return _of_dtype(lora_linear(x, self.weight[...], None, pages, plan, self.implementation), x)
 
 
 def load(module: "MoELoRA | LoRALinear", change: Callable[[AdapterBank], AdapterBank]) -> None:
@@ -172,6 +175,11 @@ def load(module: "MoELoRA | LoRALinear", change: Callable[[AdapterBank], Adapter
     if not isinstance(new, AdapterBank) or (new.sites, new.max_rank) != (bank.sites, bank.max_rank):
         raise InputError(f"change returned a {type(new).__name__}; expected the module's own bank, changed.")
     module.adapters.set_value(new)
+
+
+def _of_dtype(y: Any, x: Any) -> Any:
+    """The result in the dtype of the rows, which may both be tensors of torch."""
+    return y.to(x.dtype) if is_torch(y) else y.astype(x.dtype)
 
 
 def _check_slots(bank: LoRAParam | None, **given: Array | None) -> None:

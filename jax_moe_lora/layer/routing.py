@@ -12,9 +12,11 @@ from jax_moe_lora.arguments import whole
 from jax_moe_lora.config import MoEConfig, RouterKind
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
+from jax_moe_lora.layer.torch_tensors import takes_torch
 from pallas_kernels.ops import BASE_SLOT
 
 
+@takes_torch("config")
 def route(
     scores: Float[Array, "T E"], config: MoEConfig, bias: Float[Array, "E"] | None = None
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
@@ -114,14 +116,33 @@ def token_slots(
         return jnp.full(num_tokens, BASE_SLOT, jnp.int32)
     lengths = _check("request_lengths", request_lengths, None)
     per_request = _check("request_slots", request_slots, lengths.shape)
-    if not isinstance(lengths, jax.core.Tracer):
-        known = np.asarray(lengths)
-        if (known < 0).any() or known.sum() > num_tokens:
-            raise InputError(
-                f"request_lengths are {known.tolist()}; expected none negative and a sum of at most {num_tokens}."
-            )
+    _check_known_lengths(num_tokens, lengths)
     request = jnp.searchsorted(jnp.cumsum(lengths), jnp.arange(num_tokens), side="right")
     return jnp.append(per_request, BASE_SLOT)[request].astype(jnp.int32)
+
+
+def check_request_lengths(x: Array, request_lengths: Array | None = None, **_: object) -> None:
+    """What `token_slots` asks of lengths whose values are known, of the arguments of a layer.
+
+    Args:
+      x: `[T, D]`.
+      request_lengths: as in `token_slots`.
+
+    Raises:
+      InputError: lengths that are negative, or sum to more than T.
+    """
+    if request_lengths is not None:
+        _check_known_lengths(x.shape[0], _check("request_lengths", request_lengths, None))
+
+
+def _check_known_lengths(num_tokens: int, lengths: Int[Array, "N"]) -> None:
+    if isinstance(lengths, jax.core.Tracer):
+        return
+    known = np.asarray(lengths)
+    if (known < 0).any() or known.sum() > num_tokens:
+        raise InputError(
+            f"request_lengths are {known.tolist()}; expected none negative and a sum of at most {num_tokens}."
+        )
 
 
 def _check(name: str, values: Int[Array, "N"], shape: tuple[int, ...] | None) -> Int[Array, "N"]:

@@ -64,8 +64,8 @@ def torch_reference(
         y = rows @ _float32(experts[module][expert], device).T
         for slot, adapter in enumerate(adapters):
             if module in adapter:
-                own = slot_of[tokens] == slot
-                y[own] += torch_delta(rows[own], *adapter[module], expert)
+                uses_slot = slot_of[tokens] == slot
+                y[uses_slot] += torch_delta(rows[uses_slot], *adapter[module], expert)
         return y
 
     y = torch.zeros_like(x)

@@ -5,11 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe_lora.arguments import INT32, array, number, per_prompt, whole
+from jax_moe_lora.arguments import INT32, array, host_array, is_array, number, per_prompt, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.serving.sampling import Sampling
@@ -83,8 +82,8 @@ def _token_ids(where: str, prompt: Any, encode: Callable[[str], list[int]]) -> l
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise InputError(f"{where} holds half of a surrogate pair, which is no text; give valid Unicode.")
         return encode(prompt)
-    if isinstance(prompt, np.ndarray | jax.Array):
-        prompt = np.asarray(prompt).tolist()
+    if is_array(prompt):
+        prompt = host_array(prompt).tolist()
     if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
         raise InputError(f"{where} is of type {type(prompt).__name__}; expected a text or a list of token ids.")
     for token in prompt:

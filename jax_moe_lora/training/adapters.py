@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jax_moe_lora.adapters.lora import EXPERT_MODULES, SHARED_OUTER, SIDES, LoRAAdapter, Site, uniform
+from jax_moe_lora.adapters.lora import EXPERT_MODULES, SHARED_OUTER, SIDES, LoRAAdapter, Site, same_matrices, uniform
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.training.spec import AdapterSpec, Layout
 
@@ -130,7 +130,7 @@ def _layout(adapter: LoRAAdapter) -> Layout:
     if any(module in weights and len(getattr(weights[module], side)) == 1 for module, side in SHARED_OUTER.items()):
         return "shared-outer"
     both = "gate" in weights and "up" in weights
-    return "per-expert" if both and weights["gate"].a is not weights["up"].a else "fused"
+    return "per-expert" if both and not same_matrices(weights["gate"].a, weights["up"].a) else "fused"
 
 
 def _error(adapter: LoRAAdapter, layer: int, module: str, problem: str) -> InputError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, same_matrices
 from jax_moe_lora.errors import AdapterFormatError
 
 
@@ -139,7 +139,7 @@ class Draft:
         """Gate and up of a layer may hold one A; this layout has two."""
         for layer, module, weights in self.weights():
             up = self.adapter.weights.get((layer, "up"))
-            if module == "gate" and up is not None and up.a is weights.a:
+            if module == "gate" and up is not None and same_matrices(up.a, weights.a):
                 self._allow_copies(layer, module, "gate and up hold one A")
                 self.note("A of gate and up, which is one matrix, was written twice.")
 
