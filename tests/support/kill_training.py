@@ -1,4 +1,6 @@
-"""Kills training at random moments: ``python tests/kill_training.py --kills 20``; a run must end with the same bits.
+"""Kills training at random moments; a run must end with the same bits.
+
+``python tests/support/kill_training.py --kills 20``
 
 One process trains two of the demo's adapters, another goes on where it died, until a run is complete. One moment in
 four is uniform over the life of a process that nobody kills, which is its start for the most part; the others come
