@@ -1,9 +1,9 @@
 """Every Hopper kernel once, for the compute sanitizer, on an H100 or H200:
 
 `PYTHONPATH=.:tests JAX_PLATFORMS=cuda,cpu compute-sanitizer --tool TOOL --kernel-name kns=mosaic python
-tests/support/sanitize_kernels.py`, with `memcheck` and with `racecheck`. The layers are small: a sanitizer slows a kernel
-down some hundred times. Words after the script's name choose among them. Command buffers are off, and nothing is multiplied
-through XLA: under the sanitizer the process died in command buffers, and in the autotuning of matmuls.
+tests/support/sanitize_kernels.py`, with `memcheck` and with `racecheck`. The layers are small: a sanitizer slows a
+kernel down some hundred times. Words after the script's name choose among them. Command buffers are off, and nothing
+is multiplied through XLA: under the sanitizer the process died in command buffers, and in the autotuning of matmuls.
 """
 
 import os
