@@ -231,10 +231,11 @@ def test_a_dense_plan_refuses_other_slots(slots, num_slots, message):
 
 @pytest.mark.slow
 def test_modules_refuse_slots_that_they_have_no_use_for():
+    for module in (LoRALinear(D, F, rngs=nnx.Rngs(0)), MoELoRA(CONFIG, rngs=nnx.Rngs(0))):
+        with pytest.raises(InputError, match="slots came to a module without an adapter bank"):
+            module(floats(T, D), ints(T))
     with pytest.raises(InputError, match=r"slots has shape \[1\]"):
-        LoRALinear(D, F, rngs=nnx.Rngs(0))(floats(T, D), ints(1))
-    with pytest.raises(InputError, match=r"slots has shape \[1\]"):
-        MoELoRA(CONFIG, rngs=nnx.Rngs(0))(floats(T, D), ints(1))
+        LoRALinear(D, F, max_adapters=1, max_rank=16, rngs=nnx.Rngs(0))(floats(T, D), ints(1))
 
 
 def test_a_module_keeps_its_bank_when_a_change_gives_none():
