@@ -1,5 +1,8 @@
 """The library's own exceptions: one clear sentence each (what came, what was expected, what to do)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from pallas_kernels.errors import (
     InputError,
     JaxMoELoRAError,
@@ -19,6 +22,7 @@ __all__ = [
     "InputError",
     "JaxMoELoRAError",
     "NotDifferentiable",
+    "TrainingDataError",
     "TunedFileError",
     "UnsupportedImplementation",
 ]
@@ -49,6 +53,18 @@ class AdapterInUseError(JaxMoELoRAError, RuntimeError):
 
 class BankFullError(JaxMoELoRAError, RuntimeError):
     """The adapter bank has no free slot, or not enough free pages, for an adapter."""
+
+
+class TrainingDataError(InputError):
+    """Lines of training data cannot be trained on.
+
+    Attributes:
+      problems: which line of which file, and what is wrong with it; one entry for each.
+    """
+
+    def __init__(self, message: str = "", *, problems: Sequence[str] = (), **details: Any):
+        super().__init__(message, **details)
+        self.problems = tuple(problems)
 
 
 class DeviceError(JaxMoELoRAError, RuntimeError):

@@ -18,7 +18,7 @@ from jax_moe_lora.cli.parity import parity
 from jax_moe_lora.cli.train import train
 from jax_moe_lora.cli.tune import tune
 from jax_moe_lora.cli.validate import validate
-from jax_moe_lora.errors import JaxMoELoRAError
+from jax_moe_lora.errors import JaxMoELoRAError, TrainingDataError
 
 # click's class, which newer versions of typer hold a copy of and do not export.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -67,14 +67,16 @@ def main() -> None:
         code = 1
     except UsageError as error:
         code = refuse(error.format_message())  # type: ignore[attr-defined]
+    except TrainingDataError as error:
+        code = refuse(*str(error).splitlines())
     except JaxMoELoRAError as error:
         code = refuse(str(error))
     sys.exit(code)
 
 
-def refuse(message: str) -> int:
-    """Writes one sentence to standard error; the exit code."""
-    sys.stderr.write(f"jax-moe-lora: {' '.join(message.split())}\n")
+def refuse(message: str, *more_lines: str) -> int:
+    """Writes one sentence to standard error, or a list of them; the exit code."""
+    sys.stderr.write("\n".join([f"jax-moe-lora: {' '.join(message.split())}", *more_lines, ""]))
     return 2
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +13,11 @@ from jax_moe_lora.cli.options import console, named_values, values_by_name
 from jax_moe_lora.errors import InputError
 
 if TYPE_CHECKING:
+    from jax_moe_lora.adapters.lora import LoRAAdapter
     from jax_moe_lora.training.log import Progress as Done
     from jax_moe_lora.training.recipe import Recipe
+    from jax_moe_lora.training.spec import AdapterSpec
+    from jax_moe_lora.training.trainer import Trainer
 
 LINE_SECONDS = 10.0  # between lines where there is no terminal
 Each = list[str] | None
@@ -27,7 +31,14 @@ def train(
     model: Annotated[str, typer.Option(help="Checkpoint folder, or a hub id.")],
     adapter: Annotated[list[str], typer.Option(help="NAME=FILE.jsonl of an adapter to train; repeat for more.")],
     out: Annotated[Path, typer.Option(help="Folder to make: OUT/NAME for each adapter, metrics and checkpoints.")],
-    steps: Annotated[int, typer.Option(min=1, help="Updates of every adapter.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates of every adapter.")] = None,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="In place of --steps: how often the adapter with the most rows sees each of them."),
+    ] = None,
+    from_adapter: Annotated[
+        Each, typer.Option(help="NAME=DIR of an adapter whose weights, rank, alpha, layout and targets it starts with.")
+    ] = None,
     rank: Annotated[Each, _each("Rank; default 16")] = None,
     alpha: Annotated[Each, _each("The update is scaled by alpha / rank; default 2 x rank")] = None,
     layout: Annotated[Each, _each("fused, per-expert or shared-outer; default fused")] = None,
@@ -57,22 +68,30 @@ def train(
     skip_bad_lines: Annotated[
         bool, typer.Option("--skip-bad-lines", help="Leave out lines that cannot be trained on, and count them.")
     ] = False,
+    extra_columns: Annotated[
+        str, typer.Option(help="refuse lines with fields that their form does not have, or ignore such fields.")
+    ] = "refuse",
+    log_to: Annotated[Each, typer.Option(help="tensorboard or wandb, beside metrics.jsonl; repeat for both.")] = None,
     write_as: Annotated[
         str | None, typer.Option(help="Layout of the folders, as in convert; the closest to --layout if not given.")
     ] = None,
 ) -> None:
-    """Train adapters together. Lines are {"prompt", "completion"}, or {"text"}; bad ones are named before anything."""
+    """Train adapters together. Bad lines are named before anything runs.
+
+    A line is {"prompt", "completion"}, {"text"}, {"messages"}, {"conversations"} (ShareGPT) or {"instruction",
+    "output"} (Alpaca).
+    """
+    from jax_moe_lora.training.checks import check_extra_columns
     from jax_moe_lora.training.run_folder import check_out
     from jax_moe_lora.training.spec import check_layout
+    from jax_moe_lora.training.trackers import check_trackers
     from jax_moe_lora.training.trainer import Trainer
 
     check_out(out, resume)
     check_layout(write_as)
+    trackers = check_trackers(log_to or ())
     data = _files("--adapter", adapter)
-    held_out = _files("--eval", eval or [])
-    for name in sorted(set(held_out) - set(data)):
-        raise InputError(f"--eval names {name!r}, which no --adapter does.")
-    names = tuple(data)
+    starts, start_specs = _starts(model, from_adapter or [], data)
     given = {
         "rank": rank,
         "alpha": alpha,
@@ -88,8 +107,10 @@ def train(
         model,
         data,
         steps=steps,
-        recipe=_recipes(names, given, rslora, init),
-        evaluation=held_out,
+        epochs=epochs,
+        recipe=_recipes(tuple(data), given, rslora, init, start_specs),
+        from_adapter=starts,
+        evaluation={**_checked("--eval", _files("--eval", eval or []), data)},
         batch_size=batch_size,
         micro_batches=micro_batches,
         sequence_length=sequence_length,
@@ -98,34 +119,82 @@ def train(
         seed=seed,
         dtype=dtype,
         skip_bad_lines=skip_bad_lines,
+        extra_columns=check_extra_columns(extra_columns),
     )
-    for name, count in trainer.skipped.items():
-        sys.stdout.write(f"{name}: {count} bad lines left out\n")
-    with ProgressBars(names, steps) as bars:
+    _say_what_was_left_out(trainer)
+    with ProgressBars(tuple(data), trainer.steps) as bars:
         notes = trainer.run(
-            out, resume=resume, save_every=save_every, evaluate_every=eval_every, write_as=write_as, report=bars
+            out,
+            resume=resume,
+            save_every=save_every,
+            evaluate_every=eval_every,
+            write_as=write_as,
+            log_to=trackers,
+            report=bars,
         )
-    sys.stdout.write("".join(f"{line}\n" for line in (*notes, *(f"{out / name}: written" for name in names))))
+    sys.stdout.write("".join(f"{line}\n" for line in (*notes, *(f"{out / name}: written" for name in data))))
 
 
-def _recipes(names: Sequence[str], given: Mapping[str, Each], rslora: bool, init: Any) -> dict[str, "Recipe"]:
-    """The recipe of each adapter; where an option is not given, the library's default."""
+def _recipes(
+    names: Sequence[str], given: Mapping[str, Each], rslora: bool, init: Any, start_specs: Mapping[str, "AdapterSpec"]
+) -> dict[str, "Recipe"]:
+    """The recipe of each adapter; where an option is not given, that of its start or the library's default."""
     from jax_moe_lora.training.recipe import Recipe
     from jax_moe_lora.training.spec import AdapterSpec
 
     def values_of(option: str, convert: Callable[[str], Any], default: Any) -> dict[str, Any]:
         return values_by_name(f"--{option}", given[option], names, convert, default)
 
-    ranks, alphas = values_of("rank", int, AdapterSpec.rank), values_of("alpha", float, AdapterSpec.alpha)
-    layouts, targets = values_of("layout", str, AdapterSpec.layout), values_of("targets", _modules, AdapterSpec.targets)
+    spec_options = {
+        "rank": values_of("rank", int, None),
+        "alpha": values_of("alpha", float, None),
+        "layout": values_of("layout", str, None),
+        "targets": values_of("targets", _modules, None),
+    }
     rates, schedules = values_of("lr", float, Recipe.learning_rate), values_of("schedule", str, Recipe.schedule)
     warmups, decays = values_of("warmup", int, Recipe.warmup), values_of("weight-decay", float, Recipe.weight_decay)
     clips = values_of("clip", _number_or_none, Recipe.clip)
     recipes = {}
     for name in names:
-        spec = AdapterSpec(ranks[name], alphas[name], layouts[name], targets[name], rslora, init)
+        asked = {option: values[name] for option, values in spec_options.items() if values[name] is not None}
+        base = start_specs.get(name, AdapterSpec())
+        spec = replace(base, **asked, rank_stabilised=rslora or base.rank_stabilised, init=init)
         recipes[name] = Recipe(spec, rates[name], schedules[name], warmups[name], decays[name], clips[name])
     return recipes
+
+
+def _starts(
+    model: str, entries: Sequence[str], data: Mapping[str, Path]
+) -> tuple[dict[str, "LoRAAdapter"], dict[str, "AdapterSpec"]]:
+    """The adapters that others start from, and their specs."""
+    folders = _checked("--from-adapter", named_values("--from-adapter", entries, "DIR"), data)
+    if not folders:
+        return {}, {}
+    from jax_moe_lora.files.hub import local_folder
+    from jax_moe_lora.models.config_file import read_model_config
+    from jax_moe_lora.models.sites import adapter_sites
+    from jax_moe_lora.training.adapters import spec_of
+    from jax_moe_lora.training.start import read_starts
+
+    config = read_model_config(local_folder(model))
+    adapters = read_starts(folders, config)
+    return adapters, {name: spec_of(adapter, adapter_sites(config)) for name, adapter in adapters.items()}
+
+
+def _checked[Values: Mapping[str, Any]](option: str, values: Values, data: Mapping[str, Path]) -> Values:
+    """Refuses names that no --adapter has."""
+    for name in sorted(set(values) - set(data)):
+        raise InputError(f"{option} names {name!r}, which no --adapter does.")
+    return values
+
+
+def _say_what_was_left_out(trainer: "Trainer") -> None:
+    for name, count in trainer.data.skipped.items():
+        sys.stdout.write(f"{name}: {count} bad lines left out\n")
+    for name, columns in trainer.data.ignored_columns.items():
+        sys.stdout.write(f"{name}: columns ignored: {', '.join(columns)}\n")
+    for name, epochs in trainer.epochs.items():
+        sys.stdout.write(f"{name}: {trainer.steps} steps, {epochs:.3g} epochs\n")
 
 
 def _modules(text: str) -> tuple[str, ...]:

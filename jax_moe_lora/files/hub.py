@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jax_moe_lora.errors import CheckpointError, InputError
 
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def local_folder(path: str | Path) -> Path:

@@ -66,21 +66,37 @@ def to_adapter(
     return LoRAAdapter(name, weights, fields)
 
 
-def from_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tuple[Params, AdapterSpec]:
-    """Params of an adapter that was loaded, to train it further, and the spec that describes it.
+def spec_of(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> AdapterSpec:
+    """The spec that describes an adapter.
+
+    Args:
+      adapter: in memory.
+      sites: the model's.
 
     Raises:
-      InputError: what no spec describes: a module that some layers or experts lack, ranks or scales that differ within
-        a module, or sharing of no known layout.
+      InputError: no spec describes it: some layers or experts lack a module, or ranks or scales differ within a module.
     """
     ranks, scales = _one_rank_and_scale(adapter, sites)
     alpha, stabilised = _alpha(adapter, ranks, scales)
     rank = max(ranks.values(), key=list(ranks.values()).count)
     others = tuple((module, module_rank) for module, module_rank in ranks.items() if module_rank != rank)
-    spec = AdapterSpec(rank, alpha, _layout(adapter), tuple(ranks), stabilised, ranks=others)
+    return AdapterSpec(rank, alpha, _layout(adapter), tuple(ranks), stabilised, ranks=others)
+
+
+def from_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> tuple[Params, AdapterSpec]:
+    """Params of an adapter that was loaded, to train it further, and the spec that describes it.
+
+    Args:
+      adapter: in memory.
+      sites: the model's.
+
+    Raises:
+      InputError: as `spec_of`; or matrices are shared in a way that no layout has.
+    """
+    spec = spec_of(adapter, sites)
     params: Params = {}
     for (layer, module), weights in adapter.weights.items():
-        module_rank = ranks[module]
+        module_rank = spec.rank_of(module)
         for side in SIDES:
             matrix = weights.a[:, :module_rank] if side == "a" else weights.b[:, :, :module_rank].swapaxes(1, 2)
             expected = spec.shape(module, side, sites[module])

@@ -4,6 +4,7 @@ A checkpoint gets its name once it is complete, by one rename, so a process may 
 kept. Arrays come back with the bits that they had.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as orbax
 
 from jax_moe_lora.errors import CheckpointError, InputError
@@ -21,14 +23,18 @@ _SHOWN = 5  # differing settings that are quoted
 
 
 class Checkpoints:
-    """The checkpoints of one run, below a folder; use it as a context manager."""
+    """The checkpoints of one run; a context manager.
+
+    Attributes:
+      folder: where they are.
+    """
 
     def __init__(self, folder: Path):
-        self._folder = folder.absolute()
+        self.folder = folder.absolute()
         options = orbax.CheckpointManagerOptions(
             max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True, create=True
         )
-        self._manager = orbax.CheckpointManager(self._folder, options=options, item_names=("state", "settings"))
+        self._manager = orbax.CheckpointManager(self.folder, options=options, item_names=("state", "settings"))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -70,9 +76,9 @@ class Checkpoints:
             return self._manager.restore(step, args=orbax.args.Composite(**item))[name]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"The checkpoint {self._folder / str(step)} cannot be read: {error}; remove it to go on from the one "
+                f"The checkpoint {self.folder / str(step)} cannot be read: {error}; remove it to go on from the one "
                 "before it.",
-                file=self._folder / str(step),
+                file=self.folder / str(step),
             ) from error
 
     def _check(self, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -83,7 +89,7 @@ class Checkpoints:
             said = [f"{key} was {before.get(key, 'none')!r} and is {now.get(key, 'none')!r}" for key in differ]
             more = f", and {len(differ) - _SHOWN} more differ" if len(differ) > _SHOWN else ""
             raise InputError(
-                f"The run in {self._folder.parent} was started with other settings: {'; '.join(said[:_SHOWN])}{more}. "
+                f"The run in {self.folder.parent} was started with other settings: {'; '.join(said[:_SHOWN])}{more}. "
                 "Resume it with its own, or name a new folder."
             )
 
@@ -100,3 +106,12 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
+
+
+def sampled_digest(params: Any) -> str:
+    """SHA-256 of some values of every array of a tree, which tells weights apart; reading all would take minutes."""
+    sha = hashlib.sha256()
+    sample = jax.jit(lambda leaf: leaf.reshape(-1)[:: max(1, leaf.size // 256)])
+    for leaf in jax.tree.leaves(params):
+        sha.update(np.asarray(sample(leaf)).tobytes())
+    return sha.hexdigest()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,9 +10,9 @@ import jax
 import optax
 
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.training.run_folder import MetricsFile
 from jax_moe_lora.training.scoring import Evaluation
 from jax_moe_lora.training.step import Metrics
+from jax_moe_lora.training.trackers import Sink
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Log:
         self,
         schedules: Mapping[str, optax.Schedule],
         steps: int,
-        file: MetricsFile,
+        sinks: Sequence[Sink],
         report: Callable[[Progress], None] | None,
     ):
-        self._schedules, self._steps, self._file, self._report = schedules, steps, file, report
+        self._schedules, self._steps, self._sinks, self._report = schedules, steps, sinks, report
         self._pending: list[tuple[int, Metrics]] = []
         self._last = time.perf_counter()
 
@@ -59,15 +59,14 @@ class Log:
         pending, self._pending, lines = jax.device_get(self._pending), [], []
         for step, metrics in pending:
             lines.append(self._line(step, metrics))
-            self._file.write(lines[-1])
+            self._write(lines[-1])
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         step, last = lines[-1]["step"], lines[-1]["adapters"]
         if evaluations:
-            self._file.write(
-                {"step": step, "evaluation": {name: asdict(figures) for name, figures in evaluations.items()}}
-            )
-        self._file.sync()
+            self._write({"step": step, "evaluation": {name: asdict(result) for name, result in evaluations.items()}})
+        for sink in self._sinks:
+            sink.sync()
         if self._report is not None:
             tokens = {name: sum(line["adapters"][name]["tokens"] for line in lines) for name in last}
             self._report(
@@ -79,6 +78,10 @@ class Log:
                     evaluations,
                 )
             )
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(line)
 
     def _line(self, step: int, metrics: Metrics) -> dict[str, Any]:
         losses, adapters, lost = metrics.losses, {}, []

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import optax
@@ -20,22 +20,32 @@ class Recipe:
     """One adapter's spec, and its AdamW.
 
     Attributes:
-      spec: what it trains. learning_rate: at its highest.
+      spec: what it trains. None is `AdapterSpec()`, or the spec of the adapter that training starts from.
+      learning_rate: at its highest.
       schedule: after the warmup it stays, or falls to zero at the last step, as a cosine or a line.
-      warmup: steps in which it rises, the first of them not at zero.
-      weight_decay: AdamW's. clip: largest norm of the adapter's gradient; None clips nothing.
+      warmup: steps in which the rate rises, the first of them not at zero.
+      weight_decay: AdamW's.
+      clip: largest norm of the adapter's gradient; None clips nothing.
     """
 
-    spec: AdapterSpec = field(default_factory=AdapterSpec)
+    spec: AdapterSpec | None = None
     learning_rate: float = 2e-4
     schedule: Schedule = "cosine"
     warmup: int = 0
     weight_decay: float = 0.0
     clip: float | None = 1.0
 
-    def check(self, name: str, sites: Mapping[str, Site], steps: int) -> None:
-        """Raises an `InputError` that names the adapter and the field."""
-        self.spec.check(name, sites)
+    def check(self, name: str, sites: Mapping[str, Site]) -> None:
+        """Refuses what the model cannot train.
+
+        Args:
+          name: the adapter's, for errors.
+          sites: the model's.
+
+        Raises:
+          InputError: a bad value, by the adapter and the field.
+        """
+        (self.spec or AdapterSpec()).check(name, sites)
         whose = f"of adapter {name!r}"
         above, zero = "a number above zero", "a number from zero"
         number(f"learning rate {whose}", self.learning_rate, lambda value: 0 < value < math.inf, above)
@@ -45,8 +55,12 @@ class Recipe:
         if self.schedule not in get_args(Schedule):
             expected = ", ".join(get_args(Schedule))
             raise InputError(f"schedule {whose} is {self.schedule!r}; expected one of {expected}.")
-        if whole(f"warmup {whose}", self.warmup, 0) >= steps:
-            raise InputError(f"warmup {whose} is {self.warmup} of {steps} steps; give fewer than all.")
+        whole(f"warmup {whose}", self.warmup, 0)
+
+    def check_schedule(self, name: str, steps: int) -> None:
+        """Raises an `InputError` where the warmup does not end before the last step."""
+        if self.warmup >= steps:
+            raise InputError(f"warmup of adapter {name!r} is {self.warmup} of {steps} steps; give fewer than all.")
 
     def schedule_of(self, steps: int) -> optax.Schedule:
         """Learning rate by the number of updates before."""

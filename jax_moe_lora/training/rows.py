@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe_lora.training.batch import Batch
-from jax_moe_lora.training.data import Dataset, Example
+from jax_moe_lora.training.data import Dataset
+from jax_moe_lora.training.examples import Example
 from pallas_kernels.ops import BASE_SLOT
 
 Row = tuple[Example, ...]
@@ -98,7 +99,7 @@ def fill(rows: Sequence[tuple[int, Row]], batch_size: int, width: int, packing: 
             here = index, slice(begin, begin + example.width)
             tokens[here], targets[here] = example.tokens[:-1], example.tokens[1:]
             positions[here], segments[here], slots[here] = np.arange(example.width), number, slot
-            weights[index, begin + example.learnt - 1 : begin + example.width] = 1
+            weights[here] = example.learnt[1:]
             begin += example.width
     names = "tokens", "positions", "segments", "slots", "targets", "weights"
     arrays = tokens, positions, segments, slots, targets, weights

@@ -12,6 +12,7 @@ from jax_moe_lora.files.folders import check_parent, whole_file, writing_to
 from jax_moe_lora.files.locks import LockedError, locked_folder
 
 CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
+RESERVED = (CHECKPOINTS, METRICS, "tensorboard", "wandb")  # what a run puts beside its adapters
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -46,11 +47,16 @@ def run_folder(out: Path, resume: bool) -> Iterator[Path]:
 
 
 class MetricsFile:
-    """JSON lines, one a step, beginning with those of the steps that the run goes on from; use as a context manager."""
+    """JSON lines, one per step, beginning with those of the steps that the run goes on from; a context manager.
+
+    Attributes:
+      kept: the lines of the steps that the run goes on from.
+    """
 
     def __init__(self, path: Path, step: int):
         kept = [line for line in _lines(path) if _step_of(line) <= step]
         whole_file(path, b"".join(kept))
+        self.kept: list[dict[str, Any]] = [json.loads(line) for line in kept]
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> "MetricsFile":

@@ -160,11 +160,11 @@ class _AdapterState(NamedTuple):
     updates: Int[Array, ""]
 
     @classmethod
-    def of(cls, state: TrainState, name: str) -> "_Own":
+    def of(cls, state: TrainState, name: str) -> "_AdapterState":
         return cls(state.params[name], state.optimizer_states[name], state.updates[name])
 
     @staticmethod
-    def together(parts: Mapping[str, "_Own"]) -> TrainState:
+    def together(parts: Mapping[str, "_AdapterState"]) -> TrainState:
         return TrainState(
             {name: part.params for name, part in parts.items()},
             {name: part.optimizer_state for name, part in parts.items()},

@@ -27,6 +27,7 @@ from support.kill_training import write_task
 
 pytestmark = pytest.mark.xdist_group("train")
 MODEL = data_folder() / "model"
+UPPER = data_folder() / "adapters" / "upper"
 LINES = [{"prompt": "ab>", "completion": "AB"}, {"prompt": "xyz>", "completion": "XYZ"}, {"text": "a text"}]
 
 
@@ -38,12 +39,14 @@ def refusal(monkeypatch, capsys, tmp_path):
 
     def refuse(*arguments: str) -> str:
         given = ["--model", str(MODEL), "--adapter", "x=x.jsonl", "--out", "out", "--steps", "10"]
-        monkeypatch.setattr(sys, "argv", ["jax-moe-lora", "train", *given, *arguments])
+        monkeypatch.setattr(
+            sys, "argv", ["jax-moe-lora", "train", *given, *(a.replace("UPPER", str(UPPER)) for a in arguments)]
+        )
         with pytest.raises(SystemExit) as exit:
             main()
         written = capsys.readouterr()
         assert (exit.value.code, written.out) == (2, "")
-        assert len(written.err.splitlines()) == 1
+        assert len(written.err.splitlines()) == 1 or "cannot be trained on:" in written.err
         assert not Path("out", "x").exists()
         return written.err
 
@@ -84,7 +87,24 @@ def refusal(monkeypatch, capsys, tmp_path):
         (["--batch-size", "1", "--adapter", "y=x.jsonl"], "batch_size is 1 for 2 adapters"),
         (["--batch-size", "8", "--micro-batches", "3"], "batch_size is 8, which 3 micro_batches do not divide"),
         (["--sequence-length", "1000"], "sequence_length is 1000; expected 1 to 256"),
-        (["--sequence-length", "3"], "lines cannot be trained on: x.jsonl, line 1 has"),
+        (["--epochs", "2"], "steps is 10 and epochs is 2.0; give one of them"),
+        (["--extra-columns", "keep"], "extra_columns is 'keep'; expected refuse or ignore"),
+        (["--log-to", "paper"], "log_to is 'paper'; expected tensorboard or wandb"),
+        (["--from-adapter", "y=none"], "--from-adapter names 'y', which no --adapter does"),
+        (["--from-adapter", "x=none"], "There is no folder none"),
+        (
+            ["--from-adapter", "x=UPPER", "--rank", "4"],
+            "rank of gate is 8 there and 4 in the recipe; rank of up is 8",
+        ),
+        (
+            ["--from-adapter", "x=UPPER", "--targets", "gate,up"],
+            "targets is gate, up, down there and gate, up in the",
+        ),
+        (["--from-adapter", "x=UPPER", "--alpha", "3"], "scale of gate is 2 there and 0.375 in the recipe"),
+        (
+            ["--from-adapter", "x=UPPER", "--layout", "per-expert"],
+            "layout is fused there and per-expert in the recipe",
+        ),
         (["--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
         (["--eval", "z=x.jsonl", "--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
         (["--eval", "x=none.jsonl"], "none.jsonl cannot be read"),
@@ -108,9 +128,12 @@ def test_a_bad_option_is_one_sentence_before_any_work(refusal, monkeypatch, argu
 
 def test_bad_lines_stop_a_run_before_it_makes_anything(refusal):
     Path("y.jsonl").write_text('{"prompt": "a>", "completion": "A"}\n{"prompt": "a>"}\nnonsense\n')
-    said = refusal("--adapter", "y=y.jsonl")
-    assert "2 lines cannot be trained on: y.jsonl, line 2 has prompt; expected" in said
-    assert "y.jsonl, line 3 is not valid JSON" in said
+    first, second, third, advice = refusal("--adapter", "y=y.jsonl").splitlines()
+    assert first == "jax-moe-lora: 2 lines cannot be trained on:"
+    assert second == "  y.jsonl, line 2 lacks completion"
+    assert third.startswith("  y.jsonl, line 3 is not valid JSON")
+    assert "--skip-bad-lines" in advice
+    assert "  x.jsonl, line 1 has" in refusal("--sequence-length", "3")
     assert not Path("out").exists()
 
 

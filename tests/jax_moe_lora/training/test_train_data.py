@@ -8,8 +8,10 @@ import pytest
 
 from jax_moe_lora import InputError
 from jax_moe_lora.demo.run import data_folder
+from jax_moe_lora.errors import TrainingDataError
 from jax_moe_lora.files.tokenizer import Tokenizer
-from jax_moe_lora.training.data import Encoder, Example, read_datasets
+from jax_moe_lora.training.data import read_datasets
+from jax_moe_lora.training.examples import Encoder, Example
 from jax_moe_lora.training.rows import lay_out, make_feed, whole_batches
 from jax_moe_lora.training.scoring import Evaluation, evaluate
 from pallas_kernels.ops import BASE_SLOT
@@ -24,11 +26,18 @@ BAD = {
     "not utf-8": (b'{"text": "\xff"}', "is not UTF-8 text at byte 11"),
     "lone surrogate": (b'{"text": "a\\ud800"}', "half a surrogate pair in text"),
     "nothing": (b"{}", "has no fields"),
-    "prompt alone": (b'{"prompt": "a>"}', "has prompt; expected"),
-    "both forms": (b'{"prompt": "a", "completion": "b", "text": "c"}', "has completion, prompt, text; expected"),
-    "another field": (b'{"prompt": "a", "completion": "b", "id": 3}', "has completion, id, prompt; expected"),
-    "a number": (b'{"prompt": "a", "completion": 3}', "has completion of type int; expected text"),
-    "null": (b'{"text": null}', "has text of type NoneType; expected text"),
+    "prompt alone": (b'{"prompt": "a>"}', "lacks completion"),
+    "completion alone": (b'{"completion": "A", "id": 3}', "lacks prompt"),
+    "input alone": (b'{"instruction": "a", "input": "b"}', "lacks output"),
+    "unknown": (b'{"question": "a", "answer": "b"}', "has only answer, question; expected"),
+    "both forms": (
+        b'{"prompt": "a", "completion": "b", "text": "c"}',
+        "several forms at once: prompt, completion and text",
+    ),
+    "another field": (b'{"prompt": "a", "completion": "b", "id": 3}', "has the extra column id"),
+    "other fields": (b'{"text": "b", "url": "", "id": 3}', "has the extra columns id, url"),
+    "a number": (b'{"prompt": "a", "completion": 3}', "has completion of type int; expected a string"),
+    "null": (b'{"text": null}', "has text of type NoneType; expected a string"),
     "empty completion": (b'{"prompt": "a", "completion": ""}', "has an empty completion"),
     "empty text": (b'{"text": ""}', "has an empty text"),
     "empty prompt": (b'{"prompt": "", "completion": "b"}', "has a prompt without tokens"),
@@ -38,11 +47,17 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def encoder():
-    return Encoder(Tokenizer(data_folder() / "model"), EOS, VOCABULARY, WIDTH)
+    return Encoder(Tokenizer(data_folder() / "model"), (EOS,), VOCABULARY, WIDTH)
 
 
 def text_of(encoder, tokens) -> str:
     return encoder.tokenizer.decode(list(map(int, tokens)))
+
+
+def only_example(encoder, line) -> Example:
+    (example,), ignored = encoder.examples(line)
+    assert ignored == []
+    return example
 
 
 def write(path, lines) -> None:
@@ -50,15 +65,16 @@ def write(path, lines) -> None:
 
 
 def test_a_completion_is_learnt_and_its_prompt_is_not(encoder):
-    example = encoder.example(GOOD)
-    assert text_of(encoder, example.tokens[: example.learnt]) == "ab>"
-    assert text_of(encoder, example.tokens[example.learnt : -1]) == "AB"
-    assert (example.tokens[-1], example.width) == (EOS, 5)
+    example = only_example(encoder, GOOD)
+    assert text_of(encoder, example.tokens[~example.learnt]) == "ab>"
+    assert text_of(encoder, example.tokens[example.learnt]) == "AB"
+    assert (example.tokens[-1], example.learnt[-1], example.width) == (EOS, True, 5)
 
 
 def test_a_text_is_learnt_but_for_its_first_token(encoder):
-    example = encoder.example({"text": "hey"})
-    assert (text_of(encoder, example.tokens), example.learnt, example.tokens[-1]) == ("hey", 1, EOS)
+    example = only_example(encoder, {"text": "hey"})
+    assert (text_of(encoder, example.tokens), example.tokens[-1]) == ("hey", EOS)
+    assert example.learnt.tolist() == [False, True, True, True]
 
 
 def test_a_completion_follows_its_prompt_as_a_server_reads_it(tmp_path):
@@ -85,23 +101,27 @@ def test_a_bad_line_is_named_by_its_number(encoder, tmp_path, line, problem):
     write(file, [GOOD, b"", line, GOOD])
     with pytest.raises(InputError) as refused:
         read_datasets({"x": file}, encoder)
-    assert f"1 line cannot be trained on: {file}, line 3 " in str(refused.value)
-    assert problem in str(refused.value)
-    assert "skip" in str(refused.value)
+    first, problems, advice = str(refused.value).splitlines()
+    assert first == "1 line cannot be trained on:"
+    assert problems.startswith(f"  {file}, line 3 {problem}" if problem.startswith("lacks") else f"  {file}, line 3 ")
+    assert problem in problems
+    assert "--skip-bad-lines" in advice
 
 
 def test_all_bad_lines_of_all_files_are_named_at_once(encoder, tmp_path):
     files = {name: tmp_path / f"{name}.jsonl" for name in ("x", "y")}
     write(files["x"], [line for line, _ in BAD.values()])
     write(files["y"], [GOOD, {"text": ""}])
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(TrainingDataError) as refused:
         read_datasets(files, encoder)
     message = str(refused.value)
-    assert message.startswith(f"{len(BAD) + 1} lines cannot be trained on: {files['x']}, line 1 ")
-    assert f"line 10 {BAD['another field'][1]}" in message
-    assert "line 11 " not in message
-    assert f"and {len(BAD) + 1 - 10} more" in message
-    assert len(message.splitlines()) == 1
+    first, *shown, more, _ = message.splitlines()
+    assert first == f"{len(BAD) + 1} lines cannot be trained on:"
+    assert shown == [f"  {problem}" for problem in refused.value.problems[:10]]
+    assert [f", line {number} " in line for number, line in enumerate(shown, 1)] == [True] * 10
+    assert more == f"  and {len(BAD) + 1 - 10} more"
+    assert len(refused.value.problems) == len(BAD) + 1
+    assert refused.value.problems[-1] == f"{files['y']}, line 2 has an empty text"
 
 
 def test_bad_lines_are_left_out_on_request_and_counted(encoder, tmp_path):
@@ -148,7 +168,9 @@ def test_windows_line_ends_and_byte_order_marks_are_no_problem(encoder, tmp_path
 def random_examples(count: int, seed: int = 0) -> list[Example]:
     random = np.random.default_rng(seed)
     lengths = random.integers(2, WIDTH + 2, count)
-    return [Example(random.integers(3, 99, n).astype(np.int32), int(random.integers(1, n))) for n in lengths]
+    begins = [int(random.integers(1, n)) for n in lengths]
+    tokens = [random.integers(3, 99, n).astype(np.int32) for n in lengths]
+    return [Example(ids, np.arange(len(ids)) >= begin) for ids, begin in zip(tokens, begins, strict=True)]
 
 
 @pytest.fixture(params=[True, False], ids=["packing", "padding"])
