@@ -84,6 +84,12 @@ def is_torch(value: Any) -> bool:
     return torch is not None and isinstance(value, getattr(torch, "Tensor", ()))
 
 
+def is_traced(value: Any) -> bool:
+    """An array inside of jax's jit or grad, which has no values yet."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(value, jax.core.Tracer)
+
+
 def host_array(values: Any) -> np.ndarray:
     """numpy's view of an array, or its copy where it is not in host memory; a torch tensor without its gradient."""
     if not is_torch(values):

@@ -1,5 +1,27 @@
 """The Flax modules: `from jax_moe_lora.nn import MoELoRA`."""
 
-from jax_moe_lora.layer.nn import LoRALinear, LoRAParam, MoELoRA, RoutedExperts, Router, load, moe_sites
+from jax_moe_lora.layer.nn import (
+    Adapters,
+    LoRALinear,
+    LoRAParam,
+    LoRATable,
+    MoELoRA,
+    RoutedExperts,
+    Router,
+    linen_variables,
+    load,
+    moe_sites,
+)
 
-__all__ = ["LoRALinear", "LoRAParam", "MoELoRA", "RoutedExperts", "Router", "load", "moe_sites"]
+__all__ = [
+    "Adapters",
+    "LoRALinear",
+    "LoRAParam",
+    "LoRATable",
+    "MoELoRA",
+    "RoutedExperts",
+    "Router",
+    "linen_variables",
+    "load",
+    "moe_sites",
+]

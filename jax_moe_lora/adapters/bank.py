@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.lora import LoRAAdapter, Site
+from jax_moe_lora.adapters.lora import TRACED, LoRAAdapter, Site
 from jax_moe_lora.adapters.packing import pack
 from jax_moe_lora.adapters.updates import compile_updates, permute, set_slot
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
-from jax_moe_lora.arguments import whole
+from jax_moe_lora.arguments import is_traced, whole
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import NAMES, SAFETENSORS_NAMES
@@ -203,6 +203,7 @@ def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
 
 def compact(bank: AdapterBank) -> AdapterBank:
     """The same adapters with their pages moved together, so that all free pages lie side by side."""
+    check_whole(bank)
     pools, owners, new_id = [], [], {}
     for width, pool, ids in zip(bank.widths, bank.pools, map(np.asarray, bank.owners), strict=True):
         order = np.concatenate((np.flatnonzero(ids != FREE), np.flatnonzero(ids == FREE))).astype(np.int32)
@@ -236,9 +237,11 @@ def check_slot(bank: AdapterBank, slot: int) -> None:
 
 
 def check_whole(bank: AdapterBank) -> None:
-    """Refuses what is no bank, such as one layer's pages, which do not know whose they are."""
+    """Refuses what is no bank, such as one layer's pages, which do not know whose they are; and one inside of jit."""
     if not isinstance(bank, AdapterBank):
         raise InputError(f"bank is of type {type(bank).__name__}; expected an AdapterBank.")
+    if any(map(is_traced, jax.tree.leaves(bank))):
+        raise InputError(f"bank {TRACED}")
 
 
 def page_bytes(width: int, dtype: np.dtype) -> int:

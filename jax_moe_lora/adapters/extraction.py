@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.bank import AdapterBank, check_slot
+from jax_moe_lora.adapters.bank import AdapterBank, check_slot, check_whole
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights
 from jax_moe_lora.adapters.updates import chunk_rows
 from pallas_kernels.ops import RANK_PAGE
@@ -21,6 +21,7 @@ def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
     Raises:
       InputError: the slot is out of range.
     """
+    check_whole(bank)
     check_slot(bank, slot)
     matrices: dict[tuple[int, bytes], np.ndarray] = {}
     weights: dict[tuple[int, str], LoRAWeights] = {}

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jax_moe_lora.arguments import host_array, is_torch
+from jax_moe_lora.arguments import host_array, is_torch, is_traced
 from jax_moe_lora.errors import InputError
 
 Side = Literal["a", "b"]
@@ -15,6 +15,11 @@ EXPERT_MODULES = ("gate", "up", "down")
 """The projections of the routed experts."""
 SHARED_OUTER: Mapping[str, Side] = {"gate": "a", "up": "a", "down": "b"}
 """Module -> the side that touches the hidden width, of which the shared-outer layout has one matrix for all experts."""
+TRACED = (
+    "is traced by jax's jit or grad, but adapters are put into a bank on the host, outside of both; to train them, "
+    "differentiate the bank's pages: the LoRAParam of jax_moe_lora.nn.MoELoRA, or use jax_moe_lora.training."
+)
+"""What to do instead of differentiating `insert`."""
 
 
 @dataclass(frozen=True)
@@ -128,14 +133,16 @@ def memory_of(values: np.ndarray) -> tuple[Any, ...]:
 
 def _host_array(name: str, values: Any, expected: str) -> np.ndarray:
     """numpy's view of what came: of one array always the same object, so that aliases are still seen."""
+    if is_traced(values):
+        raise InputError(f"{name} of LoRA weights {TRACED}")
     if not isinstance(values, np.ndarray):
         try:
             # An array of jax keeps its view; `np.asarray` would go by its buffer and make a new one.
             values = host_array(values.__array__() if hasattr(values, "__array__") and not is_torch(values) else values)
-        except (RuntimeError, TypeError, ValueError) as error:  # an array that jax traces; rows of different lengths
+        except (RuntimeError, TypeError, ValueError) as error:  # such as rows of different lengths
             found = type(values).__name__
             raise InputError(
-                f"{name} of LoRA weights is of type {found}, which numpy cannot read; give an array, outside of jit."
+                f"{name} of LoRA weights is of type {found}, which numpy cannot read; give an array."
             ) from error
     floating, whole = "float" in values.dtype.name, values.dtype.kind in "iu"
     if not {"floating point": floating, "integers": whole, "real numbers": floating or whole}[expected]:

@@ -1,7 +1,8 @@
 """Flax NNX modules: they hold parameters and delegate to the pure functions.
 
-Adapters live in `LoRAParam` variables, so that `nnx.split(module, LoRAParam, ...)` takes them apart from the base
-weights. For Linen: `flax.nnx.bridge.to_linen(MoELoRA, config)`.
+The matrices of adapters are `LoRAParam` variables, which `nnx.grad` and `nnx.Optimizer` tell from the base weights. The
+tables that find them are `LoRATable` variables, which are never trained. For Linen:
+`flax.nnx.bridge.to_linen(MoELoRA, config)`.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,57 @@ _INIT = nnx.initializers.normal(0.02)
 
 
 class LoRAParam(nnx.Variable):
-    """An adapter bank held by a module: not a base weight, and not trained with them."""
+    """Pages of adapter matrices: what is trained where the base weights are frozen. It is no `nnx.Param`."""
+
+
+class LoRATable(nnx.Variable):
+    """Where an adapter's pages lie, who owns them, and its scales: changed by `load` alone."""
+
+
+class Adapters(nnx.Module):
+    """An adapter bank as variables: its pages, and the tables that find them.
+
+    Pages of float32 can be trained beside weights of 16 bits. A matrix that several experts or modules share is one
+    page, so it gets the sum of their gradients. What pads a page, and the pages of no adapter, get zeros.
+
+    Args:
+      bank: the bank that it begins with.
+    """
+
+    def __init__(self, bank: AdapterBank):
+        self.sites, self.widths, self.max_rank = bank.sites, bank.widths, bank.max_rank
+        self.pages = nnx.Dict({str(width): LoRAParam(pool) for width, pool in bank.pages.items()})
+        self.owners = nnx.Dict({str(width): LoRATable(owner) for width, owner in bank.owner.items()})
+        self.tables = nnx.Dict({module: LoRATable(table) for module, table in bank.tables.items()})
+        self.scales = nnx.Dict({module: LoRATable(scale) for module, scale in bank.scales.items()})
+
+    @property
+    def bank(self) -> AdapterBank:
+        """The bank as it stands, for `extract` and the pure functions."""
+        return AdapterBank(
+            tuple(self.pages[str(width)][...] for width in self.widths),
+            tuple(self.owners[str(width)][...] for width in self.widths),
+            {module: self.tables[module][...] for module, _ in self.sites},
+            {module: self.scales[module][...] for module, _ in self.sites},
+            self.widths,
+            self.sites,
+            self.max_rank,
+        )
+
+    def set_bank(self, bank: AdapterBank) -> None:
+        """Replaces the bank by another one of the same form.
+
+        Raises:
+          InputError: it is no bank, or has other sites, sizes or dtypes.
+        """
+        if not isinstance(bank, AdapterBank) or _form(bank) != _form(self.bank):
+            raise InputError(f"The new bank is of type {type(bank).__name__}; expected the module's own bank, changed.")
+        for width, pool, owner in zip(bank.widths, bank.pools, bank.owners, strict=True):
+            self.pages[str(width)].set_value(pool)
+            self.owners[str(width)].set_value(owner)
+        for module, _ in bank.sites:
+            self.tables[module].set_value(bank.tables[module])
+            self.scales[module].set_value(bank.scales[module])
 
 
 def moe_sites(config: MoEConfig) -> dict[str, Site]:
@@ -81,10 +132,18 @@ class RoutedExperts(nnx.Module):
 class MoELoRA(nnx.Module):
     """Router, experts and their adapters: `moe_lora` as a module.
 
+    `nnx.grad(loss, argnums=nnx.DiffState(0, LoRAParam))` and `nnx.Optimizer(layer, tx, wrt=LoRAParam)` train the
+    adapters that are loaded; the base weights stay as they are.
+
     Args:
-      config: the layer. max_adapters, max_rank: S and the largest rank of the bank; no adapters with S = 0.
+      config: the layer's sizes, router and activation.
+      max_adapters: S, adapters that can be loaded at once; 0 makes a layer without a bank, which refuses slots.
+      max_rank: the largest rank accepted.
       adapter_memory: bytes of the bank, or None for what S adapters of `max_rank` need.
-      param_dtype: of weights and bank. implementation: as in `moe_lora`.
+      param_dtype: of the weights.
+      adapter_dtype: of the bank; None takes that of the weights. Give float32 to train beside 16-bit weights.
+      implementation: as in `moe_lora`.
+      rngs: of the weights.
     """
 
     def __init__(
@@ -95,13 +154,15 @@ class MoELoRA(nnx.Module):
         max_rank: int = 64,
         adapter_memory: int | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
+        adapter_dtype: jax.typing.DTypeLike | None = None,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         self.config, self.implementation = config, implementation
         self.router = Router(config, param_dtype=param_dtype, rngs=rngs)
         self.experts = RoutedExperts(config, param_dtype=param_dtype, rngs=rngs)
-        self.adapters = _bank(moe_sites(config), max_adapters, max_rank, adapter_memory, param_dtype)
+        dtype = param_dtype if adapter_dtype is None else adapter_dtype
+        self.adapters = _adapters(moe_sites(config), max_adapters, max_rank, adapter_memory, dtype)
 
     def __call__(
         self,
@@ -118,7 +179,7 @@ class MoELoRA(nnx.Module):
             self.router.weight[...],
             self.experts.weights,
             self.config,
-            None if self.adapters is None else self.adapters.get_value().layer(0),
+            None if self.adapters is None else self.adapters.bank.layer(0),
             slots,
             request_lengths=request_lengths,
             request_slots=request_slots,
@@ -129,7 +190,19 @@ class MoELoRA(nnx.Module):
 
 
 class LoRALinear(nnx.Module):
-    """A dense projection `[out, in]` with an adapter a row: `lora_linear` as a module."""
+    """A dense projection `[out, in]` with an adapter per row: `lora_linear` as a module.
+
+    Args:
+      in_width: width of the rows.
+      out_width: width of the result.
+      max_adapters: as in `MoELoRA`; adapters call the projection `linear`.
+      max_rank: as in `MoELoRA`.
+      adapter_memory: as in `MoELoRA`.
+      param_dtype: of the weight.
+      adapter_dtype: as in `MoELoRA`.
+      implementation: as in `lora_linear`.
+      rngs: of the weight.
+    """
 
     def __init__(
         self,
@@ -140,20 +213,22 @@ class LoRALinear(nnx.Module):
         max_rank: int = 64,
         adapter_memory: int | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
+        adapter_dtype: jax.typing.DTypeLike | None = None,
         implementation: Implementation | None = None,
         rngs: nnx.Rngs,
     ):
         self.implementation = implementation
         self.weight = nnx.Param(_INIT(rngs.params(), (out_width, in_width), param_dtype))
         sites = {"linear": Site(in_width, out_width, 1, (0,))}
-        self.adapters = _bank(sites, max_adapters, max_rank, adapter_memory, param_dtype)
+        dtype = param_dtype if adapter_dtype is None else adapter_dtype
+        self.adapters = _adapters(sites, max_adapters, max_rank, adapter_memory, dtype)
 
     def __call__(self, x: Float[Array, "T in"], slots: Int[Array, "T"] | None = None) -> Float[Array, "T out"]:
         _check_slots(self.adapters, slots=slots)
         slot_of_row = token_slots(x.shape[0], from_torch("slots", slots))
         if self.adapters is None:
             return _of_dtype(lora_linear(x, self.weight[...]), x)
-        pages = self.adapters.get_value().layer(0)["linear"]
+        pages = self.adapters.bank.layer(0)["linear"]
         plan = dense_plan(slot_of_row, pages.scale.shape[0])
         return _of_dtype(lora_linear(x, self.weight[...], None, pages, plan, self.implementation), x)
 
@@ -170,11 +245,21 @@ def load(module: "MoELoRA | LoRALinear", change: Callable[[AdapterBank], Adapter
     """
     if module.adapters is None:
         raise InputError("This module has no adapter bank; make it with max_adapters of at least 1.")
-    bank = module.adapters.get_value()
-    new = change(bank)
-    if not isinstance(new, AdapterBank) or (new.sites, new.max_rank) != (bank.sites, bank.max_rank):
-        raise InputError(f"change returned a {type(new).__name__}; expected the module's own bank, changed.")
-    module.adapters.set_value(new)
+    module.adapters.set_bank(change(module.adapters.bank))
+
+
+def linen_variables(bank: AdapterBank) -> dict[str, dict[str, Any]]:
+    """A bank as the variables of the module that `flax.nnx.bridge.to_linen(MoELoRA, ...)` makes.
+
+    Args:
+      bank: of the same form as the module's own.
+
+    Returns:
+      The collections `LoRAParam` and `LoRATable`, to be put in place of those that `init` returned.
+    """
+    _, pages, tables = nnx.split(Adapters(bank), LoRAParam, LoRATable)
+    states = {"LoRAParam": pages, "LoRATable": tables}
+    return {name: {"adapters": nnx.to_pure_dict(state)} for name, state in states.items()}
 
 
 def _of_dtype(y: Any, x: Any) -> Any:
@@ -182,17 +267,23 @@ def _of_dtype(y: Any, x: Any) -> Any:
     return y.to(x.dtype) if is_torch(y) else y.astype(x.dtype)
 
 
-def _check_slots(bank: LoRAParam | None, **given: Array | None) -> None:
+def _check_slots(adapters: Adapters | None, **given: Array | None) -> None:
     """Refuses slots that the bank does not have; without a bank, all: the base model would be served silently."""
     for name, values in given.items():
-        if bank is None and values is not None:
+        if adapters is None and values is not None:
             raise InputError(
                 f"{name} came to a module without an adapter bank; make it with max_adapters of at least 1, "
                 f"or call it without {name}."
             )
-        if bank is not None and name != "request_lengths":
-            check_slots(values, bank.get_value().num_slots)
+        if adapters is not None and name != "request_lengths":
+            check_slots(values, adapters.bank.num_slots)
 
 
-def _bank(sites, max_adapters, max_rank, memory, dtype) -> LoRAParam | None:
-    return LoRAParam(create_bank(sites, max_adapters, max_rank, memory, dtype)) if max_adapters else None
+def _form(bank: AdapterBank) -> Any:
+    """What one compiled program asks of every bank that it is given."""
+    leaves, structure = jax.tree.flatten(bank)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+def _adapters(sites, max_adapters, max_rank, memory, dtype) -> Adapters | None:
+    return Adapters(create_bank(sites, max_adapters, max_rank, memory, dtype)) if max_adapters else None

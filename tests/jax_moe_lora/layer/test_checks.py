@@ -240,7 +240,7 @@ def test_modules_refuse_slots_that_they_have_no_use_for():
 
 def test_a_module_keeps_its_bank_when_a_change_gives_none():
     layer = LoRALinear(D, F, max_adapters=1, max_rank=16, rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="change returned a NoneType"):
+    with pytest.raises(InputError, match="The new bank is of type NoneType"):
         load(layer, lambda bank: None)
     assert layer(floats(T, D), ints(T)).shape == (T, F)
 

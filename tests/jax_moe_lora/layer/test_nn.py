@@ -15,7 +15,7 @@ from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora
-from jax_moe_lora.nn import LoRALinear, LoRAParam, MoELoRA, RoutedExperts, Router, load, moe_sites
+from jax_moe_lora.nn import LoRALinear, MoELoRA, RoutedExperts, Router, linen_variables, load, moe_sites
 
 CONFIG = MoEConfig(hidden_size=64, expert_width=32, num_experts=8, top_k=2, renormalize=True)
 SLOTS = jnp.array([1, -1, 0, 1, -1, 2])
@@ -51,7 +51,7 @@ def pure(router, experts, bank, x, slots):
 
 
 def test_module_equals_the_pure_function(layer, rows):
-    expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.get_value(), rows, SLOTS)
+    expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.bank, rows, SLOTS)
     np.testing.assert_array_equal(nnx.jit(lambda m, x, s: m(x, s))(layer, rows, SLOTS), expected)
 
 
@@ -66,16 +66,16 @@ def test_experts_with_biases_hold_them_as_parameters(rows):
 
 
 def test_adapters_split_from_base_weights(layer, rows):
-    graph, adapters, params = nnx.split(layer, LoRAParam, nnx.Param)
-    assert not any("router" in path for path, _ in nnx.to_flat_state(adapters))
+    graph, params, adapters = nnx.split(layer, nnx.Param, ...)
+    assert {path[0] for path, _ in nnx.to_flat_state(adapters)} == {"adapters"}
     assert {path[0] for path, _ in nnx.to_flat_state(params)} == {"router", "experts"}
 
     @jax.jit
-    def forward(adapters, params, x, slots):
-        return nnx.merge(graph, adapters, params)(x, slots)
+    def forward(params, adapters, x, slots):
+        return nnx.merge(graph, params, adapters)(x, slots)
 
-    expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.get_value(), rows, SLOTS)
-    np.testing.assert_array_equal(forward(adapters, params, rows, SLOTS), expected)
+    expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.bank, rows, SLOTS)
+    np.testing.assert_array_equal(forward(params, adapters, rows, SLOTS), expected)
 
 
 @pytest.mark.newest
@@ -100,14 +100,15 @@ def test_loading_into_a_module_does_not_retrace(layer, rows):
 def test_linen_through_the_bridge_gives_the_same(layer, rows):
     linen = bridge.to_linen(MoELoRA, CONFIG, max_adapters=4, max_rank=32)
     variables = linen.init(jax.random.key(0), rows, SLOTS)
-    assert set(variables) == {"params", "LoRAParam"}
+    assert set(variables) == {"params", "LoRAParam", "LoRATable"}
     params = {
         "router": {"weight": layer.router.weight[...]},
         "experts": {name: getattr(layer.experts, name)[...] for name in ("gate", "up", "down")},
     }
-    own = {"params": params, "LoRAParam": {"adapters": layer.adapters.get_value()}}
-    expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.get_value(), rows, SLOTS)
-    np.testing.assert_array_equal(jax.jit(linen.apply)(own, rows, SLOTS), expected)
+    loaded = {"params": params} | linen_variables(layer.adapters.bank)
+    assert jax.tree.structure(loaded["LoRAParam"]) == jax.tree.structure(dict(variables["LoRAParam"]))
+    expected = pure(layer.router.weight[...], layer.experts.weights, layer.adapters.bank, rows, SLOTS)
+    np.testing.assert_array_equal(jax.jit(linen.apply)(loaded, rows, SLOTS), expected)
 
 
 @pytest.mark.parametrize("given", ["slots", "request_lengths", "request_slots"])
@@ -142,7 +143,7 @@ def test_linear_module_equals_the_pure_function(rows):
     sites = {"linear": Site(64, 48, 1, (0,))}
     layer = LoRALinear(64, 48, max_adapters=3, max_rank=16, rngs=nnx.Rngs(0))
     load(layer, lambda bank: insert(bank, 1, adapter(sites, 5)))
-    pages = layer.adapters.get_value().layer(0)["linear"]
+    pages = layer.adapters.bank.layer(0)["linear"]
     expected = jax.jit(lambda x: lora_linear(x, layer.weight[...], None, pages, dense_plan(SLOTS, 3)))(rows)
     np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x, SLOTS))(layer, rows), expected)
     plain = LoRALinear(64, 48, rngs=nnx.Rngs(0))
