@@ -169,6 +169,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_measured(tmp_path, monkey
     assert len((tmp_path / "cpu.csv").read_text().splitlines()) == 2  # the header and the cell that has figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_a_wrong_result_is_a_failure(monkeypatch, factor):
     real = sweep.library_layer

@@ -65,6 +65,8 @@ def test_experts_with_biases_hold_them_as_parameters(rows):
     assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer.experts))} >= {"gate_bias", "up_bias", "down_bias"}
 
 
+@pytest.mark.slow
+@pytest.mark.newest
 def test_adapters_split_from_base_weights(layer, rows):
     graph, params, adapters = nnx.split(layer, nnx.Param, ...)
     assert {path[0] for path, _ in nnx.to_flat_state(adapters)} == {"adapters"}
@@ -121,6 +123,7 @@ def test_a_module_without_a_bank_refuses_slots(rows, given):
             LoRALinear(64, 48, rngs=nnx.Rngs(0))(rows, SLOTS)
 
 
+@pytest.mark.slow
 def test_router_and_experts_compose_to_the_layer(rows):
     from jax_moe_lora.layer.routing import route
 

@@ -20,10 +20,7 @@ RANKS = (4, 16, 17, 40)
 SPECS = {
     "mixed": PagedSpec(23, 64, 96, 5, 3, slots=5, ranks=RANKS, dtype="float32", empty_slots=1),
     "per-expert": PagedSpec(20, 32, 48, 4, 2, layouts=("per_expert",), dtype="float32"),
-    "fused": PagedSpec(20, 32, 48, 4, 2, layouts=("fused",), dtype="float32"),
-    "shared-outer": PagedSpec(20, 32, 48, 4, 2, layouts=("shared_outer",), dtype="float32"),
     "shared-some": PagedSpec(20, 32, 48, 5, 2, layouts=("shared_some",), dtype="float32"),
-    "partial": PagedSpec(20, 32, 48, 4, 2, layouts=("partial",), dtype="float32"),
     "one token": PagedSpec(1, 32, 48, 4, 2, dtype="float32", base_rows=0.0),
     "base rows alone": PagedSpec(9, 32, 48, 4, 2, dtype="float32", base_rows=1.0),
     "one expert": PagedSpec(40, 32, 48, 3, 2, dtype="float32", routing="one"),
@@ -32,7 +29,8 @@ SPECS = {
 }
 
 
-CASES = [(name, "xla") for name in SPECS] + [("mixed", "reference")]
+# `mixed` has slots of every layout but `shared-some`; alone, a layout runs the same program on other tables.
+CASES = [(name, "xla") for name in SPECS if name != "per-expert"] + [("mixed", "reference")]
 
 
 @pytest.mark.slow
@@ -146,6 +144,7 @@ def test_dense_projection(dtype):
     assert_gradients(jax.grad(projected, (0, 1, 2, 3))(*values), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_page_gradients_equal_the_definition(module):
     layer = draw_layer(SPECS["mixed"], np.random.default_rng(3))
