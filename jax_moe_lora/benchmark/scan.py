@@ -4,12 +4,9 @@ Times the forward pass of random decoders with adapters on every projection, and
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.config import ModelConfig, MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import LayerParams, ModelParams, init_params
+from pallas_kernels.grouped_matmul.bench import write_report
 from pallas_kernels.specs import LAYERS, LayerSpec
 
 
@@ -38,18 +36,11 @@ def scanned_logits(
 ) -> Float[Array, "B T V"]:
     """`decoder.logits` with one compiled layer over stacked weights, for models whose layers are all alike."""
     step = decoder.prompt_step(tokens, lengths, slots, bank, params, config, None)
-    sites = tuple((module, replace(site, layers=(0,))) for module, site in bank.sites)
+    pages = bank.layer(0)
 
     def body(hidden: Array, xs: tuple[LayerParams, dict, dict]) -> tuple[Array, None]:
         layer, tables, scales = xs
-        layer_bank = replace(
-            bank,
-            owners=(),
-            tables={module: table[None] for module, table in tables.items()},
-            scales={module: scale[None] for module, scale in scales.items()},
-            sites=sites,
-        )
-        return decoder.run_layer(layer, layer_bank, hidden, step, None)[0], None
+        return decoder.run_layer(layer, replace(pages, tables=tables, scales=scales), hidden, step, None)[0], None
 
     hidden, _ = lax.scan(body, params.embedding[tokens], (stacked, bank.tables, bank.scales))
     return decoder.head(params, decoder.rms_norm(hidden, params.norm, config.rms_eps))
@@ -133,17 +124,10 @@ def main() -> None:
         for batch, tokens in ((8, 1), (8, 32))
         for row in measure(layers, args.shape, args.dtype, batch, tokens, args.repeats)
     ]
-    device = jax.devices()[0].device_kind
-    report = {
-        "device": f"{platform.machine()} CPU" if device == "cpu" else device,
-        "date": date.today().isoformat(),
-        "jax": jax.__version__,
-        "method": "one forward pass, median of repeats; adapters' bank of 4 slots, no adapter loaded",
-        "rows": rows,
-    }
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            args.out, "one forward pass, median of repeats; adapters' bank of 4 slots, no adapter loaded", rows
+        )
 
 
 if __name__ == "__main__":

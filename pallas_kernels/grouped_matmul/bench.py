@@ -92,6 +92,26 @@ def measure(expression: Expression, spec: LayerSpec, tokens: int, dtype: str, re
     return {"us": round(statistics.median(times), 1), "min_us": round(min(times), 1), "first_call_s": round(first, 2)}
 
 
+def write_report(out: Path, method: str, rows: list[dict[str, Any]]) -> None:
+    """Writes measurements as JSON, with where and when they were taken.
+
+    Args:
+      out: the file; its folder is made.
+      method: how the rows were measured.
+      rows: the measurements.
+    """
+    device = jax.devices()[0].device_kind
+    report = {
+        "device": f"{platform.machine()} CPU" if device == "cpu" else device,
+        "date": date.today().isoformat(),
+        "jax": jax.__version__,
+        "method": method,
+        "rows": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -109,17 +129,10 @@ def main() -> None:
                 figures = measure(EXPRESSIONS[name], LAYERS[shape], tokens, args.dtype, args.repeats)
                 rows.append({"shape": shape, "tokens": tokens, "expression": name, "dtype": args.dtype} | figures)
                 print(rows[-1], flush=True)
-    device = jax.devices()[0].device_kind
-    report = {
-        "device": f"{platform.machine()} CPU" if device == "cpu" else device,
-        "date": date.today().isoformat(),
-        "jax": jax.__version__,
-        "method": "jitted loop of 4 dependent calls, median of repeats, uniform routing, random data",
-        "rows": rows,
-    }
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(
+            args.out, "jitted loop of 4 dependent calls, median of repeats, uniform routing, random data", rows
+        )
 
 
 if __name__ == "__main__":
