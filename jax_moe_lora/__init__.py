@@ -33,7 +33,8 @@ with _epy.lazy_api_imports(globals()):
     from jax_moe_lora.serving.requests import Generation
     from jax_moe_lora.tools.compilations import count_compilations
     from jax_moe_lora.tools.merge import merge_adapter
-    from jax_moe_lora.tools.validate import validate
+    from jax_moe_lora.tools.read import read_adapter
+    from jax_moe_lora.tools.validate import validate, validate_config
     from pallas_kernels.ops import BASE_SLOT
     from pallas_kernels.routed_experts.weights import ExpertWeights
 
@@ -70,8 +71,10 @@ __all__ = [
     "lora_linear",
     "merge_adapter",
     "moe_lora",
+    "read_adapter",
     "remove",
     "routed_experts",
     "validate",
+    "validate_config",
     "write_adapter",
 ]

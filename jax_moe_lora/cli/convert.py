@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
-from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.adapters.writing import LAYOUTS, write_adapter
+from jax_moe_lora.cli.options import LoraBLayout
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import format_bytes
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.tools.read import read_adapter
 
 Adapter = Annotated[str, typer.Argument(help="Adapter folder in any layout, or a hub id.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write, which appears whole or not at all.")]
@@ -31,13 +32,14 @@ def convert(
     fold_scale: Annotated[
         bool, typer.Option("--fold-scale", help="Multiply B by a scale that the config cannot say; rounds B.")
     ] = False,
+    lora_b_layout: LoraBLayout = None,
     force: Force = False,
 ) -> None:
     """Write an adapter in another layout: the same matrices, ranks and scales, or one sentence on why not.
 
     Copies and whatever else differs from ADAPTER are said on standard output.
     """
-    read, sites, names = _read(adapter, local_folder(model))
+    read, sites, names = _read(adapter, local_folder(model), lora_b_layout)
     notes = write_adapter(read, out, sites, names, to, expand=expand, fold_scale=fold_scale, force=force)
     _say(out, to, *notes)
 
@@ -50,21 +52,23 @@ def merge(
         str | None, typer.Option(help="float32, bfloat16 or float16; each tensor keeps its own if not given.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of the tensors in one file.")] = "5GB",
+    lora_b_layout: LoraBLayout = None,
     force: Force = False,
 ) -> None:
     """Merge an adapter into a copy of its base checkpoint, which transformers loads without any adapter library."""
     from jax_moe_lora.tools.merge import merge_adapter
 
     base = local_folder(model)
-    merge_adapter(_read(adapter, base)[0], base, out, dtype=dtype, max_shard_size=max_shard_size, force=force)
+    read, _, _ = _read(adapter, base, lora_b_layout)
+    merge_adapter(read, base, out, dtype=dtype, max_shard_size=max_shard_size, force=force)
     _say(out, "merged")
 
 
-def _read(adapter: str, base: Path) -> tuple[LoRAAdapter, Mapping[str, Site], AdapterNames]:
+def _read(adapter: str, base: Path, lora_b_layout: str | None) -> tuple[LoRAAdapter, Mapping[str, Site], AdapterNames]:
     """The adapter, and its base model's projections and their names in files."""
     config = read_model_config(base)
     sites, names = adapter_sites(config), family(config.model_type).ADAPTER_NAMES
-    return read_adapter(local_folder(adapter), sites, names), sites, names
+    return read_adapter(adapter, base, lora_b_layout=lora_b_layout), sites, names
 
 
 def _say(out: Path, what: str, *notes: str) -> None:

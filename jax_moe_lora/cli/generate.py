@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jax_moe_lora.cli.options import Dtype, named_values, write_file
+from jax_moe_lora.cli.options import Dtype, named_values, values_by_name, write_file
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.safetensors_io import parse_json
@@ -37,12 +37,19 @@ def generate(
     dtype: Dtype = "bfloat16",
     max_rank: Annotated[int, typer.Option(min=1)] = 64,
     adapter_memory: Annotated[str, typer.Option(help="Device memory for adapters.")] = "4GiB",
+    lora_b_layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="[NAME=]ORDER of B's columns in 3-D experts, where the file does not say it: rank_major (PEFT) or "
+            "grouped_by_expert (Unsloth before 2026-09-17)."
+        ),
+    ] = None,
 ) -> None:
     """Answer prompts, each with its own adapter, in mixed batches."""
     check_writable(out)
     defaults = Defaults(max_new_tokens, temperature, top_k, top_p, seed)
     jobs = read_jobs(requests, prompt or [], use, defaults)
-    served = load_model(model, adapter or [], jobs, dtype, max_rank, adapter_memory)
+    served = load_model(model, adapter or [], jobs, dtype, max_rank, adapter_memory, lora_b_layout or [])
     answers = run_jobs(served, jobs, batch_size, progress=out is not None and sys.stderr.isatty())
     text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
@@ -113,7 +120,13 @@ def _job(where: str, line: str, defaults: Defaults) -> Job:
 
 
 def load_model(
-    model: str, adapters: Sequence[str], jobs: Sequence[Job], dtype: str, max_rank: int, adapter_memory: str
+    model: str,
+    adapters: Sequence[str],
+    jobs: Sequence[Job],
+    dtype: str,
+    max_rank: int,
+    adapter_memory: str,
+    lora_b_layouts: Sequence[str] = (),
 ) -> "Model":
     """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before loading."""
     from jax_moe_lora.serving.model import Model
@@ -123,11 +136,12 @@ def load_model(
     if missing:
         named, given = ", ".join(sorted(map(str, missing))), ", ".join(sorted(folders)) or "none"
         raise InputError(f"Requests use adapters that are not given: {named} (given: {given}); add --adapter NAME=DIR.")
+    layouts: dict[str, str | None] = values_by_name("--lora-b-layout", lora_b_layouts, list(folders), str, None)
     served = Model.from_pretrained(
         model, dtype=dtype, max_adapters=max(1, len(folders)), max_rank=max_rank, adapter_memory=adapter_memory
     )
     for name, folder in folders.items():
-        served.load_adapter(folder, adapter_name=name)
+        served.load_adapter(folder, adapter_name=name, lora_b_layout=layouts[name])
     return served
 
 

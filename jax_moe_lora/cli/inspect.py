@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from jax_moe_lora.adapters.validation.grouping import ranges
 from jax_moe_lora.cli.options import AsJson, console
 from jax_moe_lora.files.sizes import format_bytes
 
@@ -49,7 +50,7 @@ def _print_adapter(summary: "AdapterSummary") -> None:
     )
     table = Table("module", "form", "layers", "A", "B", "ranks", "shared", "bytes", title=title)
     for module in summary.modules:
-        shown = (module.module, module.form, _ranges(module.layers), str(module.shape_a), str(module.shape_b))
+        shown = (module.module, module.form, ranges(module.layers), str(module.shape_a), str(module.shape_b))
         table.add_row(*shown, ", ".join(map(str, module.ranks)), module.shared, format_bytes(module.nbytes))
     console().print(table)
     for field in ("rank_pattern", "alpha_pattern"):
@@ -57,14 +58,3 @@ def _print_adapter(summary: "AdapterSummary") -> None:
             sys.stdout.write(f"{field}: {pattern} has {value:g}\n")
     for key in summary.other_keys:
         console().print(f"Not understood: {key}")
-
-
-def _ranges(numbers: list[int]) -> str:
-    """`[0, 1, 2, 5]` as `0-2, 5`."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

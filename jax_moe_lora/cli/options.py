@@ -14,6 +14,13 @@ from jax_moe_lora.files.folders import whole_file, writing_to
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+LoraBLayout = Annotated[
+    str | None,
+    typer.Option(
+        help="Order of B's columns in 3-D experts, where the file does not say it: rank_major (PEFT) or "
+        "grouped_by_expert (Unsloth before 2026-09-17)."
+    ),
+]
 
 
 def named_values(option: str, entries: Sequence[str], value: str) -> dict[str, str]:

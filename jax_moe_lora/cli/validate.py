@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from jax_moe_lora.cli.options import AsJson, Dtype, console
+from jax_moe_lora.cli.options import AsJson, Dtype, LoraBLayout, console
 from jax_moe_lora.files.sizes import format_bytes
 
 
@@ -19,12 +19,13 @@ def validate(
     deep: Annotated[bool, typer.Option("--deep", help="Read the weights too.")] = False,
     max_rank: Annotated[int, typer.Option(min=1, help="Of the bank.")] = 64,
     dtype: Dtype = "bfloat16",
+    lora_b_layout: LoraBLayout = None,
     as_json: AsJson = False,
 ) -> None:
     """Say everything that would stop or change serving an adapter. Exit code 1 with an error. Reads no weights."""
     from jax_moe_lora.tools.validate import validate_folders
 
-    report = validate_folders(adapter, model, deep, max_rank=max_rank, dtype=dtype)
+    report = validate_folders(adapter, model, deep, max_rank=max_rank, dtype=dtype, lora_b_layout=lora_b_layout)
     if as_json:
         sys.stdout.write(json.dumps(asdict(report), indent=2) + "\n")
     else:

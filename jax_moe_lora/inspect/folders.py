@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY
+from jax_moe_lora.adapters.formats.config_reading import describe_peft_config
 from jax_moe_lora.adapters.formats.detect import layout_of
-from jax_moe_lora.adapters.formats.peft_config import PeftConfig, describe_peft_config
-from jax_moe_lora.errors import AdapterFormatError, CheckpointError
+from jax_moe_lora.adapters.formats.look_around import adapters_below
+from jax_moe_lora.adapters.formats.peft_config import PeftConfig
+from jax_moe_lora.adapters.formats.weights import open_weights
+from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.safetensors_header import TensorInfo
 from jax_moe_lora.files.safetensors_io import tensor_infos
 from jax_moe_lora.models.config_file import read_model_config
@@ -135,7 +138,9 @@ def inspect_folder(folder: str | Path) -> ModelSummary | AdapterSummary:
         return inspect_adapter(folder)
     if (folder / "config.json").is_file():
         return inspect_model(folder)
-    raise CheckpointError(f"{folder} has neither config.json (a model) nor adapter_config.json (an adapter).")
+    inner = ", ".join(map(str, adapters_below(folder)[:5]))
+    there = f"; there are adapters one folder deeper: {inner}" if inner else ""
+    raise CheckpointError(f"{folder} has neither config.json (a model) nor adapter_config.json (an adapter){there}.")
 
 
 def inspect_model(folder: Path) -> ModelSummary:
@@ -185,7 +190,8 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
       AdapterFormatError: files are missing, cannot be read, or disagree about a rank.
     """
     config = describe_peft_config(folder)
-    infos = tensor_infos(folder / "adapter_model.safetensors", AdapterFormatError)
+    with open_weights(folder) as tensors:
+        infos = tensors.infos
     keys = {
         key: match for key, info in infos.items() if (match := _LORA_KEY.fullmatch(key)) and len(info.shape) in (2, 3)
     }

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
-from jax_moe_lora.adapters.formats.detect import read_adapter
+from jax_moe_lora.adapters.formats.detect import check_b_layout, read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.adapters.writing import write_adapter
@@ -23,9 +24,14 @@ from jax_moe_lora.models.families.registry import family
 class ServedAdapters:
     """What `Model` does with adapters."""
 
-    def __init__(self, config: ModelConfig, bank: AdapterBank):
-        self.config = config
+    def __init__(self, config: ModelConfig, bank: AdapterBank, folder: Path | None = None):
+        self.config, self._folder = config, folder
         self._pool = AdapterPool(bank, self._read_adapter)
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint's folder; None for a model that was made in memory."""
+        return self._folder
 
     @property
     def adapters(self) -> dict[str, AdapterInfo]:
@@ -37,7 +43,9 @@ class ServedAdapters:
         """What every registered adapter is doing, by name."""
         return self._pool.statuses()
 
-    def load_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> AdapterInfo:
+    def load_adapter(
+        self, adapter: str | Path | LoRAAdapter, adapter_name: str, *, lora_b_layout: str | None = None
+    ) -> AdapterInfo:
         """Loads an adapter under a name; it keeps its slot until it is unloaded.
 
         Nothing recompiles, running requests go on, and a failure leaves everything as it was.
@@ -45,6 +53,7 @@ class ServedAdapters:
         Args:
           adapter: a folder in any layout that `read_adapter` knows, or an adapter in memory.
           adapter_name: what requests call it.
+          lora_b_layout: as for `read_adapter`.
 
         Returns:
           Its slot, ranks and bytes.
@@ -54,7 +63,7 @@ class ServedAdapters:
           AdapterNameError: the name is taken or reserved.
           BankFullError: no slot or not enough pages are free.
         """
-        self._pool.register(adapter_name, _source(adapter), pinned=True)
+        self._register(adapter, adapter_name, True, lora_b_layout)
         try:
             self._pool.load(adapter_name)
             return self.adapters[adapter_name]
@@ -63,7 +72,9 @@ class ServedAdapters:
                 self._pool.forget(adapter_name)
             raise
 
-    def register_adapter(self, adapter: str | Path | LoRAAdapter, adapter_name: str) -> None:
+    def register_adapter(
+        self, adapter: str | Path | LoRAAdapter, adapter_name: str, *, lora_b_layout: str | None = None
+    ) -> None:
         """Makes an adapter known; the first request that names it loads it, and later ones may evict it.
 
         Any number can be registered. A folder whose content has changed is read again before the next request.
@@ -71,11 +82,12 @@ class ServedAdapters:
         Args:
           adapter: a folder, or an adapter in memory.
           adapter_name: what requests call it.
+          lora_b_layout: as for `read_adapter`.
 
         Raises:
           AdapterNameError: the name is taken or reserved.
         """
-        self._pool.register(adapter_name, _source(adapter))
+        self._register(adapter, adapter_name, False, lora_b_layout)
 
     def prefetch_adapters(self, adapter_names: Sequence[str]) -> None:
         """Starts loading registered adapters into slots that nobody uses, without waiting.
@@ -106,6 +118,22 @@ class ServedAdapters:
         """
         self._pool.forget(adapter_name)
 
+    def adapter(self, adapter_name: str) -> LoRAAdapter:
+        """A registered adapter on the host, to look at or compute with.
+
+        Args:
+          adapter_name: its name.
+
+        Returns:
+          What its folder holds, or the adapter that was registered. Where the folder is gone it comes from the bank, in
+          the bank's dtype.
+
+        Raises:
+          AdapterNameError: no adapter of this name is registered.
+          AdapterFormatError: its folder is not read, and it is in no slot.
+        """
+        return self._pool.fetch(adapter_name)
+
     def save_adapter(
         self, adapter: str | LoRAAdapter, folder: str | Path, layout: str = "peft", **options: bool
     ) -> list[str]:
@@ -125,7 +153,7 @@ class ServedAdapters:
           AdapterFormatError: the adapter cannot be written in this layout.
         """
         if not isinstance(adapter, LoRAAdapter):
-            adapter = self._pool.fetch(adapter)
+            adapter = self.adapter(adapter)
         sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
         return write_adapter(adapter, folder, sites, names, layout, **options)
 
@@ -210,10 +238,13 @@ class ServedAdapters:
             raise InputError(f"adapter_names has {len(names)} entries for {count} prompts; give one for each.")
         return names
 
-    def _read_adapter(self, folder: Path, name: str) -> LoRAAdapter:
-        names = family(self.config.model_type).ADAPTER_NAMES
-        return read_adapter(folder, decoder.adapter_sites(self.config), names, name)
+    def _register(self, adapter: str | Path | LoRAAdapter, name: str, pinned: bool, lora_b_layout: str | None) -> None:
+        check_b_layout(lora_b_layout)
+        if lora_b_layout is not None and isinstance(adapter, LoRAAdapter):
+            raise InputError("lora_b_layout says how a file is read; an adapter in memory has been read already.")
+        source = adapter if isinstance(adapter, LoRAAdapter) else local_folder(adapter)
+        self._pool.register(name, source, pinned, partial(self._read_adapter, lora_b_layout=lora_b_layout))
 
-
-def _source(adapter: str | Path | LoRAAdapter) -> Path | LoRAAdapter:
-    return adapter if isinstance(adapter, LoRAAdapter) else local_folder(adapter)
+    def _read_adapter(self, folder: Path, name: str, lora_b_layout: str | None = None) -> LoRAAdapter:
+        sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
+        return read_adapter(folder, sites, names, name, base=self._folder, b_layout=lora_b_layout)

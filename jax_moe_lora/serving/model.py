@@ -44,8 +44,8 @@ class Model(ServedAdapters):
         folder: Path | None = None,
         implementation: Implementation | None = None,
     ):
-        super().__init__(config, bank)
-        self.params, self.implementation, self._folder = params, implementation, folder
+        super().__init__(config, bank, folder)
+        self.params, self.implementation = params, implementation
         self._compiled: set[Any] = set()
 
     @classmethod

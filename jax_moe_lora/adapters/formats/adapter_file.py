@@ -16,7 +16,6 @@ from jax_moe_lora.errors import AdapterFormatError
 from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_header import TensorInfo
 
-WEIGHTS = "adapter_model.safetensors"
 DENSE_ONLY = "PEFT, no experts"
 # One spelling a number: were 0 and 00 both taken, one key would silently replace the other.
 INDEX = r"0|[1-9][0-9]{0,8}"
@@ -39,7 +38,14 @@ Weights = dict[tuple[int, str], LoRAWeights]
 
 @dataclass(frozen=True)
 class Pair:
-    """A and B of one path below `model.layers.L.`, by key and header."""
+    """A and B of one path below `model.layers.L.`.
+
+    Attributes:
+      layer: the L of its keys.
+      path: what stands between `model.layers.L.` and `.lora_A`.
+      keys: side -> key in the file.
+      infos: side -> what the file's header says of it.
+    """
 
     layer: int
     path: str
@@ -61,7 +67,8 @@ class FileLayout:
 
     Attributes:
       name: what users are told.
-      rest: what follows the experts' path in its keys. read: the weights of all its pairs in a file.
+      rest: what follows the experts' path in its keys.
+      read: makes the weights of all its pairs in a file.
     """
 
     name: str
@@ -71,6 +78,11 @@ class FileLayout:
 
 def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -> list[Pair]:
     """The pairs of a file; every key is understood and has its other side.
+
+    Args:
+      file: what errors call it.
+      infos: key -> what the header says.
+      problems: what becomes of a problem.
 
     Raises:
       AdapterFormatError: a key that is not understood or stands alone, or a dtype that is not read, by name.
@@ -111,7 +123,7 @@ class Tensors(Protocol):
 
 @dataclass(frozen=True)
 class Headers:
-    """Matrices of which only the form is known: one zero each, repeated without taking memory."""
+    """Matrices of which only the shape is known: one zero each, repeated without taking memory."""
 
     infos: Mapping[str, TensorInfo]
 
@@ -124,9 +136,17 @@ class AdapterFile:
     """What the readers of all layouts share.
 
     Attributes:
-      values: the matrices are read; else they have their forms alone, and nothing may depend on what they hold.
-      layout: what users are told of the experts. used: names of modules and parameters that weights were found for, as
-        PEFT matches its targets. keys: a key of each projection, for errors.
+      path: what errors call the weights.
+      config: the adapter's config.
+      sites: the model's projections.
+      names: where they stand in adapter files.
+      tensors: where matrices are read.
+      problems: what becomes of a problem.
+      values: whether matrices are read; if not, only their shapes are known, and nothing may depend on what they hold.
+      b_layout: the order of the columns of a 3-D parameter's B, where the user named it; None leaves it to the config.
+      layout: what users are told of the experts.
+      used: names of modules and parameters that weights were found for, as PEFT matches its targets.
+      keys: a key of each projection, for errors.
     """
 
     path: Path
@@ -136,6 +156,7 @@ class AdapterFile:
     tensors: Tensors
     problems: Problems
     values: bool = True
+    b_layout: str | None = None
     layout: str = DENSE_ONLY
     used: set[str] = field(default_factory=set)
     keys: dict[tuple[int, str], str] = field(default_factory=dict)
@@ -154,7 +175,10 @@ class AdapterFile:
         """The scale by the config, which must target one of the names and agree with the tensors' rank.
 
         Args:
-          names: below `model.layers.L.`, that of the file first.
+          pair: A and B.
+          rank: the tensors' own.
+          targeted: whether the config targets a full name.
+          names: names of the module below `model.layers.L.`, that of the file first.
         """
         full, config = [f"model.layers.{pair.layer}.{name}" for name in names], self.config
         with self.problems:
@@ -202,11 +226,12 @@ class AdapterFile:
         return self.error(pair, problem, f"{module} twice", "one key for each projection")
 
     @property
-    def refused(self) -> set[str]:
-        """Names that keys whose problems were kept may have been meant for."""
+    def present(self) -> set[str]:
+        """Names that weights were found for, or that keys whose problems were kept may have been meant for."""
         matches = [_KEY.fullmatch(str(error.key)) for error in self.problems.found]
-        modules = {match["module"].removesuffix(".base_layer") for match in matches if match}
-        return {name for m in modules for name in (m, f"{m}.gate_up_proj", f"{m}.down_proj", f"{m}.weight")}
+        refused = {match["module"].removesuffix(".base_layer") for match in matches if match}
+        ends = ("", ".gate_up_proj", ".down_proj", ".weight")
+        return self.used | {f"{module}{end}" for module in refused for end in ends}
 
     def error(self, pair: Pair, problem: str, found: object = "", expected: str = "") -> AdapterFormatError:
         return _refusal(self.path, pair.key, f"{pair.key}: {problem}.", found, expected)

@@ -4,19 +4,29 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jax_moe_lora.adapters.formats.neutral_fields import says_nothing
+from jax_moe_lora.adapters.formats.patterns import is_plain
+from jax_moe_lora.adapters.formats.regex_guard import is_safe
+
 # Far past any real adapter; within them a rank indexes and a scale stays finite in float32.
 MAX_RANK, MAX_ALPHA = 2**20, 1e30
-
-
-# A group that is repeated, as in (a+)+, can make a match take for ever. Escapes and classes are no groups.
-_NO_GROUP, _REPEATED_GROUP = re.compile(r"\\.|\[\^?\]?[^\]]*\]", re.DOTALL), re.compile(r"\)[*+{]")
+RANK_MAJOR, GROUPED_BY_EXPERT, MIXED = "rank_major", "grouped_by_expert", "mixed"
+B_LAYOUTS = (RANK_MAJOR, GROUPED_BY_EXPERT)
+"""Orders of the columns of a 3-D parameter's B: by rank and then by expert, as PEFT has it, or the other way round."""
 
 
 class Malformed(Exception):
-    """A field whose value is none that it may have."""
+    """A field with a value that it may not have."""
 
     def __init__(self, name: str, value: Any, expected: str):
-        super().__init__(f"{name} is {shown(value)}, {expected} was expected")
+        """Says what came and what was expected.
+
+        Args:
+          name: the field.
+          value: what it holds.
+          expected: in words.
+        """
+        super().__init__(f"{name} is {shown(value)}; expected {expected}")
         self.expected = expected
 
 
@@ -27,21 +37,33 @@ def shown(value: Any) -> str:
 
 
 def lora(raw: Mapping[str, Any], name: str) -> None:
-    if str(raw.get(name, "LORA")).upper() != "LORA":
-        raise Malformed(name, raw[name], "LORA, the only one that is supported,")
+    if str(raw.get(name) or "LORA").upper() != "LORA":
+        raise Malformed(name, raw[name], "LORA, the only type that is supported")
 
 
 def rank(raw: Mapping[str, Any], name: str) -> int:
-    value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+    return _rank(raw.get(name), name)
+
+
+def _rank(value: Any, name: str) -> int:
+    number = _whole(value)
+    if number is None or not 1 <= number <= MAX_RANK:
         raise Malformed(name, value, f"a whole number from 1 to {MAX_RANK}")
-    return value
+    return number
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, which some tools write as `4.0`; None for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def flag(raw: Mapping[str, Any], name: str) -> bool:
-    if not isinstance(raw.get(name), bool | None):
-        raise Malformed(name, raw[name], "true or false")
-    return bool(raw.get(name))
+    value = raw.get(name)
+    if not isinstance(value, bool) and not says_nothing(value):
+        raise Malformed(name, value, "true or false")
+    return bool(value)
 
 
 def alpha(raw: Mapping[str, Any], name: str) -> float:
@@ -56,8 +78,7 @@ def _number(value: Any, name: str) -> float:
 
 
 def rank_patterns(raw: Mapping[str, Any], name: str) -> dict[str, int]:
-    patterns = _patterns(raw, name)
-    return {pattern: rank(patterns, pattern) for pattern in patterns}
+    return {pattern: _rank(value, f"{name}[{pattern!r}]") for pattern, value in _patterns(raw, name).items()}
 
 
 def alpha_patterns(raw: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -89,19 +110,49 @@ def layer_patterns(raw: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _compiled(pattern: str, name: str) -> str:
-    """The pattern itself, which is a regular expression."""
+    """The pattern itself, once it is known to be a regular expression that takes little time."""
+    if is_plain(pattern):
+        return pattern
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise Malformed(name, pattern, f"a regular expression (it is none: {error})") from error
-    if _REPEATED_GROUP.search(_NO_GROUP.sub("x", pattern)):
-        raise Malformed(name, pattern, "a regular expression without a repeated group, which may take for ever,")
+        raise Malformed(name, pattern, f"a regular expression (this one is invalid: {error})") from error
+    if not is_safe(pattern):
+        raise Malformed(name, pattern, "a regular expression whose repeated groups cannot take for ever")
     return pattern
 
 
 def layers(raw: Mapping[str, Any], name: str) -> frozenset[int] | None:
     value = raw.get(name)
-    values = [value] if isinstance(value, int) else value or []
-    if not isinstance(values, list) or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+    values = [value] if isinstance(value, int | float) and not isinstance(value, bool) else value or []
+    numbers = [_whole(item) for item in values] if isinstance(values, list) else [None]
+    whole_numbers = frozenset(number for number in numbers if number is not None)
+    if None in numbers:
         raise Malformed(name, value, "a layer or a list of layers")
-    return frozenset(values) if values else None
+    return whole_numbers or None
+
+
+def b_layout(raw: Mapping[str, Any], name: str) -> str | None:
+    """What Unsloth says of the order of B's columns in 3-D parameters; None where nothing is said."""
+    value = raw.get(name) or None
+    if value not in (None, *B_LAYOUTS, MIXED):
+        raise Malformed(name, value, " or ".join(B_LAYOUTS))
+    return value
+
+
+def b_layouts(raw: Mapping[str, Any], name: str) -> dict[str, str]:
+    """The same by parameter, such as `gate_up_proj`, from Unsloth's longer note."""
+    note = raw.get(name) or {}
+    parameters = note.get("parameters") or {} if isinstance(note, dict) else None
+    if not isinstance(parameters, dict) or not all(isinstance(entry, dict) for entry in parameters.values()):
+        raise Malformed(name, note, "an object with an object for each of its parameters")
+    if note.get("lora_A_layout") not in (None, GROUPED_BY_EXPERT):
+        raise Malformed(f"{name}.lora_A_layout", note["lora_A_layout"], GROUPED_BY_EXPERT)
+    layouts = {parameter: b_layout(entry, "lora_B_layout") for parameter, entry in parameters.items()}
+    return {parameter: layout for parameter, layout in layouts.items() if layout is not None}
+
+
+def unsloth_field(raw: Mapping[str, Any]) -> str | None:
+    """The field by which a config says that Unsloth made the adapter; None where none does."""
+    fields = ("base_model_name_or_path", "auto_mapping")
+    return next((field for field in fields if "unsloth" in str(raw.get(field)).lower()), None)

@@ -6,35 +6,52 @@ from pathlib import Path
 
 from jax_moe_lora.adapters.formats.adapter_file import (
     ANOTHER_MODEL,
-    WEIGHTS,
     AdapterFile,
     FileLayout,
     Pair,
     Weights,
     pair_keys,
 )
+from jax_moe_lora.adapters.formats.config_fields import B_LAYOUTS
+from jax_moe_lora.adapters.formats.config_reading import read_peft_config
+from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
+from jax_moe_lora.adapters.formats.look_around import WEIGHTS_INDEX
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
-from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig, read_peft_config
+from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
+from jax_moe_lora.adapters.formats.targets import check_targets
 from jax_moe_lora.adapters.formats.tinker import SGLANG, TINKER
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, TRTLLM, share_sides
+from jax_moe_lora.adapters.formats.weights import AdapterTensors, open_weights
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.files.safetensors_io import TensorFile, open_tensors, unchanged
+from jax_moe_lora.errors import AdapterFormatError, InputError
+from jax_moe_lora.files.safetensors_io import unchanged
 
 STACKS = (TINKER, SGLANG, TRTLLM)
 LAYOUTS = (WRAPPERS, PER_EXPERT, *STACKS)
 
 
 def read_adapter(
-    folder: str | Path, sites: Mapping[str, Site], names: AdapterNames, name: str | None = None
+    folder: str | Path,
+    sites: Mapping[str, Site],
+    names: AdapterNames,
+    name: str | None = None,
+    *,
+    base: Path | None = None,
+    b_layout: str | None = None,
 ) -> LoRAAdapter:
     """Reads an adapter in any of the layouts: PEFT's, Tinker's, SGLang's, TensorRT-LLM's.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`, and may hold `lora_layout.json`.
-      sites, names: the model's projections, and where they stand in adapter files.
+      folder: holds `adapter_config.json`, `adapter_model.safetensors` or shards with an index, and may hold
+        `lora_layout.json`.
+      sites: the model's projections.
+      names: where they stand in adapter files.
+      name: of the adapter; the folder's if None.
+      base: folder of the base model's checkpoint, with which copies of its embeddings are compared.
+      b_layout: `rank_major` or `grouped_by_expert`, the order of the columns of a 3-D parameter's B. None does as the
+        config says, and else as PEFT writes them: `rank_major`.
 
     Returns:
       The adapter in the file's dtype, and the name of its experts' layout. A shared side stays one matrix; gate and
@@ -42,24 +59,30 @@ def read_adapter(
 
     Raises:
       AdapterFormatError: a file that is missing or corrupt; a config field or a key that is not supported, not
-      understood, not targeted by the config, ambiguous, or does not fit the model, by name.
+        understood, not targeted by the config, ambiguous, or does not fit the model, by name.
+      InputError: `b_layout` is invalid.
     """
     folder, problems = Path(folder), Problems()
+    check_b_layout(b_layout)
     with open_adapter(folder, problems) as (config, tensors):
-        file = AdapterFile(folder / WEIGHTS, config, sites, names, tensors, problems)
-        weights = read_weights(file, pair_keys(file.path, tensors.infos, problems))
+        file = AdapterFile(tensors.path, config, sites, names, tensors, problems, b_layout=b_layout)
+        check_copies(tensors, base, problems)
+        weights = read_weights(file, pair_keys(file.path, without_copies(tensors.infos), problems))
     return LoRAAdapter(name or folder.name, weights, config.raw, file.layout)
 
 
+def check_b_layout(b_layout: str | None) -> None:
+    """Raises an InputError for an order of B's columns that does not exist."""
+    if b_layout not in (None, *B_LAYOUTS):
+        raise InputError(f"lora_b_layout is {b_layout!r}; expected {' or '.join(B_LAYOUTS)}.")
+
+
 @contextmanager
-def open_adapter(folder: Path, problems: Problems) -> Iterator[tuple[PeftConfig, TensorFile]]:
+def open_adapter(folder: Path, problems: Problems) -> Iterator[tuple[PeftConfig, AdapterTensors]]:
     """An adapter's config and its open tensors; the folder must stay as it is until the block ends."""
-    with unchanged(AdapterFormatError, *(folder / file for file in (CONFIG, SIDECAR))):
-        config, path = read_peft_config(folder, problems), folder / WEIGHTS
-        if not path.exists() and (folder / "adapter_model.bin").exists():
-            why = f"{folder} holds adapter_model.bin, a pickle, which is never read; save it as safetensors."
-            raise AdapterFormatError(why, file=path, found="adapter_model.bin", expected=WEIGHTS)
-        with open_tensors(path, AdapterFormatError) as tensors:
+    with unchanged(AdapterFormatError, *(folder / file for file in (CONFIG, SIDECAR, WEIGHTS_INDEX))):
+        config = read_peft_config(folder, problems)
+        with open_weights(folder) as tensors:
             yield config, tensors
 
 
@@ -75,7 +98,7 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
         if pair.path in file.names.dense:
             with file.problems:
                 _add_dense(file, weights, pair)
-    _check_targets(file, layout)
+    check_targets(file, layout, STACKS)
     return share_sides(file, weights)
 
 
@@ -111,19 +134,3 @@ def _add_dense(file: AdapterFile, weights: Weights, pair: Pair) -> None:
         raise file.held_twice(pair, module)
     if file.two_dimensional(pair):
         weights[pair.layer, module] = read_dense(file, pair)
-
-
-def _check_targets(file: AdapterFile, layout: FileLayout | None) -> None:
-    """A projection of the model that the config lists and the file has nothing for is an error, not a zero."""
-    config, names = file.config, file.names
-    own = {path.rpartition(".")[2] for path in names.dense} | set(names.experts)
-    if layout in STACKS:
-        own |= {part for module in names.experts.values() for part in names.spellings(module)}
-    listed = [] if isinstance(config.target_modules, str) else list(config.target_modules)
-    # A key that was refused is there all the same, under one of these names.
-    present = file.used | file.refused if file.problems.found else file.used
-    for target in [t for t in listed if t.rpartition(".")[2] in own] + list(config.target_parameters):
-        with file.problems:
-            if not any(key == target or key.endswith(f".{target}") for key in present):
-                why = f"{config.file} targets {target!r}, and {WEIGHTS} holds no weights for it."
-                raise AdapterFormatError(why, file=config.file, key=target, found="no weights", expected="an A and a B")

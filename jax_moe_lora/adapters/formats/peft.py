@@ -1,6 +1,7 @@
 """What PEFT writes: 2-D modules, per-expert 2-D modules, and 3-D expert parameters in both orientations.
 
-Source of the conventions: peft 0.21, `tuners/lora/layer.py` (ParamWrapper) and `tuners/tuners_utils.py`.
+Source of the conventions: peft 0.21, `tuners/lora/layer.py` (ParamWrapper) and `tuners/tuners_utils.py`. Unsloth's own
+order of B's columns: unslothai/unsloth-zoo, pull requests 1232 and 1269.
 """
 
 import re
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_moe_lora.adapters.formats.adapter_file import INDEX, AdapterFile, FileLayout, Pair, Weights
+from jax_moe_lora.adapters.formats.config_fields import GROUPED_BY_EXPERT
 from jax_moe_lora.adapters.lora import LoRAWeights, uniform
 
 # Up to this version PEFT read every 3-D parameter as (E, in, out), and wrote A and B with their roles exchanged.
@@ -66,12 +68,12 @@ def _stack(file: AdapterFile, module: str, by_expert: Mapping[int, Pair]) -> LoR
             loaded[expert] = file.load(pair, [(rank, site.in_width)], [(site.out_width, rank)])
             ranks[expert], scales[expert] = rank, scale
     largest = int(ranks.max())
-    a = file.blank((count, largest, site.in_width), _common(own_a.dtype for own_a, _ in loaded.values()))
+    a = file.blank((count, largest, site.in_width), _common(expert_a.dtype for expert_a, _ in loaded.values()))
     # Rows of B side by side, as the bank takes them.
-    b = file.blank((site.out_width, count, largest), _common(own_b.dtype for _, own_b in loaded.values()))
-    for expert, (own_a, own_b) in loaded.items() if file.values else ():
-        a[expert, : ranks[expert]] = own_a
-        b[:, expert, : ranks[expert]] = own_b
+    b = file.blank((site.out_width, count, largest), _common(expert_b.dtype for _, expert_b in loaded.values()))
+    for expert, (expert_a, expert_b) in loaded.items() if file.values else ():
+        a[expert, : ranks[expert]] = expert_a
+        b[:, expert, : ranks[expert]] = expert_b
     return LoRAWeights(a, b.transpose(1, 0, 2), ranks, scales)
 
 
@@ -85,8 +87,13 @@ def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
 class _Wrapper:
     """A 3-D parameter's pair. A is `[E*R, in]`, expert-major; B is `[out, R*E]`, rank-major and expert-minor.
 
+    Unsloth before 2026-09-17 trained B as `[out, E*R]`, expert-major: the same columns in another order.
+
     Attributes:
+      pair: A and B.
+      parameter: `gate_up_proj` or `down_proj`.
       widths: (in, out) as peft writes today; up to 0.19.0 it wrote them exchanged.
+      experts: E.
     """
 
     pair: Pair
@@ -109,8 +116,18 @@ class _Wrapper:
         scale = file.scale(self.pair, rank, file.config.targets_parameter, name)
         a_width, b_width = reversed(self.widths) if transposed else self.widths
         a, b = file.load(self.pair, [(rows, a_width)], [(b_width, rows)])
-        a, b = a.reshape(self.experts, rank, a_width), b.reshape(b_width, rank, self.experts)
+        a = a.reshape(self.experts, rank, a_width)
+        if self._b_layout(file) == GROUPED_BY_EXPERT:
+            b = b.reshape(b_width, self.experts, rank).swapaxes(1, 2)
+        else:
+            b = b.reshape(b_width, rank, self.experts)
         return (b.transpose(2, 1, 0), a.transpose(0, 2, 1), scale) if transposed else (a, b.transpose(2, 0, 1), scale)
+
+    def _b_layout(self, file: AdapterFile) -> str | None:
+        """The order of B's columns: as the user says, else the config."""
+        with file.problems:
+            return file.b_layout or file.config.b_layout_of(self.parameter)
+        return None
 
 
 def read_wrappers(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:

@@ -70,9 +70,9 @@ def read_sidecar(file: Path, problems: Problems) -> dict[str, str | None]:
     with problems:
         raw = read_json(file, AdapterFormatError)
         modules = raw.get("moe_shared_outer", {})
-        unknown = set(raw) - {"version", "moe_shared_outer"}
-        if raw.get("version", 1) != 1 or unknown or not isinstance(modules, dict):
-            raise _refusal(file, "", raw, "version 1 and an object moe_shared_outer, no more")
+        # What else it holds is for other readers.
+        if raw.get("version", 1) != 1 or not isinstance(modules, dict):
+            raise _refusal(file, "", raw, "version 1 and an object moe_shared_outer")
         declared = dict.fromkeys(_MODULES.values())
         for part, entry in modules.items():
             declared.pop(_MODULES.get(part, ""), None)

@@ -17,23 +17,27 @@ from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.extraction import extract
 from jax_moe_lora.adapters.insertion import Insertion, Prepared, prepare
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.pool.content import Version, stamps, version
+from jax_moe_lora.adapters.pool.content import newer_version, read_with_version, stamps
 from jax_moe_lora.adapters.pool.holds import Holds
-from jax_moe_lora.adapters.pool.registry import Entry, Registry, Source
+from jax_moe_lora.adapters.pool.registry import Entry, Read, Registry, Source
 from jax_moe_lora.adapters.pool.shared_bank import SharedBank
 from jax_moe_lora.adapters.pool.status import AdapterInfo, AdapterStatus
 from jax_moe_lora.errors import AdapterFormatError, AdapterNameError, BankFullError
 from pallas_kernels.ops import BASE_SLOT
 
 Result = TypeVar("Result")
-Read = Callable[[Path, str], LoRAAdapter]
 
 
 class AdapterPool:
     """Registered adapters, and the bank that holds some of them. All methods may be called from any thread."""
 
     def __init__(self, bank: AdapterBank, read: Read):
-        """`read(folder, name)` reads an adapter from disk."""
+        """A pool without adapters.
+
+        Args:
+          bank: where adapters will be; no adapter is in it.
+          read: reads an adapter from a folder, under a name.
+        """
         self._read = read
         self._registry = Registry(bank.num_slots)
         self._holds = Holds(self._registry)
@@ -41,10 +45,20 @@ class AdapterPool:
         self._bank = SharedBank(bank, self._changed)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
 
-    def register(self, name: str, source: Source, pinned: bool = False) -> None:
-        """Makes a name known; nothing is read yet. Raises AdapterNameError: the name is taken or reserved."""
+    def register(self, name: str, source: Source, pinned: bool = False, read: Read | None = None) -> None:
+        """Makes a name known; nothing is read yet.
+
+        Args:
+          name: that requests will use.
+          source: the adapter's folder, or the adapter itself.
+          pinned: it keeps its slot once it has one.
+          read: reads it from its folder; the pool's own if None.
+
+        Raises:
+          AdapterNameError: the name is taken or reserved.
+        """
         with self._changed:
-            self._registry.add(name, source, pinned)
+            self._registry.add(name, source, pinned, read or self._read)
 
     def load(self, name: str) -> None:
         """Returns when the adapter is in a slot. Raises what reading or inserting it raises."""
@@ -55,7 +69,7 @@ class AdapterPool:
     def prefetch(self, names: Sequence[str]) -> None:
         """Begins to load adapters into slots that nobody uses, as many as there are; does not wait."""
         with self._changed:
-            entries = self._find(names)
+            entries = self._registry.find_all(names)
             for entry in entries:
                 if entry.slot is None and (slots := self._make_room(1, entries)):
                     self._begin(entry, slots[0])
@@ -71,20 +85,19 @@ class AdapterPool:
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keeps an adapter in its slot once it is there, or lets it be evicted again."""
         with self._changed:
-            for entry in self._find([name]):
+            for entry in self._registry.find_all([name]):
                 entry.pinned = pinned
             self._changed.notify_all()
 
     def status(self, name: str) -> AdapterStatus:
         with self._changed:
-            (entry,) = self._find([name])
-            error = None if entry.error is None else str(entry.error)
-            return AdapterStatus(name, entry.state, entry.pinned, entry.slot, self._registry.references(entry), error)
+            (entry,) = self._registry.find_all([name])
+            return self._registry.status(entry)
 
     def statuses(self) -> dict[str, AdapterStatus]:
         """Of all registered adapters, by name."""
         with self._changed:
-            return {name: self.status(name) for name in self._registry.entries}
+            return {name: self._registry.status(entry) for name, entry in self._registry.entries.items()}
 
     def loaded(self) -> list[AdapterInfo]:
         """What is in a slot, in the order of the slots."""
@@ -109,7 +122,7 @@ class AdapterPool:
         if isinstance(entry.source, LoRAAdapter):
             return entry.source
         if entry.source.is_dir() or not ready:
-            return self._read(entry.source, name)
+            return entry.read(entry.source, name)
         with self.hold([name]) as (slot,):
             if isinstance(slot, Exception):
                 raise slot
@@ -188,38 +201,21 @@ class AdapterPool:
             slots = {entry.name: entry.slot for entry in self._registry.ready() if entry.slot is not None}
             return self._bank.lend(), slots
 
-    def _find(self, names: Sequence[str | None]) -> list[Entry]:
-        """Registered adapters of the names, each once."""
-        entries = [self._registry.find(name) for name in names]
-        return list({entry.name: entry for entry in entries if entry is not None}.values())
-
     def _admit(self, names: Sequence[str | None]) -> list[Entry | None]:
         """The adapter of each name, all of them in slots or on their way there."""
         while True:
-            entries = self._find(names)
+            entries = self._registry.find_all(names)
             missing = [entry for entry in entries if entry.slot is None]
             room = self._make_room(len(missing), entries)
             if room is not None:
                 break
-            self._check_hope(entries)
+            self._registry.check_hope(entries, waits_for_itself=self._holds.used_by(threading.get_ident()))
             self._changed.wait()
         for entry, slot in zip(missing, room, strict=True):
             self._begin(entry, slot)
         for entry in entries:
             self._registry.touch(entry)
         return [self._registry.find(name) for name in names]
-
-    def _check_hope(self, entries: Sequence[Entry]) -> None:
-        """Raises BankFullError where waiting would not help: nobody else is going to make room."""
-        slots, pinned = len(self._registry.slots), self._registry.pinned(but=entries)
-        waits_for_itself = self._holds.used_by(threading.get_ident())
-        if len(entries) + pinned > slots or waits_for_itself:
-            others = f", {pinned} held by adapters that were loaded or pinned" if pinned else ""
-            others += ", the rest used by running requests of this thread itself" if waits_for_itself else ""
-            raise BankFullError(
-                f"The bank has too few adapter slots: {slots} in all, {len(entries)} needed at once{others}; unload or "
-                "unpin some, ask for fewer, or raise max_adapters."
-            )
 
     def _make_room(self, count: int, keep: Sequence[Entry]) -> list[int] | None:
         """Free slots, after evictions; None, and nothing evicted, where there are too few."""
@@ -240,7 +236,10 @@ class AdapterPool:
     def _load(self, entry: Entry, slot: int) -> None:
         """The loader's work. Where it fails the slot is empty again, and nothing else has changed."""
         try:
-            adapter, content = self._read_source(entry)
+            if isinstance(entry.source, LoRAAdapter):
+                adapter, content = entry.source, None
+            else:
+                adapter, content = read_with_version(entry.read, entry.source, entry.name)
             insertion = self._place(slot, prepare(self._bank.value, adapter))
             for chunk in insertion.chunks():
                 self._bank.write(chunk)
@@ -258,13 +257,6 @@ class AdapterPool:
         finally:
             with self._changed:
                 self._changed.notify_all()
-
-    def _read_source(self, entry: Entry) -> tuple[LoRAAdapter, Version | None]:
-        if isinstance(entry.source, LoRAAdapter):
-            return entry.source, None
-        with ThreadPoolExecutor(1) as hashing:  # beside the reading, which waits for the same pages of the file
-            content = hashing.submit(version, entry.source)
-            return self._read(entry.source, entry.name), content.result()
 
     def _place(self, slot: int, prepared: Prepared) -> Insertion:
         """Pages for the adapter; what nobody uses goes until there are enough."""
@@ -284,14 +276,13 @@ class AdapterPool:
         Requests that run with it keep the old one. The bytes are read only where a file's stamps differ.
         """
         with self._changed:
-            known = [(entry, entry.version) for entry in self._find(names) if entry.state == "ready"]
+            known = [(entry, entry.version) for entry in self._registry.find_all(names) if entry.state == "ready"]
         for entry, old in known:
             if old is None or not isinstance(entry.source, Path):
                 continue
-            now = stamps(entry.source)
-            if now == old.stamps or len(now) < len(old.stamps):  # a folder that is gone is no reason to stop serving
+            new = newer_version(entry.source, old)
+            if new is None:  # a folder that is gone is no reason to stop serving either
                 continue
-            new = version(entry.source)
             with self._changed:
                 if entry.version is old and entry.state == "ready":
                     entry.version = new

@@ -5,20 +5,20 @@ adapter; of the others the one that was used longest ago goes first, unless its 
 folder has changed gets a new slot while requests that began before go on with the old one, which nobody finds any more.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool.content import Version
-from jax_moe_lora.errors import AdapterInUseError, AdapterNameError
+from jax_moe_lora.adapters.pool.status import AdapterStatus, State
+from jax_moe_lora.errors import AdapterInUseError, AdapterNameError, BankFullError
 from pallas_kernels.ops import BASE_SLOT
 
 BASE_NAMES = (None, "__base__")
-State = Literal["registered", "loading", "ready", "failed"]
 Source = Path | LoRAAdapter
+Read = Callable[[Path, str], LoRAAdapter]
 
 
 @dataclass
@@ -26,15 +26,21 @@ class Entry:
     """A registered adapter.
 
     Attributes:
-      source: its folder, or the adapter itself. pinned: it keeps its slot until it is unpinned or forgotten.
+      name: that requests use.
+      source: its folder, or the adapter itself.
+      pinned: it keeps its slot until it is unpinned or forgotten.
+      read: reads it from its folder.
       slot: where it is, or is being loaded to; None without one.
-      loading: done when its last load is. version: of the folder that was read. error: of its last load, if it failed.
+      loading: done when its last load is.
+      version: of the folder that was read.
+      error: of its last load, if it failed.
       ranks: module -> the ranks that occur in it, once it has been read.
     """
 
     name: str
     source: Source
     pinned: bool
+    read: Read
     slot: int | None = None
     loading: "Future[None] | None" = None
     version: Version | None = None
@@ -50,7 +56,13 @@ class Entry:
 
 @dataclass
 class Slot:
-    """One slot of the bank: the adapter that it is for, the requests that use it, and when it was used last."""
+    """One slot of the bank.
+
+    Attributes:
+      entry: the adapter that it is for; None if there is none, or it has got another slot since.
+      references: running requests that use it.
+      used: when it was used last, by the registry's count.
+    """
 
     entry: Entry | None = None
     references: int = 0
@@ -65,22 +77,32 @@ class Registry:
         self.slots = [Slot() for _ in range(num_slots)]
         self._clock = 0
 
-    def add(self, name: str, source: Source, pinned: bool) -> Entry:
-        """Raises AdapterNameError: the name is reserved, empty, no text, or taken."""
+    def add(self, name: str, source: Source, pinned: bool, read: Read) -> Entry:
+        """Makes a name known.
+
+        Args:
+          name: that requests will use.
+          source: the adapter's folder, or the adapter itself.
+          pinned: it keeps its slot once it has one.
+          read: reads it from its folder.
+
+        Raises:
+          AdapterNameError: the name is reserved, empty, not a string, or taken.
+        """
         if not isinstance(name, str) or not name or name in BASE_NAMES:
-            raise AdapterNameError(f"Adapter name {name!r} is reserved, empty or no text; choose another.")
+            raise AdapterNameError(f"Adapter name {name!r} is reserved, empty or not a string; choose another.")
         if name in self.entries:
             state = self.entries[name].state
             raise AdapterNameError(
                 f"There already is an adapter named {name!r} ({state}); unload it or choose another name."
             )
-        self.entries[name] = Entry(name, source, pinned)
+        self.entries[name] = Entry(name, source, pinned, read)
         return self.entries[name]
 
     def find(self, name: str | None) -> Entry | None:
         """The adapter of a name, or None for the base model. Raises AdapterNameError: it is not registered."""
         if name is not None and not isinstance(name, str):
-            raise AdapterNameError(f"Adapter name {name!r} is no text; give an adapter's name, or None.")
+            raise AdapterNameError(f"Adapter name {name!r} is not a string; give an adapter's name, or None.")
         if name in BASE_NAMES:
             return None
         if name not in self.entries:
@@ -88,6 +110,11 @@ class Registry:
             some = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
             raise AdapterNameError(f"No adapter named {name!r} is loaded or registered (there are: {some or 'none'}).")
         return self.entries[name]
+
+    def find_all(self, names: Sequence[str | None]) -> list[Entry]:
+        """The adapters of the names, each once. Raises AdapterNameError: one is not registered."""
+        entries = [self.find(name) for name in names]
+        return list({entry.name: entry for entry in entries if entry is not None}.values())
 
     def unused(self, name: str | None) -> Entry:
         """The adapter of a name. Raises AdapterNameError, or AdapterInUseError while it loads or requests use it."""
@@ -127,10 +154,30 @@ class Registry:
         entries = [slot.entry for slot in self.slots if slot.entry is not None]
         return sum(entry.pinned and entry.name not in kept for entry in entries)
 
+    def check_hope(self, entries: Collection[Entry], waits_for_itself: bool) -> None:
+        """Refuses to wait where that would not help, since nobody else is going to make room.
+
+        Args:
+          entries: the adapters that need slots at once.
+          waits_for_itself: the thread that would wait has running requests itself, whose slots stay taken.
+
+        Raises:
+          BankFullError: waiting would not help.
+        """
+        pinned = self.pinned(but=entries)
+        if len(entries) + pinned <= len(self.slots) and not waits_for_itself:
+            return
+        others = f", {pinned} held by adapters that were loaded or pinned" if pinned else ""
+        others += ", the rest used by running requests of this thread itself" if waits_for_itself else ""
+        raise BankFullError(
+            f"The bank has too few adapter slots: {len(self.slots)} in all, {len(entries)} needed at once{others}; "
+            "unload or unpin some, ask for fewer, or raise max_adapters."
+        )
+
     def left(self, slots: Collection[int]) -> list[int]:
         """Those of the slots that have lost their adapter and their last request: what they hold is nobody's."""
-        own = {slot for slot in slots if slot != BASE_SLOT}
-        return [slot for slot in own if self.slots[slot].entry is None and not self.slots[slot].references]
+        numbers = {slot for slot in slots if slot != BASE_SLOT}
+        return [slot for slot in numbers if self.slots[slot].entry is None and not self.slots[slot].references]
 
     def give(self, entry: Entry, slot: int) -> None:
         """A free slot to an adapter that has none."""
@@ -157,6 +204,10 @@ class Registry:
 
     def references(self, entry: Entry) -> int:
         return 0 if entry.slot is None else self.slots[entry.slot].references
+
+    def status(self, entry: Entry) -> AdapterStatus:
+        error = None if entry.error is None else str(entry.error)
+        return AdapterStatus(entry.name, entry.state, entry.pinned, entry.slot, self.references(entry), error)
 
     def ready(self) -> Iterator[Entry]:
         """Adapters in the order of their slots."""

@@ -1,8 +1,9 @@
 """What users are told of adapters."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from jax_moe_lora.adapters.pool.registry import State
+State = Literal["registered", "loading", "ready", "failed"]
 
 
 @dataclass(frozen=True)
@@ -10,9 +11,13 @@ class AdapterStatus:
     """What can be asked of a registered adapter.
 
     Attributes:
+      name: that requests use.
       state: `registered` (a name and a folder), `loading`, `ready` (in a slot) or `failed` (see `error`; the next
         request tries again).
-      references: requests that run with it.
+      pinned: whether it keeps its slot.
+      slot: its row in the bank's tables; None without one.
+      references: running requests that use it.
+      error: why its last load failed; None if it did not.
     """
 
     name: str
@@ -28,7 +33,9 @@ class AdapterInfo:
     """An adapter in a slot: what it takes.
 
     Attributes:
-      slot: its row in the bank's tables. ranks: module -> the ranks that occur in it.
+      name: that requests use.
+      slot: its row in the bank's tables.
+      ranks: module -> the ranks that occur in it.
       nbytes: device memory of its pages.
     """
 

@@ -7,20 +7,22 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, AdapterFile, Headers, pair_keys
+from jax_moe_lora.adapters.formats.adapter_file import AdapterFile, Headers, pair_keys
 from jax_moe_lora.adapters.formats.detect import open_adapter, read_weights
+from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, read_sidecar
+from jax_moe_lora.adapters.formats.weights import AdapterTensors
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.adapters.packing import pack
 from jax_moe_lora.adapters.validation.bank_rules import violations
 from jax_moe_lora.adapters.validation.finding import Finding, finding_of
+from jax_moe_lora.adapters.validation.grouping import grouped
 from jax_moe_lora.adapters.validation.hints import hints
 from jax_moe_lora.adapters.validation.values import CheckedTensors
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.files.safetensors_io import TensorFile
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,20 @@ class Target:
     """What an adapter is to be served by: a model's projections, and a bank.
 
     Attributes:
-      sites, names: as `read_adapter` takes them. max_rank, dtype: of the bank.
+      sites: the model's projections.
+      names: where they stand in adapter files.
+      base: folder of the model's checkpoint.
+      max_rank: the largest rank that the bank takes.
+      dtype: the bank's.
+      b_layout: as `read_adapter` takes it.
     """
 
     sites: Mapping[str, Site]
     names: AdapterNames
+    base: Path
     max_rank: int
     dtype: np.dtype
+    b_layout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,8 @@ class Report:
     """What a validation has found.
 
     Attributes:
-      findings: errors first. layout: of the experts, by its keys; empty where no key was understood.
+      findings: errors first; what holds for many tensors is one finding.
+      layout: of the experts, by its keys; empty where no key was understood.
       bank_bytes: of the bank's pages that it takes; None with an error.
     """
 
@@ -59,7 +69,8 @@ def examine(folder: Path, target: Target | None, deep: bool = False) -> Report:
     """Checks all that can be checked; what is broken hides nothing but itself.
 
     Args:
-      target: None where the model is not known: then only what an adapter is by itself is checked.
+      folder: the adapter's.
+      target: what is to serve it; None checks only what an adapter is by itself.
       deep: read the weights too, not their headers alone.
     """
     problems, warnings = Problems(keep=True), list[Finding]()
@@ -71,26 +82,28 @@ def examine(folder: Path, target: Target | None, deep: bool = False) -> Report:
     if not opened and os.path.lexists(folder / SIDECAR):
         read_sidecar(folder / SIDECAR, problems)
     # Two steps may meet the same problem.
-    findings = list(dict.fromkeys([finding_of(error) for error in problems.found] + warnings))
+    findings = grouped(list(dict.fromkeys([finding_of(error) for error in problems.found] + warnings)))
     return Report(findings, layout, None if problems.found else nbytes)
 
 
 def _check(
     folder: Path,
     config: PeftConfig,
-    tensors: TensorFile,
+    tensors: AdapterTensors,
     target: Target | None,
     deep: bool,
     problems: Problems,
     warnings: list[Finding],
 ) -> tuple[str, int | None]:
     """(layout, bytes in the bank) of an open folder; what is wrong goes into `problems` and `warnings`."""
-    path = folder / WEIGHTS
-    pairs = pair_keys(path, tensors.infos, problems)
+    path, infos = tensors.path, without_copies(tensors.infos)
+    pairs = pair_keys(path, infos, problems)
     if target is None:
         return "", None
-    source = CheckedTensors(tensors, target.dtype, problems, warnings) if deep else Headers(tensors.infos)
-    file = AdapterFile(path, config, target.sites, target.names, source, problems, values=deep)
+    if deep:
+        check_copies(tensors, target.base, problems)
+    source = CheckedTensors(tensors, target.dtype, problems, warnings) if deep else Headers(infos)
+    file = AdapterFile(path, config, target.sites, target.names, source, problems, deep, target.b_layout)
     adapter = LoRAAdapter(folder.name, read_weights(file, pairs), config.raw, file.layout)
     for bad in violations(adapter, target.sites, target.max_rank):
         with problems:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_moe_lora.adapters.formats.problems import Problems
+from jax_moe_lora.adapters.formats.weights import AdapterTensors
 from jax_moe_lora.adapters.validation.bank_rules import all_finite, not_finite
 from jax_moe_lora.adapters.validation.finding import Finding
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.files.safetensors_io import TensorFile
 
 # Matrices start at a root mean square of about 1 / sqrt(width), and training moves it by less than this.
 ABSURD = 10.0
@@ -19,10 +19,13 @@ class CheckedTensors:
     """The tensors of a file, each checked when a reader takes it.
 
     Attributes:
-      dtype: of the bank. problems, warnings: where what is wrong goes.
+      tensors: the file.
+      dtype: of the bank.
+      problems: where errors go.
+      warnings: where warnings go.
     """
 
-    tensors: TensorFile
+    tensors: AdapterTensors
     dtype: np.dtype
     problems: Problems
     warnings: list[Finding]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.config_fields import MAX_ALPHA
+from jax_moe_lora.adapters.formats.config_fields import MAX_ALPHA, RANK_MAJOR, unsloth_field
 from jax_moe_lora.adapters.writing.draft import Draft, Part
 
 # Says by whose conventions A and B lie; up to 0.19.0 their roles were exchanged.
@@ -45,6 +45,7 @@ def settle(
     alpha, alpha_patterns = _patterns(parts, alphas)
     if alpha_patterns and not says.alpha_pattern:
         parts, alpha_patterns = _with_one_alpha(draft, parts, alpha, stabilised), {}
+    stacked = any(part.parameter and part.target.startswith(f"{draft.names.experts_path}.") for part in parts)
     modules = {part.full_target for part in parts if not part.parameter}
     parameters = {part.full_target for part in parts if part.parameter}
     shortest = _Shortest(set(all_targets), modules | parameters)
@@ -63,6 +64,8 @@ def settle(
         "lora_dropout": 0.0,
         "inference_mode": True,
     }
+    if stacked and unsloth_field(config):  # whose older files have another order
+        config["lora_B_layout"] = RANK_MAJOR
     return list(parts), config
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import WEIGHTS, FileLayout
+from jax_moe_lora.adapters.formats.adapter_file import FileLayout
 from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
+from jax_moe_lora.adapters.formats.look_around import WEIGHTS
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS
 from jax_moe_lora.adapters.formats.peft_config import CONFIG

@@ -101,9 +101,9 @@ def test_inspect_shows_the_rank_of_each_3d_parameter_and_the_patterns():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"lora_alpha": "big"}, "lora_alpha is 'big', a number of at most 1e"),
+        ({"lora_alpha": "big"}, "lora_alpha is 'big'; expected a number of at most 1e"),
         ({"lora_alpha": 10**400}, "a number of at most 1e"),
-        ({"target_parameters": [1, 2]}, "target_parameters is [1, 2], a list of names was expected"),
+        ({"target_parameters": [1, 2]}, "target_parameters is [1, 2]; expected a list of names"),
         ({"r": 7, "rank_pattern": {}}, "rank 7, which does not divide its 96 rows"),
     ],
 )

@@ -216,4 +216,4 @@ def test_a_whole_file_beside_a_stale_index_is_read(tmp_path: Path) -> None:
 def test_a_whole_file_beside_all_shards_of_an_index_is_refused(tmp_path: Path) -> None:
     save_file(write(tmp_path), tmp_path / "model.safetensors")
     message = refusal(tmp_path)
-    assert all(word in message for word in ("two checkpoints", "model.safetensors", INDEX, "remove one"))
+    assert all(word in message for word in ("weights twice", "model.safetensors", INDEX, "remove one"))

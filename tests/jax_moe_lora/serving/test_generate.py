@@ -473,9 +473,9 @@ def test_a_name_that_is_no_text_is_refused(model, name):
         lambda: model.unload_adapter(name),
         lambda: model.generate(["a>"], [name]),
     ):
-        with pytest.raises(AdapterNameError, match="is no text; give an adapter's name"):
+        with pytest.raises(AdapterNameError, match="is not a string; give an adapter's name"):
             use()
-    with pytest.raises(AdapterNameError, match="no text; choose another"):
+    with pytest.raises(AdapterNameError, match="not a string; choose another"):
         model.load_adapter(data_folder() / "adapters" / "sort", name)
 
 
