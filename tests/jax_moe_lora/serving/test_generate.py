@@ -246,9 +246,9 @@ def during_a_load(model, monkeypatch):
     def load(check) -> None:
         real = reading.read_adapter
 
-        def read(*arguments):
+        def read(*arguments, **options):
             check()
-            return real(*arguments)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(reading, "read_adapter", read)
         model.load_adapter(data_folder() / "adapters" / "sort", "late")
