@@ -301,11 +301,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(tmp_p
         assert [line["step"] for line in lines] == list(range(1, step))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(50)
 def test_the_demos_tasks_are_learnt_in_one_run(tmp_path):
     names = ("upper", "reverse", "shift")
     data = {name: write_task(tmp_path / f"{name}.jsonl", name, 4_000) for name in names}
-    texts = heldout_strings(96)
+    texts = heldout_strings(48)
     held_out = {name: [{"prompt": prompt(t), "completion": TASKS[name](t)} for t in texts] for name in names}
     trainer = Trainer(MODEL, data, evaluation=held_out, dtype="float32", **DEMO)
     told = []
@@ -325,6 +325,6 @@ EVERYWHERE = ("gate", "up", "down", "q", "k", "v", "o")
 DEMO = {
     "steps": 340,
     "recipe": Recipe(AdapterSpec(16, 32.0, targets=EVERYWHERE), 5e-3, warmup=30),
-    "batch_size": 24,
+    "batch_size": 12,
     "sequence_length": 96,
 }

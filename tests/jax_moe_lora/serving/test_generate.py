@@ -221,7 +221,7 @@ def test_an_adapter_in_use_is_not_unloaded(model):
         with pytest.raises(AdapterInUseError, match="'upper' is used by 1"):
             model.unload_adapter("upper")
 
-    assert texts(model.generate(["abc>"], ["upper"], max_new_tokens=4, callback=unload)) == ["ABC"]
+    assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10, callback=unload)) == ANSWERS
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from jax_moe_lora import InputError
 from jax_moe_lora.training import Batch, TrainState, make_evaluation, make_step
 from support.layers import assert_close
-from support.trained import CONFIG, SPECS, arrays, model, new_params, same_bits, shallow, state_of, task_batch
+from support.trained import CONFIG, SPECS, arrays, new_params, same_bits, shallow, state_of, task_batch
 
 NAMES = list(SPECS)
 # Each has all that could move an absent adapter: momentum, weight decay, a schedule.
@@ -30,7 +30,7 @@ CLIPS = {"upper": 1e-2, "sort": 1e9}
 
 @pytest.fixture(scope="module")
 def step():
-    return make_step(CONFIG, SPECS, OPTIMIZERS, clip={"upper": 0.5}, router_loss=0.01)
+    return make_step(SHALLOW[0], SPECS, OPTIMIZERS, clip={"upper": 0.5}, router_loss=0.01)
 
 
 @cache
@@ -47,7 +47,7 @@ def gradients_of(batch: Batch, params=None, weights=None, **options):
 
 
 def state() -> TrainState:
-    return state_of(new_params(), OPTIMIZERS)
+    return state_of(new_params(config=SHALLOW[0]), OPTIMIZERS)
 
 
 def only(batch: Batch, slot: int) -> Batch:
@@ -61,7 +61,7 @@ def of(state: TrainState, name: str):
 
 @pytest.mark.slow
 def test_an_adapter_without_a_token_to_learn_keeps_every_bit(step):
-    now, _ = step(state(), model(), task_batch(NAMES, 0, 6))
+    now, _ = step(state(), SHALLOW[1], task_batch(NAMES, 0, 6))
     before = jax.tree.map(np.asarray, now)
     batch = task_batch(["upper", "reverse", "sort"], 1, 6)
     # `sort` is in the batch, but has nothing to learn in it; `reverse` is padding.
@@ -70,7 +70,7 @@ def test_an_adapter_without_a_token_to_learn_keeps_every_bit(step):
         weights=jnp.where(batch.slots == NAMES.index("sort"), 0.0, batch.weights),
         segments=jnp.where(batch.slots == NAMES.index("reverse"), 0, batch.segments),
     )
-    after, metrics = step(now, model(), batch)
+    after, metrics = step(now, SHALLOW[1], batch)
     assert metrics.updated.tolist() == [True, False, False]
     for name in ("reverse", "sort"):
         assert same_bits(of(after, name), of(before, name)), name
@@ -83,18 +83,13 @@ def test_an_adapter_without_a_token_to_learn_keeps_every_bit(step):
 
 
 @pytest.mark.slow
-def test_three_adapters_in_one_run_equal_three_solo_runs():
-    step = make_step(SHALLOW[0], SPECS, OPTIMIZERS, clip={"upper": 0.5}, router_loss=0.01)
-
-    def start() -> TrainState:
-        return state_of(new_params(config=SHALLOW[0]), OPTIMIZERS)
-
+def test_three_adapters_in_one_run_equal_three_solo_runs(step):
     def batch(index: int) -> Batch:
         """Some adapters miss some batches."""
         return task_batch([None if index % 5 == place else name for place, name in enumerate(NAMES)], index, 6)
 
     def run(slot: int | None) -> tuple[TrainState, list[np.ndarray]]:
-        now, losses = start(), []
+        now, losses = state(), []
         for index in range(20):
             rows = batch(index)
             now, metrics = step(now, SHALLOW[1], rows if slot is None else only(rows, slot))
@@ -105,22 +100,22 @@ def test_three_adapters_in_one_run_equal_three_solo_runs():
     for slot, name in enumerate(NAMES):
         solo, losses = run(slot)
         assert same_bits(of(solo, name), of(mixed, name)), name
-        for before, after in zip(arrays(start().params[name]), arrays(mixed.params[name]), strict=True):
+        for before, after in zip(arrays(state().params[name]), arrays(mixed.params[name]), strict=True):
             assert np.linalg.norm(after - before) > 1e-2 * np.linalg.norm(after), f"{name} learnt nothing"
         assert int(solo.updates[name]) == int(mixed.updates[name]) == 16
         np.testing.assert_allclose([l[slot] for l in losses], [l[slot] for l in mixed_losses], rtol=1e-5, atol=1e-7)
         for other in set(NAMES) - {name}:
-            assert same_bits(of(solo, other), of(start(), other)), f"{other} moved in the run of {name} alone"
+            assert same_bits(of(solo, other), of(state(), other)), f"{other} moved in the run of {name} alone"
 
 
 @pytest.mark.slow
 def test_batches_of_one_shape_run_one_program_and_take_the_state(step):
     given = state()
-    now, _ = step(given, model(), task_batch(NAMES, 0, 6))
+    now, _ = step(given, SHALLOW[1], task_batch(NAMES, 0, 6))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
     compiled = step._cache_size()
     for seed, names in enumerate(([None, "sort"], ["upper"], NAMES, [None])):
-        now, _ = step(now, model(), task_batch(names, seed, 6))
+        now, _ = step(now, SHALLOW[1], task_batch(names, seed, 6))
     assert step._cache_size() == compiled == 1
 
 
