@@ -28,9 +28,10 @@ with _epy.lazy_api_imports(globals()):
     )
     from jax_moe_lora.layer.linear import lora_linear
     from jax_moe_lora.layer.moe import moe_lora, routed_experts
+    from jax_moe_lora.serving.answers import Generation, StreamedToken, TokenLogprob
     from jax_moe_lora.serving.functional import Functional
     from jax_moe_lora.serving.model import Model
-    from jax_moe_lora.serving.requests import Generation
+    from jax_moe_lora.serving.sampling_params import SamplingParams
     from jax_moe_lora.tools.compilations import count_compilations
     from jax_moe_lora.tools.merge import merge_adapter
     from jax_moe_lora.tools.read import read_adapter
@@ -63,7 +64,10 @@ __all__ = [
     "Model",
     "ModelConfig",
     "RopeConfig",
+    "SamplingParams",
     "Site",
+    "StreamedToken",
+    "TokenLogprob",
     "count_compilations",
     "create_bank",
     "extract",

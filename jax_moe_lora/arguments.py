@@ -1,8 +1,11 @@
 """Checks of what callers give: each returns the value in the form that the library uses, or raises an InputError."""
 
+import difflib
+import inspect
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import wraps
+from typing import Any, Unpack, get_args, get_origin
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +13,7 @@ import numpy as np
 from jax_moe_lora.errors import InputError
 
 INT32 = 2**31 - 1
+_ANY_WAY, _BY_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def whole(name: str, value: Any, lowest: int, highest: int = INT32) -> int:
@@ -70,6 +74,42 @@ def array(name: str, values: Any) -> np.ndarray:
         return host_array(values)
     except ValueError as error:  # rows of different lengths
         raise InputError(f"{name} is no array; expected rows of one length, padded on the right.") from error
+
+
+def suggest_keywords[T: type](cls: T) -> T:
+    """A class decorator: a public method, or `__init__`, that is called with an unknown keyword names the nearest one.
+
+    Args:
+      cls: the class. A method's `**options` are keywords too: those of its `TypedDict`.
+    """
+    for name, value in list(vars(cls).items()):
+        function = value.__func__ if isinstance(value, classmethod) else value
+        if inspect.isfunction(function) and (name == "__init__" or not name.startswith("_")):
+            wrapped: Any = _suggesting(function, cls.__name__ if name == "__init__" else name)
+            setattr(cls, name, classmethod(wrapped) if isinstance(value, classmethod) else wrapped)
+    return cls
+
+
+def _suggesting(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The function, with a `TypeError` that says which keyword is near an unknown one."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind in (_ANY_WAY, _BY_KEYWORD)][1:]
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            if get_origin(parameter.annotation) is not Unpack:
+                return function
+            known += get_args(parameter.annotation)[0].__annotations__
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        for keyword in keywords:
+            if keyword not in known:
+                near = difflib.get_close_matches(keyword, known, 1, 0.5)
+                advice = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known) or 'none'}."
+                raise TypeError(f"{name}() got an unexpected keyword argument {keyword!r}{advice}")
+        return function(*arguments, **keywords)
+
+    return call
 
 
 def is_array(value: Any) -> bool:

@@ -22,7 +22,7 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.serving import programs
-from jax_moe_lora.serving.sampling import Sampling
+from jax_moe_lora.serving.sampling import greedy
 
 SLOTS, REPEATS, STEPS = 3, 5, 64
 COPY_BYTES = 2**30
@@ -130,20 +130,20 @@ def _decoder(config: ModelConfig, params: Any, pool: AdapterPool, batch: int, co
     cache = [decoder.init_cache(config, batch, length, DTYPE)]
     (slot,) = pool.slots(["resident"])
     slots = jnp.asarray(np.where(np.arange(batch) % 2, slot, -1), jnp.int32)
-    greedy = Sampling(jnp.zeros(batch), jnp.zeros(batch, jnp.int32), jnp.ones(batch), jnp.zeros(batch, jnp.uint32))
+    sampling, index = greedy(batch), jnp.ones(batch, jnp.int32)
     lengths = jnp.full(batch, context, jnp.int32)
     prompts = jnp.zeros((batch, context), jnp.int32)
     static = {"config": config, "implementation": None}
-    cache[0], tokens = pool.pausing_loads(
-        lambda bank: programs.start(params, bank, cache[0], prompts, lengths, slots, greedy, **static)
+    cache[0], drawn = pool.pausing_loads(
+        lambda bank: programs.start(params, bank, cache[0], prompts, lengths, slots, sampling, **static)
     )
 
     def step() -> None:
         def advance(bank):
-            return programs.advance(params, bank, cache[0], tokens, slots, greedy, jnp.int32(1), **static)
+            return programs.advance(params, bank, cache[0], drawn.tokens, slots, sampling, index, None, **static)
 
         cache[0], after = pool.using(advance)
-        np.asarray(after)
+        np.asarray(after.tokens)
 
     step()
     return step

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,8 +14,10 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.safetensors_io import parse_json
 from jax_moe_lora.files.text import decode, read_content
+from jax_moe_lora.serving.sampling_params import NAMES, SamplingParams, fold_seed
 
 if TYPE_CHECKING:
+    from jax_moe_lora.serving.answers import Generation
     from jax_moe_lora.serving.model import Model
 
 
@@ -28,11 +30,23 @@ def generate(
     use: Annotated[
         str | None, typer.Option(help="Adapter of the --prompt requests; the base model if not given.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of an answer.")] = 64,
+    min_new_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends an answer.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Each request gets its own of it; fresh ones if not given.")] = None,
+    n: Annotated[int, typer.Option(help="Answers to each request.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; repeat for more.")] = None,
+    stop_token_id: Annotated[
+        list[int] | None, typer.Option(help="A token that ends an answer; repeat for more.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="End-of-sequence tokens end nothing.")] = False,
+    logprobs: Annotated[int | None, typer.Option(help="Log-probabilities: of the token, and of so many best.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 8,
     dtype: Dtype = "bfloat16",
     max_rank: Annotated[int, typer.Option(min=1)] = 64,
@@ -47,26 +61,33 @@ def generate(
 ) -> None:
     """Answer prompts, each with its own adapter, in mixed batches."""
     check_writable(out)
-    defaults = Defaults(max_new_tokens, temperature, top_k, top_p, seed)
+    defaults = SamplingParams(
+        max_new_tokens,
+        min_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        seed,
+        n,
+        stop or (),
+        stop_token_id or (),
+        ignore_eos,
+        logprobs,
+    )
     jobs = read_jobs(requests, prompt or [], use, defaults)
     served = load_model(model, adapter or [], jobs, dtype, max_rank, adapter_memory, lora_b_layout or [])
-    answers = run_jobs(served, jobs, batch_size, progress=out is not None and sys.stderr.isatty())
+    answers = list(run_jobs(served, jobs, batch_size, progress=out is not None and sys.stderr.isatty()))
     text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
         sys.stdout.write(text)
     else:
         write_file(out, text)
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a request uses where its line does not say."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
+        cut = sum(answer["finish_reason"] == "length" for answer in answers)
+        sys.stdout.write(f"{out}: {len(answers)} answers to {len(jobs)} requests, {cut} of them cut at their limit\n")
 
 
 @dataclass(frozen=True)
@@ -76,11 +97,17 @@ class Job:
     where: str
     prompt: str
     adapter: str | None
-    options: dict[str, Any]
+    params: SamplingParams
 
 
-def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaults: Defaults) -> list[Job]:
+def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaults: SamplingParams) -> list[Job]:
     """The jobs of a JSONL file, or of prompts that all use one adapter.
+
+    Args:
+      file: lines of prompt, adapter and fields of `SamplingParams`; or
+      prompts: texts.
+      use: the adapter of the prompts.
+      defaults: what a request uses where its line does not say. Of its seed each gets its own.
 
     Raises:
       InputError: neither or both forms, a file that cannot be read, or a bad line, by its number.
@@ -88,17 +115,25 @@ def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaul
     if (file is None) == (not prompts):
         raise InputError("Give either --requests FILE.jsonl or at least one --prompt.")
     if file is None:
-        return [Job(f"--prompt {n}", prompt, use, asdict(defaults)) for n, prompt in enumerate(prompts, 1)]
+        return [Job(f"--prompt {n}", prompt, use, _own_seed(defaults, n - 1)) for n, prompt in enumerate(prompts, 1)]
     if use is not None:
         raise InputError("--use goes with --prompt; in --requests each line names its own adapter.")
     lines = decode(read_content(file), str(file)).split("\n")  # splitlines would also split at U+2028
-    jobs = [_job(f"{file}, line {number}", line, defaults) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    jobs = [
+        _job(f"{file}, line {number}", line, _own_seed(defaults, index))
+        for index, (number, line) in enumerate(numbered)
+    ]
     if not jobs:
         raise InputError(f"{file} holds no requests.")
     return jobs
 
 
-def _job(where: str, line: str, defaults: Defaults) -> Job:
+def _own_seed(defaults: SamplingParams, index: int) -> SamplingParams:
+    return defaults if defaults.seed is None else replace(defaults, seed=fold_seed(defaults.seed, "prompt", index))
+
+
+def _job(where: str, line: str, defaults: SamplingParams) -> Job:
     raw = parse_json(line, where, InputError)
     if not isinstance(raw.get("prompt"), str):
         raise InputError(
@@ -107,16 +142,13 @@ def _job(where: str, line: str, defaults: Defaults) -> Job:
     adapter = raw.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
         raise InputError(f"{where} has adapter {adapter!r}; expected a name or null.")
-    options = asdict(defaults)
-    unknown = set(raw) - {"prompt", "adapter"} - set(options)
-    if unknown:
-        raise InputError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, adapter, {', '.join(options)}.")
-    for name, default in options.items():
-        value = raw.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else int | float):
-            raise InputError(f"{where} has {name} {value!r}; expected a number like {default}.")
-        options[name] = value
-    return Job(where, raw["prompt"], adapter, options)
+    options = {name: value for name, value in raw.items() if name not in ("prompt", "adapter")}
+    if unknown := set(options) - set(NAMES):
+        raise InputError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, adapter, {', '.join(NAMES)}.")
+    try:
+        return Job(where, raw["prompt"], adapter, replace(defaults, **options))
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def load_model(
@@ -153,21 +185,34 @@ def run_jobs(model: "Model", jobs: Sequence[Job], batch_size: int, progress: boo
     """
     from jax_moe_lora.serving.requests import Request
 
-    requests = [Request.make(j.where, j.prompt, model.tokenizer.encode, model.config, **j.options) for j in jobs]
+    requests = [Request.make(job.where, job.prompt, model.tokenizer.encode, model.config, job.params) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: len(requests[index].token_ids))
-    answers: dict[int, dict[str, Any]] = {}
+    answers: dict[int, list[dict[str, Any]]] = {}
     for begin in range(0, len(order), batch_size):
         some = order[begin : begin + batch_size]
-        batch = [jobs[index] for index in some]
-        options: dict[str, Any] = {name: [job.options[name] for job in batch] for name in batch[0].options}
-        prompts = [requests[index].token_ids for index in some]
-        outs = model.generate(prompts, [j.adapter for j in batch], progress=progress, **options)
+        batch, prompts = [jobs[index] for index in some], [requests[index].token_ids for index in some]
+        records = [job.params for job in batch]
+        outs = model.generate(prompts, [job.adapter for job in batch], sampling_params=records, progress=progress)
         for index, job, out in zip(some, batch, outs, strict=True):
-            answers[index] = {
-                "prompt": job.prompt,
-                "adapter": job.adapter,
-                "text": out.text,
-                "finish_reason": out.finish_reason,
-                "tokens": len(out.token_ids),
-            }
-    return (answers[index] for index in range(len(jobs)))
+            answers[index] = [_answer(job, sample, one) for sample, one in enumerate(out.samples)]
+    return (answer for index in range(len(jobs)) for answer in answers[index])
+
+
+def _answer(job: Job, sample: int, out: "Generation") -> dict[str, Any]:
+    """One line of answers; what was not asked for is left out."""
+    answer: dict[str, Any] = {
+        "prompt": job.prompt,
+        "adapter": job.adapter,
+        "text": out.text,
+        "finish_reason": out.finish_reason,
+        "tokens": len(out.token_ids),
+    }
+    if job.params.temperature:
+        answer["seed"] = out.seed
+    if job.params.n > 1:
+        answer["sample"] = sample
+    if out.stop_reason is not None:
+        answer["stop_reason"] = out.stop_reason
+    if out.logprobs is not None:
+        answer["logprobs"] = [asdict(one) for one in out.logprobs]
+    return answer

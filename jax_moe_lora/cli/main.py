@@ -14,6 +14,7 @@ from jax_moe_lora.cli.convert import convert, merge
 from jax_moe_lora.cli.demo import demo
 from jax_moe_lora.cli.generate import generate
 from jax_moe_lora.cli.inspect import inspect
+from jax_moe_lora.cli.options import keep_compiled_programs
 from jax_moe_lora.cli.parity import parity
 from jax_moe_lora.cli.train import train
 from jax_moe_lora.cli.tune import tune
@@ -34,11 +35,14 @@ def print_version(asked: bool) -> None:
 
 @app.callback(help=__doc__)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """What stands before the name of a command."""
+    if context.invoked_subcommand is not None and not context.invoked_subcommand.startswith(("bench", "tune")):
+        keep_compiled_programs()
 
 
 for command in (

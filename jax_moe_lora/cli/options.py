@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,13 @@ def write_file(path: Path, text: str) -> None:
     """
     with writing_to(path):
         whole_file(path, text)
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs for the next run, where nobody has named another folder. Before jax is imported."""
+    with suppress(RuntimeError):  # a user without a home
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "jax_moe_lora"))
 
 
 def command_line() -> str:

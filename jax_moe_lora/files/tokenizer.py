@@ -174,22 +174,3 @@ def _add_once(full: list[int], plain: list[int]) -> list[int]:
             after = [] if after and plain[-len(after) :] == after else after
             results.append([*before, *plain, *after])
     return min(results, key=len)
-
-
-class TextStream:
-    """The new text of answers that grow token by token, whole characters at a time.
-
-    A character may be spread over several tokens; until its last one it decodes as U+FFFD and is held back.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]):
-        self._decode = decode
-        self._shown: dict[int, int] = {}  # answer -> characters given out
-
-    def take(self, index: int, token_ids: Sequence[int], last: bool) -> str:
-        """What answer `index` has to show beyond what was taken before; everything, where no token follows."""
-        text = self._decode(token_ids)
-        ready = text if last else text.rstrip("\ufffd")
-        shown = self._shown.get(index, 0)
-        self._shown[index] = max(shown, len(ready))
-        return ready[shown:]

@@ -29,6 +29,7 @@ __all__ = [
     "adapter_sites",
     "decode",
     "head",
+    "hidden",
     "init_cache",
     "logits",
     "packed_hidden",
@@ -52,9 +53,23 @@ def logits(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T V"]:
     """Float32 logits at every position of right-padded prompts; those past a request's length mean nothing."""
+    rows = hidden(params, bank, tokens, lengths, slots, config=config, implementation=implementation)
+    return head(params, rows)
+
+
+def hidden(
+    params: ModelParams,
+    bank: Bank | None,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    slots: Int[Array, "B"],
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T D"]:
+    """What the head reads at every position of right-padded prompts; rows past a request's length mean nothing."""
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
-    hidden, *_ = _layers(params, bank, params.embedding[tokens], step, None)
-    return head(params, hidden)
+    return _layers(params, bank, params.embedding[tokens], step, None)[0]
 
 
 def packed_logits(

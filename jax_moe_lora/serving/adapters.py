@@ -13,7 +13,7 @@ from jax_moe_lora.adapters.formats.detect import check_b_layout, read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.adapters.writing import write_adapter
-from jax_moe_lora.arguments import array, flag, sequence
+from jax_moe_lora.arguments import array, flag, sequence, suggest_keywords
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import AdapterInUseError, InputError
 from jax_moe_lora.files.hub import local_folder
@@ -21,6 +21,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.families.registry import family
 
 
+@suggest_keywords
 class ServedAdapters:
     """What `Model` does with adapters."""
 

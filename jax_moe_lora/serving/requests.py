@@ -1,37 +1,22 @@
-"""Requests of one generation: checked, padded to a bucket, and decoded step by step."""
+"""Requests of one generation: checked, and padded to a bucket."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe_lora.arguments import INT32, array, host_array, is_array, number, per_prompt, whole
+from jax_moe_lora.arguments import array, host_array, is_array, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.serving.sampling import Sampling
+from jax_moe_lora.serving.sampling import LogitAdjustments, Sampling
+from jax_moe_lora.serving.sampling_params import SamplingParams, fold_seed, params_of_prompts
 from pallas_kernels.ops import BASE_SLOT
 
 MIN_PROMPT_BUCKET = 16
-Reason = Literal["stop", "length", "error"]
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The answer to one prompt.
-
-    Attributes:
-      token_ids: the new tokens, without the end-of-sequence token.
-      error: why the prompt's adapter could not be loaded, where it was asked for (`adapter_errors="return"`).
-    """
-
-    text: str
-    token_ids: list[int]
-    adapter_name: str | None
-    finish_reason: Reason
-    error: Exception | None = None
+Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -39,41 +24,37 @@ class Request:
     """One prompt and how to answer it."""
 
     token_ids: list[int]
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int
+    params: SamplingParams
 
     @classmethod
-    def make(
-        cls, where: str, prompt: Any, encode: Callable[[str], list[int]], config: ModelConfig, **options: Any
-    ) -> "Request":
-        """A request whose prompt and options are checked; errors call it `where`.
+    def make(cls, where: str, prompt: Any, encode: Encode, config: ModelConfig, params: SamplingParams) -> "Request":
+        """A request that fits the model.
+
+        Args:
+          where: what errors call it.
+          prompt: a text, or token ids.
+          encode: text to token ids.
+          config: the model's.
+          params: how to answer it.
 
         Raises:
           InputError: what is wrong with it, or that it does not fit the model.
         """
-        for name, lowest, highest in (("max_new_tokens", 1, INT32), ("top_k", 0, INT32), ("seed", 0, 2**32 - 1)):
-            options[name] = whole(f"{where}: {name}", options[name], lowest, highest)
-        for name, holds, expected in (
-            ("temperature", lambda t: 0 <= t <= 1e30, "0 (greedy) to 1e30"),
-            ("top_p", lambda p: 0 < p <= 1, "more than 0 and at most 1"),
-        ):
-            options[name] = number(f"{where}: {name}", options[name], holds, expected)
-        request = cls(_token_ids(where, prompt, encode), **options)
+        request = cls(_token_ids(where, prompt, encode), params)
         request._check_fits(where, config)
         return request
 
     def _check_fits(self, where: str, config: ModelConfig) -> None:
+        new = self.params.max_new_tokens
         if not self.token_ids:
             raise InputError(f"{where} is empty; give at least one token.")
-        if min(self.token_ids) < 0 or max(self.token_ids) >= config.vocab_size:
-            raise InputError(f"{where} has a token id outside 0 to {config.vocab_size - 1}.")
-        if len(self.token_ids) + self.max_new_tokens > config.max_positions:
+        for name, ids in (("", self.token_ids), ("stop_token_ids: ", self.params.stop_token_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
+                raise InputError(f"{where}: {name}a token id is outside 0 to {config.vocab_size - 1}.")
+        if len(self.token_ids) + new > config.max_positions:
             raise InputError(
-                f"{where} has {len(self.token_ids)} tokens and asks for {self.max_new_tokens} more; "
-                f"the model has {config.max_positions} positions; shorten the prompt or ask for fewer."
+                f"{where} has {len(self.token_ids)} tokens and asks for {new} more; "
+                f"the model has {config.max_positions} positions."
             )
 
 
@@ -93,13 +74,17 @@ def _token_ids(where: str, prompt: Any, encode: Callable[[str], list[int]]) -> l
 
 
 def make_requests(
-    prompts: Sequence[Any], encode: Callable[[str], list[int]], config: ModelConfig, **options: Any
+    prompts: Sequence[Any],
+    encode: Encode,
+    config: ModelConfig,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    options: Any,
 ) -> list[Request]:
-    """The requests of prompts whose options are one value for all, or one a prompt."""
-    columns = {name: per_prompt(name, values, len(prompts)) for name, values in options.items()}
+    """The requests of prompts; their options as in `params_of_prompts`."""
+    params = params_of_prompts(len(prompts), sampling_params, options)
     return [
-        Request.make(f"Prompt {i}", prompt, encode, config, **{name: column[i] for name, column in columns.items()})
-        for i, prompt in enumerate(prompts)
+        Request.make(f"Prompt {i}", prompt, encode, config, record)
+        for i, (prompt, record) in enumerate(zip(prompts, params, strict=True))
     ]
 
 
@@ -121,117 +106,108 @@ def check_tokens(token_ids: Any, lengths: Any, config: ModelConfig) -> tuple[np.
 
 
 @dataclass(frozen=True)
-class PaddedBatch:
-    """Requests padded to a bucket, so that batches of nearby sizes run one program.
+class Row:
+    """One answer in the making: a row of the batch.
 
     Attributes:
-      requests: the real ones; rows: B, with unused rows after them.
-      tokens: int32 `[B, T]`, right-padded. lengths: int32 `[B]`, 0 for unused rows.
+      request: what it answers.
+      index: of its prompt. sample: which of the prompt's `n` answers it is.
+      seed: its own.
+    """
+
+    request: Request
+    index: int
+    sample: int
+    seed: int
+
+
+def rows_of(requests: Sequence[Request]) -> list[Row]:
+    """The `n` rows of each request, side by side."""
+    return [
+        Row(request, index, sample, fold_seed(request.params.seed or 0, "sample", sample))
+        for index, request in enumerate(requests)
+        for sample in range(request.params.n)
+    ]
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Rows padded to a bucket, so that batches of nearby sizes run one program.
+
+    Attributes:
+      rows: the real ones.
+      tokens: int32 `[B, T]`, right-padded; unused rows follow the real ones.
+      lengths: int32 `[B]`, 0 for unused rows.
       cache_length: M, positions that prompts and answers need, rounded up.
     """
 
-    requests: list[Request]
-    rows: int
+    rows: list[Row]
     tokens: np.ndarray
     lengths: np.ndarray
     cache_length: int
 
     @classmethod
-    def make(cls, requests: list[Request], pad_to: tuple[int, int] | None = None) -> "PaddedBatch":
-        longest = max(len(request.token_ids) for request in requests)
+    def make(cls, requests: Sequence[Request], pad_to: tuple[int, int] | None = None) -> "PaddedBatch":
+        """The smallest bucket that requests fit into, or the sizes (B, T) of `pad_to`."""
+        rows, longest = rows_of(requests), max(len(request.token_ids) for request in requests)
         if pad_to is not None and not (isinstance(pad_to, Sequence) and len(pad_to) == 2):
             raise InputError(f"pad_to is {pad_to!r}; expected (batch, prompt tokens).")
-        rows, width = pad_to or (_bucket(len(requests)), max(MIN_PROMPT_BUCKET, _bucket(longest)))
-        rows, width = whole("pad_to's batch", rows, 1), whole("pad_to's prompt tokens", width, 1)
-        if rows < len(requests) or width < longest:
-            raise InputError(f"pad_to is {pad_to}; {len(requests)} prompts of up to {longest} tokens need more.")
-        tokens = np.zeros((rows, width), np.int32)
-        lengths = np.zeros(rows, np.int32)
-        for row, request in enumerate(requests):
-            tokens[row, : len(request.token_ids)] = request.token_ids
-            lengths[row] = len(request.token_ids)
-        cache_length = _bucket(width + max(request.max_new_tokens for request in requests))
-        return cls(requests, rows, tokens, lengths, cache_length)
+        size, width = pad_to or (bucket(len(rows)), max(MIN_PROMPT_BUCKET, bucket(longest)))
+        size, width = whole("pad_to's batch", size, 1), whole("pad_to's prompt tokens", width, 1)
+        if size < len(rows) or width < longest:
+            raise InputError(f"pad_to is {pad_to}; {len(rows)} answers to prompts of up to {longest} tokens need more.")
+        tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
+        for number, row in enumerate(rows):
+            lengths[number] = len(row.request.token_ids)
+            tokens[number, : lengths[number]] = row.request.token_ids
+        return cls(rows, tokens, lengths, bucket(width + max(request.params.max_new_tokens for request in requests)))
 
     @property
-    def sampling(self) -> Sampling:
-        def column(name: str, dtype: Any, unused: float) -> Any:
-            values = [getattr(request, name) for request in self.requests]
-            return jnp.asarray(values + [unused] * (self.rows - len(values)), dtype)
+    def scored(self) -> bool:
+        """Whether some row asks for log-probabilities."""
+        return any(row.request.params.logprobs is not None for row in self.rows)
 
+    def sampling(self, stops: Sequence[frozenset[int]], vocabulary: int) -> Sampling:
+        """How the rows draw, on the device.
+
+        Args:
+          stops: the tokens that end each row's answer.
+          vocabulary: V.
+        """
+        params = [row.request.params for row in self.rows]
+
+        def column(name: str, dtype: Any, unused: float = 0) -> jax.Array:
+            return self._column([getattr(record, name) for record in params], dtype, unused)
+
+        adjustments = None
+        if any(record.has_penalties or record.min_new_tokens for record in params):
+            masks = np.zeros((len(self.lengths), vocabulary), bool)
+            for number, ids in enumerate(stops):
+                masks[number, list(ids)] = True
+            adjustments = LogitAdjustments(
+                column("repetition_penalty", jnp.float32, 1),
+                column("presence_penalty", jnp.float32),
+                column("frequency_penalty", jnp.float32),
+                column("min_new_tokens", jnp.int32),
+                jnp.asarray(masks),
+            )
         return Sampling(
-            column("temperature", jnp.float32, 0.0),
-            column("top_k", jnp.int32, 0),
-            column("top_p", jnp.float32, 1.0),
-            column("seed", jnp.uint32, 0),
+            column("temperature", jnp.float32),
+            column("top_k", jnp.int32),
+            column("top_p", jnp.float32, 1),
+            column("min_p", jnp.float32),
+            self._column([row.seed for row in self.rows], jnp.uint32, 0),
+            adjustments,
         )
 
-    def pad_slots(self, slots: Sequence[int]) -> np.ndarray:
-        return np.asarray([*slots, *[BASE_SLOT] * (self.rows - len(slots))], np.int32)
+    def slots(self, of_prompts: Sequence[int]) -> np.ndarray:
+        """int32 `[B]`: the slot of each row, out of one for each prompt."""
+        return np.asarray(self._column([of_prompts[row.index] for row in self.rows], jnp.int32, BASE_SLOT))
+
+    def _column(self, values: Sequence[Any], dtype: Any, unused: float) -> jax.Array:
+        return jnp.asarray([*values, *[unused] * (len(self.lengths) - len(values))], dtype)
 
 
-def decode_loop(
-    batch: PaddedBatch,
-    start: Callable,
-    advance: Callable,
-    slots: np.ndarray,
-    eos_token_ids: Sequence[int],
-    stream: Callable[[int, int, list[int], bool], None] | None,
-    progress: bool,
-    failed: Collection[int] = (),
-) -> list[tuple[list[int], Reason]]:
-    """Runs the two programs until every request has stopped; returns each one's new tokens and why it stopped.
-
-    Args:
-      stream: called with (row, token, new tokens so far, whether it was the last), the end-of-sequence token included.
-      failed: rows that are not answered.
-    """
-    answers: list[list[int]] = [[] for _ in batch.requests]
-    reasons: list[Reason | None] = ["error" if row in failed else None for row in range(len(batch.requests))]
-    if None not in reasons:
-        return [([], "error") for _ in batch.requests]
-    device_slots, sampling = jnp.asarray(slots), batch.sampling
-    steps = max(request.max_new_tokens for request in batch.requests)
-    cache, tokens = start(jnp.asarray(batch.tokens), jnp.asarray(batch.lengths), device_slots, sampling)
-    with _bar(progress, steps) as tick:
-        for index in range(1, steps + 1):
-            # The next step is under way while the host looks at this one's tokens.
-            following = (
-                advance(cache, tokens, device_slots, sampling, jnp.int32(index)) if index < steps else (cache, tokens)
-            )
-            _take(np.asarray(tokens), batch.requests, answers, reasons, eos_token_ids, stream)
-            tick()
-            if None not in reasons:
-                break
-            cache, tokens = following
-    return [(ids, reason or "length") for ids, reason in zip(answers, reasons, strict=True)]
-
-
-def _take(tokens, requests, answers, reasons, eos_token_ids, stream) -> None:
-    for row, request in enumerate(requests):
-        if reasons[row] is not None:
-            continue
-        token = int(tokens[row])
-        if token in eos_token_ids:
-            reasons[row] = "stop"
-        else:
-            answers[row].append(token)
-            reasons[row] = "length" if len(answers[row]) == request.max_new_tokens else None
-        if stream:
-            stream(row, token, answers[row], reasons[row] is not None)
-
-
-def _bucket(size: int) -> int:
+def bucket(size: int) -> int:
+    """The next power of two."""
     return 1 << (size - 1).bit_length()
-
-
-@contextmanager
-def _bar(show: bool, steps: int) -> Iterator[Callable[[], None]]:
-    if not show:
-        yield lambda: None
-        return
-    from rich.progress import Progress  # not needed where nobody watches
-
-    with Progress(transient=True) as bar:
-        task = bar.add_task("Generating", total=steps)
-        yield lambda: bar.advance(task)

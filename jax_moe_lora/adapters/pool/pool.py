@@ -43,6 +43,8 @@ class AdapterPool:
         self._holds = Holds(self._registry)
         self._changed = threading.Condition(threading.RLock())  # its lock guards the registry and the bank
         self._bank = SharedBank(bank, self._changed)
+        self.using, self.pausing_loads = self._bank.using, self._bank.pausing_loads
+        self.num_slots = bank.num_slots
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
 
     def register(self, name: str, source: Source, pinned: bool = False, read: Read | None = None) -> None:
@@ -187,13 +189,11 @@ class AdapterPool:
             self._bank.clear(self._holds.end(slots, thread))
             self._changed.notify_all()
 
-    def using(self, call: Callable[[AdapterBank], Result]) -> Result:
-        """As `SharedBank.using`."""
-        return self._bank.using(call)
-
-    def pausing_loads(self, call: Callable[[AdapterBank], Result]) -> Result:
-        """As `SharedBank.pausing_loads`."""
-        return self._bank.pausing_loads(call)
+    def source(self, name: str | None) -> Source | None:
+        """Where a name's adapter comes from; None for the base model. Raises AdapterNameError: it is not registered."""
+        with self._changed:
+            entry = self._registry.find(name)
+            return None if entry is None else entry.source
 
     def lend(self) -> tuple[AdapterBank, dict[str, int]]:
         """The bank of this moment, for good, and the slots of its adapters by name."""

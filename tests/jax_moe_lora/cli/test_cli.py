@@ -1,19 +1,22 @@
 """The command line: answers, reports, and one sentence with exit code 2 on bad input."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from jax_moe_lora import AdapterFormatError, InputError
-from jax_moe_lora.cli.generate import Defaults, load_model, read_jobs, run_jobs
+from jax_moe_lora.cli.generate import load_model, read_jobs, run_jobs
 from jax_moe_lora.cli.main import main
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.inspect import AdapterSummary, inspect_folder
+from jax_moe_lora.serving.sampling_params import SamplingParams, fold_seed
 
 pytestmark = pytest.mark.xdist_group("cli")
 MODEL = str(data_folder() / "model")
@@ -60,6 +63,7 @@ def test_generate_answers_a_file_of_mixed_requests(tmp_path):
         (None, "dog", "stop"),
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+    assert done.stdout == f"{out}: 3 answers to 3 requests, 1 of them cut at their limit\n"
 
 
 @pytest.mark.slow
@@ -187,7 +191,7 @@ def test_the_shell_sees_the_sentence_and_the_exit_code():
         ('{"prompt": ""}', "line 2 is empty; give at least one token"),
         ('{"adapter": "upper"}', 'line 2 has no "prompt" text'),
         ('{"prompt": "a>", "adaptor": "upper"}', "line 2 has adaptor; known are prompt, adapter"),
-        ('{"prompt": "a>", "temperature": "hot"}', "line 2 has temperature 'hot'"),
+        ('{"prompt": "a>", "temperature": "hot"}', "line 2: temperature is 'hot'; expected 0 (greedy)"),
         ('{"prompt": "a>", "adapter": 3}', "line 2 has adapter 3"),
     ],
 )
@@ -204,11 +208,35 @@ def test_requests_are_checked_before_the_first_batch_runs(tmp_path, monkeypatch)
     """The bad line is the longest, so it would come last."""
     lines = [{"prompt": "abcdef>" * 20, "max_new_tokens": 10**5}, {"prompt": "a>"}, {"prompt": "b>"}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    jobs = read_jobs(tmp_path / "in.jsonl", [], None, Defaults(4, 0.0, 0, 1.0, 0))
+    jobs = read_jobs(tmp_path / "in.jsonl", [], None, SamplingParams(max_new_tokens=4))
     model = load_model(MODEL, [], jobs, "float32", 16, "1MiB")
     monkeypatch.setattr(model, "generate", lambda *_, **__: pytest.fail("a batch ran"))
     with pytest.raises(InputError, match="line 1 has 140 tokens and asks for 100000 more"):
         run_jobs(model, jobs, 1)
+
+
+def test_requests_say_how_they_are_answered(tmp_path):
+    file = tmp_path / "in.jsonl"
+    own = {"seed": 9, "stop": ["x"], "min_p": 0.1, "logprobs": 1, "n": 2, "temperature": 1}
+    file.write_text("\n".join(json.dumps({"prompt": "a>", **options}) for options in ({}, own, {"stop": "x"})))
+    jobs = read_jobs(file, [], None, SamplingParams(seed=5, frequency_penalty=0.5))
+    first = SamplingParams(seed=5, frequency_penalty=0.5)
+    assert [job.params for job in jobs] == [
+        first,
+        replace(first, **own),
+        replace(first, seed=fold_seed(5, "prompt", 2), stop="x"),
+    ]
+
+
+@pytest.mark.slow
+def test_answers_say_what_was_asked_for(tmp_path):
+    lines = [{"prompt": "abc>", "n": 2, "temperature": 1.0, "seed": 4}, {"prompt": "abc>", "stop": "b", "logprobs": 1}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    jobs = read_jobs(tmp_path / "in.jsonl", [], None, SamplingParams(max_new_tokens=3))
+    *samples, last = run_jobs(load_model(MODEL, [], jobs, "float32", 16, "1MiB"), jobs, 2)
+    assert [(one["sample"], one["seed"]) for one in samples] == [(0, 4), (1, fold_seed(4, "sample", 1))]
+    assert (last["text"], last["stop_reason"], len(last["logprobs"])) == ("a", "b", 2)
+    assert set(last) == {*("prompt", "adapter", "text", "finish_reason", "tokens"), "stop_reason", "logprobs"}
 
 
 @pytest.mark.parametrize(
@@ -233,14 +261,14 @@ def test_a_requests_file_that_cannot_be_read_says_why(refusal, tmp_path, content
 def test_a_byte_order_mark_before_requests_is_no_part_of_them(tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "a>"}')
-    assert [job.prompt for job in read_jobs(file, [], None, Defaults(4, 0.0, 0, 1.0, 0))] == ["a>"]
+    assert [job.prompt for job in read_jobs(file, [], None, SamplingParams(max_new_tokens=4))] == ["a>"]
 
 
 def test_only_a_newline_ends_a_request(tmp_path):
     """U+2028 may stand in a JSON text; a file from Windows ends its lines with a carriage return too."""
     file = tmp_path / "in.jsonl"
     file.write_bytes('{"prompt": "a\u2028b>"}\r\n\r\n{"prompt": "c>"}'.encode())
-    jobs = read_jobs(file, [], None, Defaults(4, 0.0, 0, 1.0, 0))
+    jobs = read_jobs(file, [], None, SamplingParams(max_new_tokens=4))
     assert [(job.where, job.prompt) for job in jobs] == [(f"{file}, line 1", "a\u2028b>"), (f"{file}, line 3", "c>")]
 
 
@@ -248,3 +276,19 @@ def test_no_arguments_show_the_help():
     shown = run()
     assert shown.returncode == 0
     assert all(command in shown.stdout for command in ("demo", "generate", "inspect"))
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "kept"),
+    [("inspect", None, "CACHES/jax_moe_lora"), ("inspect", "/mine", "/mine"), ("bench", None, None)],
+)
+def test_compiled_programs_are_kept_between_runs_but_for_benchmarks(monkeypatch, tmp_path, command, given, kept):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if given is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    monkeypatch.setattr(sys, "argv", ["jax-moe-lora", command, "--no-such-option"])
+    with pytest.raises(SystemExit):
+        main()
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    assert folder == (kept and kept.replace("CACHES", str(tmp_path)))

@@ -16,7 +16,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.serving import programs
-from jax_moe_lora.serving.sampling import Sampling
+from jax_moe_lora.serving.sampling import greedy
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
 MIXED = [None, "upper", "reverse", "sort", None]
@@ -92,14 +92,15 @@ def test_logits_without_lengths_are_those_of_whole_rows(model):
 def test_the_cache_is_reused_in_place(model):
     """A step must not hold two caches: at real sizes it is the largest array after the weights."""
     cache = decoder.init_cache(model.config, 2, 32, "float32")
-    sampling = Sampling(jnp.zeros(2), jnp.zeros(2, jnp.int32), jnp.ones(2), jnp.zeros(2, jnp.uint32))
+    sampling = greedy(2)
     slots, static = model.slots([None, "upper"]), {"config": model.config, "implementation": None}
     bank = model.functional(2, 32).bank
     where = [leaf.unsafe_buffer_pointer() for leaf in (*cache.k, *cache.v)]
-    read, tokens = programs.start(
+    read, drawn = programs.start(
         model.params, bank, cache, jnp.ones((2, 16), jnp.int32), jnp.array([3, 5]), slots, sampling, **static
     )
     assert all(leaf.is_deleted() for leaf in (*cache.k, *cache.v))
-    after, _ = programs.advance(model.params, bank, read, tokens, slots, sampling, jnp.int32(1), **static)
+    index = jnp.ones(2, jnp.int32)
+    after, _ = programs.advance(model.params, bank, read, drawn.tokens, slots, sampling, index, None, **static)
     assert all(leaf.is_deleted() for leaf in (*read.k, *read.v))
     assert [leaf.unsafe_buffer_pointer() for leaf in (*after.k, *after.v)] == where

@@ -24,6 +24,7 @@ from jax_moe_lora import (
     InputError,
     JaxMoELoRAError,
     Model,
+    SamplingParams,
     count_compilations,
 )
 from jax_moe_lora.demo.run import data_folder, load_demo
@@ -31,7 +32,6 @@ from jax_moe_lora.serving import adapters as reading
 from jax_moe_lora.serving import model as surface
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.requests import PaddedBatch, Request
-from jax_moe_lora.serving.sampling import Sampling, sample
 
 pytestmark = pytest.mark.xdist_group("demo")
 NAMES = [None, "upper", "reverse", "sort"]
@@ -111,7 +111,7 @@ def byte_model(model, tmp_path, monkeypatch):
         tokens = iter(zip_longest(*answers, fillvalue=eos))
 
         def step(params, bank, cache, *arguments, **static):
-            return cache, np.asarray(next(tokens, [eos] * len(answers)), np.int32)
+            return cache, programs.DrawnTokens(np.asarray(next(tokens, [eos] * len(answers)), np.int32))
 
         monkeypatch.setattr(programs, "start", step)
         monkeypatch.setattr(programs, "advance", step)
@@ -153,15 +153,6 @@ def test_generation_stops_at_every_end_token_of_a_list(byte_model):
 
 def test_a_progress_bar_changes_no_answer(model):
     assert texts(model.generate(PROMPTS, NAMES, max_new_tokens=10, progress=True)) == ANSWERS
-
-
-def test_sampling_follows_each_requests_seed_alone(model):
-    options = {"max_new_tokens": 6, "temperature": 1.5}
-    first = model.generate(PROMPTS, NAMES, seed=[1, 2, 3, 4], **options)
-    again = model.generate(PROMPTS, NAMES, seed=[1, 2, 3, 4], **options)
-    assert [o.token_ids for o in first] == [o.token_ids for o in again]
-    other = model.generate(PROMPTS, NAMES, seed=[1, 2, 3, 5], **options)
-    assert [o.token_ids for o in other[:3]] == [o.token_ids for o in first[:3]]
 
 
 def test_nothing_compiles_after_the_first_batch_and_load(model):
@@ -349,27 +340,9 @@ def test_no_prompts_give_no_answers(model):
     assert model.generate([]) == []
 
 
-def test_top_k_and_top_p_keep_what_they_say():
-    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]] * 3))
-    drawn = [set(), set(), set()]
-    for index in range(200):
-        sampling = Sampling(
-            jnp.ones(3), jnp.array([2, 0, 0]), jnp.array([1.0, 0.7, 1.0]), jnp.array([1, 2, 3], jnp.uint32)
-        )
-        for row, token in enumerate(np.asarray(jax.jit(sample)(logits, sampling, jnp.int32(index)))):
-            drawn[row].add(int(token))
-    assert drawn == [{0, 1}, {0, 1}, {0, 1, 2, 3}]
-
-
-def test_temperature_zero_takes_the_most_probable_beside_sampled_rows():
-    logits = jnp.asarray([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]])
-    sampling = Sampling(jnp.array([0.0, 1.0]), jnp.zeros(2, jnp.int32), jnp.ones(2), jnp.zeros(2, jnp.uint32))
-    assert int(sample(logits, sampling, jnp.int32(0))[0]) == 1
-
-
 def test_batches_of_nearby_sizes_share_a_bucket(model):
     def shape(prompts: int, length: int, new: int) -> tuple:
-        requests = [Request([1] * length, new, 0.0, 0, 1.0, 0)] * prompts
+        requests = [Request([1] * length, SamplingParams(max_new_tokens=new))] * prompts
         batch = PaddedBatch.make(requests)
         return batch.tokens.shape, batch.cache_length
 
