@@ -48,9 +48,9 @@ class Request:
         new = self.params.max_new_tokens
         if not self.token_ids:
             raise InputError(f"{where} is empty; give at least one token.")
-        for name, ids in (("", self.token_ids), ("stop_token_ids: ", self.params.stop_token_ids)):
+        for ids, name in ((self.token_ids, "token id"), (self.params.stop_token_ids, "stop token id")):
             if ids and not 0 <= min(ids) <= max(ids) < config.vocab_size:
-                raise InputError(f"{where}: {name}a token id is outside 0 to {config.vocab_size - 1}.")
+                raise InputError(f"{where} has a {name} outside 0 to {config.vocab_size - 1}.")
         if len(self.token_ids) + new > config.max_positions:
             raise InputError(
                 f"{where} has {len(self.token_ids)} tokens and asks for {new} more; "

@@ -213,7 +213,7 @@ def test_an_unknown_keyword_of_any_method_names_the_nearest_one(model):
         (model.generate, "max_tokens", "max_new_tokens"),
         (model.stream, "stop_ids", "stop_token_ids"),
         (model.load_adapter, "name", "adapter_name"),
-        (Model.from_pretrained, "max_loras", "max_adapters"),
+        (Model.from_pretrained, "num_adapters", "max_adapters"),
         (model.functional, "max_len", "max_length"),
     ):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{keyword}'; did you mean '{near}'"):

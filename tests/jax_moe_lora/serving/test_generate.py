@@ -111,7 +111,7 @@ def byte_model(model, tmp_path, monkeypatch):
         tokens = iter(zip_longest(*answers, fillvalue=eos))
 
         def step(params, bank, cache, *arguments, **static):
-            return cache, programs.DrawnTokens(np.asarray(next(tokens, [eos] * len(answers)), np.int32))
+            return cache, programs.DrawnTokens(jnp.asarray(next(tokens, [eos] * len(answers)), jnp.int32))
 
         monkeypatch.setattr(programs, "start", step)
         monkeypatch.setattr(programs, "advance", step)
