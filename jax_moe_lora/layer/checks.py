@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jax_moe_lora.arguments import host_array, whole
+from jax_moe_lora.arguments import host_array, is_torch, whole
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from pallas_kernels.ops import BASE_SLOT
@@ -43,6 +43,8 @@ def check_array(name: str, value: Any, shape: Sequence[int | str], kind: Kind) -
     """
     if not hasattr(value, "shape") or not hasattr(value, "dtype"):
         raise InputError(f"{name} is of type {type(value).__name__}; expected an array {_shown(shape)}.")
+    if is_torch(value):
+        raise InputError(f"{name} is a torch tensor; expected an array, which jax.numpy.from_dlpack makes of it.")
     if not jnp.issubdtype(value.dtype, _KINDS[kind]):
         raise InputError(f"{name} has dtype {value.dtype}; expected {kind}.")
     if not _fits(value.shape, shape):

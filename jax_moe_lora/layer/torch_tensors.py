@@ -48,9 +48,9 @@ def takes_torch[**P, R](
             if check is not None:
                 check(**arrays)
             result = jitted(**arrays)
-            if not (gives_torch and is_torch(first)):
-                return result
-            return jax.tree.map(lambda array: to_torch(array, first), result)
+            if gives_torch and is_torch(first):
+                return jax.tree.map(lambda array: to_torch(array, first), result)
+            return jax.block_until_ready(result)  # the caller may write into the tensors once this returns
 
         return call
 
@@ -71,8 +71,14 @@ def from_torch(name: str, values: Any) -> Any:
 
 
 def to_torch(array: jax.Array, like: Any) -> Any:
-    """A torch tensor of an array, on the device of the tensor `like`."""
+    """A torch tensor of an array, on the device of the tensor `like`.
+
+    On a GPU torch's stream waits for the array. On a CPU this call does: the caller may write into the tensors that it
+    was computed from.
+    """
     torch = sys.modules["torch"]
+    if like.device.type == "cpu":
+        jax.block_until_ready(array)
     if like.device.type in ("cuda", next(iter(array.devices())).platform):
         return torch.from_dlpack(array).to(like.device)
     on_host = np.asarray(array)
@@ -91,9 +97,11 @@ def _array(name: str, tensor: Any) -> jax.Array:
     tensor = tensor.detach()
     if tensor.dtype == torch.int64:  # a cast to 32 bits would wrap around, onto another adapter's slot
         tensor = tensor.clamp(-INT32 - 1, INT32).to(torch.int32)
+    on_host = tensor.device.type == "cpu"
     try:
-        if tensor.device.type == "cpu" and default_device().platform != "cpu":
-            return jnp.asarray(host_array(tensor))  # as an array of numpy, it goes where the others are
+        if on_host and (default_device().platform != "cpu" or not tensor.is_floating_point()):
+            # A copy: on the device where arrays of numpy go, and of slots, ids and masks, which callers write into.
+            return jnp.array(host_array(tensor))
         return jnp.from_dlpack(tensor.contiguous())
     except (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         shown = f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}"

@@ -216,7 +216,7 @@ class _Rounding:
 
     def __call__(self, array: np.ndarray) -> np.ndarray:
         if id(array) not in self.kept:
-            self.kept[id(array)] = array, array.astype(self.dtype).astype(np.float32)
+            self.kept[id(array)] = array, array.astype(self.dtype, copy=False).astype(np.float32, copy=False)
         return self.kept[id(array)][1]
 
     def adapter(self, adapter: LoRAAdapter) -> LoRAAdapter:

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jax_moe_lora.arguments import host_array
 from jax_moe_lora.errors import InputError
 
 
@@ -27,16 +28,16 @@ class Difference:
 def difference(
     result: Float[np.ndarray | jax.Array, "*N"], reference: Float[np.ndarray | jax.Array, "*N"]
 ) -> Difference:
-    """Compares two arrays of one shape, in float64. A NaN in either makes no figure look small.
+    """Compares two arrays or torch tensors of one shape, in float64. A NaN in either makes no figure look small.
 
     Raises:
       InputError: shapes that disagree.
     """
-    if result.shape != reference.shape:
+    if tuple(result.shape) != tuple(reference.shape):
         raise InputError(
             f"The result is {list(result.shape)}, the reference {list(reference.shape)}; give two of one shape."
         )
-    actual, expected = (np.asarray(array).astype(np.float64) for array in (result, reference))
+    actual, expected = (host_array(array).astype(np.float64) for array in (result, reference))
     error, size, length = (float(np.linalg.norm(array)) for array in (actual - expected, expected, actual))
     return Difference(
         max_abs=float(np.abs(actual - expected).max(initial=0.0)),

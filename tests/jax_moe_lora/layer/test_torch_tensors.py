@@ -12,11 +12,14 @@ from jax_moe_lora import MoEConfig, create_bank, insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, uniform
 from jax_moe_lora.adapters.packing import pack
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.inspect import difference
+from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora, routed_experts, router_scores
 from jax_moe_lora.layer.routing import route
 from jax_moe_lora.nn import LoRALinear, MoELoRA, RoutedExperts, Router, load, moe_sites
 from jax_moe_lora.parity import per_expert_adapter
+from jax_moe_lora.training import from_adapter
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.unchecked import annotations_unchecked
 
@@ -106,6 +109,53 @@ def test_tensors_and_arrays_may_be_mixed_and_the_rows_decide_what_comes_back():
     same(expected, moe_lora(as_jax(x), router, experts, CONFIG, pages, slots))
 
 
+def test_a_block_of_transformers_gives_its_weights_as_they_are():
+    """The layer in place of a torch module: its own parameters, rows and router, and adapters on top."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = {"hidden_size": D, "moe_intermediate_size": F, "num_experts": E, "num_experts_per_tok": K}
+    block = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**sizes, norm_topk_prob=True)).eval()
+    x, config = inputs()[0], MoEConfig(D, F, E, K, renormalize=True)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.1)
+        gate, up = block.experts.gate_up_proj.chunk(2, dim=1)
+        experts = ExpertWeights(gate, up, block.experts.down_proj)
+        expected = block(x[None])
+        expected = (expected[0] if isinstance(expected, tuple) else expected)[0]
+        y = moe_lora(x, block.gate.weight, experts, config, bank(), torch.full((T,), -1))
+        adapted = moe_lora(x, block.gate.weight, experts, config, bank(), torch.zeros(T, dtype=torch.int64))
+    assert difference(y, expected).relative < 1e-6
+    assert difference(adapted, expected).relative > 0.1
+
+
+def test_what_was_computed_stays_when_the_caller_writes_into_the_tensors():
+    x, router, experts, slots = inputs()
+    expected = moe_lora(x.clone(), router, experts, CONFIG, bank(), slots.clone())
+    for rows in (x.clone(), as_jax(x)):
+        ids, weight = slots.int().clone(), router.clone()
+        y, plan = moe_lora(rows, weight, experts, CONFIG, bank(), ids), dense_plan(ids, 2)
+        for written in (rows, weight, ids):
+            if isinstance(written, torch.Tensor):
+                written.zero_()
+        np.testing.assert_array_equal(np.asarray(y), expected)
+        np.testing.assert_array_equal(plan.slots, slots)
+
+
+def test_an_aliased_pair_of_tensors_is_written_as_a_fused_adapter():
+    a, b = torch.ones(E, 5, D), torch.ones(E, F, 5)
+    weights = {(0, module): uniform(a, b, 2.0, E) for module in ("gate", "up")}
+    _, spec = from_adapter(LoRAAdapter("aliased", weights), moe_sites(CONFIG))
+    assert (spec.layout, spec.rank) == ("fused", 5)
+
+
+def test_a_difference_may_be_taken_of_tensors():
+    x = inputs("bfloat16")[0]
+    assert difference(x, as_jax(x)).equal
+    assert difference(x + 1, x).max_abs == pytest.approx(1, rel=0.02)
+
+
 def test_the_flax_modules_take_tensors():
     x, _, _, slots = inputs()
     layer = MoELoRA(CONFIG, max_adapters=2, max_rank=16, rngs=nnx.Rngs(0))
@@ -151,6 +201,8 @@ def test_bad_tensors_are_refused_as_bad_arrays_are():
         moe_lora(x.int(), router, experts, CONFIG)
     with pytest.raises(InputError, match=r"slots has shape \[5\]; expected \[6\]"):
         moe_lora(x, router, experts, CONFIG, bank(), slots[:5])
+    with pytest.raises(InputError, match="x is a torch tensor; expected an array, which"):
+        checks.check_array("x", x, ("T", D), "floating point")  # of a function that takes none
     requests = {"request_lengths": torch.tensor([4, 4]), "request_slots": torch.tensor([0, 0])}
     with pytest.raises(InputError, match=r"request_lengths are \[4, 4\]; expected none negative and a sum of at most"):
         moe_lora(x, router, experts, CONFIG, bank(), **requests)
