@@ -18,7 +18,7 @@ from jax_moe_lora.files.safetensors_io import read_json
 
 Value = TypeVar("Value")
 # Read by `PeftConfig`, or by `_check` below.
-_USED = TARGETING | {
+USED = TARGETING | {
     "r",
     "lora_alpha",
     "use_rslora",
@@ -85,7 +85,7 @@ def _check(config: PeftConfig, problems: Problems) -> None:
     """Refuses what would change the result and is not used."""
     raw = config.raw
     for name, value in raw.items():
-        if name not in _USED and not is_neutral(name, value):
+        if name not in USED and not is_neutral(name, value):
             why = REFUSED.get(name, "it is not understood and may change the result")
             with problems:
                 raise config.error(f"{name} is {shown(value)}: {why}", name, shown(value), "no such setting")

@@ -56,7 +56,7 @@ REFUSED: Mapping[str, str] = {
 PLAIN_INITS = (True, False, None, "", "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA are refused."""
 
-_NEUTRAL_NAMES = frozenset(name for names in NEUTRAL.values() for name in names)
+NEUTRAL_NAMES = frozenset(name for names in NEUTRAL.values() for name in names)
 
 
 def is_neutral(name: str, value: Any) -> bool:
@@ -66,7 +66,7 @@ def is_neutral(name: str, value: Any) -> bool:
       name: the field. One that begins with an underscore is a note of some tool.
       value: what it holds.
     """
-    return name in _NEUTRAL_NAMES or name.startswith("_") or says_nothing(value)
+    return name in NEUTRAL_NAMES or name.startswith("_") or says_nothing(value)
 
 
 def says_nothing(value: Any) -> bool:

@@ -220,7 +220,6 @@ REFUSED = {
         {}, r"w3\.lora_A.*'Tinker' under mlp\.experts.*'TensorRT-LLM'",
     ),
     "sidecar_version": (GATE, {"sidecar": {**SIDECAR, "version": 2}}, r"lora_layout\.json.*version 1"),
-    "sidecar_field": (GATE, {"sidecar": {**SIDECAR, "x": 1}}, r"lora_layout\.json.*version 1"),
     "sidecar_module": (GATE, {"sidecar": {"moe_shared_outer": {"w1": {"shared_side": "A"}}}}, r"lora_layout\.json.*w1"),
     "sidecar_side": (GATE, {"sidecar": {"moe_shared_outer": {"moe_gate": "A"}}}, r"lora_layout\.json.*moe_gate"),
     "sidecar_denies": (GATE, {"sidecar": {"version": 1}}, "side A of gate in layer 0 is one matrix.*not declare"),

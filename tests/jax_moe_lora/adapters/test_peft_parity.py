@@ -243,9 +243,10 @@ def test_every_field_of_pefts_config_is_used_harmless_or_refused():
 
     from peft import LoraConfig
 
-    from jax_moe_lora.adapters.formats import peft_config
+    from jax_moe_lora.adapters.formats.config_reading import USED
+    from jax_moe_lora.adapters.formats.neutral_fields import NEUTRAL_NAMES, REFUSED
 
-    sorted_out = peft_config._USED | peft_config._HARMLESS | set(peft_config._REFUSED)
+    sorted_out = USED | NEUTRAL_NAMES | set(REFUSED)
     refused_as_unknown = {
         *("megatron_config", "loftq_config", "corda_config", "lora_ga_config", "velora_config"),
         *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
