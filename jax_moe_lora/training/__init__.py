@@ -1,11 +1,15 @@
-"""Training many adapters at once on a frozen base.
+"""Training many adapters at once on a frozen base model.
 
-`spec.py`: what an adapter trains. `adapters.py`: its parameters, from and to adapter files. `batch.py`: what a step
-reads. `training_bank.py`: the parameters of all adapters as pages, made inside the step. `loss.py`, `evaluation.py`:
-losses by slot. `step.py`: one update of every adapter.
+The step: `spec.py` says what an adapter trains, and `adapters.py` makes its parameters. `batch.py` has the arrays that
+a step reads. `training_bank.py` turns the parameters of all adapters into pages inside the step. `loss.py`, `head.py`
+and `evaluation.py` compute losses by slot, and `step.py` updates every adapter once.
 
-Around it, `trainer.py`: from data files to adapter folders. `recipe.py`: rates and schedules. `data.py`, `rows.py`:
-examples and batches. `checkpoint.py`, `run_folder.py`, `log.py`: what a run keeps. `scoring.py`: exact answers.
+The data: `forms.py` knows the forms of lines, and `examples.py` turns lines into token ids. `data.py` and `sources.py`
+read files, and `rows.py` lays examples out in batches.
+
+The run: `trainer.py` goes from data files to adapter folders, with `checks.py` (its arguments), `recipe.py` (rates and
+schedules), `start.py` (first parameters), `scoring.py` (exact answers), and what a run keeps and shows:
+`checkpoint.py`, `run_folder.py`, `log.py` and `trackers.py`.
 """
 
 from jax_moe_lora.training.adapters import Params, from_adapter, init_params, to_adapter

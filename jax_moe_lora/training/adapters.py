@@ -1,7 +1,7 @@
-"""The parameters of one adapter: made new, or from an adapter that was loaded; and back into one that can be written.
+"""The parameters of one adapter: initialised, taken from an adapter in memory, and turned back into one.
 
-Params are `{layer}.{matrix}.{side}` -> float32 matrices as `AdapterSpec.shapes` says, and nothing else: no padding, and
-a matrix that is shared or aliased once. B is the transpose of a file's: `[E, R, out]`.
+Params are `{layer}.{matrix}.{side}` -> float32 matrices of the shapes in `AdapterSpec.shapes`. They have no padding,
+and a matrix that experts or modules share is there once. B is transposed, compared with adapter files: `[E, R, out]`.
 """
 
 import math
@@ -21,7 +21,13 @@ Params = dict[str, Float[Array, "_experts _rows _columns"]]
 
 
 def init_params(spec: AdapterSpec, sites: Mapping[str, Site], key: jax.Array) -> Params:
-    """A new adapter as PEFT makes it: A random by `spec.init`, B zero, so that it changes nothing yet."""
+    """The params of a new adapter, initialised as PEFT does: A random as `spec.init` says, B zero.
+
+    Args:
+      spec: what it trains.
+      sites: the model's.
+      key: jax's random key.
+    """
     shapes = spec.shapes(sites)
     keys = jax.random.split(key, len(shapes))
     return {
@@ -46,10 +52,14 @@ def to_adapter(
     name: str,
     source: Mapping[str, Any] | None = None,
 ) -> LoRAAdapter:
-    """The adapter in host memory, as `write_adapter` writes it (`WRITTEN_AS` has the layout that is its own).
+    """The adapter in host memory, for `write_adapter` (`WRITTEN_AS` has the format that corresponds to its layout).
 
     Args:
-      source: fields of its config to keep, such as `base_model_name_or_path`.
+      params: as `init_params` makes them.
+      spec: what it trains.
+      sites: the model's.
+      name: its name.
+      source: fields for its config, such as `base_model_name_or_path`.
     """
     matrices = jax.device_get(dict(params))
     weights = {

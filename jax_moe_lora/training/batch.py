@@ -1,4 +1,4 @@
-"""What a training step reads."""
+"""The arrays that a training step reads."""
 
 from dataclasses import dataclass, field
 
@@ -10,15 +10,16 @@ from pallas_kernels.pytrees import pytree
 @pytree
 @dataclass(frozen=True)
 class Batch:
-    """Rows that hold one or several examples each, each example with its own adapter.
+    """Rows of one or several examples each, where every example has its own adapter.
 
     Attributes:
-      tokens: int32 `[B, T]`. positions: int32 `[B, T]`, a token's place in its example.
+      tokens: int32 `[B, T]`.
+      positions: int32 `[B, T]`, the index of each token in its example.
       segments: int32 `[B, T]`, 1 and up for the examples of a row, 0 for padding.
-      slots: int32 `[B, T]`, the adapter of a token's example, `BASE_SLOT` for padding.
-      targets: int32 `[B, T]`, the token that comes next. weights: float32 `[B, T]`, how much of its loss counts: 1
-        where it is to be learnt, 0 in prompts and padding.
-      packed: static. False says that each row holds one example, its padding behind it: attention then needs no mask.
+      slots: int32 `[B, T]`, the adapter of each token, `BASE_SLOT` for padding.
+      targets: int32 `[B, T]`, the token that follows.
+      weights: float32 `[B, T]`, the weight of each target in the loss: 0 in prompts and padding.
+      packed: static. False means that each row is one example followed by padding, so that attention needs no mask.
     """
 
     tokens: Int[Array, "B T"]

@@ -1,7 +1,7 @@
 """Checkpoints of a run, by orbax: the whole state, the step, and the settings that the run was started with.
 
-A checkpoint gets its name once it is complete, by one rename, so a process may die at any moment; the last two are
-kept. Arrays come back with the bits that they had.
+A complete checkpoint is renamed to its final name in one step, so a process may die at any moment. The last two are
+kept. Arrays are restored bit for bit.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from jax_moe_lora.errors import CheckpointError, InputError
 from jax_moe_lora.training.step import TrainState
 
 KEPT = 2
-_SHOWN = 5  # differing settings that are quoted
+_SHOWN = 5  # differing settings that a message quotes
 
 
 class Checkpoints:
@@ -48,16 +48,27 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, settings: Mapping[str, Any]) -> None:
-        """Returns once it is complete. A checkpoint of this step that is there already is kept."""
+        """Writes a checkpoint, and returns once it is complete.
+
+        Args:
+          step: steps that are done. An earlier checkpoint of the same step is kept.
+          state: what training changes.
+          settings: what the run was started with.
+        """
         if step != self.latest:
             items = {"state": orbax.args.StandardSave(_by_key(state)), "settings": orbax.args.JsonSave(dict(settings))}
             self._manager.save(step, args=orbax.args.Composite(**items))
 
     def restore(self, like: TrainState, settings: Mapping[str, Any]) -> tuple[int, TrainState] | None:
-        """The newest checkpoint's step and state, placed as `like` is; None where there is no checkpoint.
+        """The step and state of the newest checkpoint; None where there is no checkpoint.
+
+        Args:
+          like: a state of the same shapes, on the devices where the restored one is to be.
+          settings: those of this run.
 
         Raises:
-          InputError: the run was started with other settings. CheckpointError: it cannot be read.
+          InputError: the run was started with other settings.
+          CheckpointError: the checkpoint cannot be read.
         """
         step = self.latest
         if step is None:
@@ -76,7 +87,7 @@ class Checkpoints:
             return self._manager.restore(step, args=orbax.args.Composite(**item))[name]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"The checkpoint {self.folder / str(step)} cannot be read: {error}; remove it to go on from the one "
+                f"The checkpoint {self.folder / str(step)} cannot be read: {error}; remove it to continue from the one "
                 "before it.",
                 file=self.folder / str(step),
             ) from error
@@ -90,12 +101,12 @@ class Checkpoints:
             more = f", and {len(differ) - _SHOWN} more differ" if len(differ) > _SHOWN else ""
             raise InputError(
                 f"The run in {self.folder.parent} was started with other settings: {'; '.join(said[:_SHOWN])}{more}. "
-                "Resume it with its own, or name a new folder."
+                "Resume it with the same settings, or name a new folder."
             )
 
 
 def _by_key(state: TrainState) -> dict[str, jax.Array]:
-    """Leaves by their place, such as `params.sql.0.gate_up.a`, whatever classes an optimizer makes its state of."""
+    """Leaves by their path, such as `params.sql.0.gate_up.a`, whatever classes an optimizer's state has."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

@@ -37,21 +37,22 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what is trained on: tokens, and which of them count."""
+        """SHA-256 of the tokens and of which of them count in the loss."""
         sha = hashlib.sha256()
         for example in self.examples:
             sha.update(np.array(len(example.tokens), "<i8").tobytes())
-            sha.update(example.tokens.astype("<i4").tobytes() + example.learnt.tobytes())
+            sha.update(example.tokens.astype("<i4").tobytes() + example.loss_mask.tobytes())
         return sha.hexdigest()
 
 
 @dataclass
 class BadLines:
-    """What cannot be trained on, over all files, so that all of it is said at once."""
+    """The lines of all files that cannot be trained on, so that one error names them all."""
 
     problems: list[str] = field(default_factory=list)
 
     def add(self, where: str, problem: InputError) -> None:
+        """Takes the problem of a line, which errors call `where`."""
         said = " ".join(str(problem).removeprefix(where).split()).rstrip(".")
         self.problems.append(f"{where} {said if len(said) <= LONGEST else said[:LONGEST] + ' …'}")
 
@@ -117,7 +118,7 @@ def _examples(name: str, lines: Lines, encoder: Encoder, bad: BadLines, ignored:
 
 
 def _lines(name: str, lines: Lines) -> Iterable[tuple[str, Any]]:
-    """What errors call a line, and its bytes or its object; empty lines are none."""
+    """What errors call each line, and its bytes or its object; empty lines are passed over."""
     called = _called(name, lines)
     if not isinstance(lines, Path):
         return ((f"{called}, example {number}", raw) for number, raw in enumerate(lines, 1))

@@ -1,6 +1,6 @@
-"""Losses of a batch, and evaluation by them.
+"""The losses of a batch, for training and for evaluation.
 
-The one place that calls the model: a bank is made of the adapters' params, and rows go through the decoder.
+Training calls the model here only: the adapters' params become a bank, and the rows go through the decoder.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,12 +27,13 @@ from pallas_kernels.pytrees import pytree
 @pytree
 @dataclass(frozen=True)
 class Losses:
-    """What a batch gave, by slot, in the order of the specs; all 0 for an adapter that is not in it.
+    """The losses of a batch by slot, in the order of the specs; all are 0 for an adapter that is not in the batch.
 
     Attributes:
-      loss: float32 `[S]`, mean cross-entropy of the adapter's tokens, in nats. router: float32 `[S]`, its router loss
-        without the coefficient; 0 where it is off.
-      weight: float32 `[S]`, the sum of its tokens' weights. tokens: float32 `[S]`, its tokens, prompts included.
+      loss: float32 `[S]`, the mean cross-entropy of the adapter's targets, in nats.
+      router: float32 `[S]`, the router's loss without its coefficient; 0 where it is off.
+      weight: float32 `[S]`, the sum of the weights of the adapter's targets.
+      tokens: float32 `[S]`, the number of the adapter's tokens, prompts included.
     """
 
     loss: Float[Array, "S"]
@@ -44,13 +45,19 @@ class Losses:
 @pytree
 @dataclass(frozen=True)
 class Totals:
-    """What the means of a whole batch are divided by, by slot: the sum of weights, and the number of tokens."""
+    """The divisors of a whole batch's means, by slot.
+
+    Attributes:
+      weight: float32 `[S]`, the sum of the weights of the adapter's targets.
+      tokens: float32 `[S]`, the number of the adapter's tokens.
+    """
 
     weight: Float[Array, "S"]
     tokens: Float[Array, "S"]
 
     @classmethod
     def of(cls, batch: Batch, num_slots: int) -> "Totals":
+        """The totals of a batch for S slots."""
         ones = jnp.ones(batch.slots.shape, jnp.float32)
         return cls(slot_sums(batch.weights, batch.slots, num_slots), slot_sums(ones, batch.slots, num_slots))
 
@@ -60,7 +67,15 @@ def make_evaluation(
 ) -> Callable[[Mapping[str, Params], ModelParams, Batch], Losses]:
     """The jitted `evaluate(params, model_params, batch) -> losses`, which changes nothing.
 
-    Losses are means over the batch; weighted by `weight` they give the mean over many batches.
+    Losses are means over the batch. Weighted by `weight`, they give the mean over many batches.
+
+    Args:
+      config: the model's.
+      specs: adapter -> what it trains; the first is slot 0.
+      implementation: a backend by name, or None for the best that is available.
+
+    Raises:
+      InputError: a spec that the model cannot train.
     """
     evaluate = losses_of(config, specs, False, implementation)
 
@@ -79,7 +94,15 @@ def losses_of(
     implementation: Implementation | None,
     remat: bool = False,
 ) -> Callable[[Mapping[str, Params], ModelParams, Batch, Totals], Losses]:
-    """Losses of a part of a batch, as shares of the whole batch's means: parts add up."""
+    """`evaluate(params, model_params, part, totals)`: a part's share of the losses of the whole batch.
+
+    Args:
+      config: the model's.
+      specs: adapter -> what it trains; the first is slot 0.
+      keep_scores: also compute the router's loss.
+      implementation: a backend by name, or None for the best that is available.
+      remat: compute gate and up again in the backward pass.
+    """
     sites = decoder.adapter_sites(config)
     if not specs:
         raise InputError("specs are empty; give at least one adapter to train.")
@@ -114,6 +137,6 @@ def losses_of(
 
 
 def masked(batch: Batch) -> Batch:
-    """Padding belongs to nobody, whatever slot and weight it was given."""
+    """The batch with its padding at `BASE_SLOT` and of weight 0, whatever it had before."""
     real = batch.segments > 0
     return replace(batch, slots=jnp.where(real, batch.slots, BASE_SLOT), weights=jnp.where(real, batch.weights, 0.0))

@@ -1,8 +1,8 @@
-"""One training line as token ids, with what of it is learnt.
+"""One training line as token ids, with a mask of those that count in the loss.
 
-A conversation is encoded as a server will read it: each answer behind the tokens that its prompt has when the model is
-asked, whatever the chat template makes of earlier turns later on. Turns whose tokens continue those of the turns before
-are one example; a template that rewrites earlier turns, as those do that remove reasoning from them, gives several.
+A conversation is encoded as a server will read it: each answer follows the tokens that its prompt has when the model is
+asked for that answer. Turns whose tokens continue those of the turns before are one example. A template that rewrites
+earlier turns, such as one that removes reasoning from them, gives several examples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,20 +17,20 @@ from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.training.forms import PAIR, TEXT, Conversation, ExtraColumns, conversation_of, extra_columns, form_of
 
 Tokens = tuple[list[int], list[bool]]
-"""Token ids, and of each whether it is learnt."""
+"""Token ids, and for each whether it counts in the loss."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a model reads and learns as one sequence.
+    """One sequence to train on.
 
     Attributes:
       tokens: int32 `[N]`, N at least 2.
-      learnt: bool `[N]`, the tokens whose loss counts, at least one; never the first.
+      loss_mask: bool `[N]`, the tokens that count in the loss: at least one, and never the first.
     """
 
     tokens: Int[np.ndarray, "N"]
-    learnt: Bool[np.ndarray, "N"]
+    loss_mask: Bool[np.ndarray, "N"]
 
     @property
     def width(self) -> int:
@@ -77,20 +77,20 @@ class Encoder:
             sequences = [self._text({name: line[name] for name in form.required})]
         else:
             sequences = self._conversation(conversation_of(line, form))
-        return [self._example(tokens, learnt) for tokens, learnt in sequences], extra
+        return [self._example(tokens, loss_mask) for tokens, loss_mask in sequences], extra
 
     def _text(self, texts: Mapping[str, Any]) -> Tokens:
         _check_texts(texts)
-        learnt = "text" if "text" in texts else "completion"
-        if learnt == "text":
+        counted = "text" if "text" in texts else "completion"
+        if counted == "text":
             before, after = list[int](), self.tokenizer.encode(texts["text"])
         else:
             before, after = self.tokenizer.encode_pair(texts["prompt"], texts["completion"])
             if not before:
                 raise InputError('has a prompt without tokens; give {"text": "..."} to learn all of a text')
         if not after:
-            raise InputError(f"has a {learnt} without tokens")
-        after = self._ended(texts[learnt], after)
+            raise InputError(f"has a {counted} without tokens")
+        after = self._ended(texts[counted], after)
         return before + after, [False] * len(before) + [True] * len(after)
 
     def _conversation(self, conversation: Conversation) -> list[Tokens]:
@@ -99,15 +99,15 @@ class Encoder:
         return list(self._by_turns(conversation))
 
     def _marked(self, conversation: Conversation) -> Tokens:
-        """The whole conversation; what the template marks is learnt."""
+        """The whole conversation; the text that the template marks counts in the loss."""
         pieces = self.tokenizer.chat_template.render_marked(conversation.messages, conversation.tools)
         ids, offsets = self.tokenizer.encode_with_offsets("".join(text for text, _ in pieces))
         is_marked = np.repeat([marked for _, marked in pieces], [len(text) for text, _ in pieces])
         return ids, [bool(is_marked[begin:end].any()) for begin, end in offsets]
 
     def _by_turns(self, conversation: Conversation) -> Iterator[Tokens]:
-        """Every answer behind its own prompt."""
-        template, tokens, learnt = self.tokenizer.chat_template, list[int](), list[bool]()
+        """Each answer behind the tokens of its prompt."""
+        template, tokens, loss_mask = self.tokenizer.chat_template, list[int](), list[bool]()
         for index, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
@@ -124,11 +124,11 @@ class Encoder:
             before, after = self.tokenizer.encode_pair(before_text, answer, add_special_tokens=False)
             after = self._ended(answer, after)
             if before[: len(tokens)] != tokens:  # the template has rewritten earlier turns
-                yield tokens, learnt
-                tokens, learnt = [], []
-            learnt = learnt + [False] * (len(before) - len(tokens)) + [True] * len(after)
+                yield tokens, loss_mask
+                tokens, loss_mask = [], []
+            loss_mask = loss_mask + [False] * (len(before) - len(tokens)) + [True] * len(after)
             tokens = before + after
-        yield tokens, learnt
+        yield tokens, loss_mask
 
     def _ended(self, text: str, tokens: list[int]) -> list[int]:
         """The tokens of a text, with EOS behind them; or up to the special token that ends a turn, where it does."""
@@ -139,14 +139,14 @@ class Encoder:
         special_ids = set(self.tokenizer.special_tokens.values())
         return tokens[: max(index for index, token in enumerate(tokens) if token in special_ids) + 1]
 
-    def _example(self, tokens: list[int], learnt: list[bool]) -> Example:
+    def _example(self, tokens: list[int], loss_mask: list[bool]) -> Example:
         if len(tokens) < 2:
             raise InputError("has one token, which nothing precedes")
         if len(tokens) - 1 > self.width:
             raise InputError(f"has {len(tokens)} tokens; at most {self.width + 1} fit (--sequence-length {self.width})")
         if max(tokens) >= self.vocab_size:
             raise InputError(f"has token {max(tokens)}, which the model's {self.vocab_size} tokens do not include")
-        counts = np.array(learnt)
+        counts = np.array(loss_mask)
         counts[0] = False
         if not counts.any():
             raise InputError("has no token to learn")

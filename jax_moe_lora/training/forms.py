@@ -1,6 +1,6 @@
 """The forms that a training line may have, and each as text or as messages.
 
-| form | fields | learnt |
+| form | fields | counts in the loss |
 |---|---|---|
 | text | `text` | all but the first token |
 | pair | `prompt`, `completion` | the completion |
@@ -103,7 +103,7 @@ def conversation_of(line: Mapping[str, Any], form: Form) -> Conversation:
       form: `MESSAGES`, `SHAREGPT` or `ALPACA`.
 
     Returns:
-      The conversation up to its last assistant turn: nothing behind it is learnt.
+      The conversation up to its last assistant turn: nothing after it counts in the loss.
 
     Raises:
       InputError: what is wrong with it; the sentence goes on after the line's name.
@@ -112,13 +112,15 @@ def conversation_of(line: Mapping[str, Any], form: Form) -> Conversation:
     messages = check_messages(turns)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise InputError("has no assistant turn, and nothing else is learnt")
+        raise InputError("has no assistant turn to train on")
     for index in answers:
         if not (messages[index]["content"] or messages[index].get("tool_calls")):
             raise InputError(f"has an empty answer in message {index + 1}")
     for number, message in enumerate(messages, 1):
         if message.get("weight", 1) != 1:
-            raise InputError(f"has message {number} with weight {message['weight']}; every assistant turn is learnt")
+            raise InputError(
+                f"has message {number} with weight {message['weight']}; every assistant turn counts in the loss"
+            )
     tools = line.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise InputError("has tools that are not a list of JSON schemas")

@@ -1,8 +1,8 @@
-"""The head's losses, with their gradient taken on the way.
+"""The losses of the output head, whose gradient is computed in the forward pass.
 
-Logits over a vocabulary are the largest array of a training step and the head its largest matmul. Here some rows at a
-time are multiplied, their loss is taken, and at once what the loss gives for the hidden rows: nothing of the
-vocabulary's width is kept for the backward pass, and nothing is multiplied a second time.
+The logits are the largest array of a training step, and the head is its largest matmul. For a few rows at a time, this
+file computes the logits, their loss, and the gradient of the loss with respect to the hidden rows. So no array of the
+vocabulary's width is kept for the backward pass, and no matmul is repeated.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,20 @@ from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.training.loss import token_losses
 from pallas_kernels.varying import varying_as
 
-HEAD_LOGITS = 2**26  # that many logits at once (256 MiB)
+HEAD_LOGITS = 2**26  # logits computed at once (256 MiB)
 
 
 def head_losses(model: ModelParams, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Float32 cross-entropy of each target, in nats; differentiable by `hidden` alone: the model is frozen."""
+    """The cross-entropy of each target, differentiable with respect to `hidden` only: the model is frozen.
+
+    Args:
+      model: its head is used.
+      hidden: `[B, T, D]`, the decoder's output.
+      targets: int32 `[B, T]`.
+
+    Returns:
+      float32 `[B, T]`, in nats.
+    """
 
     @jax.custom_vjp
     def losses(hidden: Array, targets: Array) -> Array:
@@ -36,10 +45,10 @@ def head_losses(model: ModelParams, hidden: Float[Array, "B T D"], targets: Int[
 
 
 def _losses_and_gradient(model: ModelParams, hidden: Array, targets: Array) -> tuple[Array, Array]:
-    """And what each token's loss gives for its hidden row: through `softmax - one hot`."""
-    logits, pull = jax.vjp(lambda rows: decoder.head(model, rows), hidden)
+    """The loss of each token, and its gradient with respect to the hidden row, through `softmax - one-hot`."""
+    logits, head_gradient = jax.vjp(lambda rows: decoder.head(model, rows), hidden)
     picked = jax.nn.one_hot(targets, logits.shape[-1], dtype=logits.dtype)
-    (gradient,) = pull(jax.nn.softmax(logits, axis=-1) - picked)
+    (gradient,) = head_gradient(jax.nn.softmax(logits, axis=-1) - picked)
     return token_losses(logits, targets), gradient
 
 
@@ -47,9 +56,12 @@ def _backward(gradient: Array, dlosses: Float[Array, "B T"]) -> tuple[Array, Non
     return (gradient.astype(jnp.float32) * dlosses[..., None]).astype(gradient.dtype), None
 
 
-def _by_rows(model: ModelParams, of_rows: Callable[[Array, Array], Any], hidden: Array, targets: Array) -> Any:
-    """`of_rows` of all rows, or of one after the other where the logits would be too many."""
+def _by_rows(model: ModelParams, function: Callable[[Array, Array], Any], hidden: Array, targets: Array) -> Any:
+    """`function` of all rows at once, or of one row after the other where there would be too many logits."""
     if targets.size * model.embedding.shape[0] <= HEAD_LOGITS:
-        return of_rows(hidden, targets)
-    one = lambda row: jax.tree.map(lambda value: value[0], of_rows(row[0][None], row[1][None]))  # noqa: E731
-    return lax.map(one, (hidden, targets))
+        return function(hidden, targets)
+
+    def of_one_row(row: tuple[Array, Array]) -> Any:
+        return jax.tree.map(lambda value: value[0], function(row[0][None], row[1][None]))
+
+    return lax.map(of_one_row, (hidden, targets))

@@ -1,4 +1,4 @@
-"""What a run says: a line of metrics for every step, and now and then how far it is."""
+"""The log of a run: a line of metrics for every step, and reports of its progress."""
 
 import math
 import time
@@ -20,9 +20,11 @@ class Progress:
     """How far a run is.
 
     Attributes:
-      step, steps: done, and of how many. losses: adapter -> its loss in the last step, in nats a token.
-      rates: adapter -> its tokens a second since the last time, prompts included and padding not.
-      evaluations: adapter -> what it does on its evaluation examples, where this step is followed by an evaluation.
+      step: steps that are done.
+      steps: all steps of the run.
+      losses: adapter -> its loss in the last step, in nats per token.
+      rates: adapter -> tokens per second since the last report, prompts included, padding not.
+      evaluations: adapter -> its evaluation, where this step is followed by one.
     """
 
     step: int
@@ -33,7 +35,7 @@ class Progress:
 
 
 class Log:
-    """Collects metrics on the device and fetches many at once, for fetching waits until they are there."""
+    """Keeps metrics on the device and fetches many at once, since each fetch waits for the device."""
 
     def __init__(
         self,
@@ -47,14 +49,17 @@ class Log:
         self._last = time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step, which may still be computed."""
         self._pending.append((step, metrics))
 
     def write(self, evaluations: Mapping[str, Evaluation]) -> None:
-        """Puts the lines of all steps that were added on disk.
+        """Writes the lines of all steps that were added.
+
+        Args:
+          evaluations: adapter -> its evaluation after the last of these steps.
 
         Raises:
-          InputError: losses or gradients that are not finite, by their adapters, after the lines of the steps before;
-          these adapters are lost, and their last checkpoint is not.
+          InputError: losses or gradients that are not finite, by adapter; the lines of the steps before are written.
         """
         pending, self._pending, lines = jax.device_get(self._pending), [], []
         for step, metrics in pending:

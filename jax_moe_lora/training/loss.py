@@ -1,7 +1,8 @@
-"""Losses of a batch by slot: each adapter is trained on its own tokens alone.
+"""Losses of a batch per slot: each adapter is trained on its own tokens only.
 
-Sums by slot select before they add: no atomics, so the same bits each time, and a loss that is not finite stays its own
-adapter's. (Gradients are another matter: kernels multiply a neighbour's rows by zeros, and zero times NaN is NaN.)
+A slot's sum first selects its tokens and then adds them. There are no atomics, so the bits are the same each time, and
+a loss that is not finite does not reach other adapters. (Gradients are another matter: kernels multiply the rows of
+other adapters by zero, and zero times NaN is NaN.)
 """
 
 import jax
@@ -13,14 +14,28 @@ from jax_moe_lora.layer.routing import expert_probabilities, route
 
 
 def token_losses(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Float32 cross-entropy of each target, in nats."""
+    """The cross-entropy of each target.
+
+    Args:
+      logits: `[B, T, V]`.
+      targets: int32 `[B, T]`.
+
+    Returns:
+      float32 `[B, T]`, in nats.
+    """
     wide = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(wide, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(wide, axis=-1) - picked
 
 
 def slot_sums(values: Float[Array, "*shape"], slots: Int[Array, "*shape"], num_slots: int) -> Float[Array, "S"]:
-    """The sum of each slot's values; those of any other slot are left out."""
+    """The sum of the values of each slot.
+
+    Args:
+      values: of any shape.
+      slots: int32 of the same shape; values of a slot outside `0 .. S - 1` are left out.
+      num_slots: S.
+    """
     return jnp.where(_of_slot(slots.reshape(-1), num_slots), values.reshape(1, -1), 0.0).sum(axis=1)
 
 
@@ -29,9 +44,10 @@ def load_balancing(
 ) -> Float[Array, "S"]:
     """The router's auxiliary loss over each slot's tokens: `E * sum_e f_e * P_e`; 0 for a slot without tokens.
 
-    f_e is the number of tokens that choose expert e, P_e its mean probability, both over tokens and layers together, as
-    in `load_balancing_loss_func` of transformers (Switch Transformer, equations 4 to 6; there f_e is divided by K).
-    What is chosen, and what a probability is, follow from the router: see `route` and `expert_probabilities`.
+    f_e is the number of choices of expert e per token, and P_e is its mean probability, both over all tokens and
+    layers, as in `load_balancing_loss_func` of transformers (Switch Transformer, equations 4 to 6; there f_e is divided
+    by K). The router defines which experts are chosen and what a probability is: see `route` and
+    `expert_probabilities`.
 
     Args:
       scores: float32 `[T, E]`, the router's scores of each routed layer.

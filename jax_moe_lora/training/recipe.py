@@ -1,4 +1,4 @@
-"""How an adapter is trained: what of the model, at which rate, for how long."""
+"""How an adapter is trained: which modules, and with which optimizer and schedule."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -21,9 +21,9 @@ class Recipe:
 
     Attributes:
       spec: what it trains. None is `AdapterSpec()`, or the spec of the adapter that training starts from.
-      learning_rate: at its highest.
-      schedule: after the warmup it stays, or falls to zero at the last step, as a cosine or a line.
-      warmup: steps in which the rate rises, the first of them not at zero.
+      learning_rate: the highest.
+      schedule: after the warmup the rate stays constant, or falls to zero at the last step along a cosine or a line.
+      warmup: steps in which the rate rises; it is above zero in the first of them.
       weight_decay: AdamW's.
       clip: largest norm of the adapter's gradient; None clips nothing.
     """
@@ -63,7 +63,7 @@ class Recipe:
             raise InputError(f"warmup of adapter {name!r} is {self.warmup} of {steps} steps; give fewer than all.")
 
     def schedule_of(self, steps: int) -> optax.Schedule:
-        """Learning rate by the number of updates before."""
+        """The learning rate by the number of updates so far."""
         after = {
             "constant": lambda left: optax.constant_schedule(self.learning_rate),
             "cosine": lambda left: optax.cosine_decay_schedule(self.learning_rate, left),
@@ -75,12 +75,20 @@ class Recipe:
         return optax.join_schedules([rise, after], [self.warmup])
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Without clipping, which a step does by itself."""
+        """AdamW without clipping, which `make_step` adds."""
         return optax.adamw(self.schedule_of(steps), weight_decay=self.weight_decay)
 
 
 def recipes_of(recipe: Recipe | Mapping[str, Recipe] | None, names: Iterable[str]) -> dict[str, Recipe]:
-    """The recipe of each adapter, out of one for all or one for each."""
+    """The recipe of each adapter.
+
+    Args:
+      recipe: one for all adapters, one for each, or None for the default.
+      names: the adapters.
+
+    Raises:
+      InputError: the recipes are for other adapters.
+    """
     names = list(names)
     if not isinstance(recipe, Mapping):
         return dict.fromkeys(names, recipe or Recipe())

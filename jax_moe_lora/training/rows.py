@@ -1,4 +1,4 @@
-"""Batches: every step's rows follow from the seed and the step's number alone, so a resumed run stores no iterator."""
+"""Batches: a step's rows depend on the seed and the step's number only, so a resumed run needs no stored iterator."""
 
 import zlib
 from bisect import bisect_left, insort
@@ -19,7 +19,12 @@ Row = tuple[Example, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """The examples of one adapter laid out in rows, and its slot."""
+    """The examples of one adapter, laid out in rows.
+
+    Attributes:
+      slot: the adapter's.
+      rows: each of one or several examples.
+    """
 
     slot: int
     rows: tuple[Row, ...]
@@ -27,11 +32,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Feed:
-    """The rows of every adapter, in turns.
+    """The rows of all adapters, which take turns.
 
     Attributes:
-      adapters: name -> its rows. batch_size: B. width: T. packing: rows may hold several examples.
-      seed: of the order in which an adapter's rows come, which depends on no other adapter; each epoch has its own.
+      adapters: name -> its rows.
+      batch_size: B.
+      width: T.
+      packing: rows may hold several examples.
+      seed: of the order of an adapter's rows, which differs from epoch to epoch and does not depend on other adapters.
     """
 
     adapters: dict[str, Rows]
@@ -41,7 +49,7 @@ class Feed:
     seed: int
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step: adapter 0, 1, ... and again, going on where the last step ended."""
+        """The batch of a step: a row of adapter 0, 1, ... and again from 0, continuing where the last step ended."""
         names = tuple(self.adapters)
         turns = (divmod(step * self.batch_size + row, len(names)) for row in range(self.batch_size))
         chosen = [(self.adapters[names[which]].slot, self._row(names[which], turn)) for turn, which in turns]
@@ -54,7 +62,15 @@ class Feed:
 
 
 def make_feed(datasets: Mapping[str, Dataset], batch_size: int, width: int, packing: bool, seed: int) -> Feed:
-    """Lays out the examples, slots in the order of `datasets`."""
+    """Lays out the examples of all adapters.
+
+    Args:
+      datasets: adapter -> its examples; the first is slot 0.
+      batch_size: B.
+      width: T.
+      packing: put several examples into a row.
+      seed: of the order of the rows.
+    """
     rows = {
         name: Rows(slot, lay_out(dataset.examples, width, packing))
         for slot, (name, dataset) in enumerate(datasets.items())
@@ -63,7 +79,13 @@ def make_feed(datasets: Mapping[str, Dataset], batch_size: int, width: int, pack
 
 
 def lay_out(examples: Sequence[Example], width: int, packing: bool) -> tuple[Row, ...]:
-    """One example a row, or as many as fit: the longest first, each into the fullest row that has room."""
+    """Rows of one example each, or of as many as fit: the longest first, each into the fullest row that has room.
+
+    Args:
+      examples: of one adapter, none wider than a row.
+      width: T.
+      packing: put several examples into a row.
+    """
     if not packing:
         return tuple((example,) for example in examples)
     rows: list[list[Example]] = []
@@ -82,14 +104,28 @@ def lay_out(examples: Sequence[Example], width: int, packing: bool) -> tuple[Row
 
 
 def whole_batches(adapters: Mapping[str, Rows], batch_size: int, width: int, packing: bool = True) -> Iterator[Batch]:
-    """Every row once, for evaluation; the last batch is filled up with rows of padding."""
-    every = [(rows.slot, row) for rows in adapters.values() for row in rows.rows]
-    for begin in range(0, len(every), batch_size):
-        yield fill(every[begin : begin + batch_size], batch_size, width, packing)
+    """Batches that hold every row once, for evaluation; the last one is filled up with rows of padding.
+
+    Args:
+      adapters: name -> its rows.
+      batch_size: B.
+      width: T.
+      packing: rows may hold several examples.
+    """
+    all_rows = [(rows.slot, row) for rows in adapters.values() for row in rows.rows]
+    for begin in range(0, len(all_rows), batch_size):
+        yield fill(all_rows[begin : begin + batch_size], batch_size, width, packing)
 
 
 def fill(rows: Sequence[tuple[int, Row]], batch_size: int, width: int, packing: bool = True) -> Batch:
-    """(slot, examples) rows as arrays `[B, T]`; rows that are missing are padding."""
+    """Rows as arrays `[B, T]`.
+
+    Args:
+      rows: (slot, examples), at most B; missing rows are padding.
+      batch_size: B.
+      width: T.
+      packing: rows may hold several examples.
+    """
     tokens, positions, segments, slots, targets = (np.zeros((batch_size, width), np.int32) for _ in range(5))
     weights = np.zeros((batch_size, width), np.float32)
     slots[:] = BASE_SLOT
@@ -99,7 +135,7 @@ def fill(rows: Sequence[tuple[int, Row]], batch_size: int, width: int, packing: 
             here = index, slice(begin, begin + example.width)
             tokens[here], targets[here] = example.tokens[:-1], example.tokens[1:]
             positions[here], segments[here], slots[here] = np.arange(example.width), number, slot
-            weights[here] = example.learnt[1:]
+            weights[here] = example.loss_mask[1:]
             begin += example.width
     names = "tokens", "positions", "segments", "slots", "targets", "weights"
     arrays = tokens, positions, segments, slots, targets, weights

@@ -1,4 +1,4 @@
-"""The folder of a run: one process writes it at a time, and what it says of its steps agrees with its checkpoint."""
+"""The folder of a run: one process at a time writes to it, and its metrics agree with its checkpoint."""
 
 import json
 import os
@@ -16,24 +16,36 @@ RESERVED = (CHECKPOINTS, METRICS, "tensorboard", "wandb")  # what a run puts bes
 
 
 def check_out(out: Path, resume: bool) -> None:
-    """Raises an `InputError` where a run cannot begin in this folder, or be resumed from it."""
+    """Refuses a folder in which a run cannot begin, or from which it cannot be resumed.
+
+    Args:
+      out: the run's folder.
+      resume: whether a run may be there already.
+
+    Raises:
+      InputError: what stands in the way.
+    """
     check_parent(out)
     if not os.path.lexists(out):
         return
     if not resume:
         raise InputError(f"{out} exists; go on with its run (--resume, resume=True), or name a new folder.")
     if not out.is_dir():
-        raise InputError(f"{out} is no folder; name one.")
+        raise InputError(f"{out} is not a directory; name one.")
     if not (out / CHECKPOINTS).is_dir() and any(out.iterdir()):
-        raise InputError(f"{out} holds files and no run; name another folder.")
+        raise InputError(f"{out} has files but no run; name another folder.")
 
 
 @contextmanager
 def run_folder(out: Path, resume: bool) -> Iterator[Path]:
-    """Makes the folder where it is not there, and keeps other processes out of it.
+    """Makes the folder if it does not exist, and locks it against other processes.
+
+    Args:
+      out: the run's folder.
+      resume: whether a run may be there already.
 
     Raises:
-      InputError: as `check_out`; another process trains there; the system refuses to write.
+      InputError: as `check_out`; or another process trains there, or the system refuses to write.
     """
     check_out(out, resume)
     with writing_to(out):
@@ -66,10 +78,11 @@ class MetricsFile:
         self._file.close()
 
     def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line."""
         self._file.write(json.dumps(line) + "\n")
 
     def sync(self) -> None:
-        """Returns once the lines are on disk; a checkpoint promises those of the steps before it."""
+        """Returns once the lines are on disk: a checkpoint is written after the lines of the steps before it."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -79,7 +92,7 @@ def _lines(path: Path) -> list[bytes]:
 
 
 def _step_of(line: bytes) -> float:
-    """Infinite for the half line that a killed process leaves behind."""
+    """The step of a line; infinite for an incomplete line, which a killed process may leave."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):

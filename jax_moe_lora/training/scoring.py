@@ -1,4 +1,4 @@
-"""Evaluation of adapters on examples: their loss, and how many they get right in every token."""
+"""Evaluation of adapters on examples: the loss, and the share of answers that are right in every token."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,12 +24,13 @@ Scores = tuple[Float[Array, "B T"], Bool[Array, "B T"]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an adapter does on examples.
+    """The results of an adapter on examples.
 
     Attributes:
-      loss: mean cross-entropy of the tokens that count, in nats.
-      exact_match: share of examples whose every such token is the likeliest one: greedy decoding would write them.
-      examples: how many there were.
+      loss: mean cross-entropy of the targets that count in the loss, in nats.
+      exact_match: the share of examples in which each such target is the most probable token, so that greedy decoding
+        would write them.
+      examples: their number.
     """
 
     loss: float
@@ -40,7 +41,13 @@ class Evaluation:
 def make_scoring(
     config: ModelConfig, specs: Mapping[str, AdapterSpec], implementation: Implementation | None = None
 ) -> Callable[[Mapping[str, Params], ModelParams, Batch], Scores]:
-    """The jitted `score(params, model_params, batch) -> (loss of each target, whether it is the likeliest)`."""
+    """The jitted `score(params, model_params, batch) -> (loss of each target, whether it is the most probable token)`.
+
+    Args:
+      config: the model's.
+      specs: adapter -> what it trains; the first is slot 0.
+      implementation: a backend by name, or None for the best that is available.
+    """
     sites = decoder.adapter_sites(config)
 
     @jax.jit
@@ -50,31 +57,37 @@ def make_scoring(
         rows = batch.tokens, batch.positions, batch.segments, batch.slots
         hidden, _ = decoder.packed_hidden(model, bank, *rows, config=config, implementation=implementation)
 
-        def of_row(row: tuple[Array, Array]) -> tuple[Array, Array]:  # logits of all rows would be the largest array
+        def score_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
             logits, targets = decoder.head(model, row[0][None]), row[1][None]
             return token_losses(logits, targets)[0], logits.argmax(axis=-1)[0].astype(targets.dtype) == row[1]
 
-        return lax.map(of_row, (hidden, batch.targets))
+        return lax.map(score_row, (hidden, batch.targets))  # the logits of all rows at once would not fit
 
     return score
 
 
 def evaluate(score: Callable[[Batch], Scores], batches: Iterable[Batch], num_slots: int) -> list[Evaluation | None]:
-    """By slot; None for a slot without examples."""
-    losses, tokens, examples, right = (np.zeros(num_slots) for _ in range(4))
+    """The evaluation of each slot; None for a slot without examples.
+
+    Args:
+      score: the loss of each target of a batch, and whether it is the most probable token.
+      batches: every example once.
+      num_slots: S.
+    """
+    losses, tokens, examples, exact = (np.zeros(num_slots) for _ in range(4))
     for batch in batches:
-        loss, likeliest = (np.asarray(values) for values in score(batch))
+        loss, most_probable = (np.asarray(values) for values in score(batch))
         counts = np.asarray(batch.weights) > 0
         segments = np.asarray(batch.segments)
         for row, segment in zip(*np.nonzero(np.diff(segments, axis=1, prepend=0) > 0), strict=True):
             example = segments[row] == segments[row, segment]
-            slot, learnt = int(np.asarray(batch.slots)[row, segment]), example & counts[row]
-            losses[slot] += loss[row, learnt].sum(dtype=np.float64)
-            tokens[slot] += learnt.sum()
+            slot, in_loss = int(np.asarray(batch.slots)[row, segment]), example & counts[row]
+            losses[slot] += loss[row, in_loss].sum(dtype=np.float64)
+            tokens[slot] += in_loss.sum()
             examples[slot] += 1
-            right[slot] += likeliest[row, learnt].all()
+            exact[slot] += most_probable[row, in_loss].all()
     return [
-        Evaluation(float(losses[slot] / tokens[slot]), float(right[slot] / examples[slot]), int(examples[slot]))
+        Evaluation(float(losses[slot] / tokens[slot]), float(exact[slot] / examples[slot]), int(examples[slot]))
         if examples[slot]
         else None
         for slot in range(num_slots)

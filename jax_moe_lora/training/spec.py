@@ -22,16 +22,16 @@ class AdapterSpec:
     """One adapter to train.
 
     Attributes:
-      rank: R of every module that `ranks` does not name, at most the larger width of each.
+      rank: R of every module that `ranks` does not name; at most the larger of a module's two widths.
       alpha: the update is scaled by alpha / R; None is twice `rank`.
-      layout: of the routed experts. `fused`, PEFT's 3-D parameters: gate and up of an expert share one A. `per-expert`:
-        each expert has an A and a B for each module. `shared-outer`, Tinker's: A of gate, A of up and B of down are one
-        matrix for all experts.
+      layout: of the routed experts. `fused` is PEFT's 3-D parameters: gate and up of an expert share one A. With
+        `per-expert`, each expert has an A and a B for each module. `shared-outer` is Tinker's: all experts share A of
+        gate, A of up and B of down.
       targets: module names of the model's sites, such as `gate`, `up`, `down`, `router`, `q`, `mlp_up`.
       rank_stabilised: scale by alpha / sqrt(R).
-      init: of A; B begins at zero. `kaiming` is PEFT's default, uniform within 1 / sqrt(in); `gaussian` is normal with
-        deviation 1 / R.
-      ranks: (module, rank) of those with another rank.
+      init: of A; B starts at zero. `kaiming`, PEFT's default, is uniform within 1 / sqrt(in); `gaussian` is normal with
+        standard deviation 1 / R.
+      ranks: (module, rank) of the modules with another rank.
     """
 
     rank: int = 16
@@ -43,32 +43,34 @@ class AdapterSpec:
     ranks: tuple[tuple[str, int], ...] = ()
 
     def rank_of(self, module: str) -> int:
+        """R of a module."""
         return dict(self.ranks).get(module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """The factor on the module's update."""
+        """The factor of a module's update."""
         rank, alpha = self.rank_of(module), 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
     @property
     def max_rank(self) -> int:
+        """The largest R of any module."""
         return max(self.rank_of(module) for module in self.targets)
 
     def matrix(self, module: str, side: Side) -> str:
-        """The name of a module's A or B, which two modules have in common where they share it."""
+        """The name of a module's A or B; modules that share a matrix have the same name for it."""
         aliased = (
             self.layout == "fused" and side == "a" and module in ("gate", "up") and {"gate", "up"} <= {*self.targets}
         )
         return f"{'gate_up' if aliased else module}.{side}"
 
     def shape(self, module: str, side: Side, site: Site) -> tuple[int, int, int]:
-        """`[E or 1, R, in]` of A, `[E or 1, R, out]` of B: ranks are rows, as in pages, and updates in place."""
+        """`[E or 1, R, in]` for A, `[E or 1, R, out]` for B: ranks are rows, as in pages."""
         shared = self.layout == "shared-outer" and SHARED_OUTER.get(module) == side
         experts, rank = 1 if shared else site.num_experts, self.rank_of(module)
         return experts, rank, site.in_width if side == "a" else site.out_width
 
     def shapes(self, sites: Mapping[str, Site]) -> dict[str, tuple[int, int, int]]:
-        """Key -> shape of every matrix, by layer: `{layer}.{matrix}.{side}`, as in `0.gate_up.a` or `2.q.b`."""
+        """The shape of every matrix by its key `{layer}.{matrix}.{side}`, such as `0.gate_up.a` or `2.q.b`."""
         layers = sorted({layer for module in self.targets for layer in sites[module].layers})
         return {
             f"{layer}.{self.matrix(module, side)}": self.shape(module, side, sites[module])
@@ -79,7 +81,15 @@ class AdapterSpec:
         }
 
     def check(self, name: str, sites: Mapping[str, Site]) -> None:
-        """Raises an `InputError` that names the adapter and the field, where the model cannot train this."""
+        """Refuses what the model cannot train.
+
+        Args:
+          name: the adapter's, for errors.
+          sites: the model's.
+
+        Raises:
+          InputError: the adapter, the field and what was expected.
+        """
         whose = f"of adapter {name!r}"
         for field, kinds in (("layout", Layout), ("init", Init)):
             if getattr(self, field) not in get_args(kinds):
@@ -120,6 +130,6 @@ class AdapterSpec:
 
 
 def check_layout(write_as: str | None) -> None:
-    """Refuses what `write_adapter` does not write, before the work whose result it is to write."""
+    """Refuses a format that `write_adapter` does not write, before any work is done."""
     if write_as is not None and write_as not in LAYOUTS:
         raise InputError(f"write_as is {write_as!r}; expected one of {', '.join(LAYOUTS)}.")

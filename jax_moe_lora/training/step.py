@@ -1,7 +1,7 @@
-"""One update of every adapter in a batch: gradients of the adapters alone, each with its own optimizer.
+"""One update of every adapter in a batch: only adapters have gradients, and each has its own optimizer.
 
-The loss of an adapter is the mean over its own tokens, and the sum over adapters is differentiated: the gradient
-of one does not depend on what the others are given. The base model's weights are an argument, and never change.
+The loss of an adapter is the mean over its own tokens. The sum over adapters is differentiated, so the gradient of one
+adapter does not depend on the examples of the others. The base model's weights are an argument and never change.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,10 +30,12 @@ from pallas_kernels.pytrees import pytree
 @pytree
 @dataclass(frozen=True)
 class TrainState:
-    """All that training changes, by adapter.
+    """Everything that training changes, by adapter.
 
     Attributes:
-      params: as `init_params` makes them. optimizer_states: of optax. updates: int32, how often each was updated.
+      params: as `init_params` makes them.
+      optimizer_states: optax's.
+      updates: int32, the number of updates of each adapter.
     """
 
     params: dict[str, Params]
@@ -44,11 +46,12 @@ class TrainState:
 @pytree
 @dataclass(frozen=True)
 class Metrics:
-    """What a step did, by slot.
+    """The figures of a step, by slot.
 
     Attributes:
-      losses: before the update. gradient_norm: float32 `[S]`, before clipping. updated: bool `[S]`, whether the adapter
-        had a token to learn; all others are as they were.
+      losses: before the update.
+      gradient_norm: float32 `[S]`, before clipping.
+      updated: bool `[S]`, whether the adapter was updated: whether the batch had a target of it. Others are unchanged.
     """
 
     losses: Losses
@@ -60,9 +63,12 @@ TrainStep = Callable[[TrainState, ModelParams, Batch], tuple[TrainState, Metrics
 
 
 def init_state(params: Mapping[str, Params], optimizers: Mapping[str, optax.GradientTransformation]) -> TrainState:
-    """The state before the first step, of params that `init_params` or `from_adapter` made.
+    """The state before the first step.
 
-    The first step donates it: hand in arrays that nobody else needs.
+    Args:
+      params: adapter -> params, as `init_params` or `from_adapter` make them. The first step donates them, so they
+        cannot be used afterwards.
+      optimizers: adapter -> its optimizer.
     """
     return TrainState(
         {name: dict(adapter) for name, adapter in params.items()},
@@ -82,29 +88,29 @@ def make_step(
     remat: bool = False,
     implementation: Implementation | None = None,
 ) -> TrainStep:
-    """The jitted `step(state, model_params, batch) -> (state, metrics)`; it donates the state.
+    """The jitted `step(state, model_params, batch) -> (state, metrics)`, which donates the state.
 
-    An adapter without a token to learn in the batch keeps its params, its optimizer's state and so its place in its
-    schedule bit for bit. Batches of one shape share one program.
+    An adapter that has no target in the batch is left bit-for-bit unchanged, optimizer state included. Batches of one
+    shape share one program.
 
     Args:
-      specs: adapter -> what it trains; the first is slot 0. optimizers: adapter -> its own, schedule included.
-      clip: largest norm of an adapter's gradient, one for all or by adapter; where there is none, nothing is clipped.
-      router_loss: coefficient of the router's auxiliary loss, which each adapter has over its own tokens; 0 is off.
-      micro_batches: parts of a batch that are computed one after the other. The gradient is that of the whole batch's
-        mean; the router's loss is the mean over parts, by each part's share of the adapter's tokens.
-      remat: multiply gate and up again in the backward pass: less memory (2 P F a layer), more time.
+      config: the model's.
+      specs: adapter -> what it trains; the first is slot 0.
+      optimizers: adapter -> its optax optimizer, schedule included.
+      clip: the largest norm of an adapter's gradient, one for all adapters or by adapter; None clips nothing.
+      router_loss: coefficient of the router's auxiliary loss, over each adapter's own tokens; 0 is off.
+      micro_batches: parts of a batch that are computed one after the other. The gradient is that of the mean over the
+        whole batch. The router's loss is the mean over parts, weighted by each part's share of the adapter's tokens.
+      remat: compute gate and up again in the backward pass: less memory (2 P F per layer), more time.
+      implementation: a backend by name, or None for the best that is available.
 
     Raises:
-      InputError: a spec that the model cannot train, optimizers for other adapters, or a number out of range. When a
-        batch is first seen: rows that micro_batches does not divide.
+      InputError: a spec that the model cannot train, optimizers for other adapters, or a number out of range; when a
+        batch is traced, rows that `micro_batches` does not divide.
     """
-    if {*optimizers} != {*specs}:
-        raise InputError(f"optimizers are for {_names(optimizers)}; expected one for each of {_names(specs)}.")
+    _check_names(specs, optimizers, clip)
     micro_batches = whole("micro_batches", micro_batches, 1)
     router_loss = number("router_loss", router_loss, lambda value: 0 <= value < float("inf"), "zero or more")
-    if isinstance(clip, Mapping) and not {*clip} <= {*specs}:
-        raise InputError(f"clip is for {_names(clip)}; expected some of {_names(specs)}.")
     clips = {name: _clipping(clip.get(name) if isinstance(clip, Mapping) else clip) for name in specs}
     evaluate = losses_of(config, specs, router_loss > 0, implementation, remat)
 
@@ -119,13 +125,22 @@ def make_step(
         gradients, losses = _gradients(loss, state.params, model, batch, totals, micro_batches)
         updated = totals.weight > 0
         new = {
-            name: _update(optimizers[name], clips[name], _AdapterState.of(state, name), gradients[name], updated[slot])
+            name: _update(
+                optimizers[name], clips[name], _AdapterState.select(state, name), gradients[name], updated[slot]
+            )
             for slot, name in enumerate(specs)
         }
         norms = jnp.stack([optax.tree.norm(gradients[name]) for name in specs])
-        return _AdapterState.together(new), Metrics(losses, norms, updated)
+        return _AdapterState.join(new), Metrics(losses, norms, updated)
 
     return step
+
+
+def _check_names(specs: Mapping[str, Any], optimizers: Mapping[str, Any], clip: Any) -> None:
+    if {*optimizers} != {*specs}:
+        raise InputError(f"optimizers are for {_names(optimizers)}; expected one for each of {_names(specs)}.")
+    if isinstance(clip, Mapping) and not {*clip} <= {*specs}:
+        raise InputError(f"clip is for {_names(clip)}; expected some of {_names(specs)}.")
 
 
 def _gradients(
@@ -136,8 +151,7 @@ def _gradients(
     totals: Totals,
     micro_batches: int,
 ) -> tuple[dict[str, Params], Losses]:
-    """Gradients with respect to the params, and losses, of the whole batch."""
-
+    """Gradients of the whole batch with respect to the params, and its losses."""
     gradient_of = jax.grad(loss, has_aux=True)
 
     if micro_batches == 1:
@@ -160,11 +174,11 @@ class _AdapterState(NamedTuple):
     updates: Int[Array, ""]
 
     @classmethod
-    def of(cls, state: TrainState, name: str) -> "_AdapterState":
+    def select(cls, state: TrainState, name: str) -> "_AdapterState":
         return cls(state.params[name], state.optimizer_states[name], state.updates[name])
 
     @staticmethod
-    def together(parts: Mapping[str, "_AdapterState"]) -> TrainState:
+    def join(parts: Mapping[str, "_AdapterState"]) -> TrainState:
         return TrainState(
             {name: part.params for name, part in parts.items()},
             {name: part.optimizer_state for name, part in parts.items()},
@@ -179,7 +193,7 @@ def _update(
     gradient: Params,
     present: Bool[Array, ""],
 ) -> _AdapterState:
-    """The adapter after one update, or as it was."""
+    """The adapter after one update, or unchanged."""
     with jax.numpy_dtype_promotion("standard"):  # optax mixes a step count with float32
         clipped, _ = clip.update(gradient, clip.init(gradient))
         updates, optimizer_state = optimizer.update(clipped, old.optimizer_state, old.params)

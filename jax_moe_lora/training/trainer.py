@@ -1,4 +1,4 @@
-"""Training of many adapters at once on one frozen model, from JSONL to adapter folders."""
+"""Training of many adapters at once on one frozen model, from JSONL files to adapter folders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -41,9 +41,9 @@ EMPTY: Mapping[str, Any] = {}
 
 
 class Trainer:
-    """Adapters that are trained together: each batch holds rows of all of them, and none sees the others' examples.
+    """Trains adapters together: each batch has rows of all of them, and each adapter sees only its own examples.
 
-    Making one checks everything, and reads the data and then the model.
+    The constructor checks its arguments, then reads the data, then the model.
 
     Args:
       model: checkpoint folder, or a hub id.
@@ -159,12 +159,12 @@ class Trainer:
 
     @property
     def epochs(self) -> dict[str, float]:
-        """Adapter -> how often it sees each of its rows in all steps."""
+        """Adapter -> how often it sees each of its rows in the whole run."""
         turns = self.steps * self.batch_size / len(self.recipes)
         return {name: turns / len(adapter.rows) for name, adapter in self.data.feed.adapters.items()}
 
     def settings(self) -> dict[str, Any]:
-        """Everything that the result depends on; a checkpoint is resumed with the same alone."""
+        """Everything that the result depends on; a run is resumed only with the same settings."""
         return {
             "model": {
                 "config": asdict(self.config),
@@ -186,13 +186,13 @@ class Trainer:
         }
 
     def train_step(self) -> Metrics:
-        """One update of every adapter; its metrics stay on the device until they are read."""
+        """Updates every adapter once; the metrics stay on the device until they are read."""
         self.state, metrics = self._step(self.state, self.params, self.data.feed.batch(self.step))
         self.step += 1
         return metrics
 
     def evaluate(self) -> dict[str, Evaluation]:
-        """What the adapters do on their evaluation examples, as they are now."""
+        """The adapters' results on their evaluation examples, with their present weights."""
         batches = whole_batches(self.data.evaluation, self.data.feed.batch_size, self.data.feed.width, self.packing)
         by_slot = evaluate(lambda batch: self._score(self.state.params, self.params, batch), batches, len(self.recipes))
         return {
@@ -200,18 +200,20 @@ class Trainer:
         }
 
     def adapter(self, name: str) -> LoRAAdapter:
-        """An adapter as it is now, for `Model.load_adapter` or `write_adapter`."""
+        """An adapter with its present weights, for `Model.load_adapter` or `write_adapter`."""
         source = {"base_model_name_or_path": self._source}
         return to_adapter(self.state.params[name], self.specs[name], self.sites, name, source)
 
     def write(self, out: str | Path, write_as: str | None = None) -> list[str]:
-        """Writes every adapter as a folder of its name, each whole or not at all, over what an earlier run left there.
+        """Writes every adapter to `out/NAME`, each completely or not at all; existing folders are replaced.
 
         Args:
-          write_as: a layout of `write_adapter`; the spec's own where None. Others may write copies of shared matrices.
+          out: where the folders are made.
+          write_as: a format of `write_adapter`; None is the one of the spec's layout. Others may write copies of shared
+            matrices.
 
         Returns:
-          What is said of each, as `write_adapter` does.
+          The notes of `write_adapter` for each adapter.
         """
         all_notes = []
         for name in self.recipes:
@@ -222,13 +224,13 @@ class Trainer:
         return all_notes
 
     def _check_written(self, write_as: str | None) -> None:
-        """Raises what `write` would of ranks, scales and sharing, which no step of training changes."""
+        """Raises what `write` would raise for ranks, scales and sharing, which training does not change."""
         for name in self.recipes:
             names, layout, expand = self._written(name, write_as)
             plan_adapter(self.adapter(name), self.sites, names, layout, expand=expand)
 
     def _written(self, name: str, write_as: str | None) -> tuple[AdapterNames, str, bool]:
-        """Names and layout of an adapter's folder, and whether it may hold copies of what is shared."""
+        """Names and format of an adapter's folder, and whether it may have copies of shared matrices."""
         check_layout(write_as)
         written_as = WRITTEN_AS[self.specs[name].layout]
         return family(self.config.model_type).ADAPTER_NAMES, write_as or written_as, write_as not in (None, written_as)
@@ -248,16 +250,16 @@ class Trainer:
 
         Args:
           out: folder of the run.
-          resume: continue from the newest checkpoint in `out`, with the bits of a run that was never interrupted; where
-            there is none, start from the beginning.
+          resume: continue from the newest checkpoint in `out`, with the bits of a run that was never interrupted; start
+            from the beginning where there is no checkpoint.
           save_every: steps between checkpoints.
-          evaluate_every: steps between evaluations; there is one after the last step in any case.
+          evaluate_every: steps between evaluations; the last step is always followed by one.
           write_as: as in `write`.
           log_to: `tensorboard`, `wandb` or both: trackers that get the figures of `metrics.jsonl`.
           report: called as the run progresses.
 
         Returns:
-          As `write`.
+          The notes of `write`.
 
         Raises:
           InputError: `out` exists and is not to be resumed, belongs to a run with other settings, or cannot be written;
@@ -278,19 +280,19 @@ class Trainer:
             ):
                 log = Log(self._schedules, self.steps, [metrics, *sinks], report)
                 while self.step < self.steps:
-                    self._train_and_keep(log, checkpoints, settings, save_every, evaluate_every)
+                    self._advance(log, checkpoints, settings, save_every, evaluate_every)
             return self.write(out, write_as)
 
-    def _train_and_keep(
+    def _advance(
         self, log: Log, checkpoints: Checkpoints, settings: Mapping[str, Any], save_every: int, evaluate_every: int
     ) -> None:
-        """One step, and what is to follow it."""
+        """Takes one step; then logs, evaluates and saves where it is time."""
         log.add(self.step + 1, self.train_step())
         last = self.step == self.steps
         saving, evaluating = last or self.step % save_every == 0, last or self.step % evaluate_every == 0
         if saving or evaluating or self.step % LOG_EVERY == 0:
             log.write(self.evaluate() if evaluating and self.data.evaluation else {})
-        if saving:  # after the metrics of the steps before it, which it promises
+        if saving:  # after the metrics: they must reach the checkpoint's step
             with writing_to(
                 checkpoints.folder.parent, ValueError, advice=RESUME
             ):  # tensorstore's own word for a full disk

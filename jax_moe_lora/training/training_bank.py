@@ -1,7 +1,7 @@
-"""The adapter bank of a training step: the pages of all adapters' parameters, made inside the step.
+"""The adapter bank of a training step: pages of all adapters' parameters, made inside the step.
 
-It is what a decoder reads of an `AdapterBank`, and differentiable: pages are the parameters themselves, padded and put
-side by side, in float32. Where they lie follows from the specs alone, so the tables are constants of the program.
+A decoder reads it as it reads an `AdapterBank`, and it is differentiable: its pages are the float32 parameters, padded
+and concatenated. The specs alone decide where each page lies, so the tables are constants of the program.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,12 @@ class TrainingBank:
     """Pages and tables of every layer. Make one with `training_bank`.
 
     Attributes:
-      pools: for each layer, pool -> `[N, 16, width]`. A of gate and up have one pool, so that a matrix that they share
-        is one page; every other side of a module has its own. Page 0 is zeros.
-      tables, scales: for each layer, module -> int32 `[S, E, 4]` and float32 `[S, E]`, as in `LoRAPages`.
-      num_slots: S. max_rank: the largest rank of any adapter.
+      pools: for each layer, pool -> `[N, 16, width]`. The A matrices of gate and up are in one pool, so that a matrix
+        that they share is one page. Every other side of a module has a pool to itself. Page 0 is zeros.
+      tables: for each layer, module -> int32 `[S, E, 4]`, as in `LayerPages`.
+      scales: for each layer, module -> float32 `[S, E]`.
+      num_slots: S.
+      max_rank: the largest rank of any adapter.
     """
 
     pools: tuple[dict[str, Float[Array, "_N 16 _width"]], ...]
@@ -36,7 +38,7 @@ class TrainingBank:
     max_rank: int = field(metadata={"static": True})
 
     def layer(self, layer: int) -> LayerPages:
-        """One layer's adapters."""
+        """The pages of one layer."""
         tables = self.tables[layer]
         places = tuple(Place(module, pool_of(module, "a"), pool_of(module, "b")) for module in tables)
         return LayerPages(self.pools[layer], tables, self.scales[layer], places, self.max_rank)
@@ -48,10 +50,13 @@ def training_bank(
     sites: Mapping[str, Site],
     num_layers: int,
 ) -> TrainingBank:
-    """The bank of these adapters, in slots 0, 1, ... as `specs` lists them.
+    """The bank of these adapters, in slots 0, 1, ... in the order of `specs`.
 
     Args:
       params: adapter -> its params, as `init_params` makes them.
+      specs: adapter -> what it trains.
+      sites: the model's.
+      num_layers: L.
     """
     layers = [_layer(layer, params, specs, sites) for layer in range(num_layers)]
     pools, tables, scales = zip(*layers, strict=True)
@@ -59,7 +64,7 @@ def training_bank(
 
 
 def pool_of(module: str, side: Side) -> str:
-    """The pool that holds a module's A or B."""
+    """The name of the pool of a module's A or B."""
     return "gate_up.a" if side == "a" and module in ("gate", "up") else f"{module}.{side}"
 
 
@@ -69,9 +74,9 @@ def _layer(
     specs: Mapping[str, AdapterSpec],
     sites: Mapping[str, Site],
 ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """One layer's pools, tables and scales."""
+    """The pools, tables and scales of one layer."""
     pools: dict[str, list[Array]] = {}
-    first: dict[tuple[int, str], int] = {}  # (slot, matrix) -> its first page
+    first_pages: dict[tuple[int, str], int] = {}  # by (slot, matrix)
     tables: dict[str, np.ndarray] = {}
     scales: dict[str, np.ndarray] = {}
     for slot, (name, spec) in enumerate(specs.items()):
@@ -85,13 +90,13 @@ def _layer(
             scales.setdefault(module, np.zeros(table.shape[:2], np.float32))[slot] = spec.scale_of(module)
             for column, side in enumerate(SIDES):
                 key = slot, spec.matrix(module, side)
-                if key not in first:
-                    own = _pages(params[name][f"{layer}.{key[1]}"])
-                    pool = pools.setdefault(pool_of(module, side), [jnp.zeros_like(own[:1])])
-                    first[key] = sum(map(len, pool))
-                    pool.append(own)
+                if key not in first_pages:
+                    matrix_pages = _pages(params[name][f"{layer}.{key[1]}"])
+                    pool = pools.setdefault(pool_of(module, side), [jnp.zeros_like(matrix_pages[:1])])
+                    first_pages[key] = sum(map(len, pool))
+                    pool.append(matrix_pages)
                 shared = spec.shape(module, side, site)[0] == 1
-                table[slot, :, column] = first[key] + pages * np.arange(site.num_experts) * (not shared)
+                table[slot, :, column] = first_pages[key] + pages * np.arange(site.num_experts) * (not shared)
     return (
         {name: jnp.concatenate(pool) for name, pool in pools.items()},
         {module: jnp.asarray(table) for module, table in tables.items()},
@@ -100,6 +105,6 @@ def _layer(
 
 
 def _pages(rows: Float[Array, "E ranks width"]) -> Float[Array, "N 16 width"]:
-    """A matrix for each expert as pages, the last one of each filled up with zeros."""
+    """The pages of one matrix per expert; the last page of each is padded with zeros."""
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % RANK_PAGE), (0, 0)))
     return rows.reshape(-1, RANK_PAGE, rows.shape[2])

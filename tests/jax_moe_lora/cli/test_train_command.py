@@ -111,7 +111,7 @@ def refusal(monkeypatch, capsys, tmp_path):
         (["--write-as", "onnx"], "write_as is 'onnx'; expected one of peft, peft-per-expert, tinker, tensorrt-llm"),
         (["--out", "no/out"], "there is no folder no"),
         (["--out", "."], ". exists; go on with its run (--resume, resume=True), or name a new folder"),
-        (["--out", ".", "--resume"], ". holds files and no run; name another folder"),
+        (["--out", ".", "--resume"], ". has files but no run; name another folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

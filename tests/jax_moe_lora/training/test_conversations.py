@@ -32,7 +32,7 @@ def read_back(examples) -> list[list[tuple[bool, str]]]:
     all_runs = []
     for example in examples:
         runs: list[tuple[bool, str]] = []
-        for token, learnt in zip(example.tokens, example.learnt, strict=True):
+        for token, learnt in zip(example.tokens, example.loss_mask, strict=True):
             before = runs.pop()[1] if runs and runs[-1][0] == learnt else ""
             runs.append((bool(learnt), before + spelled([token])))
         all_runs.append(runs)
@@ -103,7 +103,7 @@ def test_each_answer_stands_behind_the_prompt_that_a_server_reads(encoder):
         [(False, asked + "hello<|im_end|>" + AGAIN), (True, "<think></think>ciao<|im_end|>")],
     ]
     for example, asked_messages in zip(examples, (messages[:2], messages[:4]), strict=True):
-        assert example.tokens[~example.learnt].tolist() == made.tokenizer.encode_messages(asked_messages)
+        assert example.tokens[~example.loss_mask].tolist() == made.tokenizer.encode_messages(asked_messages)
 
 
 def test_an_answer_without_an_end_of_its_own_learns_eos(encoder):

@@ -66,15 +66,15 @@ def write(path, lines) -> None:
 
 def test_a_completion_is_learnt_and_its_prompt_is_not(encoder):
     example = only_example(encoder, GOOD)
-    assert text_of(encoder, example.tokens[~example.learnt]) == "ab>"
-    assert text_of(encoder, example.tokens[example.learnt]) == "AB"
-    assert (example.tokens[-1], example.learnt[-1], example.width) == (EOS, True, 5)
+    assert text_of(encoder, example.tokens[~example.loss_mask]) == "ab>"
+    assert text_of(encoder, example.tokens[example.loss_mask]) == "AB"
+    assert (example.tokens[-1], example.loss_mask[-1], example.width) == (EOS, True, 5)
 
 
 def test_a_text_is_learnt_but_for_its_first_token(encoder):
     example = only_example(encoder, {"text": "hey"})
     assert (text_of(encoder, example.tokens), example.tokens[-1]) == ("hey", EOS)
-    assert example.learnt.tolist() == [False, True, True, True]
+    assert example.loss_mask.tolist() == [False, True, True, True]
 
 
 def test_a_completion_follows_its_prompt_as_a_server_reads_it(tmp_path):

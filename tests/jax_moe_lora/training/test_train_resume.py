@@ -113,7 +113,8 @@ def test_a_broken_checkpoint_is_refused_by_name(tmp_path):
         for path in (tmp_path / "c" / "1" / "state").rglob("*"):
             if path.is_file():
                 path.write_bytes(path.read_bytes()[:10])
-        with pytest.raises(CheckpointError, match=r"c/1 cannot be read: .* remove it to go on from the one before it"):
+        named = r"c/1 cannot be read: .* remove it to continue from the one before it"
+        with pytest.raises(CheckpointError, match=named):
             checkpoints.restore(state(0), SETTINGS)
 
 
@@ -131,9 +132,9 @@ def test_a_run_takes_no_folder_that_is_not_its_own(tmp_path):
     check_out(tmp_path / "empty", resume=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="other holds files and no run"):
+    with pytest.raises(InputError, match="other has files but no run"):
         check_out(tmp_path / "other", resume=True)
-    with pytest.raises(InputError, match=r"thesis.tex is no folder"):
+    with pytest.raises(InputError, match=r"thesis.tex is not a directory"):
         check_out(tmp_path / "other" / "thesis.tex", resume=True)
 
 
