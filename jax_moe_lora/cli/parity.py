@@ -22,7 +22,7 @@ LETTERS = "T,D,F,E,K"
 def parity(
     shape: Annotated[
         str, typer.Option(help=f"{LETTERS}: tokens, model width, expert width, experts, experts per token.")
-    ] = "32,128,96,8,2",
+    ] = "32,128,192,8,2",  # widths that the kernels take
     rank: Annotated[int, typer.Option(help="R of the adapters; some have other ranks too.", min=1)] = 8,
     dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}; repeat. All if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Of tokens, routing, weights and adapters.", min=0)] = 0,

@@ -54,6 +54,7 @@ def route(
     return weights * config.scaling, experts.astype(jnp.int32)
 
 
+@takes_torch("router")
 def expert_probabilities(scores: Float[Array, "T E"], router: RouterKind) -> Float[Array, "T E"]:
     """Each token's scores as a distribution over all experts, which a router's auxiliary loss is made of.
 

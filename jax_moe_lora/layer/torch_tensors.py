@@ -65,7 +65,7 @@ def from_torch(name: str, values: Any) -> Any:
       values: an array, a tensor, or a pytree of them.
 
     Raises:
-      InputError: a tensor that requires a gradient, or that jax cannot take.
+      InputError: a tensor that requires a gradient, or is float64 where jax has none, or that jax cannot take.
     """
     return jax.tree.map(lambda leaf: _array(name, leaf) if is_torch(leaf) else leaf, values)
 
@@ -94,6 +94,8 @@ def _array(name: str, tensor: Any) -> jax.Array:
             f"{name} is a torch tensor that requires a gradient, which jax does not give to torch; call under "
             "torch.no_grad(), or give it detached."
         )
+    if tensor.dtype == torch.float64 and not jax.config.jax_enable_x64:
+        raise InputError(f"{name} is a torch tensor of float64; expected float32, bfloat16 or float16.")
     tensor = tensor.detach()
     if tensor.dtype == torch.int64:  # a cast to 32 bits would wrap around, onto another adapter's slot
         tensor = tensor.clamp(-INT32 - 1, INT32).to(torch.int32)

@@ -108,7 +108,7 @@ def table(
     seed: int = 0,
     implementation: Implementation | None = None,
     torch_device: str = "cpu",
-    only: Sequence[Probe] | None = None,
+    custom_probes: Sequence[Probe] | None = None,
 ) -> tuple[Comparison, ...]:
     """Compares the routed experts with the torch reference, on inputs rounded to the dtype.
 
@@ -120,7 +120,7 @@ def table(
       seed: of tokens, routing, experts and adapters.
       implementation: a backend of the grouped ops by name, or None for the best available.
       torch_device: where the reference computes, such as `cpu` or `cuda`.
-      only: other probes than `probes(config, rank, seed=seed)`.
+      custom_probes: in place of `probes(config, rank, seed=seed)`.
 
     Returns:
       One comparison per probe and dtype, probe by probe.
@@ -140,7 +140,7 @@ def table(
             "defines silu without biases."
         )
     inputs = random_inputs(config, tokens, seed)
-    compared = probes(config, rank, seed=seed) if only is None else tuple(only)
+    compared = probes(config, rank, seed=seed) if custom_probes is None else tuple(custom_probes)
     by_dtype = {
         dtype: _column(config, inputs, compared, dtype, implementation, torch_device) for dtype in dict.fromkeys(dtypes)
     }

@@ -197,6 +197,8 @@ def test_a_tensor_that_requires_a_gradient_is_refused_where_it_would_get_none():
 
 def test_bad_tensors_are_refused_as_bad_arrays_are():
     x, router, experts, slots = inputs()
+    with pytest.raises(InputError, match="router is a torch tensor of float64; expected float32, bfloat16 or float16"):
+        moe_lora(x, router.double(), experts, CONFIG)
     with pytest.raises(InputError, match="x has dtype int32; expected floating point"):
         moe_lora(x.int(), router, experts, CONFIG)
     with pytest.raises(InputError, match=r"slots has shape \[5\]; expected \[6\]"):

@@ -47,7 +47,7 @@ def test_a_layer_that_ignores_its_adapters_is_found(monkeypatch):
     wrong = lambda *arguments, **options: compare.routed_experts(*arguments[:5], **options)  # noqa: E731
     monkeypatch.setattr(compare, "_LAYER", jax.jit(wrong, static_argnums=4, static_argnames="implementation"))
     changing = [probe for probe in probes(CONFIG) if probe.name not in ("none", "half base rows")]
-    found = table(CONFIG, TOKENS, dtypes=["bfloat16"], only=[NAMES["none"], *changing])
+    found = table(CONFIG, TOKENS, dtypes=["bfloat16"], custom_probes=[NAMES["none"], *changing])
     assert [row.probe for row in found if row.within] == ["none", "zero A", "zero B", "zero A and B"]
 
 
