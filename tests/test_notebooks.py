@@ -7,7 +7,6 @@ import pytest
 from support import ROOT
 
 jupytext = pytest.importorskip("jupytext")
-execute = pytest.importorskip("support.run_notebooks").execute
 
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
 MACHINE_PATH = re.compile(r"/(?:home|root|work|tmp|Users|mnt|workspace)/|site-packages|ipykernel_\d+")
@@ -70,4 +69,4 @@ def test_figures_are_svg_and_the_file_is_small(path):
 @pytest.mark.xdist_group("notebooks")
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_the_script_runs(path, tmp_path):
-    execute(path, tmp_path)
+    pytest.importorskip("support.run_notebooks").execute(path, tmp_path)

@@ -23,11 +23,17 @@ from jax_moe_lora.training import from_adapter
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.unchecked import annotations_unchecked
 
-torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
 T, D, F, E, K = 6, 64, 128, 4, 2  # widths that the kernels take too
 CONFIG = MoEConfig(D, F, E, K)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _with_torch() -> None:
+    """Its import takes seconds: collecting the tests costs none."""
+    global torch
+    torch = pytest.importorskip("torch")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +48,7 @@ def inputs(dtype: str = "float32"):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int):
-        return torch.randn(*shape, generator=generator).to(DTYPES[dtype])
+        return torch.randn(*shape, generator=generator).to(getattr(torch, dtype))
 
     experts = ExpertWeights(normal(E, F, D), normal(E, F, D), normal(E, D, F))
     return normal(T, D), normal(E, D), experts, torch.tensor([0, -1, 0, 1, -1, 0])
@@ -217,7 +223,7 @@ def test_an_adapter_of_tensors_is_inserted_as_one_of_arrays(dtype):
     adapter = per_expert_adapter(CONFIG, 5)
 
     def tensors(weights: LoRAWeights) -> LoRAWeights:
-        a, b = (torch.nn.Parameter(torch.from_numpy(side).to(DTYPES[dtype])) for side in (weights.a, weights.b))
+        a, b = (torch.nn.Parameter(torch.from_numpy(side).to(getattr(torch, dtype))) for side in (weights.a, weights.b))
         return uniform(a, b, 2.0, E)
 
     given = LoRAAdapter("mine", {key: tensors(weights) for key, weights in adapter.weights.items()})
@@ -228,7 +234,7 @@ def test_an_adapter_of_tensors_is_inserted_as_one_of_arrays(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tensor_that_two_modules_share_is_stored_once(dtype):
-    a, b = torch.ones(E, 5, D, dtype=DTYPES[dtype]), torch.ones(E, F, 5, dtype=DTYPES[dtype])
+    a, b = torch.ones(E, 5, D, dtype=getattr(torch, dtype)), torch.ones(E, F, 5, dtype=getattr(torch, dtype))
     weights = {(0, module): uniform(a, b, 1.0, E) for module in ("gate", "up")}
     packed = pack(LoRAAdapter("aliased", weights), moe_sites(CONFIG))
     assert {width: pages.num_pages for width, pages in packed.widths.items()} == {D: E, F: E}

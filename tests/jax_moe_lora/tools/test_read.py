@@ -65,4 +65,4 @@ def test_reading_an_adapter_imports_no_jax(model, adapter):
     reading = f"jax_moe_lora.read_adapter({str(adapter)!r}, {str(model)!r})"
     code = f"import sys, jax_moe_lora; {reading}; assert 'jax' not in sys.modules"
     root = str(Path(jax_moe_lora.__file__).parents[1])
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, timeout=300)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
