@@ -16,6 +16,8 @@ from jax_moe_lora.files.safetensors_io import parse_json
 from jax_moe_lora.files.text import decode, read_content
 from jax_moe_lora.serving.sampling_params import NAMES, SamplingParams, fold_seed
 
+CHAT_FIELDS = ("messages", "tools", "template_options")
+
 if TYPE_CHECKING:
     from jax_moe_lora.serving.answers import Generation
     from jax_moe_lora.serving.model import Model
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
 def generate(
     model: Annotated[str, typer.Option(help="Checkpoint folder, or a hub id.")],
     adapter: Annotated[list[str] | None, typer.Option(help="NAME=DIR of an adapter to load; repeat for more.")] = None,
-    requests: Annotated[Path | None, typer.Option(help='JSONL of {"prompt", "adapter", ...} lines.')] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help='JSONL of {"prompt" or "messages", "adapter", ...} lines.')
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSONL of answers; standard output if not given.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat for more.")] = None,
     use: Annotated[
@@ -92,10 +96,17 @@ def generate(
 
 @dataclass(frozen=True)
 class Job:
-    """One line: a prompt, its adapter, and how to sample. `where` is what errors call it."""
+    """One line: how to answer what with which adapter.
+
+    Attributes:
+      where: what errors call it.
+      prompt: a text, or an object of `messages` and perhaps `tools` and `template_options`.
+      adapter: None is the base model.
+      params: how to answer.
+    """
 
     where: str
-    prompt: str
+    prompt: str | dict[str, Any]
     adapter: str | None
     params: SamplingParams
 
@@ -135,18 +146,23 @@ def _own_seed(defaults: SamplingParams, index: int) -> SamplingParams:
 
 def _job(where: str, line: str, defaults: SamplingParams) -> Job:
     raw = parse_json(line, where, InputError)
-    if not isinstance(raw.get("prompt"), str):
+    if "prompt" in raw and "messages" in raw:
+        raise InputError(f'{where} has both "prompt" and "messages"; give one of them.')
+    chat = {name: raw[name] for name in CHAT_FIELDS if name in raw} if "messages" in raw else {}
+    if not chat and not isinstance(raw.get("prompt"), str):
         raise InputError(
-            f'{where} has no "prompt" text; expected an object such as {{"prompt": "...", "adapter": "sql"}}.'
+            f'{where} has no "prompt" text and no "messages"; expected an object such as '
+            '{"prompt": "...", "adapter": "sql"}.'
         )
     adapter = raw.get("adapter")
     if adapter is not None and not isinstance(adapter, str):
         raise InputError(f"{where} has adapter {adapter!r}; expected a name or null.")
-    options = {name: value for name, value in raw.items() if name not in ("prompt", "adapter")}
+    options = {name: value for name, value in raw.items() if name not in ("prompt", "adapter", *chat)}
     if unknown := set(options) - set(NAMES):
-        raise InputError(f"{where} has {', '.join(sorted(unknown))}; known are prompt, adapter, {', '.join(NAMES)}.")
+        known = ", ".join(("prompt", *CHAT_FIELDS, "adapter", *NAMES))
+        raise InputError(f"{where} has {', '.join(sorted(unknown))}; known are {known}.")
     try:
-        return Job(where, raw["prompt"], adapter, replace(defaults, **options))
+        return Job(where, chat or raw["prompt"], adapter, replace(defaults, **options))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -185,7 +201,9 @@ def run_jobs(model: "Model", jobs: Sequence[Job], batch_size: int, progress: boo
     """
     from jax_moe_lora.serving.requests import Request
 
-    requests = [Request.make(job.where, job.prompt, model.tokenizer.encode, model.config, job.params) for job in jobs]
+    requests = [
+        Request.make(job.where, job.prompt, model.tokenizer.encode_prompt, model.config, job.params) for job in jobs
+    ]
     order = sorted(range(len(jobs)), key=lambda index: len(requests[index].token_ids))
     answers: dict[int, list[dict[str, Any]]] = {}
     for begin in range(0, len(order), batch_size):
@@ -201,7 +219,7 @@ def run_jobs(model: "Model", jobs: Sequence[Job], batch_size: int, progress: boo
 def _answer(job: Job, sample: int, out: "Generation") -> dict[str, Any]:
     """One line of answers; what was not asked for is left out."""
     answer: dict[str, Any] = {
-        "prompt": job.prompt,
+        **(job.prompt if isinstance(job.prompt, dict) else {"prompt": job.prompt}),
         "adapter": job.adapter,
         "text": out.text,
         "finish_reason": out.finish_reason,

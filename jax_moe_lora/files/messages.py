@@ -12,9 +12,35 @@ Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates have for the same field
 
 
-def is_messages(prompt: Any) -> bool:
+ChatPrompt = Sequence[Message] | Mapping[str, Any]
+"""A conversation to answer: its messages, or an object of `messages`, `tools` and `template_options`."""
+
+
+def is_chat(prompt: Any) -> bool:
     """Whether a prompt is a conversation, and neither text nor token ids."""
+    if isinstance(prompt, Mapping):
+        return True
     return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(turn, Mapping) for turn in prompt)
+
+
+def chat_fields(prompt: ChatPrompt) -> dict[str, Any]:
+    """The `messages` of a conversation, and `tools` and `template_options` where it has them.
+
+    Args:
+      prompt: messages, or an object with these fields.
+
+    Raises:
+      InputError: other fields, or fields of another type; the sentence goes on after the conversation's name.
+    """
+    fields = dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
+    if unknown := sorted(set(map(str, fields)) - {"messages", "tools", "template_options"}):
+        raise InputError(f"has {', '.join(unknown)[:200]}; expected messages, tools or template_options")
+    tools, options = fields.get("tools"), fields.get("template_options")
+    if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise InputError("has tools that are not a list of JSON schemas")
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"has template_options of type {type(options).__name__}; expected an object")
+    return {"messages": None} | fields
 
 
 def check_messages(messages: Any) -> list[dict[str, Any]]:

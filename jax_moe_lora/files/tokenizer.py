@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.chat import ChatTemplate
-from jax_moe_lora.files.messages import check_messages
+from jax_moe_lora.files.messages import ChatPrompt, chat_fields, check_messages
 
 
 class Tokenizer:
@@ -101,6 +101,18 @@ class Tokenizer:
     def chat_template(self) -> ChatTemplate:
         """The checkpoint's chat template; raises CheckpointError where there is none."""
         return ChatTemplate.read(self._folder)
+
+    def encode_prompt(self, prompt: str | ChatPrompt) -> list[int]:
+        """The tokens of a text (`encode`) or of a conversation (`encode_messages`).
+
+        Args:
+          prompt: a text, messages, or an object of `messages`, `tools` and `template_options`.
+
+        Raises:
+          CheckpointError: there is no chat template for a conversation, or it cannot be read.
+          InputError: what is wrong with a conversation; the sentence goes on after its name.
+        """
+        return self.encode(prompt) if isinstance(prompt, str) else self.encode_messages(**chat_fields(prompt))
 
     def encode_messages(
         self,

@@ -58,6 +58,11 @@ class Generation:
         """All answers to the prompt, this one first."""
         return (self, *self.more)
 
+    @property
+    def message(self) -> dict[str, str]:
+        """The answer as a turn of a conversation."""
+        return {"role": "assistant", "content": self.text}
+
 
 @dataclass(frozen=True)
 class StreamedToken:

@@ -10,11 +10,12 @@ from typing import Any, Literal, Unpack
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.arguments import flag, sequence, suggest_keywords, whole
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
+from jax_moe_lora.files.messages import ChatPrompt
 from jax_moe_lora.models import decoder
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.answers import Answer, Generation, StreamedToken
 from jax_moe_lora.serving.decode_loop import Programs, decode_loop
-from jax_moe_lora.serving.requests import MIN_PROMPT_BUCKET, PaddedBatch, Request, bucket, make_requests
+from jax_moe_lora.serving.requests import MIN_PROMPT_BUCKET, PaddedBatch, Prompt, Request, bucket, make_requests
 from jax_moe_lora.serving.runner import ProgramRunner
 from jax_moe_lora.serving.sampling_params import SamplingOptions, SamplingParams, params_of_prompts
 from jax_moe_lora.serving.stopping import StopRules, read_adapter_stops, stop_rules
@@ -29,7 +30,7 @@ class TextGeneration(ProgramRunner):
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         adapter_names: Sequence[str | None] | None = None,
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -42,7 +43,8 @@ class TextGeneration(ProgramRunner):
         """Answers a batch of prompts, each with its own adapter.
 
         Args:
-          prompts: texts, or token ids.
+          prompts: texts, token ids, or conversations: lists of `{"role", "content"}` messages, which go through the
+            checkpoint's chat template.
           adapter_names: one per prompt; `None` and `"__base__"` mean the base model.
           sampling_params: how to answer: one record for all prompts, or one for each.
           callback: called with (index of the prompt, token id, new text) as tokens arrive; the joined texts are the
@@ -83,7 +85,7 @@ class TextGeneration(ProgramRunner):
 
     def stream(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Prompt],
         adapter_names: Sequence[str | None] | None = None,
         *,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -97,7 +99,7 @@ class TextGeneration(ProgramRunner):
         where it ends early.
 
         Args:
-          prompts: texts, or token ids.
+          prompts: as in `generate`.
           adapter_names: as in `generate`.
           sampling_params: as in `generate`.
           pad_to: as in `generate`.
@@ -147,7 +149,7 @@ class TextGeneration(ProgramRunner):
         records = [given] if isinstance(given, SamplingParams) else list(sequence("sampling_params", given))
         for size, width, record in product(rows, widths, params_of_prompts(len(records), records, {})):
             params = replace(record, max_new_tokens=limit, min_new_tokens=min(record.min_new_tokens, limit), n=1)
-            prompt = Request.make("The prompt to compile for", [0] * width, lambda text: [], self.config, params)
+            prompt = Request.make("The prompt to compile for", [0] * width, lambda prompt: [], self.config, params)
             batch = PaddedBatch.make([prompt], (bucket(size), max(MIN_PROMPT_BUCKET, bucket(width))))
             with closing(self._answer(batch, [None], "raise", False, False)) as tokens:
                 next(tokens)
@@ -210,8 +212,8 @@ class TextGeneration(ProgramRunner):
             raise InputError(f"{source} has stop_strings, and this model has no tokenizer; give stop_token_ids.")
         return rules
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    def _encode(self, prompt: str | ChatPrompt) -> list[int]:
+        return self.tokenizer.encode_prompt(prompt)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids) if self._has_tokenizer else ""

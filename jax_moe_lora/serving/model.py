@@ -21,8 +21,8 @@ from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.serving.chat import Chat
 from jax_moe_lora.serving.functional import Functional, functions
-from jax_moe_lora.serving.generation import TextGeneration
 from jax_moe_lora.serving.requests import check_tokens
 from pallas_kernels.ops import Implementation, UnsupportedImplementation, choose
 
@@ -32,7 +32,7 @@ _hidden = jax.jit(decoder.hidden, static_argnames=("config", "implementation"))
 
 
 @suggest_keywords
-class Model(TextGeneration):
+class Model(Chat):
     """A Mixture-of-Experts model and the adapters that its requests use. Make one with `from_pretrained`."""
 
     @classmethod

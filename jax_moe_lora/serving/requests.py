@@ -11,12 +11,15 @@ import numpy as np
 from jax_moe_lora.arguments import array, host_array, is_array, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.messages import ChatPrompt, is_chat
 from jax_moe_lora.serving.sampling import LogitAdjustments, Sampling
 from jax_moe_lora.serving.sampling_params import SamplingParams, fold_seed, params_of_prompts
 from pallas_kernels.ops import BASE_SLOT
 
 MIN_PROMPT_BUCKET = 16
-Encode = Callable[[str], list[int]]
+Encode = Callable[[str | ChatPrompt], list[int]]
+Prompt = str | Sequence[int] | ChatPrompt
+"""A text, token ids, or a conversation."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Request:
 
         Args:
           where: what errors call it.
-          prompt: a text, or token ids.
-          encode: text to token ids.
+          prompt: a text, token ids, or a conversation.
+          encode: a text or a conversation to token ids.
           config: the model's.
           params: how to answer it.
 
@@ -58,15 +61,22 @@ class Request:
             )
 
 
-def _token_ids(where: str, prompt: Any, encode: Callable[[str], list[int]]) -> list[int]:
+def _token_ids(where: str, prompt: Any, encode: Encode) -> list[int]:
     if isinstance(prompt, str):
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
             raise InputError(f"{where} holds half of a surrogate pair, which is no text; give valid Unicode.")
         return encode(prompt)
+    if is_chat(prompt):
+        try:
+            return encode(prompt)
+        except InputError as error:
+            raise InputError(f"{where} {str(error).rstrip('.')}.") from error
     if is_array(prompt):
         prompt = host_array(prompt).tolist()
     if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-        raise InputError(f"{where} is of type {type(prompt).__name__}; expected a text or a list of token ids.")
+        raise InputError(
+            f"{where} is of type {type(prompt).__name__}; expected a text, messages or a list of token ids."
+        )
     for token in prompt:
         if isinstance(token, bool) or not isinstance(token, int | np.integer):
             raise InputError(f"{where} holds {token!r}; expected token ids, which are whole numbers.")

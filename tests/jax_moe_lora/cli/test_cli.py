@@ -190,7 +190,7 @@ def test_the_shell_sees_the_sentence_and_the_exit_code():
         ('{"prompt": "a>", "seed": -1}', "line 2: seed is -1; expected 0 to 4294967295"),
         ('{"prompt": ""}', "line 2 is empty; give at least one token"),
         ('{"adapter": "upper"}', 'line 2 has no "prompt" text'),
-        ('{"prompt": "a>", "adaptor": "upper"}', "line 2 has adaptor; known are prompt, adapter"),
+        ('{"prompt": "a>", "adaptor": "upper"}', "line 2 has adaptor; known are prompt, messages, tools, "),
         ('{"prompt": "a>", "temperature": "hot"}', "line 2: temperature is 'hot'; expected 0 (greedy)"),
         ('{"prompt": "a>", "adapter": 3}', "line 2 has adapter 3"),
     ],

@@ -304,7 +304,7 @@ def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
         ({"prompts": ["a>"], "pad_to": (1, None)}, "pad_to's prompt tokens is None; expected a whole number"),
         ({"prompts": None}, "prompts is of type NoneType; expected a list"),
         ({"prompts": b"a>"}, "prompts is of type bytes; expected a list"),
-        ({"prompts": ["a>", None]}, "Prompt 1 is of type NoneType; expected a text or a list of token ids"),
+        ({"prompts": ["a>", None]}, "Prompt 1 is of type NoneType; expected a text, messages or a list of token ids"),
         ({"prompts": [b"a>"]}, "Prompt 0 is of type bytes; expected a text"),
         ({"prompts": [[1, 2.0]]}, "Prompt 0 holds 2.0; expected token ids"),
         ({"prompts": [np.array([1.0])]}, "Prompt 0 holds 1.0; expected token ids"),
