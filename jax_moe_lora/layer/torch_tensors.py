@@ -42,7 +42,10 @@ def takes_torch[**P, R](
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if "torch" not in sys.modules or not any(map(is_torch, jax.tree.leaves((args, kwargs)))):
                 return function(*args, **kwargs)
-            arguments = signature.bind(*args, **kwargs).arguments
+            try:
+                arguments = signature.bind(*args, **kwargs).arguments
+            except TypeError:
+                return function(*args, **kwargs)  # which says what is missing or unknown, with its own name
             first = next(iter(arguments.values()))
             arrays = {name: from_torch(name, value) for name, value in arguments.items()}
             if check is not None:

@@ -1,5 +1,6 @@
 """Random adapters of one layer, repeatable by a seed, and their form for the reference."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, SHARED_OUTER, SIDES, LoRAAdapter, LoRAWeights, Side, uniform
-from jax_moe_lora.arguments import whole
+from jax_moe_lora.arguments import number, sequence, whole
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 
@@ -35,7 +36,8 @@ def per_expert_adapter(
       The adapter of layer 0, float32: A normal with deviation `1 / sqrt(in)`, B with `1 / sqrt(R)`.
 
     Raises:
-      InputError: an unknown module, or a rank that is no positive whole number.
+      InputError: an unknown module, or one that is named twice; a rank that is no positive whole number; a scale that
+        is not finite.
     """
     return _random_adapter(config, rank, modules, {}, scale, seed, name)
 
@@ -66,8 +68,10 @@ def shared_adapter(
       The adapter of layer 0, float32, drawn as in `per_expert_adapter`.
 
     Raises:
-      InputError: an unknown side or module, or a rank that is no positive whole number.
+      InputError: an unknown side or module; what `per_expert_adapter` refuses.
     """
+    if not isinstance(sides, Mapping):
+        raise InputError(f"sides are of type {type(sides).__name__}; expected module -> 'a' or 'b'.")
     for module, side in sides.items():
         if module not in EXPERT_MODULES:
             raise InputError(f"sides name {module!r}; expected some of {', '.join(EXPERT_MODULES)}.")
@@ -139,11 +143,16 @@ def _random_adapter(
     name: str,
 ) -> LoRAAdapter:
     whole("rank", rank, 1)
-    rng = np.random.default_rng(whole("seed", seed, 0, 2**63 - 1))
-    weights: dict[tuple[int, str], LoRAWeights] = {}
+    scale = number("scale", scale, math.isfinite, "a finite number")
+    modules = sequence("modules", modules)
     for module in modules:
         if module not in EXPERT_MODULES:
             raise InputError(f"modules name {module!r}; expected some of {', '.join(EXPERT_MODULES)}.")
+    if len({*modules}) < max(len(modules), 1):
+        raise InputError(f"modules are {list(modules)}; expected some of {', '.join(EXPERT_MODULES)}, each once.")
+    rng = np.random.default_rng(whole("seed", seed, 0, 2**63 - 1))
+    weights: dict[tuple[int, str], LoRAWeights] = {}
+    for module in modules:
         out_width, in_width = widths(config)[module]
         shapes: dict[Side, tuple[int, int]] = {"a": (rank, in_width), "b": (out_width, rank)}
         drawn: dict[Any, np.ndarray] = {}

@@ -12,7 +12,7 @@ import numpy as np
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, LoRAAdapter
-from jax_moe_lora.arguments import whole
+from jax_moe_lora.arguments import sequence, whole
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.moe import routed_experts
@@ -131,7 +131,7 @@ def table(
       UnsupportedImplementation: the backend cannot run these sizes, in one of the dtypes.
     """
     _check_torch(torch_device)
-    for dtype in dtypes:
+    for dtype in sequence("dtypes", dtypes):
         if dtype not in TOLERANCE:
             raise InputError(f"dtype is {dtype!r}; expected some of {', '.join(TOLERANCE)}.")
     if config.activation != "silu" or config.expert_bias:

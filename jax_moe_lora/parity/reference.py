@@ -47,18 +47,18 @@ def torch_reference(
 
     Raises:
       ImportError: torch is not installed.
-      ValueError: adapters without slots, or for another module.
+      ValueError: adapters without slots, or for another module; shapes that disagree.
     """
     import torch
 
-    if adapters and slots is None:
-        raise ValueError(f"torch_reference got {len(adapters)} adapters and no slots; give the slot of each token.")
-    if unknown := {module for adapter in adapters for module in adapter} - {"gate", "up", "down"}:
-        raise ValueError(f"adapters have the modules {sorted(unknown)}; expected some of gate, up and down.")
     x, weights = _float32(x, device), _float32(weights, device)
     chosen = torch.as_tensor(chosen if isinstance(chosen, torch.Tensor) else np.array(chosen)).to(device)
-    slots = [-1] * len(x) if slots is None else slots
-    slot_of = torch.as_tensor([int(slot) for slot in slots], device=device)
+    if adapters and slots is None:
+        raise ValueError(f"torch_reference got {len(adapters)} adapters and no slots; give the slot of each token.")
+    slot_of = torch.as_tensor([-1] * len(x) if slots is None else [int(slot) for slot in slots], device=device)
+    _check_shapes(x, chosen, weights, slot_of)
+    for adapter in adapters:
+        _check_adapter(adapter, len(experts["gate"]))
 
     def linear(module: str, rows: torch.Tensor, tokens: torch.Tensor, expert: int) -> torch.Tensor:
         y = rows @ _float32(experts[module][expert], device).T
@@ -94,6 +94,22 @@ def torch_delta(rows: Any, a: Any, b: Any, scale: Any, expert: int) -> torch.Ten
     rows = _float32(rows)
     a, b = (_float32(side[expert if len(side) > 1 else 0], rows.device) for side in (a, b))
     return float(scale[expert] if np.ndim(scale) else scale) * ((rows @ a.T) @ b.T)
+
+
+def _check_shapes(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, slots: torch.Tensor) -> None:
+    if chosen.shape != weights.shape or chosen.shape[:1] != x.shape[:1] or slots.shape != x.shape[:1]:
+        shapes = f"x {[*x.shape]}, chosen {[*chosen.shape]}, weights {[*weights.shape]}, slots {[*slots.shape]}"
+        raise ValueError(f"torch_reference got {shapes}; expected [T, D], [T, K], [T, K] and [T].")
+
+
+def _check_adapter(adapter: Adapter, experts: int) -> None:
+    for module, (a, b, _) in adapter.items():
+        if module not in ("gate", "up", "down"):
+            raise ValueError(f"An adapter has the module {module!r}; expected some of gate, up and down.")
+        if {len(a), len(b)} - {1, experts}:
+            raise ValueError(
+                f"A and B of {module} have {len(a)} and {len(b)} matrices; expected 1 or {experts} of each."
+            )
 
 
 def _float32(values: Any, device: Any = None) -> torch.Tensor:

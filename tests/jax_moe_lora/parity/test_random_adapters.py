@@ -47,11 +47,16 @@ def test_sides_are_shared_by_module():
         ({"sides": {"gate": ("a", "b")}}, "The shared side of gate is"),
         ({"sides": {"fc1": "a"}}, "sides name 'fc1'; expected some of gate, up, down"),
         ({"sides": {"up": "a"}, "modules": ["gate"]}, "sides name 'up', which is none of the modules gate"),
+        ({"sides": ["a"]}, "sides are of type list; expected module -> 'a' or 'b'"),
+        ({"modules": "gate"}, "modules is of type str; expected a list"),
+        ({"modules": []}, r"modules are \[\]; expected some of gate, up, down, each once"),
+        ({"modules": ["up", "up"]}, r"modules are \['up', 'up'\]; expected some of gate, up, down, each once"),
+        ({"scale": float("nan")}, "scale is nan; expected a finite number"),
         ({"modules": ["q"]}, "modules name 'q'; expected some of gate, up, down"),
         ({"rank": 0}, "rank is 0"),
     ],
 )
-def test_a_bad_side_module_or_rank_is_refused(options, said):
+def test_a_bad_side_module_rank_or_scale_is_refused(options, said):
     with pytest.raises(InputError, match=said):
         shared_adapter(CONFIG, **options)
 

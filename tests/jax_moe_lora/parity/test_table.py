@@ -79,13 +79,21 @@ def test_the_reference_refuses_what_it_would_ignore():
     adapter = for_reference(NAMES["only gate"].adapters[0])
     with pytest.raises(ValueError, match="got 1 adapters and no slots; give the slot of each token"):
         torch_reference(*arguments, [adapter])
-    with pytest.raises(ValueError, match=r"modules \['fc1'\]; expected some of gate, up and down"):
+    with pytest.raises(ValueError, match="the module 'fc1'; expected some of gate, up and down"):
         torch_reference(*arguments, [{"fc1": adapter["gate"]}], [0] * TOKENS)
+    with pytest.raises(ValueError, match=r"A and B of gate have 3 and 8 matrices; expected 1 or 8 of each"):
+        torch_reference(*arguments, [{"gate": (adapter["gate"][0][:3], *adapter["gate"][1:])}], [0] * TOKENS)
+    with pytest.raises(ValueError, match=r"chosen \[13, 2\], weights \[13, 1\], slots \[13\]; expected \[T, D\]"):
+        torch_reference(inputs.x, inputs.chosen, inputs.weights[:, :1], inputs.experts)
+    with pytest.raises(ValueError, match=r"slots \[1\]; expected"):
+        torch_reference(*arguments, [adapter], [0])
 
 
 def test_the_table_says_what_it_cannot_compare():
     with pytest.raises(InputError, match="dtype is 'float8'; expected some of float32, float16, bfloat16"):
         table(CONFIG, dtypes=["float8"])
+    with pytest.raises(InputError, match="dtypes is of type str; expected a list"):
+        table(CONFIG, dtypes="float32")
     with pytest.raises(InputError, match="activation 'clamped_swiglu'"):
         table(MoEConfig(64, 48, 8, 2, activation="clamped_swiglu"))
     with pytest.raises(InputError, match="torch cannot compute on 'nowhere'"):
