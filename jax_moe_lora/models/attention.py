@@ -89,6 +89,27 @@ def attend_cache(
     return _attend(q, keys, values, backend, query_seq_lengths=jnp.ones_like(lengths), key_value_seq_lengths=lengths)
 
 
+def attend_chunk(
+    q: Float[Array, "B T H hd"],
+    keys: Float[Array, "B M G hd"],
+    values: Float[Array, "B M G hd"],
+    positions: Int[Array, "B T"],
+    backend: AttentionBackend,
+) -> Float[Array, "B T H hd"]:
+    """Attention of some tokens of each request to its cache, in which they are already, in q's dtype.
+
+    Args:
+      q: queries.
+      keys: the cache's.
+      values: the cache's.
+      positions: int32 `[B, T]`, the place of each token: it looks at the cache up to there. What lies behind must be
+        finite, as in `attend_cache`.
+      backend: what runs it.
+    """
+    seen = jnp.arange(keys.shape[1])[None, None, None, :] <= positions[:, None, :, None]
+    return _attend(q, keys, values, backend, mask=seen)
+
+
 def _attend(q: Array, k: Array, v: Array, backend: AttentionBackend, **masks) -> Array:
     if backend == "xla" and q.dtype != jnp.float32:
         # jax 0.11.2: XLA cannot compile the float16 product for a GPU where a prompt has one token, and the gradient

@@ -39,19 +39,19 @@ def init_cache(config: ModelConfig, batch: int, max_length: int, dtype: jax.typi
 
 
 def store(
-    cache: KeyValues, k: Float[Array, "B T G hd"], v: Float[Array, "B T G hd"], place: Int[Array, "B"] | None
+    cache: KeyValues, k: Float[Array, "B T G hd"], v: Float[Array, "B T G hd"], place: Int[Array, "B T"] | None
 ) -> KeyValues:
     """The cache with new keys and values in it.
 
     Args:
-      place: int32 `[B]`, position of each request's one token, dropped where it is M or more; None for a prompt, which
-        begins at position 0.
+      place: int32 `[B, T]`, position of each token, dropped where it is M or more; None for a prompt, which begins at
+        position 0.
     """
     if place is None:
         new_k, new_v = (
             lax.dynamic_update_slice(old, new, (0, 0, 0, 0)) for old, new in zip(cache, (k, v), strict=True)
         )
     else:
-        rows = jnp.arange(place.shape[0])
-        new_k, new_v = (old.at[rows, place].set(new[:, 0], mode="drop") for old, new in zip(cache, (k, v), strict=True))
+        rows = jnp.arange(place.shape[0])[:, None]
+        new_k, new_v = (old.at[rows, place].set(new, mode="drop") for old, new in zip(cache, (k, v), strict=True))
     return new_k, new_v

@@ -27,6 +27,7 @@ __all__ = [
     "Cache",
     "StepContext",
     "adapter_sites",
+    "append",
     "decode",
     "head",
     "hidden",
@@ -188,6 +189,39 @@ def decode(
     return Cache(keys, values, lengths), head(params, hidden)[:, 0]
 
 
+def append(
+    params: ModelParams,
+    bank: Bank | None,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    slots: Int[Array, "B"],
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None = None,
+) -> tuple[Cache, Float[Array, "B V"]]:
+    """Reads further tokens of each request into the cache, behind what it holds.
+
+    Args:
+      tokens: int32 `[B, T]`, right-padded. lengths: int32 `[B]`, real tokens of each; 0 leaves a row as it is, and
+        tokens that it has no room for are dropped. slots: int32 `[B]`, `BASE_SLOT` for the base model.
+
+    Returns:
+      The cache, and float32 `[B, V]` logits after each row's last token.
+    """
+    check_array("tokens", tokens, (cache.lengths.shape[0], "T"), "integers")
+    check_array("lengths", lengths, cache.lengths.shape, "integers")
+    check_array("slots", slots, cache.lengths.shape, "integers")
+    most, index = cache.k[0].shape[1], jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    real = index < lengths[:, None]
+    positions = jnp.where(real, cache.lengths[:, None] + index, most)
+    row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)
+    step = _step("chunk", positions, real, row_slots, bank, params, config, implementation)
+    hidden, keys, values, _ = _layers(params, bank, params.embedding[tokens], step, cache)
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    return Cache(keys, values, jnp.minimum(cache.lengths + lengths, most).astype(jnp.int32)), head(params, last)[:, 0]
+
+
 def prompt_step(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -226,7 +260,7 @@ def packed_step(
 
 
 def _step(
-    kind: Literal["prompt", "token"],
+    kind: Literal["prompt", "token", "chunk"],
     positions: Int[Array, "B T"],
     row_mask: Bool[Array, "B T"],
     row_slots: Int[Array, "N"],

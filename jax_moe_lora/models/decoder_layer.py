@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.layer.linear import DensePlan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora, router_scores
-from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_packed, attend_prompt
+from jax_moe_lora.models.attention import AttentionBackend, attend_cache, attend_chunk, attend_packed, attend_prompt
 from jax_moe_lora.models.cache import KeyValues, store
 from jax_moe_lora.models.params import AttentionParams, DenseMLPParams, LayerParams, MoEParams
 from jax_moe_lora.models.rope import rotate
@@ -51,7 +51,7 @@ class StepContext:
     slots: Int[Array, "N"]
     plan: DensePlan | None
     segments: Int[Array, "B T"] | None
-    kind: Literal["prompt", "token"] = field(metadata={"static": True})
+    kind: Literal["prompt", "token", "chunk"] = field(metadata={"static": True})
     config: ModelConfig = field(metadata={"static": True})
     implementation: Implementation | None = field(metadata={"static": True})
     attention: AttentionBackend = field(metadata={"static": True})
@@ -118,11 +118,14 @@ def _attention(
     q = rotate(heads("q", config.num_heads, weights.q_norm), step.positions, config.rope)
     k = rotate(heads("k", config.num_kv_heads, weights.k_norm), step.positions, config.rope)
     v = heads("v", config.num_kv_heads, None)
-    cache = None if cache is None else store(cache, k, v, None if step.kind == "prompt" else step.positions[:, 0])
+    cache = None if cache is None else store(cache, k, v, None if step.kind == "prompt" else step.positions)
     if step.segments is not None:
         mixed = attend_packed(q, k, v, step.segments, step.attention)
     elif step.kind == "prompt":
         mixed = attend_prompt(q, k, v, step.attention)
+    elif step.kind == "chunk":
+        assert cache is not None
+        mixed = attend_chunk(q, *cache, jnp.where(step.row_mask, step.positions, 0), step.attention)
     else:
         assert cache is not None
         in_use = jnp.minimum(step.positions[:, 0] + 1, cache[0].shape[1])

@@ -6,14 +6,15 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.arguments import sequence
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import AdapterNameError
+from jax_moe_lora.errors import AdapterNameError, InputError
 from jax_moe_lora.layer.checks import check_slots
-from jax_moe_lora.models import decoder
+from jax_moe_lora.models import cache_rows, decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from pallas_kernels.ops import BASE_SLOT, Implementation
@@ -34,6 +35,10 @@ class Functional:
       init_cache: `() -> cache`, an empty one.
       prefill: `(params, bank, cache, tokens [B, T], lengths [B], slots [B]) -> (cache, float32 logits [B, V])`.
       decode: `(params, bank, cache, tokens [B], slots [B]) -> (cache, float32 logits [B, V])`.
+      insert_rows: `(params, bank, cache, rows [N], tokens [N, T], lengths [N], slots [N]) -> (cache, float32 logits
+        [N, V])`: prompts join a running cache, whose other rows go on.
+      append_rows: as `insert_rows`, behind what the rows hold: the next chunk of a long prompt, or of a conversation.
+      free_rows: `(cache, rows [N]) -> cache`. A free row costs nothing in the experts.
       slot_names: name -> slot of the bank's adapters.
     """
 
@@ -42,6 +47,9 @@ class Functional:
     init_cache: Callable[[], Cache]
     prefill: Step
     decode: Step
+    insert_rows: Step
+    append_rows: Step
+    free_rows: Callable[[Cache, Array], Cache]
     slot_names: Mapping[str, int] = field(default_factory=dict)
 
     def slots(self, adapter_names: Sequence[str | None]) -> Int[Array, "B"]:
@@ -71,6 +79,9 @@ class Functions:
 
     prefill: Step
     decode: Step
+    insert_rows: Step
+    append_rows: Step
+    free_rows: Callable[[Cache, Array], Cache]
 
 
 @cache
@@ -85,7 +96,19 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Fun
     def jitted(step: Step) -> Step:
         return jax.jit(partial(step, config=config, implementation=implementation), donate_argnums=2)
 
+    def of_rows(step: Step) -> Step:
+        run = jitted(step)
+
+        def call(params, bank, cache, rows, tokens, lengths, slots):
+            _check(bank, slots)
+            _check_rows(cache, rows)
+            _check_room(cache, rows, tokens, lengths, step is cache_rows.append_rows)
+            return run(params, bank, cache, rows, tokens, lengths, slots)
+
+        return call
+
     run_prefill, run_decode = jitted(decoder.prefill), jitted(decoder.decode)
+    run_free = jax.jit(cache_rows.free_rows, donate_argnums=0)
 
     def prefill(params, bank, cache, tokens, lengths, slots):
         _check(bank, slots)
@@ -95,8 +118,39 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Fun
         _check(bank, slots)
         return run_decode(params, bank, cache, tokens, slots)
 
-    return Functions(prefill, decode)
+    def free_rows(cache, rows):
+        _check_rows(cache, rows)
+        return run_free(cache, rows)
+
+    return Functions(prefill, decode, of_rows(cache_rows.insert_rows), of_rows(cache_rows.append_rows), free_rows)
 
 
 def _check(bank: AdapterBank | None, slots: Array) -> None:
     check_slots(slots, 0 if bank is None else bank.num_slots)
+
+
+def _check_rows(cache: Cache, rows: Array) -> None:
+    """Refuses rows that are named twice or lie below 0 or above B; B stands for no row, to pad calls with."""
+    if isinstance(rows, jax.core.Tracer):
+        return
+    named, batch = np.asarray(rows), cache.lengths.shape[0]
+    real = named[named != batch]
+    if named.ndim != 1 or named.dtype.kind not in "iu" or (real < 0).any() or (real > batch).any():
+        raise InputError(f"rows are {named.tolist()}; expected 0 to {batch - 1}, or {batch} for none.")
+    if len(set(real.tolist())) < len(real):
+        raise InputError(f"rows are {named.tolist()}; expected each row once.")
+
+
+def _check_room(cache: Cache, rows: Array, tokens: Array, lengths: Array, behind: bool) -> None:
+    """Refuses tokens that a row has no room for, where the lengths are known."""
+    if any(isinstance(known, jax.core.Tracer) for known in (cache.lengths, rows, lengths)):
+        return
+    most, batch = cache.k[0].shape[1], cache.lengths.shape[0]
+    real = np.asarray(rows) < batch
+    before = np.asarray(cache.lengths)[np.asarray(rows)[real]] if behind else 0
+    after = before + np.asarray(lengths)[real]
+    if after.size and (after.max() > most or np.asarray(lengths).max() > tokens.shape[1]):
+        raise InputError(
+            f"lengths are {np.asarray(lengths).tolist()}; expected at most {tokens.shape[1]}, the width of tokens, and "
+            f"rows of at most {most} tokens, which would have {after.tolist()}."
+        )

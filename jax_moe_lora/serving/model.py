@@ -143,7 +143,7 @@ class Model(Chat):
         steps = functions(self.config, self.implementation)
         bank, slots = self._pool.lend()
         init_cache = partial(decoder.init_cache, self.config, batch, max_length, self._dtype)
-        return Functional(self.params, bank, init_cache, steps.prefill, steps.decode, slots)
+        return Functional(self.params, bank, init_cache, **vars(steps), slot_names=slots)
 
     def _read(self, program: Callable[..., Array], token_ids: Any, adapter_names: Any, lengths: Any) -> Array:
         tokens, real = check_tokens(token_ids, lengths, self.config)

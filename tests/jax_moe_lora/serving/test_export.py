@@ -68,13 +68,13 @@ def test_an_exported_step_is_lowered_for_the_sms_that_are_named_and_says_so(name
         return cache, params[tokens]
 
     cache = Cache((), (), jnp.zeros(2, jnp.int32))
-    fn = Functional(jnp.zeros((5, 3)), None, lambda: cache, prefill=None, decode=decode)
+    fn = Functional(jnp.zeros((5, 3)), None, lambda: cache, None, decode, None, None, None)
     step = export_decode(fn, platforms=("cuda",), sms=named)
     assert set(lowered_for) == {step.sms} == {expected}
     assert export.deserialize(bytearray(step.program)).fun_name == f"decode_step_for_{expected}_sms"
 
 
 def test_a_number_of_sms_that_is_none_is_refused():
-    fn = Functional(None, None, lambda: None, prefill=None, decode=None)
+    fn = Functional(None, None, lambda: None, *[None] * 5)
     with pytest.raises(InputError, match="sms"):
         export_decode(fn, sms=0)

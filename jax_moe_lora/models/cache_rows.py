@@ -1,0 +1,132 @@
+"""Rows of a running cache: prompts join it, grow in it and leave it, while the other rows go on.
+
+Letters: B rows of the cache, M positions of a row, N rows that a call names, T tokens of each of these.
+A row that is B or more is passed over, so that calls can be padded to a fixed N.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.layer.checks import check_array
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.cache import Cache, init_cache
+from jax_moe_lora.models.decoder_layer import Bank
+from jax_moe_lora.models.params import ModelParams
+from pallas_kernels.ops import Implementation
+
+
+def insert_rows(
+    params: ModelParams,
+    bank: Bank | None,
+    cache: Cache,
+    rows: Int[Array, "N"],
+    tokens: Int[Array, "N T"],
+    lengths: Int[Array, "N"],
+    slots: Int[Array, "N"],
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None = None,
+) -> tuple[Cache, Float[Array, "N V"]]:
+    """Reads prompts into rows of a cache, whatever the rows held before.
+
+    Args:
+      params: the weights.
+      bank: the adapters.
+      cache: the running one.
+      rows: int32 `[N]`, where to, each row once.
+      tokens: int32 `[N, T]`, right-padded prompts, T at most M.
+      lengths: int32 `[N]`, real tokens of each.
+      slots: int32 `[N]`, `BASE_SLOT` for the base model.
+      config: the model's (static).
+      implementation: a backend by name, or None for the best available (static).
+
+    Returns:
+      The cache, and float32 `[N, V]` logits after each prompt's last token.
+    """
+    check_array("rows", rows, (tokens.shape[0],), "integers")
+    alone = init_cache(config, tokens.shape[0], tokens.shape[1], cache.k[0].dtype)
+    alone, logits = decoder.prefill(
+        params, bank, alone, tokens, lengths, slots, config=config, implementation=implementation
+    )
+    return put_rows(cache, rows, alone), logits
+
+
+def append_rows(
+    params: ModelParams,
+    bank: Bank | None,
+    cache: Cache,
+    rows: Int[Array, "N"],
+    tokens: Int[Array, "N T"],
+    lengths: Int[Array, "N"],
+    slots: Int[Array, "N"],
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None = None,
+) -> tuple[Cache, Float[Array, "N V"]]:
+    """Reads further tokens into rows behind what they hold: the next chunk of a long prompt, or of a conversation.
+
+    Args:
+      params: the weights.
+      bank: the adapters.
+      cache: the running one.
+      rows: int32 `[N]`, where to, each row once.
+      tokens: int32 `[N, T]`, right-padded.
+      lengths: int32 `[N]`, real tokens of each; what a row has no room for is dropped.
+      slots: int32 `[N]`, `BASE_SLOT` for the base model.
+      config: the model's (static).
+      implementation: a backend by name, or None for the best available (static).
+
+    Returns:
+      The cache, and float32 `[N, V]` logits after each row's last token.
+    """
+    check_array("rows", rows, (tokens.shape[0],), "integers")
+    taken, logits = decoder.append(
+        params, bank, take_rows(cache, rows), tokens, lengths, slots, config=config, implementation=implementation
+    )
+    return put_rows(cache, rows, taken), logits
+
+
+def free_rows(cache: Cache, rows: Int[Array, "N"]) -> Cache:
+    """Gives rows up: they cost nothing in the experts from now on.
+
+    Args:
+      cache: the running one.
+      rows: int32 `[N]`.
+
+    Returns:
+      The cache.
+    """
+    return Cache(cache.k, cache.v, cache.lengths.at[_known(cache, rows)].set(0, mode="drop"))
+
+
+def take_rows(cache: Cache, rows: Int[Array, "N"]) -> Cache:
+    """A cache of these rows alone; a row that the cache does not have is an unused one."""
+    known = _known(cache, rows)
+    k, v = (tuple(layer.at[known].get(mode="fill", fill_value=0) for layer in side) for side in (cache.k, cache.v))
+    return Cache(k, v, cache.lengths.at[known].get(mode="fill", fill_value=0))
+
+
+def put_rows(cache: Cache, rows: Int[Array, "N"], new: Cache) -> Cache:
+    """The cache with all positions of these rows replaced; where `new` has fewer positions, the rest is zeros.
+
+    What a row held before may not be finite, and an attention weight of zero would not hide it.
+    """
+    known = _known(cache, rows)
+    missing = cache.k[0].shape[1] - new.k[0].shape[1]
+
+    def put(old: Array, rows_of_layer: Array) -> Array:
+        padded = jnp.pad(rows_of_layer, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        return old.at[known].set(padded, mode="drop")
+
+    k, v = (
+        tuple(put(old, layer) for old, layer in zip(before, after, strict=True))
+        for before, after in ((cache.k, new.k), (cache.v, new.v))
+    )
+    return Cache(k, v, cache.lengths.at[known].set(new.lengths, mode="drop"))
+
+
+def _known(cache: Cache, rows: Int[Array, "N"]) -> Int[Array, "N"]:
+    """The rows, and B for those that the cache does not have: jax would count negative ones from the end."""
+    batch = cache.lengths.shape[0]
+    return jnp.where((rows < 0) | (rows > batch), batch, rows)
