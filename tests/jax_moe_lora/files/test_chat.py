@@ -6,7 +6,7 @@ import pytest
 
 from jax_moe_lora.errors import CheckpointError, InputError
 from jax_moe_lora.files.chat import ChatTemplate
-from jax_moe_lora.files.messages import check_messages, is_messages
+from jax_moe_lora.files.messages import check_messages, is_chat
 from support.chat import HELLO, MARKED, PLAIN, REASONING, save_tokenizer, spelled
 
 TEXT = (
@@ -132,5 +132,6 @@ def test_bad_messages_are_named_by_their_number(messages, problem):
 
 
 def test_a_conversation_is_told_from_text_and_token_ids():
-    assert is_messages(HELLO)
-    assert not any(map(is_messages, ["abc", [1, 2], [], b"ab", {"role": "user"}, None]))
+    assert is_chat(HELLO)
+    assert is_chat({"messages": HELLO})
+    assert not any(map(is_chat, ["abc", [1, 2], [], b"ab", None]))
