@@ -40,7 +40,8 @@ class AdapterBank:
       tables: module -> int32 `[L, S, E, 4]`, as in `LoRAPages.table`, for each layer that has the module.
       scales: module -> float32 `[L, S, E]`.
       widths: static: the row width of each pool.
-      sites: static: the model's projections. max_rank: static: the largest rank that fits.
+      sites: static: the model's projections.
+      max_rank: static: the largest rank that fits.
     """
 
     pools: tuple[Float[Array, "_N 16 _width"], ...]
@@ -97,7 +98,14 @@ class AdapterBank:
         return pack(adapter, dict(self.sites)).nbytes(self.dtype)
 
     def slot_nbytes(self, slot: int) -> int:
-        """Bytes of the pages that a slot holds. Raises InputError: it is out of range."""
+        """Bytes of the pages that a slot holds.
+
+        Args:
+          slot: its number.
+
+        Raises:
+          InputError: it is out of range.
+        """
         check_slot(self, slot)
         return sum(
             int((np.asarray(ids) == slot).sum()) * page_bytes(width, self.dtype) for width, ids in self.owner.items()
@@ -122,8 +130,8 @@ def create_bank(
       dtype: of the pages: float32, bfloat16 or float16.
 
     Raises:
-      InputError: a size that is no positive whole number, sites that are none, a dtype that adapters are not served in,
-        or a budget below one page a pool.
+      InputError: a size that is not a positive whole number, invalid sites, a dtype that adapters are not served in, or
+        a budget below one page per pool.
       DeviceError: jax has no device.
     """
     require_device()
@@ -149,8 +157,18 @@ def create_bank(
 
 
 def _pool_sizes(sites: Mapping[str, Site], most: int, memory: int | None, dtype: np.dtype) -> dict[int, int]:
-    """Width -> pages of its pool, beside page 0; `most`: pages that all slots need of each matrix."""
-    matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, each expert its own
+    """The size of each pool.
+
+    Args:
+      sites: the projections that adapters may target.
+      most: pages that all slots need of each matrix.
+      memory: byte budget of all pools; None for no limit.
+      dtype: of the pages.
+
+    Returns:
+      Width -> pages, page 0 not counted.
+    """
+    matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, per expert
     for site in sites.values():
         for width in (site.in_width, site.out_width):
             matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
@@ -197,7 +215,7 @@ def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
     check_slot(bank, slot)
     tables, scales = empty_slot(bank)
     owners = tuple(jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for ids in map(np.asarray, bank.owners))
-    new_tables, new_scales = set_slot(*own((bank.tables, bank.scales), donate), int(slot), tables, scales)
+    new_tables, new_scales = set_slot(*writable((bank.tables, bank.scales), donate), int(slot), tables, scales)
     return replace(bank, owners=owners, tables=new_tables, scales=new_scales)
 
 
@@ -217,27 +235,44 @@ def compact(bank: AdapterBank) -> AdapterBank:
             table[..., column] = new_id[width][table[..., column]]
         tables[module] = jnp.asarray(table)
     # Nothing is shared with the old bank, so that the new one can be donated.
-    scales = own(bank.scales, donate=False)
+    scales = writable(bank.scales, donate=False)
     return replace(bank, pools=tuple(pools), owners=tuple(owners), tables=tables, scales=scales)
 
 
-def own(arrays, donate: bool):
-    """Arrays to write into: the given ones, or copies. The copy compiles nothing, and one program serves both."""
+def writable(arrays, donate: bool):
+    """Arrays to write into. The copy compiles nothing, and one program serves both cases.
+
+    Args:
+      arrays: a tree of device arrays.
+      donate: whether the arrays themselves may be written into.
+
+    Returns:
+      The arrays, or copies of them.
+    """
     return arrays if donate else jax.device_put(arrays, may_alias=False)
 
 
 def empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A slot's entries in the tables and the scales where it holds no adapter.
+
+    Args:
+      bank: the bank.
+
+    Returns:
+      Module -> int32 `[L, E, 4]`, and module -> float32 `[L, E]`, all zero.
+    """
     tables = {m: np.zeros((t.shape[0], *t.shape[2:]), np.int32) for m, t in bank.tables.items()}
     return tables, {m: np.zeros((s.shape[0], s.shape[2]), np.float32) for m, s in bank.scales.items()}
 
 
 def check_slot(bank: AdapterBank, slot: int) -> None:
+    """Raises an `InputError` for what is not a slot of the bank."""
     if isinstance(slot, bool) or not isinstance(slot, int | np.integer) or not 0 <= slot < bank.num_slots:
         raise InputError(f"Slot is {slot!r}; the bank has slots 0 to {bank.num_slots - 1}.")
 
 
 def check_whole(bank: AdapterBank) -> None:
-    """Refuses what is no bank, such as one layer's pages, which do not know whose they are; and one inside of jit."""
+    """Refuses what is not a bank, such as one layer's pages, which know no owners; and a bank inside of jit."""
     if not isinstance(bank, AdapterBank):
         raise InputError(f"bank is of type {type(bank).__name__}; expected an AdapterBank.")
     if any(map(is_traced, jax.tree.leaves(bank))):
@@ -245,4 +280,10 @@ def check_whole(bank: AdapterBank) -> None:
 
 
 def page_bytes(width: int, dtype: np.dtype) -> int:
+    """Bytes of one page.
+
+    Args:
+      width: of its rows.
+      dtype: of its values.
+    """
     return RANK_PAGE * width * np.dtype(dtype).itemsize

@@ -14,9 +14,14 @@ from pallas_kernels.ops import RANK_PAGE
 def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
     """The adapter in a slot, bit for bit as the bank holds it; the bank is not changed.
 
-    A side that all experts share is one matrix again, and projections that alias one hold one array. Where a single
-    expert is left, sharing cannot be told from a matrix of its own, and it counts as its own. An empty slot gives an
+    A side that all experts share is one matrix again, and projections that alias one hold one array. Where only one
+    expert has weights, a shared matrix looks like the expert's alone, and is returned as such. An empty slot gives an
     adapter without weights.
+
+    Args:
+      bank: the bank.
+      slot: the slot to read.
+      name: of the adapter.
 
     Raises:
       InputError: the slot is out of range.

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.bank import FREE, AdapterBank, check_slot, check_whole, compact, empty_slot, own, page_bytes
+from jax_moe_lora.adapters.bank import (
+    FREE,
+    AdapterBank,
+    check_slot,
+    check_whole,
+    compact,
+    empty_slot,
+    page_bytes,
+    writable,
+)
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.packing import PackedAdapter, allocate, chunks, pack, page_ids, pages_of
 from jax_moe_lora.adapters.updates import chunk_rows, scatter, scatter_columns, set_slot
@@ -31,16 +40,21 @@ def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = Fa
     Everything is checked before anything is written: when this raises, `bank` is as it was.
 
     Args:
-      donate: reuse the memory of `bank`, which must not be used again. Never donate a bank that a running step holds.
+      bank: it is not changed.
+      slot: an empty slot.
+      adapter: what to put into it.
+      donate: reuse the memory of `bank`, which must not be used again. Never donate a bank that a running step uses.
 
     Raises:
-      InputError: the slot is out of range or taken. AdapterFormatError: the adapter does not fit the sites, has a rank
-      above `max_rank`, or weights that are not finite in the bank's dtype. BankFullError: not enough free pages.
+      InputError: the slot is out of range or taken.
+      AdapterFormatError: the adapter does not fit the sites, has a rank above `max_rank`, or holds weights that are not
+        finite in the bank's dtype.
+      BankFullError: not enough free pages.
     """
     placed, insertion = place(bank, slot, prepare(bank, adapter))
-    # What was moved together for it is nobody else's.
+    # Pools that were compacted for this insertion are new, so that they may be written into.
     moved = any(new is not old for new, old in zip(placed.pools, bank.pools, strict=True))
-    pools, tables, scales = own((placed.pools, placed.tables, placed.scales), donate or moved)
+    pools, tables, scales = writable((placed.pools, placed.tables, placed.scales), donate or moved)
     placed = replace(placed, pools=pools, tables=tables, scales=scales)
     for chunk in insertion.chunks():
         placed = write(placed, chunk)
@@ -49,7 +63,12 @@ def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = Fa
 
 @dataclass(frozen=True)
 class Prepared:
-    """An adapter that was checked, and where its matrices go relative to each other."""
+    """An adapter that was checked.
+
+    Attributes:
+      adapter: the adapter.
+      packed: where its matrices go relative to each other.
+    """
 
     adapter: LoRAAdapter
     packed: PackedAdapter
@@ -58,9 +77,13 @@ class Prepared:
 def prepare(bank: AdapterBank, adapter: LoRAAdapter) -> Prepared:
     """Checks an adapter and cuts it into pages.
 
+    Args:
+      bank: where it is to go.
+      adapter: the adapter.
+
     Raises:
       AdapterFormatError: the adapter does not fit the bank, or has weights that are not finite in its dtype.
-      InputError: it is no LoRAAdapter, or the bank is the view of a layer.
+      InputError: it is not a LoRAAdapter, or the bank is one layer's pages.
     """
     if not isinstance(adapter, LoRAAdapter):
         raise InputError(f"adapter is of type {type(adapter).__name__}; expected a LoRAAdapter.")
@@ -75,8 +98,10 @@ class Chunk:
     """Rows of one pool, on the device.
 
     Attributes:
+      width: of the pool's rows.
       rows: int32 `[n]`, rows of the pool's pages; what is past the end is dropped.
       values: `[n, width]`, or `[width, n]` where they are `columns`, in the order in which a file has them.
+      columns: whether the values are columns.
     """
 
     width: int
@@ -85,13 +110,18 @@ class Chunk:
     columns: bool
 
     def arrived(self) -> "Chunk":
-        """Waits for its copy, so that no write does, and with it every step behind the write."""
+        """The chunk once its copy to the device is complete, so that no step waits for it behind a write."""
         jax.block_until_ready((self.rows, self.values))
         return self
 
 
 def write(bank: AdapterBank, chunk: Chunk) -> AdapterBank:
-    """Donates the bank's pool of the chunk's width."""
+    """A bank with the chunk's rows written. The pool of its width is donated.
+
+    Args:
+      bank: that pool of it must not be used again.
+      chunk: what to write.
+    """
     update = scatter_columns if chunk.columns else scatter
     pools = list(bank.pools)
     index = bank.widths.index(chunk.width)
@@ -104,8 +134,12 @@ class Insertion:
     """An adapter on its way into a slot.
 
     Attributes:
-      first: width -> first page of each of the adapter's runs. rows, pool_rows: width -> rows that one chunk holds,
-        and rows of the pool.
+      slot: where it goes.
+      prepared: the adapter.
+      first: width -> first page of each of the adapter's runs.
+      rows: width -> rows that one chunk holds.
+      pool_rows: width -> rows of the pool.
+      dtype: the bank's.
     """
 
     slot: int
@@ -116,7 +150,7 @@ class Insertion:
     dtype: np.dtype
 
     def chunks(self) -> Iterator[Chunk]:
-        """Everything that goes into pages. The next chunk is under way while one is written."""
+        """Everything that goes into pages. While one chunk is written the next one is on its way to the device."""
         before: Chunk | None = None
         for width in self.prepared.packed.widths:
             for rows, values, columns in self._host_chunks(width):
@@ -145,7 +179,12 @@ class Insertion:
             yield rows, np.zeros((size, width), self.dtype), False
 
     def publish(self, bank: AdapterBank, donate: bool = False) -> AdapterBank:
-        """A bank whose slot has the adapter. `donate`: its tables are written into the memory of the old ones."""
+        """A bank whose slot has the adapter.
+
+        Args:
+          bank: its pages have been written.
+          donate: write the tables into the memory of the old ones.
+        """
         tables, scales = empty_slot(bank)
         sites, weights = dict(bank.sites), self.prepared.adapter.weights
         for (layer, module), (runs_a, runs_b, ranks) in self.prepared.packed.entries.items():
@@ -156,15 +195,21 @@ class Insertion:
             tables[module][row, :, 2] = pages_of(ranks)
             tables[module][row, :, 3] = ranks
             scales[module][row] = np.where(live, weights[layer, module].scale, 0)
-        new_tables, new_scales = set_slot(*own((bank.tables, bank.scales), donate), int(self.slot), tables, scales)
+        new_tables, new_scales = set_slot(*writable((bank.tables, bank.scales), donate), int(self.slot), tables, scales)
         return replace(bank, tables=new_tables, scales=new_scales)
 
 
 def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank, Insertion]:
-    """A bank in which the adapter's pages are the slot's, moved together first where its free pages are too scattered.
+    """A bank in which the adapter's pages are the slot's. It is compacted first if free pages are too scattered.
+
+    Args:
+      bank: it is not changed.
+      slot: an empty slot.
+      prepared: the adapter.
 
     Raises:
-      InputError: the slot is out of range or taken. BankFullError: not enough free pages.
+      InputError: the slot is out of range or taken.
+      BankFullError: not enough free pages.
     """
     check_slot(bank, slot)
     owner = {width: np.array(ids) for width, ids in bank.owner.items()}

@@ -1,4 +1,4 @@
-"""One LoRA adapter on the host: what a file held, with every on-disk convention resolved."""
+"""One LoRA adapter on the host: what a file holds, with every on-disk convention resolved."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,7 +27,8 @@ class Site:
     """A projection that adapters may target: one module of a family, over the layers that have it.
 
     Attributes:
-      in_width, out_width: width of the input and output rows.
+      in_width: width of the input rows.
+      out_width: width of the output rows.
       num_experts: E for a projection of the routed experts, 1 for a dense one.
       layers: indices of the layers that have the module.
     """
@@ -71,7 +72,14 @@ class LoRAWeights:
         return int(self.ranks.max(initial=0))
 
     def delta(self, expert: int) -> np.ndarray:
-        """Float32 `[out, in]`: the dense update of one expert's weight. For tests and merging, not for serving."""
+        """The dense update of one expert's weight. For tests and merging, not for serving.
+
+        Args:
+          expert: its number.
+
+        Returns:
+          float32 `[out, in]`.
+        """
         rank = int(self.ranks[expert])
         a = self.a[0 if self.a.shape[0] == 1 else expert, :rank].astype(np.float32)
         b = self.b[0 if self.b.shape[0] == 1 else expert, :, :rank].astype(np.float32)
@@ -122,7 +130,12 @@ class LoRAAdapter:
 
 
 def same_matrices(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays are views of the same numbers in memory."""
+    """Whether two arrays are views of the same numbers in memory.
+
+    Args:
+      one: an array.
+      other: an array.
+    """
     return memory_of(one) == memory_of(other)
 
 

@@ -1,7 +1,7 @@
 """Host side of an insertion: an adapter's matrices as rows of pages, and where in the bank they go.
 
 Nothing is copied or re-ordered before it is sent: a file's B, whose columns are the bank's rows, goes to the device in
-the order in which it lies in memory, and is transposed there.
+its order in memory, and is transposed there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,7 +27,7 @@ class Stack:
     Attributes:
       matrices: a view `[X, Y, width]`, X and Y experts and ranks, the one first whose steps are longer.
       places: int `[X, Y]`, row among the adapter's pages that each row goes to; -1 for a rank that an expert lacks.
-      columns: rows are columns in memory.
+      columns: whether rows are columns in memory.
     """
 
     matrices: np.ndarray
@@ -45,7 +45,14 @@ class Stack:
 
 @dataclass
 class Packed:
-    """All matrices of one width: where their rows go in pages, and how many pages each matrix takes in a run."""
+    """All matrices of one width.
+
+    Attributes:
+      stacks: where the rows of the matrices go in pages.
+      runs: for each stack, the pages of each of its matrices.
+      num_runs: matrices so far.
+      num_pages: pages so far.
+    """
 
     stacks: list[Stack] = field(default_factory=list)
     runs: list[np.ndarray] = field(default_factory=list)
@@ -53,7 +60,15 @@ class Packed:
     num_pages: int = 0
 
     def add(self, matrices: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Takes matrices `[n, R, width]` of which each has its own rank; returns the run of each, -1 for rank 0."""
+        """Adds matrices.
+
+        Args:
+          matrices: `[n, R, width]`.
+          ranks: int `[n]`, the rows of each that are used.
+
+        Returns:
+          int `[n]`: the run of each matrix; -1 for rank 0.
+        """
         counts = pages_of(ranks)
         first_row = (self.num_pages + np.cumsum(counts) - counts) * RANK_PAGE
         rank = np.arange(matrices.shape[1])
@@ -88,7 +103,12 @@ class PackedAdapter:
 
 
 def pack(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> PackedAdapter:
-    """Says where an adapter's matrices go, and copies nothing; a shared or aliased matrix is packed once."""
+    """Where an adapter's matrices go. Nothing is copied; a shared or aliased matrix is packed once.
+
+    Args:
+      adapter: the adapter, which fits the sites.
+      sites: the bank's projections.
+    """
     widths: dict[int, Packed] = {}
     entries: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     packed_before: dict[tuple[tuple[Any, ...], str, bytes], np.ndarray] = {}
@@ -115,26 +135,32 @@ def _pack_side(weights: LoRAWeights, side: str, packed: Packed) -> np.ndarray:
 
 
 def chunks(stacks: list[Stack], columns: bool, size: int, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Rows of the stacks that lie one way, in chunks of one size.
+    """Rows of the stacks that lie one way in memory, in chunks of one size.
+
+    Args:
+      stacks: the stacks.
+      columns: which way: the stacks whose rows are columns in memory, or the others.
+      size: rows of a chunk.
+      dtype: of the chunks.
 
     Yields:
-      Values `[size, width]` in `dtype`, or `[width, size]` for columns, and the place of each row `[size]`. What is
-      over in the last chunk has place -1, and any values.
+      Values `[size, width]` in `dtype`, or `[width, size]` for columns, and the place of each row `[size]`. Rows left
+      over in the last chunk have place -1 and undefined values.
     """
     values, places, used = np.zeros((0, 0), dtype), np.zeros(0, np.int64), 0
     for stack in stacks:
         if stack.columns is not columns:
             continue
-        rows, own_places = stack.rows, stack.places.ravel()
+        rows, stack_places = stack.rows, stack.places.ravel()
         begin = 0
-        while begin < len(own_places):
+        while begin < len(stack_places):
             if used == len(places):  # none yet, or the last one is full
                 shape = (rows.shape[1], size) if columns else (size, rows.shape[1])
                 values, places, used = np.empty(shape, dtype), np.full(size, -1), 0
-            taken = min(size - used, len(own_places) - begin)
+            taken = min(size - used, len(stack_places) - begin)
             filled = values.T if columns else values
             filled[used : used + taken] = rows[begin : begin + taken]
-            places[used : used + taken] = own_places[begin : begin + taken]
+            places[used : used + taken] = stack_places[begin : begin + taken]
             used, begin = used + taken, begin + taken
             if used == size:
                 yield values, places
@@ -146,7 +172,8 @@ def allocate(free: np.ndarray, runs: np.ndarray) -> np.ndarray | None:
     """First page of each run, out of the free pages, longest runs first; None where a run finds no room.
 
     Args:
-      free: bool `[N]`. runs: int `[n]`, pages of each run, which must lie side by side.
+      free: bool `[N]`, the pages that are free.
+      runs: int `[n]`, pages of each run, which must lie side by side.
     """
     free = free.copy()
     first = np.zeros(len(runs), np.int64)
@@ -164,6 +191,11 @@ def allocate(free: np.ndarray, runs: np.ndarray) -> np.ndarray | None:
 
 
 def page_ids(first: np.ndarray, runs: np.ndarray) -> np.ndarray:
-    """The page that each packed page goes to, run after run."""
+    """The page that each packed page goes to, run after run.
+
+    Args:
+      first: int `[n]`, the first page of each run.
+      runs: int `[n]`, the pages of each run.
+    """
     offsets = np.arange(runs.sum()) - np.repeat(np.cumsum(runs) - runs, runs)
     return np.repeat(first, runs) + offsets

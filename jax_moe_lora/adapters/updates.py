@@ -21,7 +21,13 @@ def chunk_rows(pool: Float[Array, "N 16 width"]) -> int:
 def scatter(
     pool: Float[Array, "N 16 width"], rows: Int[Array, "n"], values: Float[Array, "n width"]
 ) -> Float[Array, "N 16 width"]:
-    """Writes rows of pages; those past the end are dropped. Donates `pool`."""
+    """Writes rows of pages. Donates `pool`.
+
+    Args:
+      pool: the pages.
+      rows: which rows; those past the end are dropped.
+      values: theirs.
+    """
     return pool.reshape(-1, pool.shape[2]).at[rows].set(values, mode="drop").reshape(pool.shape)
 
 
@@ -29,13 +35,27 @@ def scatter(
 def scatter_columns(
     pool: Float[Array, "N 16 width"], rows: Int[Array, "n"], values: Float[Array, "width n"]
 ) -> Float[Array, "N 16 width"]:
-    """`scatter` of the values' columns."""
+    """As `scatter`, with a value's rows as columns.
+
+    Args:
+      pool: the pages, which are donated.
+      rows: which rows; those past the end are dropped.
+      values: theirs, one a column.
+    """
     return scatter(pool, rows, values.T)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
 def set_slot(tables, scales, slot, new_tables, new_scales):
-    """Replaces a slot's entries in all tables. Donates the tables."""
+    """Replaces a slot's entries in all tables.
+
+    Args:
+      tables: the bank's, which are donated.
+      scales: the bank's, which are donated.
+      slot: the slot.
+      new_tables: its entries of the tables.
+      new_scales: its entries of the scales.
+    """
     return (
         {m: t.at[:, slot].set(new_tables[m]) for m, t in tables.items()},
         {m: s.at[:, slot].set(new_scales[m]) for m, s in scales.items()},
@@ -44,11 +64,25 @@ def set_slot(tables, scales, slot, new_tables, new_scales):
 
 @jax.jit
 def permute(pool: Float[Array, "N 16 width"], order: Int[Array, "N"]) -> Float[Array, "N 16 width"]:
+    """The pages of a pool in another order.
+
+    Args:
+      pool: the pages.
+      order: for each place, the page that goes there.
+    """
     return pool[order]
 
 
 def compile_updates(pools: Iterable[Float[Array, "_N 16 _width"]], tables, scales, new_tables, new_scales) -> None:
-    """Fills jit's caches from shapes alone: nothing runs, no memory is taken."""
+    """Fills jit's caches from shapes alone: nothing runs, no memory is taken.
+
+    Args:
+      pools: the bank's.
+      tables: the bank's.
+      scales: the bank's.
+      new_tables: a slot's entries of the tables.
+      new_scales: a slot's entries of the scales.
+    """
     for pool in pools:
         rows, width = chunk_rows(pool), pool.shape[2]
         pages = jax.ShapeDtypeStruct(pool.shape, pool.dtype)

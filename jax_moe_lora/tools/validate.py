@@ -61,7 +61,16 @@ def validate_folders(
     dtype: str,
     lora_b_layout: str | None = None,
 ) -> Report:
-    """As `validate`, with the adapter's layout and the bytes that it takes in a bank."""
+    """As `validate`, with the adapter's layout and the bytes that it takes in a bank.
+
+    Args:
+      adapter_folder: as for `validate`.
+      model_folder: as for `validate`.
+      deep: as for `validate`.
+      max_rank: as for `validate`.
+      dtype: as for `validate`.
+      lora_b_layout: as for `validate`.
+    """
     check_b_layout(lora_b_layout)
     bank_dtype, deep = check_dtype(dtype), flag("deep", deep)
     max_rank, adapter, base = whole("max_rank", max_rank, 1), Path(adapter_folder), Path(model_folder)

@@ -17,7 +17,7 @@ from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_header import TensorInfo
 
 DENSE_ONLY = "PEFT, no experts"
-# One spelling a number: were 0 and 00 both taken, one key would silently replace the other.
+# One spelling per number: if 0 and 00 were both accepted, one key would silently replace the other.
 INDEX = r"0|[1-9][0-9]{0,8}"
 _KEY = re.compile(
     rf"base_model\.model\.(?P<module>model\.layers\.(?P<layer>{INDEX})\.(?P<path>.+))\.lora_(?P<side>[AB])\.weight"
@@ -116,7 +116,7 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
 
 
 class Tensors(Protocol):
-    """Where a reader takes its matrices from."""
+    """Where a reader gets its matrices."""
 
     def get_tensor(self, name: str, /) -> np.ndarray: ...
 
@@ -195,7 +195,13 @@ class AdapterFile:
     def load(
         self, pair: Pair, shapes_a: Sequence[tuple[int, ...]], shapes_b: Sequence[tuple[int, ...]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A and B, each of one of the shapes that the model expects."""
+        """A and B of a pair.
+
+        Args:
+          pair: their keys.
+          shapes_a: what A's shape may be.
+          shapes_b: what B's shape may be.
+        """
         return self._load(pair, "A", shapes_a), self._load(pair, "B", shapes_b)
 
     def _load(self, pair: Pair, side: str, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
@@ -209,7 +215,12 @@ class AdapterFile:
         return _stand_in(shapes[0], np.dtype(np.float32))
 
     def blank(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Zeros to put matrices into, where these have values."""
+        """Zeros to put matrices into; where values are not read, they take no memory.
+
+        Args:
+          shape: theirs.
+          dtype: theirs.
+        """
         return np.zeros(shape, dtype) if self.values else _stand_in(shape, dtype)
 
     def two_dimensional(self, pair: Pair) -> bool:

@@ -1,4 +1,8 @@
-"""Fields of `adapter_config.json`: each function reads one and says what was expected of it."""
+"""Fields of `adapter_config.json`.
+
+Each reader takes the whole object and a field's name, and returns the field's value; one that is not there has PEFT's
+default. A value that the field may not have raises `Malformed`, which says what was expected.
+"""
 
 import re
 from collections.abc import Mapping
@@ -31,17 +35,19 @@ class Malformed(Exception):
 
 
 def shown(value: Any) -> str:
-    """A value in an error: as JSON has it, and not all of a long one."""
+    """A value for an error message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def lora(raw: Mapping[str, Any], name: str) -> None:
+    """The type of the adapter, which must be LoRA."""
     if str(raw.get(name) or "LORA").upper() != "LORA":
         raise Malformed(name, raw[name], "LORA, the only type that is supported")
 
 
 def rank(raw: Mapping[str, Any], name: str) -> int:
+    """A rank."""
     return _rank(raw.get(name), name)
 
 
@@ -60,6 +66,7 @@ def _whole(value: Any) -> int | None:
 
 
 def flag(raw: Mapping[str, Any], name: str) -> bool:
+    """True or false; what says nothing is false."""
     value = raw.get(name)
     if not isinstance(value, bool) and not says_nothing(value):
         raise Malformed(name, value, "true or false")
@@ -67,6 +74,7 @@ def flag(raw: Mapping[str, Any], name: str) -> bool:
 
 
 def alpha(raw: Mapping[str, Any], name: str) -> float:
+    """An alpha, 8 where none is given."""
     return _number(raw.get(name, 8), name)
 
 
@@ -78,10 +86,12 @@ def _number(value: Any, name: str) -> float:
 
 
 def rank_patterns(raw: Mapping[str, Any], name: str) -> dict[str, int]:
+    """Pattern -> rank."""
     return {pattern: _rank(value, f"{name}[{pattern!r}]") for pattern, value in _patterns(raw, name).items()}
 
 
 def alpha_patterns(raw: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Pattern -> alpha."""
     return {pattern: _number(value, f"{name}[{pattern!r}]") for pattern, value in _patterns(raw, name).items()}
 
 
@@ -93,11 +103,13 @@ def _patterns(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def names(raw: Mapping[str, Any], name: str) -> str | list[str]:
+    """A list of names, or one regular expression."""
     value = raw.get(name)
     return _compiled(value, name) if isinstance(value, str) and value else listed_names(raw, name)
 
 
 def listed_names(raw: Mapping[str, Any], name: str) -> list[str]:
+    """A list of names."""
     value = raw.get(name) or []
     if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
         raise Malformed(name, value, "a list of names")
@@ -105,6 +117,7 @@ def listed_names(raw: Mapping[str, Any], name: str) -> list[str]:
 
 
 def layer_patterns(raw: Mapping[str, Any], name: str) -> list[str]:
+    """Regular expressions; one may stand without a list."""
     value = names(raw, name)
     return [_compiled(pattern, name) for pattern in ([value] if isinstance(value, str) else value)]
 
@@ -123,6 +136,7 @@ def _compiled(pattern: str, name: str) -> str:
 
 
 def layers(raw: Mapping[str, Any], name: str) -> frozenset[int] | None:
+    """Indices of layers; None for all of them."""
     value = raw.get(name)
     values = [value] if isinstance(value, int | float) and not isinstance(value, bool) else value or []
     numbers = [_whole(item) for item in values] if isinstance(values, list) else [None]
@@ -133,7 +147,7 @@ def layers(raw: Mapping[str, Any], name: str) -> frozenset[int] | None:
 
 
 def b_layout(raw: Mapping[str, Any], name: str) -> str | None:
-    """What Unsloth says of the order of B's columns in 3-D parameters; None where nothing is said."""
+    """Unsloth's note on the order of B's columns in 3-D parameters; None where there is none."""
     value = raw.get(name) or None
     if value not in (None, *B_LAYOUTS, MIXED):
         raise Malformed(name, value, " or ".join(B_LAYOUTS))
@@ -141,7 +155,7 @@ def b_layout(raw: Mapping[str, Any], name: str) -> str | None:
 
 
 def b_layouts(raw: Mapping[str, Any], name: str) -> dict[str, str]:
-    """The same by parameter, such as `gate_up_proj`, from Unsloth's longer note."""
+    """Parameter, such as `gate_up_proj`, -> the order of its B's columns, from Unsloth's longer note."""
     note = raw.get(name) or {}
     parameters = note.get("parameters") or {} if isinstance(note, dict) else None
     if not isinstance(parameters, dict) or not all(isinstance(entry, dict) for entry in parameters.values()):

@@ -79,7 +79,12 @@ def check_b_layout(b_layout: str | None) -> None:
 
 @contextmanager
 def open_adapter(folder: Path, problems: Problems) -> Iterator[tuple[PeftConfig, AdapterTensors]]:
-    """An adapter's config and its open tensors; the folder must stay as it is until the block ends."""
+    """An adapter's config and its open tensors. The folder must not change before the block ends.
+
+    Args:
+      folder: the adapter's.
+      problems: what becomes of a problem.
+    """
     with unchanged(AdapterFormatError, *(folder / file for file in (CONFIG, SIDECAR, WEIGHTS_INDEX))):
         config = read_peft_config(folder, problems)
         with open_weights(folder) as tensors:
@@ -87,7 +92,12 @@ def open_adapter(folder: Path, problems: Problems) -> Iterator[tuple[PeftConfig,
 
 
 def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
-    """What all pairs of a file are to the model, by the layout that their keys have."""
+    """The weights of all pairs of a file, by the layout that their keys have.
+
+    Args:
+      file: what the readers share.
+      pairs: its A and B.
+    """
     weights: Weights = {}
     layout, experts = _experts(file, pairs)
     if layout is not None:
@@ -103,12 +113,12 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
 
 
 def layout_of(rest: str) -> FileLayout | None:
-    """The layout whose keys go on like this behind the experts' path."""
+    """The layout whose keys continue like this after the experts' path; None if there is none."""
     return next((layout for layout in LAYOUTS if layout.rest.fullmatch(rest)), None)
 
 
 def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, list[Pair]]:
-    """The layout of the experts, and their pairs: one layout under one path, or it would not be known which counts."""
+    """The layout of the experts, and their pairs. Two layouts, or two paths, are refused as ambiguous."""
     by_layout: dict[tuple[str, FileLayout], list[Pair]] = {}
     for pair in pairs:
         if pair.path in file.names.dense:

@@ -76,12 +76,12 @@ def _compare(tensors: AdapterTensors, key: str, base: TensorFile, name: str) -> 
     count = math.prod(info.shape)
     for begin in range(0, count, _PIECE_VALUES):
         piece = (min(_PIECE_VALUES, count - begin),)
-        copied, own = (
+        copied, expected = (
             file.get_values(tensor, begin, piece) for file, tensor in ((tensors.files[key], key), (base, name))
         )
         with np.errstate(over="ignore"):
             # A copy has the dtype that the base was trained in, which may be narrower or wider than its file's.
-            differs = own.astype(copied.dtype) != copied
+            differs = expected.astype(copied.dtype) != copied
         if differs.any():
             row = (begin + int(differs.argmax())) // info.shape[-1]
             raise _refusal(tensors, key, f"differs from {name} of the base model, in row {row} first", "other values")

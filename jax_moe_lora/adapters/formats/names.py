@@ -1,4 +1,4 @@
-"""Where projections stand in adapter files: a family's own names, and those that servers gave to experts."""
+"""Where projections stand in adapter files: a family's names, and the names that servers give to experts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class AdapterNames:
     stored_in_out: bool = False
 
     def split(self, path: str) -> tuple[str, str] | None:
-        """The experts' path and what follows it; None for a path that is none of the experts'."""
+        """The experts' path and what follows it; None for a path outside of the experts."""
         for experts in (self.experts_path, self.per_expert_path or self.experts_path):
             if path == experts or path.startswith(f"{experts}."):
                 return experts, path[len(experts) :]
@@ -46,13 +46,26 @@ class AdapterNames:
         return (b[:, ::2], b[:, 1::2]) if self.interleaved else (b[:, :half], b[:, half:])
 
     def fuse_gate_and_up(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
-        """The fused B `[E, 2F, R]` of two halves `[E, F, R]`."""
+        """The fused B of two halves.
+
+        Args:
+          gate: `[E, F, R]`.
+          up: `[E, F, R]`.
+
+        Returns:
+          `[E, 2F, R]`.
+        """
         if not self.interleaved:
             return np.concatenate((gate, up), axis=1)
         return np.stack((gate, up), axis=2).reshape(gate.shape[0], -1, gate.shape[2])
 
     def dense_path(self, module: str, in_checkpoints: bool = False) -> str:
-        """The path of a projection with one matrix: the first that it has, or the one in checkpoints."""
+        """The path of a projection with one matrix.
+
+        Args:
+          module: the projection.
+          in_checkpoints: the path in checkpoints, not the first that it has.
+        """
         paths = [path for path, named in self.dense.items() if named == module]
         return paths[-1 if in_checkpoints else 0]
 

@@ -82,7 +82,12 @@ class PatternTable:
         return matches
 
     def value(self, keys: Iterable[str], default: Any) -> Any:
-        """The value of the first pattern that matches one of a module's full names, or the default."""
+        """The value of the first pattern that matches.
+
+        Args:
+          keys: the full names of a module.
+          default: the value if no pattern matches one of them.
+        """
         first = min((index for key in keys for index in self.matching(key)), default=None)
         return default if first is None else self.values[first]
 

@@ -22,7 +22,12 @@ _INNER = ".base_layer"
 
 
 def read_dense(file: AdapterFile, pair: Pair) -> LoRAWeights:
-    """A projection with one matrix: A `[R, in]`, B `[out, R]`, which are two-dimensional."""
+    """A projection with one matrix: A `[R, in]`, B `[out, R]`.
+
+    Args:
+      file: what the readers share.
+      pair: A and B, which are two-dimensional.
+    """
     site = file.site(pair, file.names.dense[pair.path])
     # transformers 5 holds the router as a bare parameter, so a config may name either.
     rank, parameter = pair.shape("A")[0], f"{pair.path}.weight"
@@ -35,7 +40,12 @@ def read_dense(file: AdapterFile, pair: Pair) -> LoRAWeights:
 
 
 def read_per_expert(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:
-    """`experts.E.gate_proj` and so on, as under transformers 4: A `[R, in]`, B `[out, R]` for each expert."""
+    """`experts.E.gate_proj` and so on, as under transformers 4: A `[R, in]`, B `[out, R]` for each expert.
+
+    Args:
+      file: what the readers share.
+      pairs: A and B of the experts.
+    """
     groups: dict[tuple[int, str], dict[int, Pair]] = {}
     for pair in pairs:
         index, part = pair.path.rsplit(".", 2)[1:]
@@ -53,7 +63,7 @@ def read_per_expert(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:
 
 
 def _stack(file: AdapterFile, module: str, by_expert: Mapping[int, Pair]) -> LoRAWeights:
-    """Experts that the file leaves out keep rank 0: a zero update, and nobody is shifted into their place."""
+    """Experts that the file leaves out have rank 0, a zero update; the others keep their numbers."""
     site = file.site(next(iter(by_expert.values())), module)
     count = site.num_experts
     ranks, scales = np.zeros(count, np.int32), np.zeros(count, np.float32)
@@ -106,7 +116,15 @@ class _Wrapper:
         return self.pair.shape("A")[1], self.pair.shape("B")[0]
 
     def read(self, file: AdapterFile, transposed: bool) -> tuple[np.ndarray, np.ndarray, float]:
-        """A `[E, R, in]` and B `[E, out, R]`, as views of the file's arrays, and the scale."""
+        """The matrices of all experts, as views of the file's arrays.
+
+        Args:
+          file: what the readers share.
+          transposed: A and B are exchanged, as peft up to 0.19.0 wrote them.
+
+        Returns:
+          A `[E, R, in]`, B `[E, out, R]`, and the scale.
+        """
         rows, columns = self.pair.shape("A")[0], self.pair.shape("B")[1]
         if rows % self.experts or columns != rows:
             problem = f"A has {rows} rows and B {columns} columns, not one multiple of {self.experts} experts"
@@ -131,7 +149,12 @@ class _Wrapper:
 
 
 def read_wrappers(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:
-    """`experts.base_layer` and `experts`: peft's wrappers of the 3-D parameters, nested in the parameters' order."""
+    """`experts.base_layer` and `experts`: peft's wrappers of the 3-D parameters, nested in the parameters' order.
+
+    Args:
+      file: what the readers share.
+      pairs: A and B of the wrappers.
+    """
     per_layer = Counter(pair.layer for pair in pairs)
     wrappers = []
     for pair in pairs:
@@ -172,7 +195,7 @@ def _wrapper(file: AdapterFile, pair: Pair, nested: bool) -> _Wrapper:
 
 
 def _are_transposed(file: AdapterFile, wrappers: Sequence[_Wrapper]) -> bool:
-    """Whether peft up to 0.19.0 wrote the file. One version wrote all of it: shapes that tell decide for the others."""
+    """Whether peft up to 0.19.0 wrote the file. One version wrote all of it, so any shape that tells decides."""
     if file.names.stored_in_out:
         return False
     evidence: dict[bool, _Wrapper] = {}

@@ -146,10 +146,10 @@ class PeftConfig:
         Raises:
           AdapterFormatError: it contradicts itself, or says that orders differ and not what this one is.
         """
-        general, own = self.b_layout, self.b_layouts.get(parameter)
-        if own is None and general != MIXED:
+        general, specific = self.b_layout, self.b_layouts.get(parameter)
+        if specific is None and general != MIXED:
             return general
-        if own in (None, MIXED) or general not in (None, MIXED, own):
-            problem = f"lora_B_layout is {general}, and the note on {parameter} says {own or 'nothing'}"
-            raise self.error(problem, "lora_B_layout", f"{general} and {own or 'nothing'}", "one order")
-        return own
+        if specific in (None, MIXED) or general not in (None, MIXED, specific):
+            problem = f"lora_B_layout is {general}, and the note on {parameter} says {specific or 'nothing'}"
+            raise self.error(problem, "lora_B_layout", f"{general} and {specific or 'nothing'}", "one order")
+        return specific

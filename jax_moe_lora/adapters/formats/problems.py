@@ -6,11 +6,12 @@ from jax_moe_lora.errors import JaxMoELoRAError
 
 
 class Problems:
-    """A block `with problems:` holds one step that may be refused; where errors are kept, the next step follows it.
+    """A block `with problems:` is one step that may be refused. Where errors are kept, the next step runs all the same.
 
-    Loading and validation run the same readers, and differ in this alone.
+    Loading and validation run the same readers, and differ only in this.
 
     Attributes:
+      keep: whether errors are kept; if not, they are raised.
       found: the errors that were kept.
     """
 

@@ -29,6 +29,7 @@ class _Group:
       last: parts of varying length in the item before, which a quantifier may follow.
       last_is_group: that item is a group.
       varies: what it matches has more than one form.
+      last_varies: the same of the item before.
     """
 
     parts: int = 0
@@ -44,7 +45,15 @@ class _Group:
         self.varies |= varies
 
     def repeat(self, least: int, most: int | None) -> bool:
-        """Applies a quantifier to the last item. False where it repeats a group without bound."""
+        """Applies a quantifier to the last item.
+
+        Args:
+          least: repetitions at least.
+          most: repetitions at most; None without bound.
+
+        Returns:
+          False where it repeats a group without bound.
+        """
         if most is not None and most <= 1:
             self.varies |= least < most
             return True

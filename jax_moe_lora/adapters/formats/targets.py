@@ -45,14 +45,24 @@ def ends(names: Iterable[str]) -> set[str]:
 
 
 def dense_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[str]:
-    """Full names of the model's projections with one matrix."""
+    """Full names of the model's projections with one matrix.
+
+    Args:
+      names: where projections stand in adapter files.
+      sites: the model's projections.
+    """
     for path, module in names.dense.items():
         for layer in sites[module].layers if module in sites else ():
             yield f"model.layers.{layer}.{path}"
 
 
 def expert_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[str]:
-    """Full names of the experts' projections where each is a module of its own, as with transformers 4."""
+    """Full names of the experts' projections where each is a module of its own, as with transformers 4.
+
+    Args:
+      names: where projections stand in adapter files.
+      sites: the model's projections.
+    """
     experts = names.per_expert_path or names.experts_path
     for part, module in names.experts.items():
         for layer in sites[module].layers if module in sites else ():
@@ -61,7 +71,12 @@ def expert_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[s
 
 
 def parameters(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[str]:
-    """Full names of the parameters that a config may target: 3-D ones of all experts, and weights of dense modules."""
+    """Full names of the parameters that a config may target: 3-D ones of all experts, and weights of dense modules.
+
+    Args:
+      names: where projections stand in adapter files.
+      sites: the model's projections.
+    """
     for parameter, module in (("gate_up_proj", "gate"), ("down_proj", "down")):
         for layer in sites[module].layers if module in sites else ():
             yield f"model.layers.{layer}.{names.experts_path}.{parameter}"

@@ -21,7 +21,13 @@ from jax_moe_lora.adapters.lora import uniform
 
 
 def read_stacks(file: AdapterFile, pairs: Sequence[Pair], parts: Mapping[str, tuple[str, ...]]) -> Weights:
-    """Weights of pairs whose path ends in one of `parts`, which says what modules it holds."""
+    """The weights of stacks.
+
+    Args:
+      file: what the readers share.
+      pairs: A and B, whose paths end in one of `parts`.
+      parts: last part of a path -> the modules that the stack holds.
+    """
     weights: Weights = {}
     for pair in pairs:
         with file.problems:
@@ -47,7 +53,12 @@ def _read_stack(file: AdapterFile, pair: Pair, modules: Sequence[str], weights: 
 
 
 def stacks(name: str, parts: Mapping[str, tuple[str, ...]]) -> FileLayout:
-    """The layout whose keys end in `parts`."""
+    """A layout with one stack of all experts a side.
+
+    Args:
+      name: what users call it.
+      parts: last part of a path -> the modules that the stack holds.
+    """
     return FileLayout(name, re.compile(rf"\.({'|'.join(parts)})"), partial(read_stacks, parts=parts))
 
 

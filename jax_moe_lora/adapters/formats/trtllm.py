@@ -29,7 +29,11 @@ _MODULES = {part: modules[0] for part, modules in TRTLLM_PARTS.items() if part !
 
 
 def share_sides(file: AdapterFile, weights: Weights) -> Weights:
-    """The weights with every side that `lora_layout.json` declares as one matrix; unchanged where there is none.
+    """The weights with every side that `lora_layout.json` declares as one matrix; unchanged if there is no such file.
+
+    Args:
+      file: what the readers share.
+      weights: as read from the tensors.
 
     Raises:
       AdapterFormatError: the sidecar is malformed, or says otherwise than the tensors.
@@ -65,7 +69,15 @@ def _contradiction(file: Path, key: str, problem: str, found: str, expected: str
 
 
 def read_sidecar(file: Path, problems: Problems) -> dict[str, str | None]:
-    """Each module of the experts -> its shared side, if any; a module whose entry was refused is left out."""
+    """The declarations of a `lora_layout.json`.
+
+    Args:
+      file: its path.
+      problems: what becomes of a problem.
+
+    Returns:
+      Each module of the experts -> its shared side, `A` or `B`, or None; a module whose entry was refused is left out.
+    """
     declared: dict[str, str | None] = {}
     with problems:
         raw = read_json(file, AdapterFormatError)

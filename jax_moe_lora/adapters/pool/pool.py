@@ -1,4 +1,4 @@
-"""Any number of adapters behind the slots of one bank: loaded when a request needs them, by one thread of their own.
+"""Any number of adapters behind the slots of one bank, loaded by a thread when a request needs them.
 
 A batch is admitted when every adapter that it names has a slot, or gets one: all of them at once, so that two batches
 never wait for each other's. What no running batch uses and nobody pinned is evicted, longest unused first. While an
@@ -85,7 +85,12 @@ class AdapterPool:
             del self._registry.entries[name]
 
     def pin(self, name: str, pinned: bool = True) -> None:
-        """Keeps an adapter in its slot once it is there, or lets it be evicted again."""
+        """Keeps an adapter in its slot once it is there, or lets it be evicted again.
+
+        Args:
+          name: the adapter's.
+          pinned: False lets it be evicted.
+        """
         with self._changed:
             for entry in self._registry.find_all([name]):
                 entry.pinned = pinned
@@ -114,7 +119,8 @@ class AdapterPool:
         """An adapter on the host, from its source; where its folder is gone, from the bank, in the bank's dtype.
 
         Raises:
-          AdapterNameError: it is not registered. AdapterFormatError: its folder is not read, and it is in no slot.
+          AdapterNameError: it is not registered.
+          AdapterFormatError: its folder cannot be read, and it is in no slot.
         """
         with self._changed:
             entry = self._registry.find(name)

@@ -59,7 +59,7 @@ class Slot:
     """One slot of the bank.
 
     Attributes:
-      entry: the adapter that it is for; None if there is none, or it has got another slot since.
+      entry: the adapter that it is for; None if there is none, or it has another slot by now.
       references: running requests that use it.
       used: when it was used last, by the registry's count.
     """
@@ -180,7 +180,12 @@ class Registry:
         return [slot for slot in numbers if self.slots[slot].entry is None and not self.slots[slot].references]
 
     def give(self, entry: Entry, slot: int) -> None:
-        """A free slot to an adapter that has none."""
+        """Gives a free slot to an adapter that has none.
+
+        Args:
+          entry: the adapter.
+          slot: the slot.
+        """
         self.slots[slot].entry, entry.slot = entry, slot
         self.touch(entry)
 
@@ -197,7 +202,12 @@ class Registry:
         self.slots[entry.slot].used = self._clock
 
     def count(self, slots: Sequence[int], change: int) -> None:
-        """Adds a request to each of the slots, or takes it off."""
+        """Counts requests that begin or end.
+
+        Args:
+          slots: the slot of each; a base row's is ignored.
+          change: 1 or -1.
+        """
         for slot in slots:
             if slot != BASE_SLOT:
                 self.slots[slot].references += change

@@ -1,4 +1,4 @@
-"""What a bank asks of an adapter, beside what its files say: it fits the sites and the largest rank, and is finite."""
+"""What a bank asks of an adapter, whatever its files say: it fits the sites and the largest rank, and is finite."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,15 @@ from jax_moe_lora.errors import AdapterFormatError
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that keeps a projection's weights from being served."""
+    """One thing that keeps a projection's weights from being served.
+
+    Attributes:
+      layer: the projection's.
+      module: the projection.
+      problem: a sentence.
+      found: what is there, in few words.
+      expected: what should be there, in few words.
+    """
 
     layer: int
     module: str
@@ -21,7 +29,17 @@ class Violation:
 
 
 def check_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int, dtype: np.dtype) -> None:
-    """Raises AdapterFormatError for the first thing that keeps the adapter from being served by a bank."""
+    """Refuses an adapter that a bank cannot serve.
+
+    Args:
+      adapter: the adapter.
+      sites: the bank's projections.
+      max_rank: the largest rank that the bank takes.
+      dtype: the bank's.
+
+    Raises:
+      AdapterFormatError: the first thing that is wrong.
+    """
     if not adapter.weights:
         raise AdapterFormatError(f"Adapter {adapter.name!r} holds no weights; expected at least one projection.")
     layout = f" ({adapter.layout})" if adapter.layout else ""
@@ -38,7 +56,13 @@ def check_adapter(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int
 
 
 def violations(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int) -> Iterator[Violation]:
-    """Everything that can be said without looking at a value of A or B."""
+    """Everything that is wrong and can be seen without the values of A and B.
+
+    Args:
+      adapter: the adapter.
+      sites: the bank's projections.
+      max_rank: the largest rank that the bank takes.
+    """
     for (layer, module), weights in adapter.weights.items():
         for problem, found, expected in _problems(layer, module, weights, sites, max_rank):
             yield Violation(layer, module, problem, found, expected)
@@ -73,7 +97,7 @@ def _problems(
     if weights.max_rank > max_rank:
         problem = f"its rank is {weights.max_rank}; the bank takes at most {max_rank} (raise max_rank)."
         yield problem, f"rank {weights.max_rank}", f"at most {max_rank}"
-    # Nothing is each expert's own here, so no rank can be either; only a missing expert (rank 0) can be told apart.
+    # All experts share both matrices, so they have one rank; only a missing expert (rank 0) can differ.
     if weights.a.shape[0] == weights.b.shape[0] == 1 and (several := np.unique(ranks[ranks > 0])).size > 1:
         problem = f"A and B are shared by all experts and their ranks are {several.tolist()}; expected one rank."
         yield problem, several.tolist(), "one rank"
@@ -84,15 +108,21 @@ def _problems(
 
 
 def not_finite(dtype: np.dtype) -> str:
+    """What an error says of weights that are not finite in this dtype."""
     return f"holds values that are not finite in {np.dtype(dtype).name}, which are never served"
 
 
 def all_finite(values: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether every value is finite once it is of this dtype."""
+    """Whether every value is finite once it is cast.
+
+    Args:
+      values: the values.
+      dtype: what they are cast to.
+    """
     with np.errstate(over="ignore"):
         cast = values.astype(dtype, copy=False)
     if dtype.itemsize != 2:
         return bool(np.isfinite(cast).all())
-    # numpy's isfinite is slow for 16 bits: an exponent of all ones, as infinity has, is infinite or no number.
+    # numpy's isfinite is slow for 16 bits: an exponent of all ones, as infinity has, is infinite or NaN.
     infinity = np.array(np.inf, dtype).view(np.uint16)
     return bool(((cast.view(np.uint16) & infinity) != infinity).all())

@@ -18,7 +18,13 @@ _KEPT = ("base_model_name_or_path", "revision", "task_type")
 
 @dataclass(frozen=True)
 class Says:
-    """What the readers of a layout, other systems' too, heed in a config beside `r` and `lora_alpha`."""
+    """Which fields the readers of a layout, other systems' included, use besides `r` and `lora_alpha`.
+
+    Attributes:
+      rank_pattern: whether they use `rank_pattern`.
+      alpha_pattern: whether they use `alpha_pattern`.
+      rank_stabilised: whether they use `use_rslora`.
+    """
 
     rank_pattern: bool
     alpha_pattern: bool
@@ -31,6 +37,9 @@ def settle(
     """The config of the parts, and the parts with whatever it cannot say of their scales folded into B.
 
     Args:
+      draft: what the writers share.
+      parts: what the file will hold.
+      says: which fields the layout's readers use.
       all_targets: full names of everything in the model that could be a target.
 
     Raises:

@@ -16,8 +16,15 @@ class Part:
     """One A and one B as they stand in a file.
 
     Attributes:
-      module: what errors call it. path: of its keys below `model.layers.L.`.
-      target: what the config calls it, below `model.layers.L.` too; `parameter`: it is one, not a module.
+      layer: the L of its keys.
+      module: what errors call it.
+      path: of its keys, below `model.layers.L.`.
+      target: what the config calls it, below `model.layers.L.` too.
+      parameter: whether the target is a parameter, not a module.
+      a: its A.
+      b: its B.
+      rank: its rank.
+      scale: the factor on its update.
     """
 
     layer: int
@@ -43,7 +50,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Even:
-    """One module of one layer whose experts have one rank and one scale; a `[E or 1, R, in]`, b `[E or 1, out, R]`."""
+    """One module of one layer whose experts have one rank and one scale.
+
+    Attributes:
+      layer: the layer.
+      module: the module.
+      a: `[E or 1, R, in]`.
+      b: `[E or 1, out, R]`.
+      scale: the factor on every expert's update.
+    """
 
     layer: int
     module: str
@@ -61,7 +76,11 @@ class Draft:
     """What the writers of all layouts share.
 
     Attributes:
-      layout: what users call it. expand: write copies of a matrix where the layout cannot share it.
+      adapter: what is written.
+      sites: the model's projections.
+      names: where they stand in adapter files.
+      layout: what users call it.
+      expand: write copies of a matrix where the layout cannot share it.
       fold_scale: multiply B by the part of a scale that the config cannot say.
       notes: what differs from the adapter, for the user.
     """
@@ -92,7 +111,15 @@ class Draft:
         )
 
     def even(self, layer: int, module: str) -> Even | None:
-        """The module of a layer, all experts alike; None where the adapter has nothing for it."""
+        """The module of a layer, all experts with one rank and scale; None where the adapter has nothing for it.
+
+        Args:
+          layer: the layer.
+          module: the module.
+
+        Raises:
+          AdapterFormatError: ranks differ, or scales that may not be folded into B.
+        """
         weights = self.adapter.weights.get((layer, module))
         if weights is None or not weights.max_rank:
             return None
@@ -109,7 +136,15 @@ class Draft:
         return replace(even, b=self.folded(layer, module, self.copies(even, "b").b, scale, factors))
 
     def folded(self, layer: int, module: str, b: np.ndarray, scale: float, factor: np.ndarray | float) -> np.ndarray:
-        """B times `factor`, since the config says `scale` where the adapter has `scale * factor`."""
+        """B times `factor`, since the config says `scale` where the adapter has `scale * factor`.
+
+        Args:
+          layer: for errors.
+          module: for errors.
+          b: `[E or 1, out, R]`.
+          scale: what the config says.
+          factor: the rest, one for all experts or `[E, 1, 1]`.
+        """
         if not self.fold_scale:
             wanted = ", ".join(f"{value:g}" for value in np.unique(scale * np.asarray(factor)))
             problem = (
@@ -124,7 +159,12 @@ class Draft:
         return folded
 
     def copies(self, even: Even, sides: Iterable[str] = "ab") -> Even:
-        """The module with a matrix of its own for each expert, on these sides."""
+        """The module with one matrix per expert on some sides.
+
+        Args:
+          even: the module.
+          sides: which sides, of `a` and `b`.
+        """
         count = self.sites[even.module].num_experts
         for side in sides:
             matrices = getattr(even, side)
@@ -149,7 +189,15 @@ class Draft:
 
 
 def dense_part(layer: int, module: str, weights: LoRAWeights, path: str, parameter: bool = False) -> Part:
-    """A projection with one matrix, as every layout has it: A `[R, in]`, B `[out, R]`."""
+    """A projection with one matrix, as every layout has it: A `[R, in]`, B `[out, R]`.
+
+    Args:
+      layer: the layer.
+      module: the module.
+      weights: of one expert.
+      path: of its keys, below `model.layers.L.`.
+      parameter: whether the config targets its parameter, not the module.
+    """
     rank, target = int(weights.ranks[0]), f"{path}.weight" if parameter else path
     a, b = weights.a[0, :rank], weights.b[0, :, :rank]
     return Part(layer, module, path, target, parameter, a, b, rank, float(weights.scale[0]))

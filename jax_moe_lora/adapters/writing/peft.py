@@ -17,6 +17,11 @@ def parameter_targets(names: AdapterNames, module: str, num_experts: int) -> lis
 
     The router is a bare parameter in transformers 5. A dense MLP or a shared expert, whose last part is also one of an
     expert's, goes by its parameter too: by their module names PEFT would take them for the experts.
+
+    Args:
+      names: what projections are called in adapter files.
+      module: the projection.
+      num_experts: 1 for a dense one; not used here.
     """
     if module in names.experts.values():
         return [f"{names.experts_path}.{'down_proj' if module == 'down' else 'gate_up_proj'}"]
@@ -83,14 +88,20 @@ def _with_zero_half(draft: Draft, gate: Even | None, up: Even | None) -> Even | 
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both in one dtype: their own, or float32, which holds both half precisions."""
+    """Both in one dtype: the one that they have, or float32, which holds both half precisions."""
     if one.dtype == other.dtype:
         return one, other
     return one.astype(np.float32), other.astype(np.float32)
 
 
 def module_targets(names: AdapterNames, module: str, num_experts: int) -> list[str]:
-    """What a config calls a module below `model.layers.L.` where each expert has modules: one name an expert."""
+    """What a config calls a module below `model.layers.L.` where each expert has modules: one name per expert.
+
+    Args:
+      names: what projections are called in adapter files.
+      module: the projection.
+      num_experts: 1 for a dense one.
+    """
     part = next((part for part, named in names.experts.items() if named == module), None)
     if part is None:
         return [names.dense_path(module, in_checkpoints=True)]
@@ -98,7 +109,7 @@ def module_targets(names: AdapterNames, module: str, num_experts: int) -> list[s
 
 
 def modules(draft: Draft) -> Iterator[Part]:
-    """A `[R, in]` and B `[out, R]` for each expert that the adapter has, at its own rank and scale."""
+    """A `[R, in]` and B `[out, R]` for each expert that the adapter has, each with its rank and scale."""
     draft.separate()
     for layer, module, weights in draft.weights():
         targets = module_targets(draft.names, module, len(weights.ranks))

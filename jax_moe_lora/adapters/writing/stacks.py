@@ -12,7 +12,14 @@ from jax_moe_lora.adapters.writing.draft import Draft, Even, Part, dense_part
 def stack_targets(
     names: AdapterNames, module: str, num_experts: int, parts: Mapping[str, tuple[str, ...]]
 ) -> list[str]:
-    """What a config calls a module below `model.layers.L.`."""
+    """What a config calls a module below `model.layers.L.`.
+
+    Args:
+      names: what projections are called in adapter files.
+      module: the projection.
+      num_experts: 1 for a dense one; not used here.
+      parts: last part of a path -> the modules that a stack holds.
+    """
     part = next((part for part, modules in parts.items() if modules == (module,)), None)
     return [f"{names.experts_path}.{part}" if part else names.dense_path(module)]
 

@@ -32,7 +32,10 @@ class Plan:
     """A folder that is yet to be written.
 
     Attributes:
-      tensors: by their keys. sidecar: `lora_layout.json`, where there is one. notes: what `write_adapter` returns.
+      tensors: by their keys.
+      config: `adapter_config.json`.
+      sidecar: `lora_layout.json`; None if there is none.
+      notes: what `write_adapter` returns.
     """
 
     tensors: Mapping[str, np.ndarray]
@@ -46,8 +49,11 @@ class WrittenLayout:
     """A layout that is written.
 
     Attributes:
-      read_as: the same for reading. parts: what a file holds. targets: what a config calls a module (see `peft.py`).
-      sidecar: `lora_layout.json`, where there is something to say.
+      read_as: the same layout for reading.
+      parts: makes what a file holds.
+      targets: what a config calls a module (see `peft.py`).
+      says: which fields of a config the layout's readers use.
+      sidecar: makes `lora_layout.json`; None where there is nothing to declare.
     """
 
     read_as: FileLayout
@@ -124,7 +130,20 @@ def plan_adapter(
     expand: bool = False,
     fold_scale: bool = False,
 ) -> Plan:
-    """What `write_adapter` would write, with its arguments and its errors, but for those of the folder."""
+    """What `write_adapter` would write.
+
+    Args:
+      adapter: what to write.
+      sites: the model's projections.
+      names: what the projections are called in adapter files.
+      layout: as for `write_adapter`.
+      expand: as for `write_adapter`.
+      fold_scale: as for `write_adapter`.
+
+    Raises:
+      AdapterFormatError: the layout cannot express something; names layer and module.
+      InputError: an unknown layout, or a flag that is neither True nor False.
+    """
     if layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}; expected one of {', '.join(LAYOUTS)}.")
     expand, fold_scale = flag("expand", expand), flag("fold_scale", fold_scale)
