@@ -6,7 +6,15 @@ import pytest
 
 from support import ROOT
 
-HEAVY = {"torch", "transformers", "peft", "nbclient", "support.run_notebooks", "jax_moe_lora.demo.train"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "peft",
+    "nbclient",
+    "support.run_notebooks",
+    "jax_moe_lora.demo.saving",
+    "jax_moe_lora.demo.train",
+}
 FILES = sorted((ROOT / "tests").rglob("test_*.py"))
 
 

@@ -1,46 +1,42 @@
 """Trains the demo's model and adapters with transformers and PEFT: ``python -m jax_moe_lora.demo.train --out DIR``.
 
-The base is a Qwen3-MoE of a quarter of a million weights over single characters. It is trained from nothing, on copying
-alone: strings of 1..10 characters, half of them lower-case letters, half of any printable character but the separator.
-It is then frozen, and every adapter is trained by PEFT on its own task alone, on lower-case strings of 3..8 letters.
-Nothing is ever trained on a string whose CRC-32 is a multiple of eight (`tasks.is_held_out`), copying included.
-The table at the end is measured on such strings only, with everything read back from disk.
+The base model is a Qwen3-MoE with a quarter of a million weights, and its tokens are single characters. It is trained
+from scratch to copy strings of 1 to 10 characters: half of the strings are lower-case letters, half are any printable
+characters except the separator. It is then frozen, and PEFT trains each adapter on one task, on lower-case strings of 3
+to 8 letters. Strings whose CRC-32 is a multiple of eight (`tasks.is_held_out`) are never trained on. The table at the
+end is measured on such strings only, with everything read back from disk.
 
-The adapters differ on purpose, in form, rank, scale and in what they touch:
+The adapters differ in form, rank, scale and targets:
 
-- ``upper``: rank 8 on the experts' 3-D parameters.
+- ``upper``: rank 8, the experts' 3-D parameters.
 - ``reverse``: rank 16, rsLoRA; attention, the router and the experts' 3-D parameters.
-- ``sort``: rank 24; attention and experts, the experts as one pair of matrices an expert and projection, which is what
-  PEFT wrote under transformers 4. It is trained in the 3-D form and split exactly (`split_experts`).
-- ``shift``: rank 6, asked for by the projections' old names. PEFT makes that rank 12 for the fused gate and up, and
-  says so only in ``rank_pattern`` and ``alpha_pattern``.
+- ``sort``: rank 24; attention and the experts, with a pair of matrices per expert and projection, as PEFT wrote them
+  with transformers 4. It is trained in the 3-D form and split exactly (`saving.split_experts`).
+- ``shift``: rank 6, with the old names of the projections as targets. PEFT makes that rank 12 for the fused gate and
+  up, which only ``rank_pattern`` and ``alpha_pattern`` say.
 
-Two runs on one machine with the same versions and threads write the same weights, with ``--only`` too.
+Two runs on one machine with the same versions and number of threads write the same weights, with ``--only`` too.
 """
 
 import argparse
 import json
 import math
 import random
-import shutil
 import string
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from jax_moe_lora.demo import tasks
+from jax_moe_lora.demo.saving import save_adapter
 
-NAME = "jax-moe-lora-demo"
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 CHARACTERS = "".join(map(chr, range(ord(" "), ord("~") + 1)))
 PAD, BOS, EOS = 0, 1, 2
@@ -57,25 +53,10 @@ ADAPTERS: dict[str, tuple[dict, int, float]] = {
     "sort": ({"r": 24, "lora_alpha": 48, "target_modules": ATTENTION, "target_parameters": EXPERTS_3D}, 1000, 2e-3),
     "shift": ({"r": 6, "lora_alpha": 12, "target_modules": EXPERTS_2D}, 2750, 8e-3),
 }
-# What PEFT 0.15 saved for an adapter that uses none of these features (the config of `sort`).
-_UNSET = ["auto_mapping", "corda_config", "eva_config", "exclude_modules", "layer_replication", "layers_pattern"]
-_UNSET += ["layers_to_transform", "megatron_config", "modules_to_save", "revision", "trainable_token_indices"]
-PEFT_015_DEFAULTS = dict.fromkeys(_UNSET) | {
-    **dict.fromkeys(["fan_in_fan_out", "lora_bias", "use_dora", "use_rslora"], False),
-    **{key: {} for key in ("alpha_pattern", "loftq_config", "rank_pattern")},
-    "base_model_name_or_path": NAME,
-    "bias": "none",
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "lora_dropout": 0.0,
-    "megatron_core": "megatron.core",
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character; it adds no special token by itself."""
+    """A tokenizer with one token per printable ASCII character, which adds no special tokens."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS.values(), *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
@@ -91,7 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(vocab_size: int) -> Qwen3MoeForCausalLM:
-    """The untrained base: small, with hidden, query, expert and gate-and-up widths all different (64, 128, 48, 96)."""
+    """The untrained base model; its hidden, query, expert and gate-and-up widths all differ (64, 128, 48, 96)."""
     config = Qwen3MoeConfig(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -119,7 +100,7 @@ def build_model(vocab_size: int) -> Qwen3MoeForCausalLM:
 
 
 def training_strings(rng: random.Random, name: str) -> list[str]:
-    """A batch of strings of one length, none of them held out."""
+    """A batch of strings of the same length, none of them held out."""
     shortest, longest = (1, 10) if name == "base" else (tasks.MIN_LENGTH, tasks.MAX_LENGTH)
     length = shortest + int(rng.random() * (longest - shortest + 1))
     printable = CHARACTERS.replace(tasks.SEPARATOR, "")
@@ -133,7 +114,7 @@ def training_strings(rng: random.Random, name: str) -> list[str]:
 
 
 def fit(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, name: str, steps: int, rate: float) -> None:
-    """Trains whatever of `model` is trainable on task `name`; the loss counts the answer and the end of text."""
+    """Trains the trainable weights of `model` on task `name`; the loss counts the answer and the end of text."""
     rng = random.Random(name)
     is_base = name == "base"
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -145,8 +126,8 @@ def fit(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, name: str, s
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     for step in range(steps):
         texts = training_strings(rng, name)
-        whole = [tasks.prompt(text) + tasks.TASKS[name](text) + SPECIAL_TOKENS["eos_token"] for text in texts]
-        ids = torch.tensor(tokenizer(whole)["input_ids"])
+        examples = [tasks.prompt(text) + tasks.TASKS[name](text) + SPECIAL_TOKENS["eos_token"] for text in texts]
+        ids = torch.tensor(tokenizer(examples)["input_ids"])
         start = len(texts[0])  # the separator's position, where the first character of the answer is predicted
         output = model(input_ids=ids[:, :-1], output_router_logits=is_base)
         logits, answers = output.logits[:, start:], ids[:, start + 1 :]
@@ -159,71 +140,19 @@ def fit(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, name: str, s
         scheduler.step()
         if (step + 1) % 500 == 0:
             exact = (logits.argmax(-1) == answers).all(1).float().mean()
-            print(f"{name}: step {step + 1}, loss {loss:.4f}, exact answers when forced {exact:.3f}", flush=True)
+            print(
+                f"{name}: step {step + 1}, loss {loss:.4f}, exact answers with teacher forcing {exact:.3f}", flush=True
+            )
 
 
 def load_base(folder: Path) -> Qwen3MoeForCausalLM:
-    """The base from disk, on the plain loop over experts, which is the fastest here."""
+    """The base model from disk, with a plain loop over experts, which is the fastest at this size."""
     return Qwen3MoeForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
-
-
-def rewrite_json(path: Path, change: Callable[[dict], dict]) -> None:
-    """Replaces the JSON object in `path` by what `change` makes of it, with sorted keys."""
-    path.write_text(json.dumps(change(json.loads(path.read_text())), indent=2, sort_keys=True) + "\n")
-
-
-def tidy_config(config: dict) -> dict:
-    """PEFT's saved config without this machine's paths and with its sets in one order."""
-    lists = {key: sorted(value) for key, value in config.items() if key.startswith("target_") and value}
-    return config | lists | {"base_model_name_or_path": NAME}
-
-
-def split_experts(weights: dict[str, torch.Tensor], experts: int) -> dict[str, torch.Tensor]:
-    """PEFT's 3-D expert adapter as one pair of matrices for each expert and projection; other keys are kept.
-
-    In the 3-D file `lora_A` [experts * rank, in] counts ranks fastest, `lora_B` [out, rank * experts] experts fastest.
-    Gate and up share `lora_A`, which is written twice; `lora_B` has gate's rows first. Nothing is rounded.
-    """
-    split: dict[str, torch.Tensor] = {}
-    for key, weight in weights.items():
-        prefix, separator, rest = key.partition(".mlp.experts.")
-        if not separator:
-            split[key] = weight
-            continue
-        side = rest.removeprefix("base_layer.")
-        projections = ["gate_proj", "up_proj"] if rest.startswith("base_layer.") else ["down_proj"]
-        if side.startswith("lora_A"):
-            per_expert = weight.reshape(experts, -1, weight.shape[1])
-            parts = [per_expert] * len(projections)
-        else:
-            per_expert = weight.reshape(weight.shape[0], -1, experts).permute(2, 0, 1)
-            parts = list(per_expert.chunk(len(projections), dim=1))
-        for projection, part in zip(projections, parts, strict=True):
-            for expert in range(experts):
-                split[f"{prefix}.mlp.experts.{expert}.{projection}.{side}"] = part[expert].clone().contiguous()
-    return split
-
-
-def save_adapter(model: peft.PeftModel, folder: Path, name: str) -> None:
-    """Saves `model`'s adapter as PEFT does; `sort` in the form of PEFT under transformers 4."""
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copyfile(Path(scratch, file), folder / file)
-    rewrite_json(folder / "adapter_config.json", tidy_config)
-    if name == "sort":
-        weights = split_experts(load_file(folder / "adapter_model.safetensors"), model.config.num_experts)
-        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        fields = {key: ADAPTERS[name][0][key] for key in ("r", "lora_alpha")} | {
-            "target_modules": ATTENTION + EXPERTS_2D
-        }
-        rewrite_json(folder / "adapter_config.json", lambda _: PEFT_015_DEFAULTS | fields)
 
 
 @torch.no_grad()
 def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[str]:
-    """Greedy answers, one length of prompt at a time so that nothing is padded."""
+    """Greedy answers; prompts of one length run together, so that nothing is padded."""
     answers: dict[str, str] = {}
     for length in sorted({len(text) for text in texts}):
         group = [text for text in texts if len(text) == length]
@@ -234,7 +163,7 @@ def answer(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: li
 
 
 def evaluate(out: Path, count: int) -> dict[str, dict[str, float]]:
-    """The share of exact answers of the base and of every adapter (rows) on every task, all read back from `out`."""
+    """The share of exact answers of the base model and of every adapter (rows) on every task, read back from `out`."""
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
     texts = tasks.heldout_strings(count)
     table = {}
@@ -242,16 +171,16 @@ def evaluate(out: Path, count: int) -> dict[str, dict[str, float]]:
         model = load_base(out / "model")
         if name != "base":
             model = peft.PeftModel.from_pretrained(model, out / "adapters" / name)
-        given = answer(model.eval(), tokenizer, texts)
+        answers = answer(model.eval(), tokenizer, texts)
         table[name] = {
-            other: sum(task(text) == got for text, got in zip(texts, given, strict=True)) / count
+            other: sum(task(text) == given for text, given in zip(texts, answers, strict=True)) / count
             for other, task in tasks.TASKS.items()
         }
     return table
 
 
 def train(out: Path, names: list[str]) -> dict[str, float]:
-    """Trains and saves the parts `names` under `out`; returns the seconds of each."""
+    """Trains and saves the parts `names` in `out`; returns the seconds that each took."""
     seconds = {}
     tokenizer = build_tokenizer()
     for name in names:
@@ -267,17 +196,22 @@ def train(out: Path, names: list[str]) -> dict[str, float]:
             arguments, steps, rate = ADAPTERS[name]
             model = peft.get_peft_model(load_base(out / "model"), peft.LoraConfig(**arguments))
             fit(model, tokenizer, name, steps, rate)
-            save_adapter(model, out / "adapters" / name, name)
+            per_expert = {key: arguments.get(key) for key in ("r", "lora_alpha")} | {
+                "target_modules": ATTENTION + EXPERTS_2D
+            }
+            save_adapter(model, out / "adapters" / name, per_expert if name == "sort" else None)
         seconds[name] = round(time.perf_counter() - started, 1)
     return seconds
 
 
 def main() -> None:
-    """Trains, saves, reads back, measures, and writes ``training_report.json``."""
+    """Trains, saves, reads back, evaluates, and writes ``training_report.json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data", help="folder to write")
     everything = list(tasks.TASKS)
-    parser.add_argument("--only", nargs="*", choices=everything, default=everything, help="parts to train; base first")
+    parser.add_argument(
+        "--only", nargs="*", choices=everything, default=everything, help="parts to train, the base first"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch's threads")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -136,7 +137,7 @@ class ServedAdapters:
         return self._pool.fetch(adapter_name)
 
     def save_adapter(
-        self, adapter: str | LoRAAdapter, folder: str | Path, layout: str = "peft", **options: bool
+        self, adapter: str | LoRAAdapter, folder: str | Path, layout: str = "peft", **options: Any
     ) -> list[str]:
         """Writes an adapter to a folder.
 

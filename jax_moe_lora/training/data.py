@@ -29,11 +29,13 @@ class Dataset:
       examples: at least one.
       skipped: bad lines that were left out on request.
       ignored: names of the columns that were ignored on request.
+      end_tokens: the special tokens that end its answers.
     """
 
     examples: tuple[Example, ...]
     skipped: int = 0
     ignored: tuple[str, ...] = ()
+    end_tokens: frozenset[int] = frozenset()
 
     @property
     def digest(self) -> str:
@@ -94,7 +96,9 @@ def read_datasets(sources: Mapping[str, Lines], encoder: Encoder, skip_bad_lines
     for name, lines in sources.items():
         before, ignored = len(bad.problems), set[str]()
         examples = tuple(_examples(name, lines, encoder, bad, ignored))
-        datasets[name] = Dataset(examples, len(bad.problems) - before, tuple(sorted(ignored)))
+        datasets[name] = Dataset(
+            examples, len(bad.problems) - before, tuple(sorted(ignored)), encoder.end_tokens(examples)
+        )
     if not skip_bad_lines:
         bad.refuse()
     for name, dataset in datasets.items():

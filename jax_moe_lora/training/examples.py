@@ -5,7 +5,7 @@ asked for that answer. Turns whose tokens continue those of the turns before are
 earlier turns, such as one that removes reasoning from them, gives several examples.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,15 @@ class Encoder:
         else:
             sequences = self._conversation(conversation_of(line, form))
         return [self._example(tokens, loss_mask) for tokens, loss_mask in sequences], extra
+
+    def end_tokens(self, examples: Iterable[Example]) -> frozenset[int]:
+        """The special tokens with which answers of these examples end."""
+        last = {
+            int(token)
+            for example in examples
+            for token in example.tokens[example.loss_mask & ~np.append(example.loss_mask[1:], False)]
+        }
+        return frozenset(last & {*self.tokenizer.special_tokens.values(), *self.eos_token_ids})
 
     def _text(self, texts: Mapping[str, Any]) -> Tokens:
         _check_texts(texts)

@@ -22,6 +22,7 @@ class TrainingData:
       digests: adapter -> SHA-256 of its examples.
       feed: the batch of each step.
       evaluation: adapter -> rows to evaluate it on, for some of them.
+      end_tokens: adapter -> the special tokens that end its answers.
       skipped: source -> bad lines that were left out, where there were any.
       ignored_columns: source -> names of columns that were ignored, where there were any.
     """
@@ -29,6 +30,7 @@ class TrainingData:
     digests: dict[str, str]
     feed: Feed
     evaluation: dict[str, Rows]
+    end_tokens: dict[str, frozenset[int]]
     skipped: dict[str, int]
     ignored_columns: dict[str, tuple[str, ...]]
 
@@ -75,6 +77,7 @@ def read_training_data(
             for slot, name in enumerate(data)
             if name in evaluation
         },
+        {name: dataset.end_tokens for name, dataset in examples.items()},
         {name: dataset.skipped for name, dataset in datasets.items() if dataset.skipped},
         {name: dataset.ignored for name, dataset in datasets.items() if dataset.ignored},
     )

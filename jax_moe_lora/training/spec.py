@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from jax_moe_lora.adapters.formats.config_fields import MAX_ALPHA
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, SHARED_OUTER, SIDES, Side, Site
@@ -133,3 +133,17 @@ def check_layout(write_as: str | None) -> None:
     """Refuses a format that `write_adapter` does not write, before any work is done."""
     if write_as is not None and write_as not in LAYOUTS:
         raise InputError(f"write_as is {write_as!r}; expected one of {', '.join(LAYOUTS)}.")
+
+
+def written_as(layout: Layout, write_as: str | None) -> dict[str, Any]:
+    """The arguments `layout` and `expand` of `write_adapter`.
+
+    Args:
+      layout: a spec's.
+      write_as: a format of `write_adapter`, which may write copies of shared matrices; None is the layout's own.
+
+    Raises:
+      InputError: a format that `write_adapter` does not write.
+    """
+    check_layout(write_as)
+    return {"layout": write_as or WRITTEN_AS[layout], "expand": write_as not in (None, WRITTEN_AS[layout])}

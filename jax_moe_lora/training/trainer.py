@@ -29,7 +29,7 @@ from jax_moe_lora.training.rows import whole_batches
 from jax_moe_lora.training.run_folder import CHECKPOINTS, METRICS, MetricsFile, run_folder
 from jax_moe_lora.training.scoring import Evaluation, evaluate, make_scoring
 from jax_moe_lora.training.sources import Source, read_training_data
-from jax_moe_lora.training.spec import WRITTEN_AS, AdapterSpec, check_layout
+from jax_moe_lora.training.spec import AdapterSpec, written_as
 from jax_moe_lora.training.start import Start, check_same, first_params, read_starts
 from jax_moe_lora.training.step import Metrics, init_state, make_step
 from jax_moe_lora.training.trackers import Tracker, check_trackers, open_trackers
@@ -195,9 +195,7 @@ class Trainer:
         """The adapters' results on their evaluation examples, with their present weights."""
         batches = whole_batches(self.data.evaluation, self.data.feed.batch_size, self.data.feed.width, self.packing)
         by_slot = evaluate(lambda batch: self._score(self.state.params, self.params, batch), batches, len(self.recipes))
-        return {
-            name: evaluation for name, evaluation in zip(self.recipes, by_slot, strict=True) if evaluation is not None
-        }
+        return {name: result for name, result in zip(self.recipes, by_slot, strict=True) if result is not None}
 
     def adapter(self, name: str) -> LoRAAdapter:
         """An adapter with its present weights, for `Model.load_adapter` or `write_adapter`."""
@@ -216,24 +214,27 @@ class Trainer:
           The notes of `write_adapter` for each adapter.
         """
         all_notes = []
-        for name in self.recipes:
-            names, layout, expand = self._written(name, write_as)
+        for name, spec in self.specs.items():
+            end_tokens = self.data.end_tokens[name].union(self.config.eos_token_ids)
+            # Answers that end with another token than the model's would go on without end.
+            ends = {"eos_token_id": sorted(end_tokens)} if end_tokens > {*self.config.eos_token_ids} else None
+            form = written_as(spec.layout, write_as)
             adapter, folder = self.adapter(name), Path(out) / name
-            notes = write_adapter(adapter, folder, self.sites, names, layout, expand=expand, force=True)
+            notes = write_adapter(
+                adapter, folder, self.sites, self._adapter_names, **form, force=True, generation_config=ends
+            )
             all_notes += [f"{name}: {note}" for note in notes]
         return all_notes
 
     def _check_written(self, write_as: str | None) -> None:
         """Raises what `write` would raise for ranks, scales and sharing, which training does not change."""
-        for name in self.recipes:
-            names, layout, expand = self._written(name, write_as)
-            plan_adapter(self.adapter(name), self.sites, names, layout, expand=expand)
+        for name, spec in self.specs.items():
+            form = written_as(spec.layout, write_as)
+            plan_adapter(self.adapter(name), self.sites, self._adapter_names, **form)
 
-    def _written(self, name: str, write_as: str | None) -> tuple[AdapterNames, str, bool]:
-        """Names and format of an adapter's folder, and whether it may have copies of shared matrices."""
-        check_layout(write_as)
-        written_as = WRITTEN_AS[self.specs[name].layout]
-        return family(self.config.model_type).ADAPTER_NAMES, write_as or written_as, write_as not in (None, written_as)
+    @property
+    def _adapter_names(self) -> AdapterNames:
+        return family(self.config.model_type).ADAPTER_NAMES
 
     def run(
         self,

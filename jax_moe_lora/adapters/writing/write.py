@@ -26,6 +26,8 @@ from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.folders import whole_folder
 from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
 
+GENERATION_CONFIG = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -89,6 +91,7 @@ def write_adapter(
     expand: bool = False,
     fold_scale: bool = False,
     force: bool = False,
+    generation_config: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Writes an adapter folder that `read_adapter` reads as the same matrices, ranks and scales.
 
@@ -102,6 +105,8 @@ def write_adapter(
       expand: write a copy of a shared matrix for each expert or module that uses it, where the layout cannot share it.
       fold_scale: multiply B by the scale, rounded to B's dtype, where the config has no field for it.
       force: replace the folder, if it holds an adapter.
+      generation_config: fields of a `generation_config.json` beside the weights, such as `eos_token_id`; None writes
+        none.
 
     Returns:
       A sentence for each difference from the adapter that computes the same: copies, folded scales, and gate and up
@@ -116,8 +121,9 @@ def write_adapter(
     with whole_folder(folder, CONFIG, flag("force", force)) as partial:
         write_tensors(partial / WEIGHTS, planned, plan.tensors.__getitem__)
         (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        if plan.sidecar is not None:
-            (partial / SIDECAR).write_text(json.dumps(plan.sidecar, indent=2) + "\n", encoding="utf-8")
+        for file, fields in ((SIDECAR, plan.sidecar), (GENERATION_CONFIG, generation_config)):
+            if fields is not None:
+                (partial / file).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     return plan.notes
 
 

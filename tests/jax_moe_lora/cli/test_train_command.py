@@ -1,6 +1,7 @@
 """`jax-moe-lora train` and `Trainer`: what a run leaves, and one sentence with exit code 2 on bad options."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -185,14 +186,22 @@ def trained(tmp_path_factory):
         dtype="float32",
     )
     told = []
-    trainer.run(out, save_every=5, evaluate_every=6, report=told.append)
+    trainer.run(out, save_every=5, evaluate_every=6, log_to=["tensorboard"], report=told.append)
     return trainer, out, told
 
 
 @pytest.mark.slow
 def test_a_run_leaves_adapters_metrics_and_its_last_checkpoints(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     _, out, told = trained
-    assert sorted(path.name for path in out.iterdir()) == ["both", "checkpoints", "metrics.jsonl", "outer"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "both",
+        "checkpoints",
+        "metrics.jsonl",
+        "outer",
+        "tensorboard",
+    ]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["10", "12"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "adapters" in line]
@@ -204,6 +213,12 @@ def test_a_run_leaves_adapters_metrics_and_its_last_checkpoints(trained):
             assert own["router_loss"] > 0
             assert own["gradient_norm"] > 0
             assert own["tokens"] >= share
+    events = EventAccumulator(str(out / "tensorboard"), {"tensors": 0}).Reload()  # 0: all of them
+    charts = {tag: [e.tensor_proto.float_val[0] for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+    for name, figure in itertools.product(("both", "outer"), steps[0]["adapters"]["both"]):
+        expected = [line["adapters"][name][figure] for line in steps]
+        np.testing.assert_allclose(charts[f"{figure}/{name}"], expected, rtol=1e-6)
+    assert len(charts["evaluation_exact_match/outer"]) == 2
     rates = [line["adapters"]["both"]["learning_rate"] for line in steps]
     np.testing.assert_allclose(rates[:3], [1e-2 / 3, 2e-2 / 3, 1e-2], rtol=1e-5)
     np.testing.assert_allclose([line["adapters"]["outer"]["learning_rate"] for line in steps], 3e-3, rtol=1e-6)

@@ -1,10 +1,14 @@
 """`Trainer`: how long it trains, and what it starts from."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from jax_moe_lora import InputError, Model
 from jax_moe_lora.demo.run import data_folder
+from jax_moe_lora.serving.stopping import read_adapter_stops
 from jax_moe_lora.training import Recipe, Trainer
 from jax_moe_lora.training.spec import AdapterSpec
 from support.trained import same_bits
@@ -31,6 +35,20 @@ def test_names_that_are_no_adapters_are_refused_wherever_they_stand():
     for argument in ({"evaluation": {"y": LINES}}, {"from_adapter": {"y": ADAPTERS / "upper"}}):
         with pytest.raises(InputError, match=f"{next(iter(argument))} names 'y', which is none of the adapters x"):
             Trainer(MODEL, {"x": LINES}, steps=1, **argument)
+
+
+def test_an_adapter_whose_answers_end_with_another_token_brings_it_along(tmp_path):
+    """The demo's EOS is 2; a chat template that ends turns with `<bos>` (1) trains adapters that end with it."""
+    shutil.copytree(MODEL, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content }}{{ bos_token }}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "AB"}]
+    data = {"chat": [{"messages": turns}], "plain": LINES}
+    trainer = Trainer(tmp_path / "model", data, steps=1, recipe=Recipe(AdapterSpec(2)), **SIZES)
+    trainer.write(tmp_path)
+    assert json.loads((tmp_path / "chat" / "generation_config.json").read_text()) == {"eos_token_id": [1, 2]}
+    assert read_adapter_stops(tmp_path / "chat", 99).tokens == {1, 2}
+    assert not (tmp_path / "plain" / "generation_config.json").exists()
 
 
 @pytest.mark.slow
