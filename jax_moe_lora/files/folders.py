@@ -17,15 +17,20 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 def whole_folder(out: str | Path, marker: str, force: bool = False) -> Iterator[Path]:
     """A folder to write files into, which becomes `out` once the block has ended and all of it is on disk.
 
-    It stands beside `out`, as `.NAME.partial`. When the block raises, it goes; when the process dies, the next one that
-    writes `out` removes it. Until the last step `out` is as it was.
+    Until then it is beside `out`, as `.NAME.partial`, and `out` is left as it was. It is removed when the block raises;
+    after a crash, the next process that writes `out` removes it.
 
     Args:
-      marker: a file that folders of this kind have. force: replace `out`, by an exchange in one step where the system
-        has one; only a folder with this file, or an empty one, and never one that holds folders.
+      out: the folder to make.
+      marker: a file that every folder of this kind has.
+      force: replace `out` if it exists, atomically where the system can exchange folders. Only a folder with the
+        marker, or an empty one, is replaced, and never one that contains folders.
+
+    Yields:
+      The folder to write into.
 
     Raises:
-      InputError: `out` exists, may not be replaced, is written by another process, or the system refuses to write.
+      InputError: `out` exists and may not be replaced, another process is writing it, or the system refuses to write.
     """
     out = Path(os.path.abspath(out))
     partial, replaced = (out.with_name(f".{out.name}.{what}") for what in ("partial", "replaced"))

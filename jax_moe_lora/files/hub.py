@@ -12,8 +12,15 @@ _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 def local_folder(path: str | Path) -> Path:
     """The folder itself, or a snapshot of the hub repository of that name.
 
+    Args:
+      path: a folder, or a hub id such as `owner/name`.
+
+    Returns:
+      A local folder.
+
     Raises:
-      CheckpointError: neither a folder nor a repository that the hub gives. InputError: not a path at all.
+      CheckpointError: there is no such folder, and the hub does not provide such a repository.
+      InputError: not a path.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise InputError(f"The folder is {path!r}; give a path, or a hub id such as 'Qwen/Qwen3-30B-A3B'.")

@@ -60,14 +60,18 @@ class TensorInfo:
 
 
 def parse_header(text: bytes, data_bytes: int) -> dict[str, TensorInfo]:
-    """Name -> tensor.
+    """The tensors of a safetensors header, by name.
 
     Args:
-      text: the header. data_bytes: how many bytes follow it in the file.
+      text: the header.
+      data_bytes: how many bytes follow it in the file.
+
+    Returns:
+      Name -> dtype, shape and place.
 
     Raises:
-      HeaderError: the text is none, a name stands twice or cannot be printed, or the tensors are not, one behind the
-        other and each of the size that its dtype and shape need, the bytes that follow.
+      HeaderError: the text is not a header, a name occurs twice or cannot be printed, or the tensors do not fill the
+        bytes that follow, one after the other, each with the size that its dtype and shape need.
     """
     cursor = _Cursor(text)
     infos: dict[str, TensorInfo] = {}

@@ -29,7 +29,7 @@ Stamp = tuple[int, int, int, int]
 
 
 class TensorFile:
-    """An open safetensors file; made by `open_tensors`. What cannot be read is an `error` that names it.
+    """An open safetensors file, made by `open_tensors`. Failures to read raise its `error` type and name the file.
 
     Attributes:
       infos: what its header says of each tensor.
@@ -96,20 +96,38 @@ class TensorFile:
 
 
 def tensor_infos(path: Path, error: type[JaxMoELoRAError]) -> dict[str, TensorInfo]:
-    """Every tensor's dtype and shape, from the header alone, which is checked against the file's size."""
+    """Every tensor's dtype and shape, from the header alone.
+
+    Args:
+      path: the file.
+      error: what is raised where the header does not fit the file, or the file cannot be read.
+
+    Returns:
+      Name -> dtype, shape and place.
+    """
     with open_tensors(path, error) as tensors:
         return tensors.infos
 
 
 @contextmanager
 def open_tensors(path: Path, error: type[JaxMoELoRAError]) -> Iterator[TensorFile]:
-    """An open safetensors file, which must not change before the block ends."""
+    """Opens a safetensors file, which must not change before the block ends.
+
+    Args:
+      path: the file.
+      error: what is raised where it cannot be read.
+    """
     with open_regular(path, error) as file:
         yield TensorFile(path, file, error)
 
 
 def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:
-    """The JSON object in a file; a key that stands twice is refused."""
+    """The JSON object in a file.
+
+    Args:
+      path: the file.
+      error: what is raised where it cannot be read, is not one JSON object, or has a key twice.
+    """
     with open_regular(path, error) as file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -125,7 +143,13 @@ def read_json(path: Path, error: type[JaxMoELoRAError]) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str, error: type[JaxMoELoRAError]) -> dict[str, Any]:
-    """The JSON object in a text, which errors call `where`; a key that stands twice is refused."""
+    """The JSON object in a text.
+
+    Args:
+      text: the text.
+      where: what errors call it.
+      error: what is raised where it is not one JSON object, or has a key twice.
+    """
 
     def bad(problem: str) -> JaxMoELoRAError:
         return error(f"{where} {problem}.", file=where)

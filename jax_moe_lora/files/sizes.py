@@ -13,7 +13,17 @@ _UNITS = {"": 1, "b": 1} | {
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes of `"4GiB"`, `"500 MB"` or a plain number."""
+    """The number of bytes that a size means.
+
+    Args:
+      size: text such as `"4GiB"` or `"500 MB"`, or a plain number of bytes.
+
+    Returns:
+      Bytes, rounded down.
+
+    Raises:
+      InputError: not a size.
+    """
     if isinstance(size, int) and abs(size) >= MOST:  # compared first: thousands of digits cannot be printed
         raise InputError("Size is not understood: it has too many digits; write one such as '4GiB'.")
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", str(size))

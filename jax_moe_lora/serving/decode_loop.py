@@ -1,4 +1,4 @@
-"""The loop that answers one batch: two programs on the device, and what the host makes of their tokens."""
+"""The loop that answers one batch: two programs on the device, and the answers that the host builds of their tokens."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

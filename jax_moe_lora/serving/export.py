@@ -44,7 +44,14 @@ class Step:
 
 
 def decode_arguments(fn: Functional, cache: Any, tokens: jax.Array, slots: jax.Array) -> list[jax.Array]:
-    """The flat arrays of one decode step, in the order of `Step.inputs`."""
+    """The flat arrays of one decode step, in the order of `Step.inputs`.
+
+    Args:
+      fn: the model's functions and data.
+      cache: the running cache.
+      tokens: int32 `[B]`.
+      slots: int32 `[B]`.
+    """
     return jax.tree.leaves((fn.params, fn.bank, cache, tokens, slots))
 
 

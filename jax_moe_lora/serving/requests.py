@@ -64,7 +64,7 @@ class Request:
 def _token_ids(where: str, prompt: Any, encode: Encode) -> list[int]:
     if isinstance(prompt, str):
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise InputError(f"{where} holds half of a surrogate pair, which is no text; give valid Unicode.")
+            raise InputError(f"{where} holds half of a surrogate pair, which is not valid Unicode.")
         return encode(prompt)
     if is_chat(prompt):
         try:

@@ -39,7 +39,7 @@ def read_adapter_stops(folder: Path, vocab_size: int) -> StopRules:
       vocab_size: V, above every token id.
 
     Raises:
-      AdapterFormatError: the file is malformed, or names what is no token or no text.
+      AdapterFormatError: the file is malformed, or has values that are not token ids or texts.
     """
     file = folder / "generation_config.json"
     if not file.exists():

@@ -22,7 +22,7 @@ class Holds:
         self._uses[thread] += sum(slot != BASE_SLOT for slot in slots)
 
     def end(self, slots: Sequence[int], thread: int) -> list[int]:
-        """Ends one use of each slot; returns the slots that are nobody's now."""
+        """Ends one use of each slot; returns the slots that have neither an adapter nor a use any more."""
         self._registry.count(slots, -1)
         self._uses[thread] -= sum(slot != BASE_SLOT for slot in slots)
         return self._registry.left(slots)
@@ -34,7 +34,7 @@ class Holds:
                 self._acquired[slot].append(thread)
 
     def drop(self, slots: Sequence[int]) -> list[int]:
-        """Ends one kept use of each slot, from any thread; returns the slots that are nobody's now.
+        """Ends one kept use of each slot, from any thread; returns the slots that have no adapter and no use now.
 
         Raises:
           InputError: a slot has no kept use, or fewer than are named. Nothing has changed then.
@@ -45,11 +45,11 @@ class Holds:
                 raise InputError(
                     f"Slot {slot} is acquired {acquired} times and released {uses} times; release what `acquire` gave."
                 )
-        nobodys = []
+        unused = []
         for slot in slots:
             if slot != BASE_SLOT:
-                nobodys += self.end([slot], self._acquired[slot].pop())
-        return nobodys
+                unused += self.end([slot], self._acquired[slot].pop())
+        return unused
 
     def used_by(self, thread: int) -> bool:
         """Whether a thread has begun uses that have not ended."""

@@ -175,7 +175,7 @@ class Registry:
         )
 
     def left(self, slots: Collection[int]) -> list[int]:
-        """Those of the slots that have lost their adapter and their last request: what they hold is nobody's."""
+        """The given slots that have neither an adapter nor a request any more: they can be cleared."""
         numbers = {slot for slot in slots if slot != BASE_SLOT}
         return [slot for slot in numbers if self.slots[slot].entry is None and not self.slots[slot].references]
 

@@ -50,6 +50,7 @@ def test_sampling_follows_each_requests_seed_alone(model):
     assert ids(moved)[::-1] == ids(first)
 
 
+@pytest.mark.slow
 def test_n_answers_to_a_prompt_come_with_the_first(model):
     one, several = model.generate(["abcdef>", "hello>"], seed=[7, 8], n=[1, 3], **HOT)
     assert (one.more, len(several.samples)) == ((), 3)
@@ -68,8 +69,10 @@ def test_n_answers_to_a_prompt_come_with_the_first(model):
         ({"stop": ["xx", "ef", "de"]}, "abc", "de"),
         ({"stop": "f"}, "abcde", "f"),  # with the last token before the end
         ({"stop": "xyz"}, "abcdef", None),
-        ({"stop": "b", "min_new_tokens": 3}, "abcdef", None),  # it was over before it counted
-        ({"stop": "de", "min_new_tokens": 5}, "abc", "de"),
+        pytest.param(
+            {"stop": "b", "min_new_tokens": 3}, "abcdef", None, marks=pytest.mark.slow
+        ),  # over before it counts
+        pytest.param({"stop": "de", "min_new_tokens": 5}, "abc", "de", marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -98,6 +101,7 @@ def test_a_stop_text_that_is_a_special_token_is_found_though_no_text_shows_it(mo
     assert (out.text, out.finish_reason, out.stop_reason) == ("ab", "stop", model.tokenizer.encode("<eos>")[0])
 
 
+@pytest.mark.slow
 def test_stop_tokens_end_the_answer_and_end_tokens_can_be_ignored(model):
     c = model.tokenizer.encode("c")[-1]
     (out,) = model.generate(["abcdef>"], max_new_tokens=10, stop_token_ids=[c])
@@ -110,6 +114,7 @@ def test_stop_tokens_end_the_answer_and_end_tokens_can_be_ignored(model):
     assert not set(out.token_ids) & set(model.config.eos_token_ids)
 
 
+@pytest.mark.slow
 def test_an_adapters_folder_says_what_ends_its_answers(model, tmp_path):
     shutil.copytree(data_folder() / "adapters" / "upper", tmp_path / "own")
     file, c = tmp_path / "own" / "generation_config.json", model.tokenizer.encode("C")[-1]
@@ -127,6 +132,7 @@ def test_an_adapters_folder_says_what_ends_its_answers(model, tmp_path):
     model.unload_adapter("own")
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_the_models_own(model):
     names, prompts = ["upper", None], ["abc>", "abc>"]
     options = {"temperature": 2.0, "top_k": 3, "frequency_penalty": 1.0, "seed": [3, 4], "max_new_tokens": 4}
@@ -143,6 +149,7 @@ def test_log_probabilities_are_the_models_own(model):
     assert model.generate(prompts, names, **options)[0].logprobs is None
 
 
+@pytest.mark.slow
 def test_sampling_params_are_accepted_for_all_prompts_or_one_per_prompt(model):
     prompts = ["abc>", "abcdef>"]
     each = [SamplingParams(max_new_tokens=2), SamplingParams(max_new_tokens=9, stop="d")]
@@ -156,6 +163,7 @@ def test_sampling_params_are_accepted_for_all_prompts_or_one_per_prompt(model):
         model.generate(prompts, sampling_params=3)
 
 
+@pytest.mark.slow
 def test_a_row_with_options_changes_no_bit_of_its_neighbours(model):
     """The programs with and without penalties and scores draw the same tokens for a row that uses none."""
     plain = model.generate(["abcdef>", "fedcba>"], seed=[1, 2], **HOT)
@@ -164,6 +172,7 @@ def test_a_row_with_options_changes_no_bit_of_its_neighbours(model):
         assert mixed[0].token_ids == plain[0].token_ids
 
 
+@pytest.mark.slow
 def test_a_stream_gives_each_token_and_the_whole_answers_at_their_ends(model):
     options = {"seed": [5, 6], "n": [2, 1], "logprobs": 1, **HOT}
     prompts, names = ["abcdef>", "hello>"], [None, "upper"]
@@ -226,6 +235,7 @@ def test_a_model_shows_what_it_is(model):
     assert "upper" in repr(model)
 
 
+@pytest.mark.slow
 def test_hidden_rows_are_what_the_head_reads(model):
     tokens, lengths = np.arange(12).reshape(2, 6), [6, 3]
     rows = np.asarray(model.hidden(tokens, ["upper", None], lengths))

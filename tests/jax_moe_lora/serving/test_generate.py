@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 from jax_moe_lora import (
     AdapterInUseError,
@@ -59,6 +60,22 @@ def test_each_request_is_answered_by_its_own_adapter(model):
 def test_prompts_may_be_token_ids(model):
     ids = [model.tokenizer.encode(prompt) for prompt in PROMPTS]
     assert texts(model.generate(ids, NAMES, max_new_tokens=10)) == ANSWERS
+
+
+def test_prompts_are_read_whole_unpadded_and_with_one_bos(model, tmp_path, monkeypatch):
+    """Whatever the file says of who saved it, and also where the text begins with BOS, as a chat template's does."""
+    saved = Tokenizer.from_file(str(data_folder() / "model" / "tokenizer.json"))
+    saved.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    saved.enable_truncation(2)
+    saved.enable_padding(length=12)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    served, read = Model(model.config, model.params, model.functional(1, 16).bank, tmp_path), []
+    monkeypatch.setattr(programs, "start", lambda params, bank, cache, tokens, lengths, *_, **__: read.append(
+        [row[:length].tolist() for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
+    ))
+    with pytest.raises(TypeError):  # the program that stands for the model gives nothing
+        served.generate(["abc>", "<bos>abc>"], max_new_tokens=4)
+    assert read == [[[1, *model.tokenizer.encode("abc>")]] * 2]
 
 
 @pytest.mark.newest
