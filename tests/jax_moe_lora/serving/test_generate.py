@@ -70,9 +70,13 @@ def test_prompts_are_read_whole_unpadded_and_with_one_bos(model, tmp_path, monke
     saved.enable_padding(length=12)
     saved.save(str(tmp_path / "tokenizer.json"))
     served, read = Model(model.config, model.params, model.functional(1, 16).bank, tmp_path), []
-    monkeypatch.setattr(programs, "start", lambda params, bank, cache, tokens, lengths, *_, **__: read.append(
-        [row[:length].tolist() for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
-    ))
+    monkeypatch.setattr(
+        programs,
+        "start",
+        lambda params, bank, cache, tokens, lengths, *_, **__: read.append(
+            [row[:length].tolist() for row, length in zip(np.asarray(tokens), np.asarray(lengths), strict=True)]
+        ),
+    )
     with pytest.raises(TypeError):  # the program that stands for the model gives nothing
         served.generate(["abc>", "<bos>abc>"], max_new_tokens=4)
     assert read == [[[1, *model.tokenizer.encode("abc>")]] * 2]
