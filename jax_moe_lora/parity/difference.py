@@ -15,8 +15,10 @@ class Difference:
     """A result beside its reference.
 
     Attributes:
-      max_abs: largest absolute difference. relative: Frobenius norm of the difference over that of the reference.
-      cosine: of the angle between the two, 1 where they point the same way. equal: they are equal, number for number.
+      max_abs: largest absolute difference.
+      relative: Frobenius norm of the difference over that of the reference.
+      cosine: of the angle between the two, 1 where they point the same way.
+      equal: they are equal, number for number.
     """
 
     max_abs: float
@@ -29,6 +31,10 @@ def difference(
     result: Float[np.ndarray | jax.Array, "*N"], reference: Float[np.ndarray | jax.Array, "*N"]
 ) -> Difference:
     """Compares two arrays or torch tensors of one shape, in float64. A NaN in either makes no figure look small.
+
+    Args:
+      result: what was computed.
+      reference: what was expected.
 
     Raises:
       InputError: shapes that disagree.
