@@ -44,9 +44,10 @@ class LoRAWeights:
     """A and B of one projection in one layer: `delta W[e] = scale[e] * B[e] @ A[e]`.
 
     A side whose leading axis is 1 is shared by all experts; it stays one array here and one page in the bank. Two
-    projections that alias a matrix (gate and up with one A) hold the same array, or views of the same memory. Arrays of
-    jax, tensors of torch, and lists become arrays of numpy. What lies on a GPU is copied each time it is given, so a tensor
-    that two projections share there becomes two arrays: move it to the CPU first to keep it one.
+    projections that alias a matrix (gate and up with one A) hold the same array, or views of the same memory.
+
+    Arrays of jax, tensors of torch, and lists become arrays of numpy. A torch tensor on a GPU is copied each time it is
+    given, so one that two projections share becomes two arrays: move it to the CPU first to keep it one.
 
     Attributes:
       a: `[E or 1, R, in]`, floating point.
