@@ -34,8 +34,8 @@ def generate(
     use: Annotated[
         str | None, typer.Option(help="Adapter of the --prompt requests; the base model if not given.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Limit of an answer.")] = 64,
-    min_new_tokens: Annotated[int, typer.Option(help="Tokens before which nothing ends an answer.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 64,
+    min_new_tokens: Annotated[int, typer.Option(help="The fewest tokens of an answer.")] = 0,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
@@ -43,14 +43,18 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     frequency_penalty: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Each request gets its own of it; fresh ones if not given.")] = None,
-    n: Annotated[int, typer.Option(help="Answers to each request.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Each request derives its own from it; fresh ones if not given.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Answers per request.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends an answer; repeat for more.")] = None,
     stop_token_id: Annotated[
         list[int] | None, typer.Option(help="A token that ends an answer; repeat for more.")
     ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="End-of-sequence tokens end nothing.")] = False,
-    logprobs: Annotated[int | None, typer.Option(help="Log-probabilities: of the token, and of so many best.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Report log-probabilities, also of this many top tokens.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests that run together.")] = 8,
     dtype: Dtype = "bfloat16",
     max_rank: Annotated[int, typer.Option(min=1)] = 64,

@@ -58,22 +58,23 @@ class SamplingParams:
 
     Attributes:
       max_new_tokens: limit of the answer, in tokens.
-      min_new_tokens: tokens before which nothing ends the answer: tokens that would are not drawn.
+      min_new_tokens: the fewest tokens of the answer: until then, tokens that would end it are not drawn, and stop
+        texts do not count.
       temperature: the logits are divided by it; 0 takes the most probable token.
       top_k: draw from the k most probable tokens; 0 is off.
       top_p: draw from the smallest set of most probable tokens whose probability reaches p; 1 is off.
-      min_p: draw from tokens of at least this share of the most probable token's probability; 0 is off.
+      min_p: draw from tokens whose probability is at least this share of the highest; 0 is off.
       repetition_penalty: logits of tokens in the prompt or the answer are divided by it where positive, multiplied
         where negative (CTRL, arXiv:1909.05858); 1 is off.
       presence_penalty: subtracted from the logits of tokens in the answer; 0 is off.
-      frequency_penalty: subtracted once for each time that a token is in the answer; 0 is off.
-      seed: 0 to 2**32 - 1. None draws a fresh one, which comes back with the answer. One record for all prompts gives
-        each its own seed: that of prompt i is made of the seed and i, that of prompt 0 is the seed itself.
-      n: answers to draw.
+      frequency_penalty: subtracted once for every occurrence of a token in the answer; 0 is off.
+      seed: 0 to 2**32 - 1. None draws a fresh one, which is returned with the answer. Where one record serves all
+        prompts, the seed of prompt i is derived from this seed and i; prompt 0 uses it as it is.
+      n: answers per prompt.
       stop: a text that ends the answer, or several; the answer does not include it.
-      stop_token_ids: tokens that end the answer, beside the model's end-of-sequence tokens.
+      stop_token_ids: tokens that end the answer, besides the model's end-of-sequence tokens.
       ignore_eos: end-of-sequence tokens do not end the answer and are part of it.
-      logprobs: return log-probabilities: of the chosen token, and of this many most probable ones, 0 to 20. They are
+      logprobs: also return the log-probabilities of each token and of this many most probable ones, 0 to 20. They are
         the model's own, before penalties and temperature. None returns none.
 
     Raises:
