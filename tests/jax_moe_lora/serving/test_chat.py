@@ -33,6 +33,7 @@ def model(folder):
     return model
 
 
+@pytest.mark.slow
 def test_messages_and_texts_are_answered_in_one_batch(model):
     prompts = [ASKED, "abc>", model.tokenizer.encode("abc>"), {"messages": ASKED, "template_options": {"prefix": "q"}}]
     answers = model.generate(prompts, ["upper", None, "upper", "upper"], max_new_tokens=8)
@@ -41,6 +42,7 @@ def test_messages_and_texts_are_answered_in_one_batch(model):
     assert "".join(streamed) == "ABC"
 
 
+@pytest.mark.slow
 def test_a_chat_goes_on_turn_by_turn_and_streams_through_the_callback(model):
     streamed: list[str] = []
     messages = [*ASKED]
