@@ -232,7 +232,7 @@ class AdapterFile:
                     raise _refusal(self.path, key, problem, list(shape), "two dimensions")
         return len(pair.shape("A")) == len(pair.shape("B")) == 2
 
-    def held_twice(self, pair: Pair, module: str) -> AdapterFormatError:
+    def duplicate(self, pair: Pair, module: str) -> AdapterFormatError:
         problem = f"it holds {module} of layer {pair.layer}, which another key holds too"
         return self.error(pair, problem, f"{module} twice", "one key for each projection")
 

@@ -141,6 +141,6 @@ def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, l
 def _add_dense(file: AdapterFile, weights: Weights, pair: Pair) -> None:
     module = file.names.dense[pair.path]
     if (pair.layer, module) in weights:
-        raise file.held_twice(pair, module)
+        raise file.duplicate(pair, module)
     if file.two_dimensional(pair):
         weights[pair.layer, module] = read_dense(file, pair)

@@ -45,7 +45,7 @@ def _read_stack(file: AdapterFile, pair: Pair, modules: Sequence[str], weights: 
     halves = file.names.gate_and_up(b) if len(modules) == 2 else (b,)
     for module, half in zip(modules, halves, strict=True):
         if (pair.layer, module) in weights:
-            raise file.held_twice(pair, module)
+            raise file.duplicate(pair, module)
         names = [f"{experts}.{spelling}" for spelling in (part, *file.names.spellings(module))]
         names += [path for path, dense in file.names.dense.items() if dense == module]
         scale = file.scale(pair, rank, file.config.targets, *names)

@@ -25,7 +25,7 @@ class Holds:
         """Ends one use of each slot; returns the slots that have neither an adapter nor a use any more."""
         self._registry.count(slots, -1)
         self._uses[thread] -= sum(slot != BASE_SLOT for slot in slots)
-        return self._registry.left(slots)
+        return self._registry.abandoned(slots)
 
     def keep(self, slots: Sequence[int], thread: int) -> None:
         """Lets `drop` end uses that have begun."""

@@ -215,7 +215,7 @@ class AdapterPool:
             room = self._make_room(len(missing), entries)
             if room is not None:
                 break
-            self._registry.check_hope(entries, waits_for_itself=self._holds.used_by(threading.get_ident()))
+            self._registry.check_waiting_helps(entries, waits_for_itself=self._holds.used_by(threading.get_ident()))
             self._changed.wait()
         for entry, slot in zip(missing, room, strict=True):
             self._begin(entry, slot)
@@ -294,4 +294,4 @@ class AdapterPool:
                     entry.version = new
                     if new.digest != old.digest:
                         slot = self._registry.take(entry)
-                        self._bank.clear(self._registry.left([slot]))
+                        self._bank.clear(self._registry.abandoned([slot]))

@@ -154,7 +154,7 @@ class Registry:
         entries = [slot.entry for slot in self.slots if slot.entry is not None]
         return sum(entry.pinned and entry.name not in kept for entry in entries)
 
-    def check_hope(self, entries: Collection[Entry], waits_for_itself: bool) -> None:
+    def check_waiting_helps(self, entries: Collection[Entry], waits_for_itself: bool) -> None:
         """Refuses to wait where that would not help, since nobody else is going to make room.
 
         Args:
@@ -174,7 +174,7 @@ class Registry:
             "unload or unpin some, ask for fewer, or raise max_adapters."
         )
 
-    def left(self, slots: Collection[int]) -> list[int]:
+    def abandoned(self, slots: Collection[int]) -> list[int]:
         """The given slots that have neither an adapter nor a request any more: they can be cleared."""
         numbers = {slot for slot in slots if slot != BASE_SLOT}
         return [slot for slot in numbers if self.slots[slot].entry is None and not self.slots[slot].references]
