@@ -135,6 +135,7 @@ def test_a_token_follows_from_its_requests_seed_and_its_own_place_alone():
     assert len(set(first.tolist())) > 2
 
 
+@pytest.mark.slow
 def test_another_mix_of_options_is_the_same_program():
     mixes = [
         [SamplingParams(frequency_penalty=1.0), SamplingParams(temperature=1.0)],
