@@ -34,7 +34,7 @@ def short_limits(tree: ast.AST) -> Iterator[ast.Call]:
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = getattr(call.func, "attr", getattr(call.func, "id", ""))
         values = [keyword.value for keyword in call.keywords if keyword.arg == "timeout"]
-        if name in ("result", "timeout", "join", "communicate") and len(call.args) == 1:  # others are joined differently
+        if name in ("result", "timeout", "join", "communicate") and len(call.args) == 1:
             values += call.args
         constants = [value.value for value in values if isinstance(value, ast.Constant)]
         if any(isinstance(value, int | float) and value < GENEROUS for value in constants):
