@@ -16,7 +16,7 @@ from jax_moe_lora.files.safetensors_io import parse_json
 from jax_moe_lora.files.text import decode, read_content
 from jax_moe_lora.serving.sampling_params import NAMES, SamplingParams, fold_seed
 
-CHAT_FIELDS = ("messages", "tools", "template_options")
+CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs")
 
 if TYPE_CHECKING:
     from jax_moe_lora.serving.answers import Generation
@@ -104,7 +104,7 @@ class Job:
 
     Attributes:
       where: what errors call it.
-      prompt: a text, or an object of `messages` and perhaps `tools` and `template_options`.
+      prompt: a text, or an object of `messages` and perhaps `tools` and `chat_template_kwargs`.
       adapter: None is the base model.
       params: how to answer.
     """

@@ -75,7 +75,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        options: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         *,
         add_generation_prompt: bool = False,
     ) -> str:
@@ -84,23 +84,27 @@ class ChatTemplate:
         Args:
           messages: the turns, as `check_messages` returns them.
           tools: JSON schemas of functions that the model may call.
-          options: further names that the template reads, such as `enable_thinking`.
+          chat_template_kwargs: further names that the template reads, such as `enable_thinking`.
           add_generation_prompt: end with the beginning of an answer.
 
         Raises:
           InputError: the template refuses the conversation, or fails on it; the sentence goes on after its name.
           CheckpointError: the template cannot be read.
         """
-        return self._render(messages, tools, options, add_generation_prompt, "", "")
+        return self._render(messages, tools, chat_template_kwargs, add_generation_prompt, "", "")
 
     def render_marked(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[tuple[str, bool]]:
         """The text of a conversation in pieces, by the template's own marks.
 
         Args:
           messages: the turns, as `check_messages` returns them.
           tools: JSON schemas of functions that the model may call.
+          chat_template_kwargs: further names that the template reads.
 
         Returns:
           (text, whether the template marks it as the model's), alternating, the first not the model's.
@@ -109,9 +113,9 @@ class ChatTemplate:
           InputError: as `render`; or the marked text differs from the text without marks.
         """
         begin, end = (f"<{secrets.token_hex(16)}>" for _ in range(2))
-        marked = self._render(messages, tools, None, False, begin, end)
+        marked = self._render(messages, tools, chat_template_kwargs, False, begin, end)
         pieces = re.split(f"{begin}(.*?){end}", marked, flags=re.DOTALL)
-        if "".join(pieces) != self.render(messages, tools):
+        if "".join(pieces) != self.render(messages, tools, chat_template_kwargs):
             raise InputError(f"cannot be split by the marks of {self.file}, which changes or nests what it marks")
         return [(piece, index % 2 == 1) for index, piece in enumerate(pieces)]
 
@@ -119,7 +123,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
-        options: Mapping[str, Any] | None,
+        chat_template_kwargs: Mapping[str, Any] | None,
         add_generation_prompt: bool,
         begin: str,
         end: str,
@@ -128,7 +132,7 @@ class ChatTemplate:
         names = {
             **self.special_tokens,
             "documents": None,
-            **(options or {}),
+            **(chat_template_kwargs or {}),
             "messages": list(messages),
             "tools": list(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,

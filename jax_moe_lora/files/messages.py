@@ -13,7 +13,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templat
 
 
 ChatPrompt = Sequence[Message] | Mapping[str, Any]
-"""A conversation to answer: its messages, or an object of `messages`, `tools` and `template_options`."""
+"""A conversation to answer: its messages, or an object of `messages`, `tools` and `chat_template_kwargs`."""
 
 
 def is_chat(prompt: Any) -> bool:
@@ -24,7 +24,7 @@ def is_chat(prompt: Any) -> bool:
 
 
 def chat_fields(prompt: ChatPrompt) -> dict[str, Any]:
-    """The `messages` of a conversation, and `tools` and `template_options` where it has them.
+    """The `messages` of a conversation, and `tools` and `chat_template_kwargs` where it has them.
 
     Args:
       prompt: messages, or an object with these fields.
@@ -33,13 +33,13 @@ def chat_fields(prompt: ChatPrompt) -> dict[str, Any]:
       InputError: other fields, or fields of another type; the sentence goes on after the conversation's name.
     """
     fields = dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
-    if unknown := sorted(set(map(str, fields)) - {"messages", "tools", "template_options"}):
-        raise InputError(f"has {', '.join(unknown)[:200]}; expected messages, tools or template_options")
-    tools, options = fields.get("tools"), fields.get("template_options")
+    if unknown := sorted(set(map(str, fields)) - {"messages", "tools", "chat_template_kwargs"}):
+        raise InputError(f"has {', '.join(unknown)[:200]}; expected messages, tools or chat_template_kwargs")
+    tools, options = fields.get("tools"), fields.get("chat_template_kwargs")
     if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):
         raise InputError("has tools that are not a list of JSON schemas")
     if options is not None and not isinstance(options, Mapping):
-        raise InputError(f"has template_options of type {type(options).__name__}; expected an object")
+        raise InputError(f"has chat_template_kwargs of type {type(options).__name__}; expected an object")
     return {"messages": None} | fields
 
 

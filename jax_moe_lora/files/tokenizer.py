@@ -106,7 +106,7 @@ class Tokenizer:
         """The tokens of a text (`encode`) or of a conversation (`encode_messages`).
 
         Args:
-          prompt: a text, messages, or an object of `messages`, `tools` and `template_options`.
+          prompt: a text, messages, or an object of `messages`, `tools` and `chat_template_kwargs`.
 
         Raises:
           CheckpointError: there is no chat template for a conversation, or it cannot be read.
@@ -118,14 +118,14 @@ class Tokenizer:
         self,
         messages: Any,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        template_options: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The tokens of a conversation that the model is to answer, by the checkpoint's chat template.
 
         Args:
           messages: `{"role", "content"}` objects.
           tools: JSON schemas of functions that the model may call.
-          template_options: further names that the template reads, such as `enable_thinking`.
+          chat_template_kwargs: further names that the template reads, such as `enable_thinking`.
 
         Returns:
           Token ids of what the template writes, special tokens included; none are added to it.
@@ -135,7 +135,7 @@ class Tokenizer:
           InputError: what is wrong with the messages; the sentence goes on after the conversation's name.
         """
         template, checked = self.chat_template, check_messages(messages)
-        text = template.render(checked, tools, template_options, add_generation_prompt=True)
+        text = template.render(checked, tools, chat_template_kwargs, add_generation_prompt=True)
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:

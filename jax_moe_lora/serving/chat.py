@@ -21,7 +21,7 @@ class Chat(TextGeneration):
         adapter_name: str | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        template_options: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         sampling_params: SamplingParams | None = None,
         callback: Callable[[int, int, str], None] | None = None,
         **options: Unpack[SamplingOptions],
@@ -35,7 +35,7 @@ class Chat(TextGeneration):
           messages: the turns so far, `{"role", "content"}` each.
           adapter_name: None is the base model.
           tools: JSON schemas of functions that the model may call.
-          template_options: further names that the template reads, such as `enable_thinking`.
+          chat_template_kwargs: further names that the template reads, such as `enable_thinking`.
           sampling_params: how to answer.
           callback: as in `generate`; its first argument is always 0.
           **options: as in `generate`.
@@ -50,7 +50,7 @@ class Chat(TextGeneration):
         """
         if not is_chat(messages) or isinstance(messages, Mapping):
             raise InputError('messages are not a conversation; expected a list of {"role": "user", "content": "..."}.')
-        prompt = {"messages": messages, "tools": tools, "template_options": template_options}
+        prompt = {"messages": messages, "tools": tools, "chat_template_kwargs": chat_template_kwargs}
         (answer,) = self.generate(
             [prompt], [adapter_name], sampling_params=sampling_params, callback=callback, **options
         )

@@ -109,25 +109,29 @@ class Encoder:
 
     def _marked(self, conversation: Conversation) -> Tokens:
         """The whole conversation; the text that the template marks counts in the loss."""
-        pieces = self.tokenizer.chat_template.render_marked(conversation.messages, conversation.tools)
+        pieces = self.tokenizer.chat_template.render_marked(
+            conversation.messages, conversation.tools, conversation.chat_template_kwargs
+        )
         ids, offsets = self.tokenizer.encode_with_offsets("".join(text for text, _ in pieces))
         is_marked = np.repeat([marked for _, marked in pieces], [len(text) for text, _ in pieces])
         return ids, [bool(is_marked[begin:end].any()) for begin, end in offsets]
 
     def _by_turns(self, conversation: Conversation) -> Iterator[Tokens]:
         """Each answer behind the tokens of its prompt."""
-        template, tokens, loss_mask = self.tokenizer.chat_template, list[int](), list[bool]()
+        template, names = self.tokenizer.chat_template, (conversation.tools, conversation.chat_template_kwargs)
+        tokens, loss_mask = list[int](), list[bool]()
         for index, message in enumerate(conversation.messages):
             if message["role"] != "assistant":
                 continue
             if index == 0:
                 raise InputError("begins with an assistant turn, which answers nothing")
-            before_text = template.render(conversation.messages[:index], conversation.tools, add_generation_prompt=True)
-            through = template.render(conversation.messages[: index + 1], conversation.tools)
+            before_text = template.render(conversation.messages[:index], *names, add_generation_prompt=True)
+            through = template.render(conversation.messages[: index + 1], *names)
             if not through.startswith(before_text):
                 raise InputError(
                     f"has message {index + 1}, which the chat template {template.file} does not begin as it begins an "
-                    "answer; mark answers in the template by {% generation %}"
+                    "answer; give chat_template_kwargs with which it does, such as enable_thinking, or mark answers "
+                    "in the template by {% generation %}"
                 )
             answer = through[len(before_text) :]
             before, after = self.tokenizer.encode_pair(before_text, answer, add_special_tokens=False)

@@ -4,9 +4,11 @@
 |---|---|---|
 | text | `text` | all but the first token |
 | pair | `prompt`, `completion` | the completion |
-| messages | `messages`, perhaps `tools` | assistant turns |
-| ShareGPT | `conversations`, perhaps `system`, `tools` | turns of `gpt` |
+| messages | `messages` | assistant turns |
+| ShareGPT | `conversations`, perhaps `system` | turns of `gpt` |
 | Alpaca | `instruction`, `output`, perhaps `input`, `system` | the output |
+
+The last three go through a chat template, and may have `tools` and `chat_template_kwargs` for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.files.messages import check_messages
+from jax_moe_lora.files.messages import chat_fields, check_messages
 
 ExtraColumns = Literal["refuse", "ignore"]
 EXPECTED = (
@@ -42,9 +44,10 @@ class Form:
 
 
 PAIR, TEXT = Form(("prompt", "completion")), Form(("text",))
-MESSAGES = Form(("messages",), ("tools",))
-SHAREGPT = Form(("conversations",), ("system", "tools"))
-ALPACA = Form(("instruction", "output"), ("input", "system"))
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+MESSAGES = Form(("messages",), FOR_TEMPLATE)
+SHAREGPT = Form(("conversations",), ("system", *FOR_TEMPLATE))
+ALPACA = Form(("instruction", "output"), ("input", "system", *FOR_TEMPLATE))
 FORMS = (PAIR, TEXT, MESSAGES, SHAREGPT, ALPACA)
 
 
@@ -55,10 +58,12 @@ class Conversation:
     Attributes:
       messages: as `check_messages` returns them, the last one an assistant's.
       tools: JSON schemas of functions, or None.
+      chat_template_kwargs: further names that the template reads, such as `enable_thinking`, or None.
     """
 
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 def form_of(line: Any) -> Form:
@@ -109,7 +114,8 @@ def conversation_of(line: Mapping[str, Any], form: Form) -> Conversation:
       InputError: what is wrong with it; the sentence goes on after the line's name.
     """
     turns = {MESSAGES: _messages, SHAREGPT: _sharegpt, ALPACA: _alpaca}[form](line)
-    messages = check_messages(turns)
+    fields = chat_fields({"messages": turns} | {name: line[name] for name in FOR_TEMPLATE if name in line})
+    messages = check_messages(fields["messages"])
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise InputError("has no assistant turn to train on")
@@ -121,10 +127,7 @@ def conversation_of(line: Mapping[str, Any], form: Form) -> Conversation:
             raise InputError(
                 f"has message {number} with weight {message['weight']}; every assistant turn counts in the loss"
             )
-    tools = line.get("tools")
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise InputError("has tools that are not a list of JSON schemas")
-    return Conversation(messages[: answers[-1] + 1], tools)
+    return Conversation(messages[: answers[-1] + 1], fields.get("tools"), fields.get("chat_template_kwargs"))
 
 
 def _messages(line: Mapping[str, Any]) -> Any:

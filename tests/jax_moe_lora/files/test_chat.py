@@ -52,7 +52,8 @@ def test_templates_have_the_names_and_filters_that_they_are_written_for(tmp_path
         "{{ strftime_now('%Y')[:2] }}{{ documents is none }}{{ tools is none }}{{ enable_thinking }}{{ unknown }}"
     )
     text = template(source, tmp_path).render(
-        [{"role": "user", "content": "é<"}, {"role": "user", "content": "no"}], options={"enable_thinking": False}
+        [{"role": "user", "content": "é<"}, {"role": "user", "content": "no"}],
+        chat_template_kwargs={"enable_thinking": False},
     )
     assert text == '"é<"20TrueTrueFalse'
 

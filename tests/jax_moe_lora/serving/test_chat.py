@@ -35,7 +35,12 @@ def model(folder):
 
 @pytest.mark.slow
 def test_messages_and_texts_are_answered_in_one_batch(model):
-    prompts = [ASKED, "abc>", model.tokenizer.encode("abc>"), {"messages": ASKED, "template_options": {"prefix": "q"}}]
+    prompts = [
+        ASKED,
+        "abc>",
+        model.tokenizer.encode("abc>"),
+        {"messages": ASKED, "chat_template_kwargs": {"prefix": "q"}},
+    ]
     answers = model.generate(prompts, ["upper", None, "upper", "upper"], max_new_tokens=8)
     assert [answer.text for answer in answers] == ["ABC", "abc", "ABC", "QABC"]
     streamed = [token.text for token in model.stream([ASKED], ["upper"], max_new_tokens=8)]
@@ -51,7 +56,9 @@ def test_a_chat_goes_on_turn_by_turn_and_streams_through_the_callback(model):
     assert (first.text, "".join(streamed)) == ("ABC", "ABC")
     messages += [first.message, {"role": "user", "content": "d"}]
     assert messages[1] == {"role": "assistant", "content": "ABC"}
-    second = model.chat(messages, "upper", tools=[{"name": "x"}], template_options={"prefix": "y"}, max_new_tokens=8)
+    second = model.chat(
+        messages, "upper", tools=[{"name": "x"}], chat_template_kwargs={"prefix": "y"}, max_new_tokens=8
+    )
     assert second.token_ids == model.generate(["xyabcABCd>"], ["upper"], max_new_tokens=8)[0].token_ids
 
 
@@ -61,7 +68,7 @@ def test_a_chat_goes_on_turn_by_turn_and_streams_through_the_callback(model):
         ([{"content": "a"}], "Prompt 1 has message 1 without a role"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": 3}], "Prompt 1 has message 2 without content"),
         ({"messages": []}, "Prompt 1 has no messages"),
-        ({"messages": ASKED, "tool": []}, "Prompt 1 has tool; expected messages, tools or template_options"),
+        ({"messages": ASKED, "tool": []}, "Prompt 1 has tool; expected messages, tools or chat_template_kwargs"),
         ({"messages": ASKED, "tools": "f"}, "Prompt 1 has tools that are not a list"),
         ([{"role": "user", "content": "\ud800"}], "Prompt 1 holds half of a surrogate pair"),
     ],
@@ -86,7 +93,7 @@ def test_requests_of_messages_are_answered_beside_those_of_prompts(folder, tmp_p
     requests = [
         {"messages": ASKED, "adapter": "upper"},
         {"prompt": "abcd>"},
-        {"messages": ASKED, "template_options": {"prefix": "z"}, "max_new_tokens": 2},
+        {"messages": ASKED, "chat_template_kwargs": {"prefix": "z"}, "max_new_tokens": 2},
     ]
     file = tmp_path / "requests.jsonl"
     upper = f"upper={data_folder() / 'adapters' / 'upper'}"

@@ -20,6 +20,7 @@ TEMPLATE = (
     "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
+EOS = 2
 TASKS = {"loud": str.upper, "back": lambda text: text[::-1]}
 
 
@@ -82,7 +83,10 @@ def test_adapters_trained_on_chat_are_served_mixed_and_give_the_logits_of_peft(f
     base = lambda: AutoModelForCausalLM.from_pretrained(folders / "model", dtype=torch.float32)  # noqa: E731
     served = {name: peft.PeftModel.from_pretrained(base(), folders / "run" / name).eval() for name in TASKS}
     served[None] = base().eval()
+    answers = model.generate([messages for messages, _ in batch], [name for _, name in batch], max_new_tokens=4)
     for row, (ids, (_, name)) in enumerate(zip(prompts, batch, strict=True)):
         with torch.no_grad():
             expected = served[name](torch.tensor([ids])).logits[0].numpy()
+            written = served[name].generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :]
         assert_close(found[row, : len(ids)], expected, 1e-5)
+        assert answers[row].token_ids == [token for token in written.tolist() if token != EOS]

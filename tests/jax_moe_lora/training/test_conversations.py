@@ -115,8 +115,13 @@ def test_an_answer_without_an_end_of_its_own_learns_eos(encoder):
 
 
 def test_an_answer_that_no_prompt_of_the_template_asks_for_is_refused(encoder):
-    with pytest.raises(InputError, match=r"has message 3, which the chat template .* mark answers .* {% generation %}"):
+    with pytest.raises(
+        InputError, match=r"has message 3, which the chat template .*kwargs .*, or mark answers .* {% generation %}"
+    ):
         encoder(ASKS_FOR_REASONING).examples({"messages": HELLO})
+    switched = ASKS_FOR_REASONING.replace("<think>", "{% if enable_thinking | default(true) %}<think>{% endif %}")
+    line = {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}
+    assert read_back(encoder(switched).examples(line)[0]) == read_back(encoder(PLAIN).examples({"messages": HELLO})[0])
     with pytest.raises(InputError, match="begins with an assistant turn"):
         encoder(PLAIN).examples({"messages": HELLO[2:]})
 
