@@ -52,6 +52,7 @@ CHECKED = [
     "models.decoder",
     "models.decoder_layer",
     "models.rope",
+    "models.vocabulary",
 ]
 _hooked = [f"pallas_kernels.{name}" for name in KERNELS] + [f"jax_moe_lora.{name}" for name in CHECKED]
 _root = Path(__file__).parents[1]

@@ -100,7 +100,7 @@ def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
     """
     if targets not in ("experts", "all"):
         raise InputError(f"targets is {targets!r}; expected experts or all.")
-    sites = decoder.adapter_sites(config)
+    sites = decoder.layer_sites(config)
     return sites if targets == "all" else {module: sites[module] for module in EXPERT_MODULES}
 
 

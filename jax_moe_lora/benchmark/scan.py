@@ -68,7 +68,7 @@ def measure(layers: int, shape: str, dtype: str, batch: int, tokens: int, repeat
     """
     config = _config(layers, LAYERS[shape])
     params = init_params(config, jax.random.key(0), dtype)
-    bank = create_bank(decoder.adapter_sites(config), 4, 16, None, dtype)
+    bank = create_bank(decoder.layer_sites(config), 4, 16, None, dtype)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers)
     inputs = (
         jax.random.randint(jax.random.key(1), (batch, tokens), 0, 512),

@@ -47,7 +47,7 @@ def measure(config: ModelConfig, adapters: int, rank: int, batch: int, length: i
     """
     spec = AdapterSpec(rank=rank)
     specs = {f"adapter{index}": spec for index in range(adapters)}
-    sites = decoder.adapter_sites(config)
+    sites = decoder.layer_sites(config)
     optimizers = {name: optax.adamw(RATE) for name in specs}
     params = {name: init_adapter(spec, sites, jax.random.key(index)) for index, name in enumerate(specs)}
     model = jax.block_until_ready(init_params(config, jax.random.key(100), DTYPE))

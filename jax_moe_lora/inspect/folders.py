@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY
+from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY, OUTER_KEY, OUTSIDE
 from jax_moe_lora.adapters.formats.config_reading import describe_peft_config
 from jax_moe_lora.adapters.formats.detect import layout_of
 from jax_moe_lora.adapters.formats.look_around import adapters_below
@@ -67,7 +67,7 @@ class ModuleSummary:
       module: the module's name, with `*` for the number of an expert.
       form: how the file stores A and B: `2-D`; `2-D per expert`; `3-D parameter`, with rank * E rows in A and columns
         in B; or `stack`, with A `[E or 1, rank, in]` and B `[E or 1, out, rank]`.
-      layers: the layers that the adapter changes, ascending.
+      layers: the layers that the adapter changes, ascending; empty for head and embedding, which are in none.
       shape_a: the shape of one A in the file; empty if there is none.
       shape_b: the shape of one B in the file; empty if there is none.
       ranks: the ranks that occur, ascending.
@@ -206,6 +206,11 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
             raise config.error(f"it gives {key} rank {rank}, which does not divide its {infos[key].shape[0]} rows")
         rows = rank if parameter else infos[key].shape[-2]
         groups.setdefault(module, []).append(_Matrix(layer, match["side"], infos[key], rows, bool(parameter)))
+    outer = {key: match for key in infos if (match := OUTER_KEY.fullmatch(key))}
+    for key, match in outer.items():
+        side, path = match["side"] or match["lookup"], match["path"]
+        rank = infos[key].shape[0 if side == "A" else -1]
+        groups.setdefault(path, []).append(_Matrix(OUTSIDE, side, infos[key], rank, parameter=False))
     modules = [_module(name, group) for name, group in sorted(groups.items())]
     return AdapterSummary(
         kind="adapter",
@@ -217,7 +222,7 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         rank_stabilised=config.rank_stabilised,
         layers=sorted({layer for module in modules for layer in module.layers}),
         modules=modules,
-        other_keys=[key for key in infos if key not in keys],
+        other_keys=[key for key in infos if key not in keys and key not in outer],
         nbytes=sum(info.nbytes for info in infos.values()),
     )
 
@@ -271,7 +276,7 @@ def _module(name: str, group: list[_Matrix]) -> ModuleSummary:
     return ModuleSummary(
         module=name,
         form="stack" if stack else form,
-        layers=sorted({matrix.layer for matrix in group}),
+        layers=sorted({matrix.layer for matrix in group if matrix.layer != OUTSIDE}),
         shape_a=shapes.get("A", []),
         shape_b=shapes.get("B", []),
         ranks=sorted({matrix.rank for matrix in group if matrix.side == "A"}),

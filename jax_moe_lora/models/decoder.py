@@ -14,13 +14,15 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.checks import check_array
-from jax_moe_lora.layer.linear import dense_plan, lora_linear
+from jax_moe_lora.layer.linear import dense_plan
 from jax_moe_lora.models.attention import choose_attention
 from jax_moe_lora.models.cache import Cache, init_cache
 from jax_moe_lora.models.decoder_layer import Bank, StepContext, rms_norm, run_layer
 from jax_moe_lora.models.params import ModelParams
-from jax_moe_lora.models.sites import adapter_sites
-from pallas_kernels.ops import BASE_SLOT, Implementation
+from jax_moe_lora.models.sites import adapter_sites, layer_sites
+from jax_moe_lora.models.vocabulary import embed, head
+from pallas_kernels.ops import BASE_SLOT, Implementation, LayerPages
+from pallas_kernels.pages import NO_ADAPTERS
 
 __all__ = [
     "Bank",
@@ -29,9 +31,11 @@ __all__ = [
     "adapter_sites",
     "append",
     "decode",
+    "embed",
     "head",
     "hidden",
     "init_cache",
+    "layer_sites",
     "logits",
     "packed_hidden",
     "packed_logits",
@@ -55,7 +59,7 @@ def logits(
 ) -> Float[Array, "B T V"]:
     """Float32 logits at every position of right-padded prompts; those past a request's length mean nothing."""
     rows = hidden(params, bank, tokens, lengths, slots, config=config, implementation=implementation)
-    return head(params, rows)
+    return _logits(params, bank, rows, jnp.repeat(slots, tokens.shape[1]), config)
 
 
 def hidden(
@@ -70,7 +74,7 @@ def hidden(
 ) -> Float[Array, "B T D"]:
     """What the head reads at every position of right-padded prompts; rows past a request's length mean nothing."""
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
-    return _layers(params, bank, params.embedding[tokens], step, None)[0]
+    return _layers(params, bank, tokens, step, None)[0]
 
 
 def packed_logits(
@@ -91,7 +95,7 @@ def packed_logits(
     hidden, _ = packed_hidden(
         params, bank, tokens, positions, segments, slots, config=config, implementation=implementation
     )
-    return head(params, hidden)
+    return _logits(params, bank, hidden, slots.reshape(-1), config)
 
 
 def packed_hidden(
@@ -126,7 +130,7 @@ def packed_hidden(
         check_array(name, values, tokens.shape, "integers")
     step = packed_step(positions, segments, slots, bank, params, config, implementation)
     step = replace(step, segments=step.segments if packed else None, keep_scores=keep_scores, remat=remat)
-    hidden, _, _, scores = _layers(params, bank, params.embedding[tokens], step, None)
+    hidden, _, _, scores = _layers(params, bank, tokens, step, None)
     return hidden, scores
 
 
@@ -154,9 +158,10 @@ def prefill(
     if tokens.shape[1] > (most := cache.k[0].shape[1]):
         raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {most}.")
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
-    hidden, keys, values, _ = _layers(params, bank, params.embedding[tokens], step, cache)
+    hidden, keys, values, _ = _layers(params, bank, tokens, step, cache)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    return Cache(keys, values, lengths.astype(jnp.int32)), head(params, last)[:, 0]
+    row_slots = jnp.where(lengths > 0, slots, BASE_SLOT)
+    return Cache(keys, values, lengths.astype(jnp.int32)), _logits(params, bank, last, row_slots, config)[:, 0]
 
 
 def decode(
@@ -184,9 +189,9 @@ def decode(
     live = cache.lengths > 0
     row_slots = jnp.where(live, slots, BASE_SLOT)
     step = _step("token", cache.lengths[:, None], live[:, None], row_slots, bank, params, config, implementation)
-    hidden, keys, values, _ = _layers(params, bank, params.embedding[tokens[:, None]], step, cache)
+    hidden, keys, values, _ = _layers(params, bank, tokens[:, None], step, cache)
     lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, max_length), 0)
-    return Cache(keys, values, lengths), head(params, hidden)[:, 0]
+    return Cache(keys, values, lengths), _logits(params, bank, hidden, row_slots, config)[:, 0]
 
 
 def append(
@@ -276,9 +281,10 @@ def _step(
 
 
 def _layers(
-    params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], step: StepContext, cache: Cache | None
+    params: ModelParams, bank: Bank | None, tokens: Int[Array, "B T"], step: StepContext, cache: Cache | None
 ) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
-    """All layers and the last norm; the cache's keys and values with the step's tokens in them; router scores."""
+    """Embedding, all layers and the last norm; the cache's keys and values with the step's tokens; router scores."""
+    hidden = embed(params, _outer_adapters(bank, step.config), tokens, step.slots)
     keys, values, scores = [], [], []
     for index, layer in enumerate(params.layers):
         adapters = None if bank is None else bank.layer(index)
@@ -293,8 +299,12 @@ def _layers(
     return rms_norm(hidden, params.norm, step.config.rms_eps), tuple(keys), tuple(values), tuple(scores)
 
 
-def head(params: ModelParams, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-    """Float32 logits over the vocabulary."""
-    weight = params.embedding if params.head is None else params.head
-    rows = lora_linear(hidden.reshape(-1, hidden.shape[-1]), weight)
-    return rows.reshape(*hidden.shape[:-1], -1)
+def _logits(
+    params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], slots: Int[Array, "N"], config: ModelConfig
+) -> Float[Array, "B T V"]:
+    return head(params, hidden, _outer_adapters(bank, config), slots)
+
+
+def _outer_adapters(bank: Bank | None, config: ModelConfig) -> LayerPages:
+    """The adapters of embedding and head, which stand behind the last layer's."""
+    return NO_ADAPTERS if bank is None else bank.layer(config.num_layers)

@@ -2,7 +2,7 @@
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.sites import layer_sites
 
 # Path below `model.layers.L.` -> module, for the families that have it.
 ATTENTION = {f"self_attn.{module}_proj": module for module in "qkvo"}
@@ -43,10 +43,10 @@ def tensor_names(config: ModelConfig, names: AdapterNames) -> dict[str, str | li
 
 
 def projection_tensors(config: ModelConfig, names: AdapterNames) -> dict[tuple[int, str], list[str]]:
-    """(layer, module) of each projection that adapters may target -> its checkpoint tensors, one an expert."""
+    """(layer, module) of each projection of the layers -> its checkpoint tensors, one per expert."""
     part_of = {module: part for part, module in names.experts.items()}
     tensors: dict[tuple[int, str], list[str]] = {}
-    for module, site in adapter_sites(config).items():
+    for module, site in layer_sites(config).items():
         for layer in site.layers:
             if module in part_of:
                 experts = f"model.layers.{layer}.{names.per_expert_path or names.experts_path}"
@@ -56,6 +56,12 @@ def projection_tensors(config: ModelConfig, names: AdapterNames) -> dict[tuple[i
                     f"model.layers.{layer}.{names.dense_path(module, in_checkpoints=True)}.weight"
                 ]
     return tensors
+
+
+def outer_tensors(config: ModelConfig) -> dict[str, str]:
+    """Embedding and head -> their checkpoint tensors, which are one where they are tied."""
+    embedding = "model.embed_tokens.weight"
+    return {"embedding": embedding, "head": embedding if config.tie_embeddings else "lm_head.weight"}
 
 
 def other_names(config: ModelConfig, names: AdapterNames) -> dict[str, str]:

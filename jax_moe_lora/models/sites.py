@@ -1,11 +1,53 @@
 """The projections of a decoder that adapters may target."""
 
+from collections.abc import Sequence
+
 from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.arguments import sequence
 from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import InputError
 
 
 def adapter_sites(config: ModelConfig) -> dict[str, Site]:
-    """Module -> its widths, and the layers that have it."""
+    """Every projection that a served adapter may target: those of the layers, the embedding and the head.
+
+    Returns:
+      Module -> its widths, and the layers that have it. `embedding` and `head` are in none: they stand in layer L,
+      behind the last one.
+    """
+    outside, v = (config.num_layers,), config.vocab_size
+    embedding, head = Site(v, config.hidden_size, 1, outside), Site(config.hidden_size, v, 1, outside)
+    return layer_sites(config) | {"embedding": embedding, "head": head}
+
+
+def select_sites(config: ModelConfig, modules: Sequence[str]) -> dict[str, Site]:
+    """Some of `adapter_sites`.
+
+    Args:
+      config: the model.
+      modules: their names.
+
+    Returns:
+      Module -> its widths, and the layers that have it.
+
+    Raises:
+      InputError: the model has no module of a name, or there are no names.
+    """
+    sites = adapter_sites(config)
+    names = sequence("adapter_targets", modules)
+    if unknown := [name for name in names if name not in sites]:
+        raise InputError(f"adapter_targets name {unknown[0]!r}; this model has {', '.join(sites)}.")
+    if not names:
+        raise InputError(f"adapter_targets are empty; name some of {', '.join(sites)}, or give None for all.")
+    return {module: site for module, site in sites.items() if module in names}
+
+
+def layer_sites(config: ModelConfig) -> dict[str, Site]:
+    """The projections of the decoder's layers, which are those that can be trained.
+
+    Returns:
+      Module -> its widths, and the layers that have it.
+    """
     every = tuple(range(config.num_layers))
     routed = tuple(layer for layer in every if config.moe_layers[layer])
     dense = tuple(layer for layer in every if not config.moe_layers[layer])

@@ -14,7 +14,7 @@ from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import CheckpointError, ConfigError
+from jax_moe_lora.errors import AdapterFormatError, CheckpointError, ConfigError
 from jax_moe_lora.files.dtypes import DTYPES, check_dtype
 from jax_moe_lora.files.folders import whole_folder
 from jax_moe_lora.files.safetensors_io import TensorFile, read_json
@@ -25,7 +25,7 @@ from jax_moe_lora.models.checkpoint_tensors import Part
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.loading import Checkpoint, open_checkpoint
-from jax_moe_lora.models.names import projection_tensors
+from jax_moe_lora.models.names import outer_tensors, projection_tensors
 from jax_moe_lora.models.sites import adapter_sites
 
 # Weights in other forms, which would still be those of the base model.
@@ -134,7 +134,18 @@ def _updates(config: ModelConfig, adapter: LoRAAdapter, checkpoint: Checkpoint) 
     """Checkpoint tensor -> the updates of its matrices."""
     tensors, sites = projection_tensors(config, family(config.model_type).ADAPTER_NAMES), adapter_sites(config)
     updates: dict[str, list[_Update]] = {}
+    outer = {module: name for module, name in outer_tensors(config).items() if module in adapter.modules}
+    if outer and config.tie_embeddings:
+        raise AdapterFormatError(
+            f"Adapter {adapter.name!r} changes the {' and the '.join(outer)} alone, and this checkpoint has one tensor "
+            "for both (tie_word_embeddings): it cannot be merged; untie the checkpoint first."
+        )
     for key, weights in adapter.weights.items():
+        if (name := outer.get(key[1])) is not None:
+            # An embedding is stored as [V, D], the transpose of what its adapter says.
+            delta = (lambda w=weights: w.delta(0).T) if key[1] == "embedding" else partial(weights.delta, 0)
+            updates.setdefault(name, []).append(_Update(checkpoint.parts[name], config.vocab_size, delta))
+            continue
         for expert in map(int, np.flatnonzero(weights.ranks)):
             part = checkpoint.parts[tensors[key][expert]]
             update = _Update(part, sites[key[1]].out_width, partial(weights.delta, expert))

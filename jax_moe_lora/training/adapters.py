@@ -86,6 +86,9 @@ def spec_of(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> AdapterSpec:
     Raises:
       InputError: no spec describes it: some layers or experts lack a module, or ranks or scales differ within a module.
     """
+    for layer, module in adapter.weights:
+        if module not in sites:
+            raise _error(adapter, layer, module, f"it cannot be trained here; what can is {', '.join(sites)}")
     ranks, scales = _one_rank_and_scale(adapter, sites)
     alpha, stabilised = _alpha(adapter, ranks, scales)
     rank = max(ranks.values(), key=list(ranks.values()).count)

@@ -103,7 +103,7 @@ def losses_of(
       implementation: a backend by name, or None for the best that is available.
       remat: compute gate and up again in the backward pass.
     """
-    sites = decoder.adapter_sites(config)
+    sites = decoder.layer_sites(config)
     if not specs:
         raise InputError("specs are empty; give at least one adapter to train.")
     for name, spec in specs.items():

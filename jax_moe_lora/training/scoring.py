@@ -48,7 +48,7 @@ def make_scoring(
       specs: adapter -> what it trains; the first is slot 0.
       implementation: a backend by name, or None for the best that is available.
     """
-    sites = decoder.adapter_sites(config)
+    sites = decoder.layer_sites(config)
 
     @jax.jit
     def score(params: Mapping[str, Params], model: ModelParams, batch: Batch) -> Scores:

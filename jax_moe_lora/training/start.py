@@ -14,7 +14,7 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.training.adapters import Params, init_params
 from jax_moe_lora.training.spec import AdapterSpec
 
@@ -32,7 +32,7 @@ def read_starts(starts: Mapping[str, Start], config: ModelConfig) -> dict[str, L
     Raises:
       AdapterFormatError: an adapter's files are not understood, or do not fit the model.
     """
-    sites, names = adapter_sites(config), family(config.model_type).ADAPTER_NAMES
+    sites, names = layer_sites(config), family(config.model_type).ADAPTER_NAMES
     return {
         name: start if isinstance(start, LoRAAdapter) else read_adapter(local_folder(start), sites, names, name)
         for name, start in starts.items()

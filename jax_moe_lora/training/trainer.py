@@ -16,7 +16,7 @@ from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.loading import load_params
-from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.training import checks
 from jax_moe_lora.training.adapters import Params, to_adapter
 from jax_moe_lora.training.adapters import from_adapter as params_from
@@ -105,7 +105,7 @@ class Trainer:
         folder = local_folder(model)
         self.config, self._source = read_model_config(folder), str(model)
         self.width = checks.row_width(sequence_length, self.config.max_positions)
-        self.sites = adapter_sites(self.config)
+        self.sites = layer_sites(self.config)
         self.recipes = recipes_of(recipe, data)
         starts = self._resolve_specs(from_adapter)
         extra_columns = checks.check_extra_columns(extra_columns)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import SIDES, Side, Site
 from jax_moe_lora.training.spec import AdapterSpec
-from pallas_kernels.pages import RANK_PAGE, LayerPages, Place
+from pallas_kernels.pages import NO_ADAPTERS, RANK_PAGE, LayerPages, Place
 from pallas_kernels.pytrees import pytree
 
 
@@ -38,7 +38,9 @@ class TrainingBank:
     max_rank: int = field(metadata={"static": True})
 
     def layer(self, layer: int) -> LayerPages:
-        """The pages of one layer."""
+        """The pages of one layer; there are none behind the last one, where embedding and head would have theirs."""
+        if layer >= len(self.tables):
+            return NO_ADAPTERS
         tables = self.tables[layer]
         places = tuple(Place(module, pool_of(module, "a"), pool_of(module, "b")) for module in tables)
         return LayerPages(self.pools[layer], tables, self.scales[layer], places, self.max_rank)

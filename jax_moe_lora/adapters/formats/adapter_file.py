@@ -22,12 +22,20 @@ INDEX = r"0|[1-9][0-9]{0,8}"
 _KEY = re.compile(
     rf"base_model\.model\.(?P<module>model\.layers\.(?P<layer>{INDEX})\.(?P<path>.+))\.lora_(?P<side>[AB])\.weight"
 )
+# PEFT looks an embedding's A up, and names its sides otherwise.
+OUTER_KEY = re.compile(
+    r"base_model\.model\.(?P<path>lm_head|model\.unembed_tokens(?=\.lora_[AB]\.)|model\.embed_tokens(?=\.lora_embedding))"
+    r"\.(?:lora_embedding_(?P<lookup>[AB])|lora_(?P<side>[AB])\.weight)"
+)
+OUTSIDE = -1
+"""The layer of pairs that stand outside of the layers, in a file; the model's sites say which one it is to it."""
 _KNOWN_BAD = {
     "lora_magnitude_vector": "DoRA is not supported",
-    "lora_embedding_": "adapters on embeddings are not supported",
-    "lm_head": "adapters on the head are not supported",
-    "unembed_tokens": "adapters on the head are not supported",
-    "embed_tokens": "adapters on embeddings are not supported",
+    "token_adapter": "trained token embeddings are not supported",
+    "lora_embedding_": "expected base_model.model.model.embed_tokens.lora_embedding_A",
+    "lm_head": "expected base_model.model.lm_head.lora_A.weight",
+    "unembed_tokens": "expected base_model.model.model.unembed_tokens.lora_A.weight",
+    "embed_tokens": "expected base_model.model.model.embed_tokens.lora_embedding_A",
     ".bias": "biases are not supported",
 }
 # What to do about a projection that the model lacks or has in other sizes.
@@ -90,12 +98,16 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
     pairs: dict[tuple[int, str], dict[str, str]] = {}
     for key, info in infos.items():
         with problems:
-            match = _KEY.fullmatch(key)
-            if match is None:
+            match, outer = _KEY.fullmatch(key), OUTER_KEY.fullmatch(key)
+            if outer is not None:
+                where, side = (OUTSIDE, outer["path"]), outer["lookup"] or outer["side"]
+            elif match is not None:
+                where, side = (int(match["layer"]), match["path"]), match["side"]
+            else:
                 expected = "base_model.model.model.layers.L.….lora_A.weight"
                 why = next((why for part, why in _KNOWN_BAD.items() if part in key), f"expected {expected}")
                 raise _refusal(file, key, f"the key {key} is not understood: {why}.", "this key", expected)
-            pairs.setdefault((int(match["layer"]), match["path"]), {})[match["side"]] = key
+            pairs.setdefault(where, {})[side] = key
             if info.dtype not in DTYPES:
                 expected = f"one of {', '.join(DTYPES)}"
                 raise _refusal(file, key, f"{key} has dtype {info.dtype}; expected {expected}.", info.dtype, expected)
@@ -171,6 +183,18 @@ class AdapterFile:
             raise self.error(pair, problem, pair.path, "a projection of the model")
         return site
 
+    def outer_site(self, pair: Pair, module: str) -> Site:
+        """The site of a module outside of the layers.
+
+        Raises:
+          AdapterFormatError: it is none of the sites.
+        """
+        if module not in self.sites:
+            problem = f"adapters on the {module} are not supported here"
+            raise self.error(pair, problem, pair.path, f"one of {', '.join(self.sites)}")
+        self.keys.setdefault((self.sites[module].layers[0], module), pair.key)
+        return self.sites[module]
+
     def scale(self, pair: Pair, rank: int, targeted: Callable[[str], bool], *names: str) -> float:
         """The scale by the config, which must target one of the names and agree with the tensors' rank.
 
@@ -178,9 +202,10 @@ class AdapterFile:
           pair: A and B.
           rank: the tensors' own.
           targeted: whether the config targets a full name.
-          names: names of the module below `model.layers.L.`, that of the file first.
+          names: names of the module below `model.layers.L.` (in full where it is outside), that of the file first.
         """
-        full, config = [f"model.layers.{pair.layer}.{name}" for name in names], self.config
+        inside = pair.layer != OUTSIDE
+        full, config = [f"model.layers.{pair.layer}.{name}" if inside else name for name in names], self.config
         with self.problems:
             if config.says_targets and not any(map(targeted, full)):
                 raise self.error(pair, f"{config.file.name} does not target {full[0]}", full[0], "a target")
@@ -239,8 +264,9 @@ class AdapterFile:
     @property
     def present(self) -> set[str]:
         """Names that weights were found for, or that keys whose problems were kept may have been meant for."""
-        matches = [_KEY.fullmatch(str(error.key)) for error in self.problems.found]
-        refused = {match["module"].removesuffix(".base_layer") for match in matches if match}
+        keys = [str(error.key) for error in self.problems.found]
+        matches = [match for key in keys if (match := _KEY.fullmatch(key) or OUTER_KEY.fullmatch(key))]
+        refused = {(match.groupdict().get("module") or match["path"]).removesuffix(".base_layer") for match in matches}
         ends = ("", ".gate_up_proj", ".down_proj", ".weight")
         return self.used | {f"{module}{end}" for module in refused for end in ends}
 

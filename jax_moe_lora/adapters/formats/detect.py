@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jax_moe_lora.adapters.formats.adapter_file import (
     ANOTHER_MODEL,
+    OUTSIDE,
     AdapterFile,
     FileLayout,
     Pair,
@@ -17,6 +18,7 @@ from jax_moe_lora.adapters.formats.config_reading import read_peft_config
 from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
 from jax_moe_lora.adapters.formats.look_around import WEIGHTS_INDEX
 from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.outer import read_outer
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
@@ -99,6 +101,7 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
       pairs: its A and B.
     """
     weights: Weights = {}
+    outer, pairs = [p for p in pairs if p.layer == OUTSIDE], [p for p in pairs if p.layer != OUTSIDE]
     layout, experts = _experts(file, pairs)
     if layout is not None:
         file.layout = layout.name
@@ -108,6 +111,7 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
         if pair.path in file.names.dense:
             with file.problems:
                 _add_dense(file, weights, pair)
+    read_outer(file, outer, weights)
     check_targets(file, layout, STACKS)
     return share_sides(file, weights)
 

@@ -11,6 +11,9 @@ SGLANG_PARTS = {"gate_up_proj": ("gate", "up"), "gate_proj": ("gate",), "up_proj
 # Not what the names suggest: h_to_4h is the projection with the activation, `gate` the linear one.
 TRTLLM_PARTS = {"moe_h_to_4h": ("gate",), "moe_gate": ("up",), "moe_4h_to_h": ("down",), "moe_router": ("router",)}
 
+# Paths of the projections that stand outside of the layers; the first of a module is PEFT's, the other one Tinker's.
+OUTER_PATHS = {"model.embed_tokens": "embedding", "lm_head": "head", "model.unembed_tokens": "head"}
+
 
 @dataclass(frozen=True)
 class AdapterNames:
@@ -65,8 +68,13 @@ class AdapterNames:
         Args:
           module: the projection.
           in_checkpoints: the path in checkpoints, not the first that it has.
+
+        Returns:
+          The path below `model.layers.L.`, or in full for one that stands outside of the layers.
         """
         paths = [path for path, named in self.dense.items() if named == module]
+        if not paths:
+            return next(path for path, named in OUTER_PATHS.items() if named == module)
         return paths[-1 if in_checkpoints else 0]
 
     def spellings(self, module: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from jax_moe_lora.adapters.formats.adapter_file import AdapterFile, FileLayout
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.names import OUTER_PATHS, AdapterNames
 from jax_moe_lora.adapters.formats.patterns import suffixes
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT
 from jax_moe_lora.adapters.lora import Site
@@ -26,6 +26,7 @@ def check_targets(file: AdapterFile, layout: FileLayout | None, stacks: Collecti
     if not listed and not config.target_parameters:
         return
     names = list(dense_modules(file.names, file.sites))
+    names += [path for path, module in OUTER_PATHS.items() if module in file.sites]
     if layout is PER_EXPERT:
         names += expert_modules(file.names, file.sites)
     elif layout in stacks:

@@ -8,6 +8,8 @@ import numpy as np
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from jax_moe_lora.errors import AdapterFormatError
 
+NO_SITE = "the model has no such projection, or was loaded without room for it (adapter_targets)"
+
 
 @dataclass(frozen=True)
 class Violation:
@@ -75,7 +77,7 @@ def _problems(
     site = sites.get(module)
     if site is None:
         expected = ", ".join(sorted(sites))
-        yield f"the model has no such projection; it has {expected}.", module, expected
+        yield f"{NO_SITE}; it has {expected}.", module, expected
         return
     if layer not in site.layers:
         yield f"the model has no {module} in this layer.", f"layer {layer}", "a layer that has it"

@@ -154,4 +154,5 @@ class _Shortest:
 
 
 def _suffixes(full: str) -> tuple[str, str, str]:
-    return full.rpartition(".")[2], full.split(".", 3)[3], full
+    below_layer = full.split(".", 3)[3] if full.startswith("model.layers.") else full
+    return full.rpartition(".")[2], below_layer, full

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.names import OUTER_PATHS, AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, same_matrices
 from jax_moe_lora.errors import AdapterFormatError
 
@@ -39,7 +40,12 @@ class Part:
 
     @property
     def full_target(self) -> str:
-        return f"model.layers.{self.layer}.{self.target}"
+        return full_name(self.module, self.layer, self.target)
+
+    def key(self, side: Literal["A", "B"]) -> str:
+        """The key of A or B in the file; PEFT looks an embedding's A up, and names its sides otherwise."""
+        lora = f"lora_embedding_{side}" if self.module == "embedding" else f"lora_{side}.weight"
+        return f"base_model.model.{full_name(self.module, self.layer, self.path)}.{lora}"
 
     @property
     def patterns(self) -> tuple[str, str, str]:
@@ -186,6 +192,11 @@ class Draft:
     def _allow_copies(self, layer: int, module: str, shared: str) -> None:
         if not self.expand:
             raise self.error(layer, module, f"{shared}, which this layout cannot say; expand writes copies (--expand)")
+
+
+def full_name(module: str, layer: int, path: str) -> str:
+    """The full name of a path: below its layer, or as it is for a module that stands outside of the layers."""
+    return path if module in OUTER_PATHS.values() else f"model.layers.{layer}.{path}"
 
 
 def dense_part(layer: int, module: str, weights: LoRAWeights, path: str, parameter: bool = False) -> Part:

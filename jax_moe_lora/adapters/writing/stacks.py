@@ -8,6 +8,8 @@ import numpy as np
 from jax_moe_lora.adapters.formats.names import TINKER_PARTS, TRTLLM_PARTS, AdapterNames
 from jax_moe_lora.adapters.writing.draft import Draft, Even, Part, dense_part
 
+TINKER_HEAD = "model.unembed_tokens"
+
 
 def stack_targets(
     names: AdapterNames, module: str, num_experts: int, parts: Mapping[str, tuple[str, ...]]
@@ -21,7 +23,7 @@ def stack_targets(
       parts: last part of a path -> the modules that a stack holds.
     """
     part = next((part for part, modules in parts.items() if modules == (module,)), None)
-    return [f"{names.experts_path}.{part}" if part else names.dense_path(module)]
+    return [f"{names.experts_path}.{part}" if part else TINKER_HEAD if module == "head" else names.dense_path(module)]
 
 
 tinker_targets = partial(stack_targets, parts=TINKER_PARTS)
@@ -83,4 +85,7 @@ def _dense(draft: Draft, parts: Mapping[str, tuple[str, ...]]) -> Iterator[Part]
     stacked = {module for modules in parts.values() for module in modules}
     for layer, module, weights in draft.weights():
         if module not in stacked:
-            yield dense_part(layer, module, weights, draft.names.dense_path(module))
+            if module == "embedding" or (module == "head" and parts is TRTLLM_PARTS):
+                raise draft.error(layer, module, "this layout has no name for it; PEFT's layouts do")
+            path = TINKER_HEAD if module == "head" else draft.names.dense_path(module)
+            yield dense_part(layer, module, weights, path)

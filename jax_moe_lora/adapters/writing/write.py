@@ -19,7 +19,7 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.adapters.writing import peft, stacks
 from jax_moe_lora.adapters.writing.config import Says, settle
-from jax_moe_lora.adapters.writing.draft import Draft, Part
+from jax_moe_lora.adapters.writing.draft import Draft, Part, full_name
 from jax_moe_lora.arguments import flag
 from jax_moe_lora.errors import AdapterFormatError, InputError
 from jax_moe_lora.files.dtypes import DTYPES
@@ -68,7 +68,7 @@ class WrittenLayout:
         for module, site in sites.items():
             for target in self.targets(names, module, site.num_experts):
                 for layer in site.layers:
-                    yield f"model.layers.{layer}.{target}"
+                    yield full_name(module, layer, target)
 
 
 LAYOUTS = {
@@ -165,9 +165,5 @@ def plan_adapter(
     if not parts:
         raise AdapterFormatError(f"Adapter {adapter.name!r} has rank 0 throughout; there is nothing to write.")
     parts, config = settle(draft, parts, target.says, target.all_targets(sites, names))
-    tensors = {
-        f"base_model.model.model.layers.{part.layer}.{part.path}.lora_{side}.weight": matrix
-        for part in parts
-        for side, matrix in (("A", part.a), ("B", part.b))
-    }
+    tensors = {key: matrix for part in parts for key, matrix in ((part.key("A"), part.a), (part.key("B"), part.b))}
     return Plan(tensors, config, target.sidecar(draft), list(draft.notes))

@@ -19,7 +19,7 @@ from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora, routed_experts, router_scores
 from jax_moe_lora.layer.routing import route
-from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.nn import LoRALinear, MoELoRA, load
 from pallas_kernels.ops import LayerPages, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
@@ -248,4 +248,4 @@ def test_a_module_keeps_its_bank_when_a_change_gives_none():
 def test_the_known_modules_are_those_of_every_family():
     moe = MoEConfig(D, F, E, K)
     config = ModelConfig("any", 8, 2, D, 2, 1, 4, F, moe, (True, False), shared_expert_width=F)
-    assert {*adapter_sites(config)} == {*checks.MODULES}
+    assert {*layer_sites(config)} == {*checks.MODULES}
