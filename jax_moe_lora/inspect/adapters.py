@@ -4,11 +4,15 @@ The update `scale * B @ A` is never formed. With the QR decompositions `A.T = Q_
 values are those of `scale * T_b @ T_a.T`, which is only `[R, R]`.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.tools.read import read_adapter
 
 
 def singular_values(weights: LoRAWeights) -> Float[np.ndarray, "E R"]:
@@ -29,19 +33,24 @@ def singular_values(weights: LoRAWeights) -> Float[np.ndarray, "E R"]:
     return np.concatenate([values, np.zeros((experts, rank - values.shape[1]))], axis=1)  # a width may be below R
 
 
-def spectra(adapter: LoRAAdapter, module: str) -> tuple[list[int], Float[np.ndarray, "L E R"]]:
+def spectra(
+    adapter: LoRAAdapter | str | Path, module: str, model: Any = None
+) -> tuple[list[int], Float[np.ndarray, "L E R"]]:
     """`singular_values` of one module in every layer where the adapter changes it.
 
     Args:
-      adapter: the adapter, in host memory.
+      adapter: an adapter in host memory, the name of one that `model` has, or an adapter's folder or hub id.
+      model: for a name the `Model`; for a folder a `Model`, a `ModelConfig`, or a model's folder or hub id.
       module: the module's name, such as `gate`, `down` or `router`; a module that is not per expert has E = 1.
 
     Returns:
       The L layers' numbers, ascending, and float64 `[L, E, R]`, where R is the largest rank among the layers.
 
     Raises:
-      InputError: the adapter has no such module.
+      InputError: the adapter has no such module, or a name or folder came without a model.
+      AdapterFormatError: the folder's files are not understood, or do not fit the model.
     """
+    adapter = _on_host(adapter, model)
     layers = sorted(layer for layer, name in adapter.weights if name == module)
     if not layers:
         raise InputError(
@@ -50,6 +59,16 @@ def spectra(adapter: LoRAAdapter, module: str) -> tuple[list[int], Float[np.ndar
     of_layer = [singular_values(adapter.weights[layer, module]) for layer in layers]
     rank = max(values.shape[1] for values in of_layer)
     return layers, np.stack([np.pad(values, ((0, 0), (0, rank - values.shape[1]))) for values in of_layer])
+
+
+def _on_host(adapter: LoRAAdapter | str | Path, model: Any) -> LoRAAdapter:
+    if isinstance(adapter, LoRAAdapter):
+        return adapter
+    if model is None:
+        raise InputError(f"The adapter is {str(adapter)!r}; give model= too, the Model that has it or its folder.")
+    if str(adapter) in getattr(model, "adapter_status", ()):
+        return model.adapter(str(adapter))
+    return read_adapter(adapter, model)
 
 
 def delta_norm(values: Float[np.ndarray, "*N R"]) -> Float[np.ndarray, "*N"]:

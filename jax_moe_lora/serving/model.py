@@ -21,6 +21,7 @@ from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.models.sites import select_sites
 from jax_moe_lora.serving.chat import Chat
 from jax_moe_lora.serving.functional import Functional, functions
 from jax_moe_lora.serving.requests import check_tokens

@@ -5,7 +5,7 @@ import pytest
 
 from jax_moe_lora import AdapterNameError, InputError, Model
 from jax_moe_lora.demo.run import data_folder
-from jax_moe_lora.inspect import router_trace
+from jax_moe_lora.inspect import router_trace, spectra
 
 LENGTHS = [9, 4, 7]
 
@@ -66,3 +66,36 @@ def test_bad_arguments_are_refused_in_a_sentence(model, tokens):
         router_trace(model, tokens, ["nobody", None, None])
     with pytest.raises(InputError, match="token_ids"):
         router_trace(model, tokens + 99)
+
+
+def test_texts_names_and_folders_are_taken_as_generate_takes_them(model):
+    texts, folder = ["hello>", "abc>", "wxyz>"], data_folder() / "adapters" / "upper"
+    encoded = [model.tokenizer.encode(text) for text in texts]
+    padded = np.zeros((3, max(map(len, encoded))), int)
+    for row, ids in enumerate(encoded):
+        padded[row, : len(ids)] = ids
+    model.unload_adapter("upper")
+    try:
+        by_text = router_trace(model, texts, ["reverse", None, folder])
+        assert set(model.adapter_status) == {"reverse"}  # the folder was loaded for the call alone
+    finally:
+        model.load_adapter(folder, "upper")
+    by_array = router_trace(model, padded, ["reverse", None, "upper"], [len(ids) for ids in encoded])
+    by_lists = router_trace(model, encoded, ["reverse", None, "upper"])
+    for trace in (by_text, by_lists):
+        np.testing.assert_array_equal(trace.token_ids, padded)
+        np.testing.assert_array_equal(trace.real, by_array.real)
+        np.testing.assert_array_equal(trace.scores[:, by_array.real], by_array.scores[:, by_array.real])
+    with pytest.raises(AdapterNameError, match="nobody"):
+        router_trace(model, texts, ["nobody", None, None])
+
+
+def test_spectra_take_a_name_or_a_folder_beside_an_adapter_in_memory(model):
+    folder = data_folder() / "adapters" / "reverse"
+    layers, values = spectra(model.adapter("reverse"), "down")
+    for adapter, of in (("reverse", model), (folder, model), (str(folder), data_folder() / "model")):
+        found = spectra(adapter, "down", of)
+        assert found[0] == layers
+        np.testing.assert_array_equal(found[1], values)
+    with pytest.raises(InputError, match="'reverse'; give model= too"):
+        spectra("reverse", "down")
