@@ -16,7 +16,7 @@ from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.demo import tasks
 from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.decoder import adapter_sites
+from jax_moe_lora.models.decoder import layer_sites
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.training import AdapterSpec, Batch, Params, TrainState, init_params, init_state
@@ -24,7 +24,7 @@ from pallas_kernels.ops import BASE_SLOT
 
 MODEL = Path(str(files("jax_moe_lora.demo") / "data" / "model"))
 CONFIG: ModelConfig = read_model_config(MODEL)
-SITES = adapter_sites(CONFIG)
+SITES = layer_sites(CONFIG)
 EOS = 2
 # Layouts, ranks, scales and targets that differ in every way.
 SPECS = {
@@ -62,7 +62,7 @@ def new_params(
     specs: Mapping[str, AdapterSpec] = SPECS, trained: bool = False, config: ModelConfig = CONFIG
 ) -> dict[str, Params]:
     """Params of new adapters; `trained` ones have a random B too, so that they change what the model says."""
-    sites = adapter_sites(config)
+    sites = layer_sites(config)
     made = {name: init_params(spec, sites, jax.random.key(seed)) for seed, (name, spec) in enumerate(specs.items())}
     if trained:
         rng = np.random.default_rng(0)

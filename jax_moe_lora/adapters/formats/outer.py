@@ -28,7 +28,7 @@ def read_outer(file: AdapterFile, pairs: Iterable[Pair], weights: Weights) -> No
             module = OUTER_PATHS[pair.path]
             (layer,) = file.outer_site(pair, module).layers
             if (layer, module) in weights:
-                raise file.held_twice(pair, module)
+                raise file.duplicate(pair, module)
             if file.two_dimensional(pair):
                 site, rank = file.sites[module], pair.shape("A")[0]
                 names = [pair.path, *(path for path, named in OUTER_PATHS.items() if named == module)]

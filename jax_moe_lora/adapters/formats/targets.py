@@ -26,7 +26,7 @@ def check_targets(file: AdapterFile, layout: FileLayout | None, stacks: Collecti
     if not listed and not config.target_parameters:
         return
     names = list(dense_modules(file.names, file.sites))
-    names += [path for path, module in OUTER_PATHS.items() if module in file.sites]
+    names += outer_modules(file.sites)
     if layout is PER_EXPERT:
         names += expert_modules(file.names, file.sites)
     elif layout in stacks:
@@ -55,6 +55,11 @@ def dense_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[st
     for path, module in names.dense.items():
         for layer in sites[module].layers if module in sites else ():
             yield f"model.layers.{layer}.{path}"
+
+
+def outer_modules(sites: Mapping[str, Site]) -> list[str]:
+    """Full names of the projections outside of the layers."""
+    return [path for path, module in OUTER_PATHS.items() if module in sites]
 
 
 def expert_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[str]:

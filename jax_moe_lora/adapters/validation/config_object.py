@@ -9,13 +9,10 @@ from jax_moe_lora.adapters.formats.config_reading import peft_config_of
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
-from jax_moe_lora.adapters.formats.targets import dense_modules, ends, expert_modules, parameters
+from jax_moe_lora.adapters.formats.targets import dense_modules, ends, expert_modules, outer_modules, parameters
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.adapters.validation.finding import Finding, finding_of
 from jax_moe_lora.errors import InputError
-
-# Modules of every model that adapters cannot have here.
-_UNSERVED = {"lm_head": "the head", "model.embed_tokens": "the embeddings"}
 
 
 def fields_of(config: Any) -> tuple[dict[str, Any], str, bool]:
@@ -76,10 +73,9 @@ def examine_config(
     config = peft_config_of(fields, source, problems)
     if not config.says_targets:
         return [finding_of(error) for error in problems.found]
-    modules = [*dense_modules(names, sites), *expert_modules(names, sites)]
+    modules = [*dense_modules(names, sites), *expert_modules(names, sites), *outer_modules(sites)]
     targeted = [name for name in modules if config.targets_module(name)]
     targeted += [name for name in parameters(names, sites) if config.targets_parameter(name)]
-    _check_unserved(config, problems)
     _check_parameters(config, ends(parameters(names, sites)), problems)
     with problems:
         if not targeted and not problems.found:
@@ -89,18 +85,8 @@ def examine_config(
     if says_ranks and config.says_ranks:
         _check_ranks(config, targeted, max_rank, problems)
     return [finding_of(error) for error in problems.found] + [
-        Finding("warning", source, *parts) for parts in _unmatched(config, targeted, bool(problems.found))
+        Finding("warning", source, *parts) for parts in _unmatched(config, targeted)
     ]
-
-
-def _check_unserved(config: PeftConfig, problems: Problems) -> None:
-    named = bool(config.target_modules) and str(config.target_modules).lower() != "all-linear"
-    for module, what in _UNSERVED.items():
-        with problems:
-            if named and config.targets_module(module):
-                name = module.rpartition(".")[2]
-                why = f"it targets {name}, and adapters on {what} are not supported"
-                raise config.error(why, "target_modules", name, "projections of the layers")
 
 
 def _check_parameters(config: PeftConfig, possible: set[str], problems: Problems) -> None:
@@ -121,12 +107,12 @@ def _check_ranks(config: PeftConfig, targeted: Sequence[str], max_rank: int, pro
                 raise config.error(why, "r", f"rank {rank}", f"at most {max_rank}")
 
 
-def _unmatched(config: PeftConfig, targeted: Sequence[str], refused: bool) -> Iterator[tuple[str, str, str, str]]:
+def _unmatched(config: PeftConfig, targeted: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
     """(key, expected, found, message)"""
     called = ends(targeted)
     listed = [] if isinstance(config.target_modules, str) else config.target_modules
     for target in listed if targeted else ():
-        if target not in called and not (refused and any(m.endswith(target) for m in _UNSERVED)):
+        if target not in called:
             message = f"{config.file}: target_modules names {target!r}, which no projection of the model is called."
             yield f"target_modules.{target}", "a projection of the model", "no match", message
     for field, table in (("rank_pattern", config.rank_table), ("alpha_pattern", config.alpha_table)):

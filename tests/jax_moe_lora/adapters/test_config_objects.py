@@ -47,6 +47,8 @@ SERVED: dict[str, Any] = {
     "an object": LoraConfig(target_modules={"q_proj"}, target_parameters=EXPERTS),
     "the router's parameter": LoraConfig(target_parameters=["mlp.gate.weight"]),
     "a regex": LoraConfig(target_modules=r".*\.layers\.\d+\..*_proj"),
+    "the head and the embeddings": ["q_proj", "lm_head", "embed_tokens"],
+    "the embeddings, by a regex": LoraConfig(target_modules=".*(q_proj|embed_tokens)"),
 }
 
 
@@ -58,12 +60,6 @@ def test_a_config_that_can_be_served_has_no_findings(model, case):
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "DoRA": (LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora", "DoRA is not supported"),
     "modules_to_save": (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save", "whole"),
-    "the head": (["q_proj", "lm_head"], "target_modules", "adapters on the head are not supported"),
-    "the embeddings, by a regex": (
-        LoraConfig(target_modules=".*(q_proj|embed_tokens)"),
-        "target_modules",
-        "embeddings",
-    ),
     "nothing of the model": (["fc1", "fc2"], "target_modules", "match no projection of the model, which has"),
     "no such parameter": (
         LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_proj"]),
@@ -122,4 +118,4 @@ def test_pefts_own_config_is_validated_as_it_is(model):
     good = Peft(r=8, lora_alpha=16, target_modules=["q_proj"], target_parameters=EXPERTS, task_type="CAUSAL_LM")
     assert validate_config(good, model) == []
     bad = Peft(r=8, lora_alpha=16, target_modules=["q_proj", "lm_head"], use_dora=True, init_lora_weights="pissa")
-    assert {f.key for f in validate_config(bad, model)} == {"use_dora", "init_lora_weights", "target_modules"}
+    assert {f.key for f in validate_config(bad, model)} == {"use_dora", "init_lora_weights"}

@@ -501,6 +501,7 @@ def test_every_layout_of_a_family_is_read_back(served, tmp_path, layout):
     """Under the family's own names: Mixtral's, and shared experts'."""
     _, model = served
     sites, names = adapter_sites(model.config), family(model.config.model_type).ADAPTER_NAMES
+    without_a_name = {"peft-per-expert": (), "tinker": ("embedding",), "tensorrt-llm": ("embedding", "head")}[layout]
     random = np.random.default_rng(3)
     weights = {
         (layer, module): uniform(
@@ -511,6 +512,7 @@ def test_every_layout_of_a_family_is_read_back(served, tmp_path, layout):
         )
         for module, site in sites.items()
         for layer in site.layers
+        if module not in without_a_name
     }
     assert model.save_adapter(LoRAAdapter("all", weights), tmp_path / "out", layout) == []
     assert_same(read_adapter(tmp_path / "out", sites, names), LoRAAdapter("all", weights))

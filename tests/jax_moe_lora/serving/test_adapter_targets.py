@@ -27,7 +27,7 @@ def test_pools_are_made_for_these_modules_alone(model: Model) -> None:
 
 def test_an_adapter_on_another_module_is_refused_with_the_name_of_the_option(model: Model) -> None:
     head = uniform(np.ones((1, 2, 64), np.float32), np.ones((1, 99, 2), np.float32), 1.0, 1)
-    for adapter, module in ((ADAPTERS / "reverse", "q"), (LoRAAdapter("mine", {(3, "head"): head}), "head")):
+    for adapter, module in ((ADAPTERS / "reverse", "router"), (LoRAAdapter("mine", {(3, "head"): head}), "head")):
         with pytest.raises(AdapterFormatError, match=rf"{module}: .*loaded without room for it \(adapter_targets\)"):
             model.load_adapter(adapter, "other")
     assert "other" not in model.adapter_status

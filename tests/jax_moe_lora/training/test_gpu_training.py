@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jax_moe_lora.benchmark.random_model import model_config
-from jax_moe_lora.models.decoder import adapter_sites
+from jax_moe_lora.models.decoder import layer_sites
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.training import AdapterSpec, Batch, init_state, make_step
 from jax_moe_lora.training import init_params as new_adapter
@@ -48,7 +48,7 @@ def packed_batch() -> Batch:
 
 def gradients(dtype: str, implementation: str | None) -> dict[str, dict[str, np.ndarray]]:
     """Of each adapter, as what one step of SGD takes away."""
-    sites, keys = adapter_sites(CONFIG), jax.random.split(jax.random.key(1), len(SPECS))
+    sites, keys = layer_sites(CONFIG), jax.random.split(jax.random.key(1), len(SPECS))
     params = {}
     for key, (name, spec) in zip(keys, SPECS.items(), strict=True):
         fresh = new_adapter(spec, sites, key)
