@@ -194,7 +194,7 @@ def _say_what_was_left_out(trainer: "Trainer") -> None:
     for name, columns in trainer.data.ignored_columns.items():
         sys.stdout.write(f"{name}: columns ignored: {', '.join(columns)}\n")
     for name, epochs in trainer.epochs.items():
-        sys.stdout.write(f"{name}: {trainer.steps} steps, {epochs:.3g} epochs\n")
+        sys.stderr.write(f"{name}: {trainer.steps} steps, {epochs:.3g} epochs\n")
 
 
 def _modules(text: str) -> tuple[str, ...]:
