@@ -1,6 +1,7 @@
 """Chat templates: where they are read, what they see, and what they may not do."""
 
 import json
+import sys
 
 import pytest
 
@@ -112,6 +113,12 @@ def test_a_missing_or_broken_template_is_named(tmp_path, config, problem):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=problem):
         ChatTemplate.read(tmp_path).render(HELLO)
+
+
+def test_without_jinja2_the_extra_to_install_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(CheckpointError, match=r"needs jinja2 to be read; install jax-moe-lora\[chat\]"):
+        template("a template that no other test compiles", tmp_path).render(HELLO)
 
 
 @pytest.mark.parametrize(
