@@ -181,6 +181,8 @@ def load_model(
     lora_b_layouts: Sequence[str] = (),
 ) -> "Model":
     """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before loading."""
+    from jax_moe_lora.adapters.formats.detect import adapts_vocabulary
+    from jax_moe_lora.files.hub import local_folder
     from jax_moe_lora.serving.model import Model
 
     folders = named_values("--adapter", adapters, "DIR")
@@ -190,7 +192,12 @@ def load_model(
         raise InputError(f"Requests use adapters that are not given: {named} (given: {given}); add --adapter NAME=DIR.")
     layouts: dict[str, str | None] = values_by_name("--lora-b-layout", lora_b_layouts, list(folders), str, None)
     served = Model.from_pretrained(
-        model, dtype=dtype, max_adapters=max(1, len(folders)), max_rank=max_rank, adapter_memory=adapter_memory
+        model,
+        dtype=dtype,
+        max_adapters=max(1, len(folders)),
+        max_rank=max_rank,
+        adapter_memory=adapter_memory,
+        adapter_targets="all" if any(adapts_vocabulary(local_folder(folder)) for folder in folders.values()) else None,
     )
     for name, folder in folders.items():
         served.load_adapter(folder, adapter_name=name, lora_b_layout=layouts[name])

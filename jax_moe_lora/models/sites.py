@@ -1,11 +1,14 @@
 """The projections of a decoder that adapters may target."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.arguments import sequence
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
+
+ALL = "all"
 
 
 def adapter_sites(config: ModelConfig) -> dict[str, Site]:
@@ -20,12 +23,12 @@ def adapter_sites(config: ModelConfig) -> dict[str, Site]:
     return layer_sites(config) | {"embedding": embedding, "head": head}
 
 
-def select_sites(config: ModelConfig, modules: Sequence[str]) -> dict[str, Site]:
-    """Some of `adapter_sites`.
+def select_sites(config: ModelConfig, modules: Sequence[str] | Literal["all"] | None) -> dict[str, Site]:
+    """The sites that a model is loaded with room for.
 
     Args:
       config: the model.
-      modules: their names.
+      modules: their names; "all" of `adapter_sites`; or None for `layer_sites`.
 
     Returns:
       Module -> its widths, and the layers that have it.
@@ -33,12 +36,18 @@ def select_sites(config: ModelConfig, modules: Sequence[str]) -> dict[str, Site]
     Raises:
       InputError: the model has no module of a name, or there are no names.
     """
+    if modules is None:
+        return layer_sites(config)
     sites = adapter_sites(config)
+    if isinstance(modules, str):
+        if modules != ALL:
+            raise InputError(f"adapter_targets is {modules!r}; expected {ALL!r}, or a list of modules.")
+        return sites
     names = sequence("adapter_targets", modules)
     if unknown := [name for name in names if name not in sites]:
         raise InputError(f"adapter_targets name {unknown[0]!r}; this model has {', '.join(sites)}.")
     if not names:
-        raise InputError(f"adapter_targets are empty; name some of {', '.join(sites)}, or give None for all.")
+        raise InputError(f"adapter_targets are empty; name some of {', '.join(sites)}, or give None for the layers'.")
     return {module: site for module, site in sites.items() if module in names}
 
 

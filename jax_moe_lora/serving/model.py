@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Model(Chat):
         max_adapters: int = 8,
         max_rank: int = 64,
         adapter_memory: int | str = "4GiB",
-        adapter_targets: Sequence[str] | None = None,
+        adapter_targets: Sequence[str] | Literal["all"] | None = None,
         implementation: Implementation | None = None,
     ) -> "Model":
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
@@ -57,9 +57,9 @@ class Model(Chat):
           max_rank: the largest LoRA rank among them.
           adapter_memory: memory budget of the adapters, in bytes or as text such as `"4GiB"`; no more is taken than
             they can use.
-          adapter_targets: the modules that adapters may change, such as `["gate", "up", "down"]`; None is all of them,
-            `embedding` and `head` too. The memory is for these alone, and an adapter that changes another module is
-            refused.
+          adapter_targets: the modules that adapters may change, such as `["gate", "up", "down"]`. None is all modules
+            of the layers. `"all"` adds `embedding` and `head`, whose pages are as wide as the vocabulary and are read
+            in every step. The memory is for these modules alone, and an adapter that changes another one is refused.
           implementation: a backend by name, or None for the best that is available.
 
         Raises:
@@ -73,8 +73,7 @@ class Model(Chat):
         folder = local_folder(path)
         config = read_model_config(folder)
         _check_implementation(implementation, config, dtype)
-        sites = decoder.adapter_sites(config) if adapter_targets is None else select_sites(config, adapter_targets)
-        bank = create_bank(sites, max_adapters, max_rank, memory, dtype)
+        bank = create_bank(select_sites(config, adapter_targets), max_adapters, max_rank, memory, dtype)
         return cls(config, load_params(folder, config, dtype), bank, folder, implementation)
 
     def __repr__(self) -> str:

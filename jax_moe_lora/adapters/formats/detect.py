@@ -93,6 +93,18 @@ def open_adapter(folder: Path, problems: Problems) -> Iterator[tuple[PeftConfig,
             yield config, tensors
 
 
+def adapts_vocabulary(folder: Path) -> bool:
+    """Whether an adapter changes the embedding or the head; False where its files cannot be read.
+
+    Args:
+      folder: the adapter's.
+    """
+    problems = Problems(keep=True)
+    with problems, open_adapter(folder, problems) as (_, tensors):
+        return any(pair.layer == OUTSIDE for pair in pair_keys(tensors.path, without_copies(tensors.infos), problems))
+    return False
+
+
 def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
     """The weights of all pairs of a file, by the layout that their keys have.
 

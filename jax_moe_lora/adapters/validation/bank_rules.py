@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jax_moe_lora.adapters.formats.names import OUTER_PATHS
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site
 from jax_moe_lora.errors import AdapterFormatError
 
 NO_SITE = "the model has no such projection, or was loaded without room for it (adapter_targets)"
+NO_VOCABULARY = "the model was loaded without room for it: load it with adapter_targets='all'"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def _problems(
     site = sites.get(module)
     if site is None:
         expected = ", ".join(sorted(sites))
-        yield f"{NO_SITE}; it has {expected}.", module, expected
+        why = NO_VOCABULARY if module in OUTER_PATHS.values() else NO_SITE
+        yield f"{why}; it has {expected}.", module, expected
         return
     if layer not in site.layers:
         yield f"the model has no {module} in this layer.", f"layer {layer}", "a layer that has it"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import AdapterFile, Headers, pair_keys
+from jax_moe_lora.adapters.formats.adapter_file import OUTSIDE, AdapterFile, Headers, pair_keys
 from jax_moe_lora.adapters.formats.detect import open_adapter, read_weights
 from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
 from jax_moe_lora.adapters.formats.names import AdapterNames
@@ -112,5 +112,9 @@ def _check(
                 f"{path}: {key}: {bad.problem}", file=path, key=key, found=bad.found, expected=bad.expected
             )
     warnings += hints(file)
+    for pair in pairs:
+        if pair.layer == OUTSIDE:
+            message = f"{path}: {pair.path} is served by a model that is loaded with adapter_targets='all'."
+            warnings.append(Finding("warning", str(path), pair.path, "a module of the layers", pair.path, message))
     fits = not problems.found
     return file.layout, pack(adapter, target.sites).nbytes(target.dtype) if fits else None

@@ -450,7 +450,7 @@ def served(request, tmp_path_factory) -> tuple[Path, Model]:
     base = save_model(
         tiny(name, num_hidden_layers=2, **({"mlp_only_layers": [1]} if name == "qwen3_moe" else {})), folder / "model"
     )
-    model = Model.from_pretrained(base, dtype="float32", max_adapters=4, max_rank=16)
+    model = Model.from_pretrained(base, dtype="float32", max_adapters=4, max_rank=16, adapter_targets="all")
     config = {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION, **CONFIGS[name]}
     model.load_adapter(save_random_adapter(base, folder / "adapter", **config), "own")
     return base, model

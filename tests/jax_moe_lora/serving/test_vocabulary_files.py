@@ -44,7 +44,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def model(trained: tuple[Path, dict[str, Path]]) -> Model:
     base, adapters = trained
-    model = Model.from_pretrained(base, dtype="float32", max_adapters=5, max_rank=32)
+    model = Model.from_pretrained(base, dtype="float32", max_adapters=5, max_rank=32, adapter_targets="all")
     for name, folder in adapters.items():
         model.load_adapter(folder, name)
     return model
