@@ -159,9 +159,7 @@ def prefill(
         raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {most}.")
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
     hidden, keys, values, _ = _layers(params, bank, tokens, step, cache)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    row_slots = jnp.where(lengths > 0, slots, BASE_SLOT)
-    return Cache(keys, values, lengths.astype(jnp.int32)), _logits(params, bank, last, row_slots, config)[:, 0]
+    return Cache(keys, values, lengths.astype(jnp.int32)), _last_logits(params, bank, hidden, lengths, slots, config)
 
 
 def decode(
@@ -222,9 +220,9 @@ def append(
     positions = jnp.where(real, cache.lengths[:, None] + index, most)
     row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)
     step = _step("chunk", positions, real, row_slots, bank, params, config, implementation)
-    hidden, keys, values, _ = _layers(params, bank, params.embedding[tokens], step, cache)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
-    return Cache(keys, values, jnp.minimum(cache.lengths + lengths, most).astype(jnp.int32)), head(params, last)[:, 0]
+    hidden, keys, values, _ = _layers(params, bank, tokens, step, cache)
+    held = jnp.minimum(cache.lengths + lengths, most).astype(jnp.int32)
+    return Cache(keys, values, held), _last_logits(params, bank, hidden, lengths, slots, config)
 
 
 def prompt_step(
@@ -303,6 +301,19 @@ def _logits(
     params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], slots: Int[Array, "N"], config: ModelConfig
 ) -> Float[Array, "B T V"]:
     return head(params, hidden, _outer_adapters(bank, config), slots)
+
+
+def _last_logits(
+    params: ModelParams,
+    bank: Bank | None,
+    hidden: Float[Array, "B T D"],
+    lengths: Int[Array, "B"],
+    slots: Int[Array, "B"],
+    config: ModelConfig,
+) -> Float[Array, "B V"]:
+    """The logits after each row's last token; a row without tokens is a base row."""
+    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+    return _logits(params, bank, last, jnp.where(lengths > 0, slots, BASE_SLOT), config)[:, 0]
 
 
 def _outer_adapters(bank: Bank | None, config: ModelConfig) -> LayerPages:

@@ -101,18 +101,21 @@ def test_a_row_does_not_see_the_other_rows_adapters(modules: tuple[str, ...]) ->
     np.testing.assert_array_equal(mixed[2:], base[2:])  # a slot out of range is a base row
 
 
-def test_prefill_and_decode_compute_what_all_positions_do() -> None:
+def test_prefill_append_and_decode_compute_what_all_positions_do() -> None:
     config, params = make(tied=True)
     bank = bank_of(config, {0: adapter(MODULES["both"], 5, 1), 2: adapter(("head",), 17, 2)})
     slots = jnp.asarray([0, 2, -1, 0], jnp.int32)
     whole = logits(params, config, bank, [0, 2, -1, 0])
     cache = decoder.init_cache(config, 4, 8, "float32")
-    lengths = jnp.asarray([4, 4, 4, 0], jnp.int32)
-    prefill, decode = (jax.jit(partial(step, config=config)) for step in (decoder.prefill, decoder.decode))
-    cache, first = prefill(params, bank, cache, jnp.asarray(TOKENS[:, :4]), lengths, slots)
-    cache, second = decode(params, bank, cache, jnp.asarray(TOKENS[:, 4]), slots)
-    assert_close(np.asarray(first[:3]), whole[:3, 3], 1e-5)
-    assert_close(np.asarray(second[:3]), whole[:3, 4], 1e-5)
+    lengths, tokens = jnp.asarray([2, 2, 2, 0], jnp.int32), jnp.asarray(TOKENS)
+    prefill, append, decode = (
+        jax.jit(partial(step, config=config)) for step in (decoder.prefill, decoder.append, decoder.decode)
+    )
+    cache, first = prefill(params, bank, cache, tokens[:, :2], lengths, slots)
+    cache, second = append(params, bank, cache, tokens[:, 2:4], lengths, slots)
+    cache, third = decode(params, bank, cache, tokens[:, 4], slots)
+    for seen, position in ((first, 1), (second, 3), (third, 4)):
+        assert_close(np.asarray(seen[:3]), whole[:3, position], 1e-5)
 
 
 def test_a_bank_without_these_sites_computes_nothing_for_them() -> None:
