@@ -12,11 +12,10 @@ import typer
 from jax_moe_lora.cli.options import Dtype, named_values, values_by_name, write_file
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import check_writable
+from jax_moe_lora.files.messages import CHAT_FIELDS
 from jax_moe_lora.files.safetensors_io import parse_json
-from jax_moe_lora.files.text import decode, read_content
+from jax_moe_lora.files.text import decode, jsonl_lines
 from jax_moe_lora.serving.sampling_params import NAMES, SamplingParams, fold_seed
-
-CHAT_FIELDS = ("messages", "tools", "chat_template_kwargs")
 
 if TYPE_CHECKING:
     from jax_moe_lora.serving.answers import Generation
@@ -133,11 +132,9 @@ def read_jobs(file: Path | None, prompts: Sequence[str], use: str | None, defaul
         return [Job(f"--prompt {n}", prompt, use, _own_seed(defaults, n - 1)) for n, prompt in enumerate(prompts, 1)]
     if use is not None:
         raise InputError("--use goes with --prompt; in --requests each line names its own adapter.")
-    lines = decode(read_content(file), str(file)).split("\n")  # splitlines would also split at U+2028
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     jobs = [
         _job(f"{file}, line {number}", line, _own_seed(defaults, index))
-        for index, (number, line) in enumerate(numbered)
+        for index, (number, line) in enumerate(jsonl_lines(file))
     ]
     if not jobs:
         raise InputError(f"{file} holds no requests.")
@@ -148,8 +145,8 @@ def _own_seed(defaults: SamplingParams, index: int) -> SamplingParams:
     return defaults if defaults.seed is None else replace(defaults, seed=fold_seed(defaults.seed, "prompt", index))
 
 
-def _job(where: str, line: str, defaults: SamplingParams) -> Job:
-    raw = parse_json(line, where, InputError)
+def _job(where: str, line: bytes, defaults: SamplingParams) -> Job:
+    raw = parse_json(decode(line, where), where, InputError)
     if "prompt" in raw and "messages" in raw:
         raise InputError(f'{where} has both "prompt" and "messages"; give one of them.')
     chat = {name: raw[name] for name in CHAT_FIELDS if name in raw} if "messages" in raw else {}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jax_moe_lora.errors import CheckpointError, InputError
 from jax_moe_lora.files.messages import Message
 from jax_moe_lora.files.safetensors_io import open_regular, read_json
+from jax_moe_lora.files.text import check_unicode
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -141,12 +142,10 @@ class ChatTemplate:
         }
         try:
             text = template.render(names)
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError("holds half of a surrogate pair, which is not valid Unicode") from error
         except Exception as error:  # a template is a program of the checkpoint's author and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"is refused by the chat template {self.file}: {reason}") from error
+        check_unicode(text, "")
         return text
 
     def _compiled(self, name: str) -> "Template":

@@ -9,8 +9,9 @@ from jax_moe_lora.errors import InputError
 Message = Mapping[str, Any]
 """One turn of a conversation: `role`, `content`, and whatever else a template reads, such as `tool_calls`."""
 
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+CHAT_FIELDS = ("messages", *FOR_TEMPLATE)
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates have for the same field
-
 
 ChatPrompt = Sequence[Message] | Mapping[str, Any]
 """A conversation to answer: its messages, or an object of `messages`, `tools` and `chat_template_kwargs`."""
@@ -33,7 +34,7 @@ def chat_fields(prompt: ChatPrompt) -> dict[str, Any]:
       InputError: other fields, or fields of another type; the sentence goes on after the conversation's name.
     """
     fields = dict(prompt) if isinstance(prompt, Mapping) else {"messages": prompt}
-    if unknown := sorted(set(map(str, fields)) - {"messages", "tools", "chat_template_kwargs"}):
+    if unknown := sorted(set(map(str, fields)) - {*CHAT_FIELDS}):
         raise InputError(f"has {', '.join(unknown)[:200]}; expected messages, tools or chat_template_kwargs")
     tools, options = fields.get("tools"), fields.get("chat_template_kwargs")
     if tools is not None and not (isinstance(tools, Sequence) and all(isinstance(tool, Mapping) for tool in tools)):

@@ -1,4 +1,4 @@
-"""Text files that users name."""
+"""Text that users give, and text files that they name."""
 
 from pathlib import Path
 
@@ -30,6 +30,12 @@ def read_content(path: Path) -> bytes:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
+def jsonl_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a JSONL file and their numbers from 1 on, without empty lines. Raises what `read_content` raises."""
+    lines = enumerate(read_content(path).split(b"\n"), 1)
+    return [(number, line) for number, line in lines if line.strip()]
+
+
 def decode(content: bytes, where: str) -> str:
     """The text of UTF-8 bytes.
 
@@ -47,3 +53,19 @@ def decode(content: bytes, where: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8 text at byte {error.start + 1}; save it as UTF-8.") from error
+
+
+def check_unicode(text: str, where: str) -> None:
+    """Refuses half of a surrogate pair, which JSON can spell and no tokenizer takes.
+
+    Args:
+      text: any text.
+      where: what errors call it; may be empty, where the sentence goes on after a name.
+
+    Raises:
+      InputError: the text cannot be written as UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds half of a surrogate pair, which is not valid Unicode.".lstrip()) from error

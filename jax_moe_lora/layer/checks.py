@@ -54,6 +54,8 @@ def check_array(name: str, value: Any, shape: Sequence[int | str], kind: Kind) -
 def check_slots(slots: Any, num_slots: int) -> None:
     """Refuses slots that a bank does not have, where their values are known: inside `jit` such a row is a base row.
 
+    An array on a device is copied to the host the first time that it is checked; jax keeps the copy.
+
     Args:
       slots: integers of any shape, traced or not; None is accepted.
       num_slots: S.

@@ -19,11 +19,22 @@ from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from pallas_kernels.ops import BASE_SLOT, Implementation
 
-Step = Callable[..., tuple[Cache, Array]]
+CacheStep = Callable[..., tuple[Cache, Array]]
 
 
-@dataclass(frozen=True)
-class Functional:
+@dataclass(frozen=True, kw_only=True)
+class CacheFunctions:
+    """The pure functions of `Functional`. There is one set per config and backend, so that nothing compiles twice."""
+
+    prefill: CacheStep
+    decode: CacheStep
+    insert_rows: CacheStep
+    append_rows: CacheStep
+    free_rows: Callable[[Cache, Array], Cache]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Functional(CacheFunctions):
     """The model as data and pure functions. Every one that takes a cache uses it up, and gives the next one back.
 
     Outside of `jit`, a slot that the bank does not have raises an `InputError`; inside, such a row is a base row.
@@ -45,11 +56,6 @@ class Functional:
     params: ModelParams
     bank: AdapterBank
     init_cache: Callable[[], Cache]
-    prefill: Step
-    decode: Step
-    insert_rows: Step
-    append_rows: Step
-    free_rows: Callable[[Cache, Array], Cache]
     slot_names: Mapping[str, int] = field(default_factory=dict)
 
     def slots(self, adapter_names: Sequence[str | None]) -> Int[Array, "B"]:
@@ -73,19 +79,8 @@ class Functional:
         return jnp.asarray([known[name] for name in names], jnp.int32)
 
 
-@dataclass(frozen=True)
-class Functions:
-    """The pure functions of a model. There is one set of them a process, so that nothing compiles twice."""
-
-    prefill: Step
-    decode: Step
-    insert_rows: Step
-    append_rows: Step
-    free_rows: Callable[[Cache, Array], Cache]
-
-
 @cache
-def functions(config: ModelConfig, implementation: Implementation | None) -> Functions:
+def functions(config: ModelConfig, implementation: Implementation | None) -> CacheFunctions:
     """The functions of a config and a backend, always the same objects.
 
     Args:
@@ -93,10 +88,10 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Fun
       implementation: a backend by name, or None for the best available.
     """
 
-    def jitted(step: Step) -> Step:
+    def jitted(step: CacheStep) -> CacheStep:
         return jax.jit(partial(step, config=config, implementation=implementation), donate_argnums=2)
 
-    def of_rows(step: Step) -> Step:
+    def of_rows(step: CacheStep) -> CacheStep:
         run = jitted(step)
 
         def call(params, bank, cache, rows, tokens, lengths, slots):
@@ -122,7 +117,13 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Fun
         _check_rows(cache, rows)
         return run_free(cache, rows)
 
-    return Functions(prefill, decode, of_rows(cache_rows.insert_rows), of_rows(cache_rows.append_rows), free_rows)
+    return CacheFunctions(
+        prefill=prefill,
+        decode=decode,
+        insert_rows=of_rows(cache_rows.insert_rows),
+        append_rows=of_rows(cache_rows.append_rows),
+        free_rows=free_rows,
+    )
 
 
 def _check(bank: AdapterBank | None, slots: Array) -> None:

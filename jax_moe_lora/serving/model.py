@@ -148,7 +148,7 @@ class Model(Chat):
         steps = functions(self.config, self.implementation)
         bank, slots = self._pool.lend()
         init_cache = partial(decoder.init_cache, self.config, batch, max_length, self._dtype)
-        return Functional(self.params, bank, init_cache, **vars(steps), slot_names=slots)
+        return Functional(params=self.params, bank=bank, init_cache=init_cache, slot_names=slots, **vars(steps))
 
     def _read(self, program: Callable[..., Array], token_ids: Any, adapter_names: Any, lengths: Any) -> Array:
         tokens, real = check_tokens(token_ids, lengths, self.config)

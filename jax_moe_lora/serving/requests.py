@@ -12,6 +12,7 @@ from jax_moe_lora.arguments import array, host_array, is_array, whole
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.messages import ChatPrompt, is_chat
+from jax_moe_lora.files.text import check_unicode
 from jax_moe_lora.serving.sampling import LogitAdjustments, Sampling
 from jax_moe_lora.serving.sampling_params import SamplingParams, fold_seed, params_of_prompts
 from pallas_kernels.ops import BASE_SLOT
@@ -63,8 +64,7 @@ class Request:
 
 def _token_ids(where: str, prompt: Any, encode: Encode) -> list[int]:
     if isinstance(prompt, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise InputError(f"{where} holds half of a surrogate pair, which is not valid Unicode.")
+        check_unicode(prompt, where)
         return encode(prompt)
     if is_chat(prompt):
         try:

@@ -10,12 +10,12 @@ import numpy as np
 
 from jax_moe_lora.errors import InputError, TrainingDataError
 from jax_moe_lora.files.safetensors_io import parse_json
+from jax_moe_lora.files.text import decode, jsonl_lines
 from jax_moe_lora.training.examples import Encoder, Example
 from jax_moe_lora.training.forms import EXPECTED
 
 SHOWN = 10  # bad lines that a message quotes; of the others it gives the number
 LONGEST = 300  # characters of a problem
-_BOM = b"\xef\xbb\xbf"
 
 Lines = Path | Sequence[Mapping[str, Any]]
 """A JSONL file, or the objects that its lines would hold."""
@@ -113,7 +113,8 @@ def read_datasets(sources: Mapping[str, Lines], encoder: Encoder, skip_bad_lines
 def _examples(name: str, lines: Lines, encoder: Encoder, bad: BadLines, ignored: set[str]) -> Iterator[Example]:
     for where, line in _lines(name, lines):
         try:
-            examples, columns = encoder.examples(_parsed(line, where) if isinstance(line, bytes) else line)
+            raw = parse_json(decode(line, where), where, InputError) if isinstance(line, bytes) else line
+            examples, columns = encoder.examples(raw)
         except InputError as problem:
             bad.add(where, problem)
         else:
@@ -126,21 +127,8 @@ def _lines(name: str, lines: Lines) -> Iterable[tuple[str, Any]]:
     called = _called(name, lines)
     if not isinstance(lines, Path):
         return ((f"{called}, example {number}", raw) for number, raw in enumerate(lines, 1))
-    try:
-        content = lines.read_bytes().removeprefix(_BOM)
-    except OSError as error:
-        raise InputError(f"{lines} cannot be read: {error.strerror or error}.") from error
-    split = enumerate(content.split(b"\n"), 1)
-    return ((f"{called}, line {number}", line) for number, line in split if line.strip())
+    return ((f"{called}, line {number}", line) for number, line in jsonl_lines(lines))
 
 
 def _called(name: str, lines: Lines) -> str:
     return str(lines) if isinstance(lines, Path) else f"The data of {name!r}"
-
-
-def _parsed(line: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"is not UTF-8 text at byte {error.start + 1}") from error
-    return parse_json(text, where, InputError)

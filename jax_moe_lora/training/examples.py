@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.text import check_unicode
 from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.training.forms import PAIR, TEXT, Conversation, ExtraColumns, conversation_of, extra_columns, form_of
 
@@ -172,7 +173,4 @@ def _check_texts(texts: Mapping[str, Any]) -> None:
             raise InputError(f"has {name} of type {type(text).__name__}; expected a string")
         if not text and name != "prompt":
             raise InputError(f"has an empty {name}")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"has half a surrogate pair in {name}, which is not valid Unicode") from error
+        check_unicode(text, f"has a {name} that")

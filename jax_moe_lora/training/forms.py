@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.files.messages import chat_fields, check_messages
+from jax_moe_lora.files.messages import FOR_TEMPLATE, chat_fields, check_messages
 
 ExtraColumns = Literal["refuse", "ignore"]
 EXPECTED = (
@@ -44,7 +44,6 @@ class Form:
 
 
 PAIR, TEXT = Form(("prompt", "completion")), Form(("text",))
-FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 MESSAGES = Form(("messages",), FOR_TEMPLATE)
 SHAREGPT = Form(("conversations",), ("system", *FOR_TEMPLATE))
 ALPACA = Form(("instruction", "output"), ("input", "system", *FOR_TEMPLATE))

@@ -59,7 +59,7 @@ def refusal(monkeypatch, capsys, tmp_path):
     [
         (["--adapter", "y"], "--adapter 'y' is not NAME=FILE.jsonl"),
         (["--adapter", "x=x.jsonl"], "--adapter 'x' is given twice"),
-        (["--adapter", "y=none.jsonl"], "none.jsonl cannot be read: No such file"),
+        (["--adapter", "y=none.jsonl"], "File not found: none.jsonl"),
         (["--adapter", "a/b=x.jsonl"], "Adapter name 'a/b' cannot be a folder's"),
         (["--adapter", "checkpoints=x.jsonl"], "Adapter name 'checkpoints' cannot be a folder's"),
         (["--adapter", ".x=x.jsonl"], "Adapter name '.x' cannot be a folder's"),
@@ -108,7 +108,7 @@ def refusal(monkeypatch, capsys, tmp_path):
         ),
         (["--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
         (["--eval", "z=x.jsonl", "--eval", "y=x.jsonl"], "--eval names 'y', which no --adapter does"),
-        (["--eval", "x=none.jsonl"], "none.jsonl cannot be read"),
+        (["--eval", "x=none.jsonl"], "File not found: none.jsonl"),
         (["--write-as", "onnx"], "write_as is 'onnx'; expected one of peft, peft-per-expert, tinker, tensorrt-llm"),
         (["--out", "no/out"], "there is no folder no"),
         (["--out", "."], ". exists; go on with its run (--resume, resume=True), or name a new folder"),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax_moe_lora.serving.functional import Functional
 from pallas_kernels.backend import target_sms
 
 pytestmark = pytest.mark.xdist_group("demo")
+UNUSED: dict[str, Any] = dict.fromkeys(("prefill", "decode", "insert_rows", "append_rows", "free_rows"))
 
 ELSEWHERE = """
 import sys
@@ -68,13 +70,13 @@ def test_an_exported_step_is_lowered_for_the_sms_that_are_named_and_says_so(name
         return cache, params[tokens]
 
     cache = Cache((), (), jnp.zeros(2, jnp.int32))
-    fn = Functional(jnp.zeros((5, 3)), None, lambda: cache, None, decode, None, None, None)
+    fn = Functional(params=jnp.zeros((5, 3)), bank=None, init_cache=lambda: cache, **UNUSED | {"decode": decode})
     step = export_decode(fn, platforms=("cuda",), sms=named)
     assert set(lowered_for) == {step.sms} == {expected}
     assert export.deserialize(bytearray(step.program)).fun_name == f"decode_step_for_{expected}_sms"
 
 
 def test_a_number_of_sms_that_is_none_is_refused():
-    fn = Functional(None, None, lambda: None, *[None] * 5)
+    fn = Functional(params=None, bank=None, init_cache=lambda: None, **UNUSED)
     with pytest.raises(InputError, match="sms"):
         export_decode(fn, sms=0)

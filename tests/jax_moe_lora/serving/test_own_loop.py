@@ -169,6 +169,19 @@ def test_rows_that_are_not_there_are_refused_before_anything_runs(fn, rows, leng
         fn.insert_rows(fn.params, fn.bank, fn.init_cache(), jnp.asarray(rows), tokens, lengths, jnp.asarray([slot] * 2))
 
 
+def test_prompts_that_are_wider_than_the_cache_are_refused(fn):
+    with pytest.raises(InputError, match="tokens have 33 a row; the cache has room for 32"):
+        fn.insert_rows(
+            fn.params,
+            fn.bank,
+            fn.init_cache(),
+            jnp.asarray([0]),
+            jnp.ones((1, LENGTH + 1), jnp.int32),
+            jnp.asarray([2]),
+            jnp.asarray([-1]),
+        )
+
+
 @pytest.mark.slow
 def test_tokens_that_a_row_has_no_room_for_are_refused(model, fn):
     loop = Loop(model, fn)
