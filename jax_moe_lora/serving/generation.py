@@ -192,16 +192,17 @@ class TextGeneration(ProgramRunner):
         self, batch: PaddedBatch, names: Sequence[str | None], outcomes: Sequence[int | Exception]
     ) -> tuple[list[int | Exception], list[StopRules]]:
         """What ends each row's answer; and the outcomes, with why an adapter's own rules could not be read."""
-        outcomes, adapters = list(outcomes), {}
-        for index, name in enumerate(names):
+        adapters: dict[str | None, StopRules] = {}
+        errors: dict[str | None, Exception] = {}
+        for name in dict.fromkeys(names):
             try:
-                adapters[index] = self._adapter_stops(name)
+                adapters[name] = self._adapter_stops(name)
             except JaxMoELoRAError as error:
-                adapters[index], outcomes[index] = StopRules(frozenset()), error
+                adapters[name], errors[name] = StopRules(frozenset()), error
         eos = self.config.eos_token_ids
         tokenizer = self.tokenizer if self._has_tokenizer else None
-        rules = [stop_rules(row.request.params, eos, adapters[row.index], tokenizer) for row in batch.rows]
-        return outcomes, rules
+        rules = [stop_rules(row.request.params, eos, adapters[names[row.index]], tokenizer) for row in batch.rows]
+        return [errors.get(name, outcome) for name, outcome in zip(names, outcomes, strict=True)], rules
 
     def _adapter_stops(self, name: str | None) -> StopRules:
         source = self._pool.source(name)
