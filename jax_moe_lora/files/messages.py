@@ -12,6 +12,7 @@ Message = Mapping[str, Any]
 FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 CHAT_FIELDS = ("messages", *FOR_TEMPLATE)
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names that templates have for the same field
+OWN_NAMES = ("messages", "tools", "add_generation_prompt")  # which a rendering itself gives the template
 
 ChatPrompt = Sequence[Message] | Mapping[str, Any]
 """A conversation to answer: its messages, or an object of `messages`, `tools` and `chat_template_kwargs`."""
@@ -41,6 +42,8 @@ def chat_fields(prompt: ChatPrompt) -> dict[str, Any]:
         raise InputError("has tools that are not a list of JSON schemas")
     if options is not None and not isinstance(options, Mapping):
         raise InputError(f"has chat_template_kwargs of type {type(options).__name__}; expected an object")
+    if taken := [name for name in OWN_NAMES if name in (options or {})]:
+        raise InputError(f"has {', '.join(taken)} in chat_template_kwargs, which the template gets in any case")
     return {"messages": None} | fields
 
 

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.config import ModelConfig
+from jax_moe_lora.errors import InputError
 from pallas_kernels.pytrees import pytree
 
 KeyValues = tuple[Float[Array, "B M G hd"], Float[Array, "B M G hd"]]
@@ -36,6 +37,12 @@ def init_cache(config: ModelConfig, batch: int, max_length: int, dtype: jax.typi
     shape = (batch, max_length, config.num_kv_heads, config.head_dim)
     empty = tuple(jnp.zeros(shape, dtype) for _ in range(2 * config.num_layers))
     return Cache(empty[: config.num_layers], empty[config.num_layers :], jnp.zeros(batch, jnp.int32))
+
+
+def check_width(tokens: Int[Array, "B T"], cache: Cache) -> None:
+    """Refuses prompts that are wider than a row of the cache, padding included."""
+    if tokens.shape[1] > (most := cache.k[0].shape[1]):
+        raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {most}.")
 
 
 def store(

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.models import decoder
-from jax_moe_lora.models.cache import Cache, init_cache
+from jax_moe_lora.models.cache import Cache, check_width, init_cache
 from jax_moe_lora.models.decoder_layer import Bank
 from jax_moe_lora.models.params import ModelParams
 from pallas_kernels.ops import Implementation
@@ -46,8 +45,7 @@ def insert_rows(
       The cache, and float32 `[N, V]` logits after each prompt's last token.
     """
     check_array("rows", rows, (tokens.shape[0],), "integers")
-    if tokens.shape[1] > (most := cache.k[0].shape[1]):
-        raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {most}.")
+    check_width(tokens, cache)
     alone = init_cache(config, tokens.shape[0], tokens.shape[1], cache.k[0].dtype)
     alone, logits = decoder.prefill(
         params, bank, alone, tokens, lengths, slots, config=config, implementation=implementation

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.layer.linear import dense_plan
 from jax_moe_lora.models.attention import choose_attention
-from jax_moe_lora.models.cache import Cache, init_cache
+from jax_moe_lora.models.cache import Cache, check_width, init_cache
 from jax_moe_lora.models.decoder_layer import Bank, StepContext, rms_norm, run_layer
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites, layer_sites
@@ -155,8 +154,7 @@ def prefill(
       The filled cache, and float32 `[B, V]` logits after each prompt's last token.
     """
     check_array("tokens", tokens, (cache.lengths.shape[0], "T"), "integers")
-    if tokens.shape[1] > (most := cache.k[0].shape[1]):
-        raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {most}.")
+    check_width(tokens, cache)
     step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
     hidden, keys, values, _ = _layers(params, bank, tokens, step, cache)
     return Cache(keys, values, lengths.astype(jnp.int32)), _last_logits(params, bank, hidden, lengths, slots, config)

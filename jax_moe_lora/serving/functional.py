@@ -6,17 +6,17 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.arguments import sequence
 from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.errors import AdapterNameError, InputError
+from jax_moe_lora.errors import AdapterNameError
 from jax_moe_lora.layer.checks import check_slots
 from jax_moe_lora.models import cache_rows, decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.serving.loop_checks import check_cache, check_prompts, check_room, check_rows
 from pallas_kernels.ops import BASE_SLOT, Implementation
 
 CacheStep = Callable[..., tuple[Cache, Array]]
@@ -37,7 +37,8 @@ class CacheFunctions:
 class Functional(CacheFunctions):
     """The model as data and pure functions. Every one that takes a cache uses it up, and gives the next one back.
 
-    Outside of `jit`, a slot that the bank does not have raises an `InputError`; inside, such a row is a base row.
+    Outside of `jit`, an `InputError` names a used-up cache, rows that it does not have, lengths that do not fit, ids of
+    prompts that the vocabulary lacks, and slots that the bank lacks. Inside, a row with such a slot is a base row.
 
     Attributes:
       params: the weights.
@@ -95,9 +96,11 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Cac
         run = jitted(step)
 
         def call(params, bank, cache, rows, tokens, lengths, slots):
+            check_cache(cache)
+            check_rows(cache, rows)
+            check_prompts(tokens, lengths, rows.shape[0], config.vocab_size)
             _check(bank, slots)
-            _check_rows(cache, rows)
-            _check_room(cache, rows, tokens, lengths, step is cache_rows.append_rows)
+            check_room(cache, rows, lengths, step is cache_rows.append_rows)
             return run(params, bank, cache, rows, tokens, lengths, slots)
 
         return call
@@ -106,15 +109,19 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Cac
     run_free = jax.jit(cache_rows.free_rows, donate_argnums=0)
 
     def prefill(params, bank, cache, tokens, lengths, slots):
+        check_cache(cache)
+        check_prompts(tokens, lengths, cache.lengths.shape[0], config.vocab_size)
         _check(bank, slots)
         return run_prefill(params, bank, cache, tokens, lengths, slots)
 
     def decode(params, bank, cache, tokens, slots):
+        check_cache(cache)
         _check(bank, slots)
         return run_decode(params, bank, cache, tokens, slots)
 
     def free_rows(cache, rows):
-        _check_rows(cache, rows)
+        check_cache(cache)
+        check_rows(cache, rows)
         return run_free(cache, rows)
 
     return CacheFunctions(
@@ -128,30 +135,3 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Cac
 
 def _check(bank: AdapterBank | None, slots: Array) -> None:
     check_slots(slots, 0 if bank is None else bank.num_slots)
-
-
-def _check_rows(cache: Cache, rows: Array) -> None:
-    """Refuses rows that are named twice or lie below 0 or above B; B stands for no row, to pad calls with."""
-    if isinstance(rows, jax.core.Tracer):
-        return
-    named, batch = np.asarray(rows), cache.lengths.shape[0]
-    real = named[named != batch]
-    if named.ndim != 1 or named.dtype.kind not in "iu" or (real < 0).any() or (real > batch).any():
-        raise InputError(f"rows are {named.tolist()}; expected 0 to {batch - 1}, or {batch} for none.")
-    if len(set(real.tolist())) < len(real):
-        raise InputError(f"rows are {named.tolist()}; expected each row once.")
-
-
-def _check_room(cache: Cache, rows: Array, tokens: Array, lengths: Array, behind: bool) -> None:
-    """Refuses tokens that a row has no room for, where the lengths are known."""
-    if any(isinstance(known, jax.core.Tracer) for known in (cache.lengths, rows, lengths)):
-        return
-    most, batch = cache.k[0].shape[1], cache.lengths.shape[0]
-    real = np.asarray(rows) < batch
-    before = np.asarray(cache.lengths)[np.asarray(rows)[real]] if behind else 0
-    after = before + np.asarray(lengths)[real]
-    if after.size and (after.max() > most or np.asarray(lengths).max() > tokens.shape[1]):
-        raise InputError(
-            f"lengths are {np.asarray(lengths).tolist()}; expected at most {tokens.shape[1]}, the width of tokens, and "
-            f"rows of at most {most} tokens, which would have {after.tolist()}."
-        )

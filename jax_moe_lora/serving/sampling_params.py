@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_moe_lora.arguments import INT32, flag, host_array, is_array, number, per_prompt, suggest_keywords, whole
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.files.text import check_unicode
 
 UINT32 = 2**32 - 1
 MAX_LOGPROBS = 20
@@ -187,6 +188,8 @@ def _texts(stop: Any) -> tuple[str, ...]:
     texts = (stop,) if isinstance(stop, str) else stop
     if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
         raise InputError(f"stop is {stop!r}; expected a text that is not empty, or a list of them.")
+    for text in texts:
+        check_unicode(text, f"stop is {stop!r}, which")
     return tuple(texts)
 
 

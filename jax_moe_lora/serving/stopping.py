@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.errors import AdapterFormatError
+from jax_moe_lora.errors import AdapterFormatError, InputError
 from jax_moe_lora.files.safetensors_io import read_json
+from jax_moe_lora.files.text import check_unicode
 from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.serving.sampling_params import SamplingParams
 
@@ -52,6 +53,10 @@ def read_adapter_stops(folder: Path, vocab_size: int) -> StopRules:
     for text in texts:
         if not isinstance(text, str) or not text:
             raise AdapterFormatError(f"{file} has {text!r} in stop_strings; expected texts that are not empty.")
+        try:
+            check_unicode(text, f"{file} has {text!r} in stop_strings, which")
+        except InputError as error:
+            raise AdapterFormatError(str(error)) from error
     return StopRules(frozenset(ids), texts=tuple(texts))
 
 

@@ -70,6 +70,10 @@ def test_a_chat_goes_on_turn_by_turn_and_streams_through_the_callback(model):
         ({"messages": []}, "Prompt 1 has no messages"),
         ({"messages": ASKED, "tool": []}, "Prompt 1 has tool; expected messages, tools or chat_template_kwargs"),
         ({"messages": ASKED, "tools": "f"}, "Prompt 1 has tools that are not a list"),
+        (
+            {"messages": ASKED, "chat_template_kwargs": {"add_generation_prompt": False}},
+            "Prompt 1 has add_generation_prompt in chat_template_kwargs, which the template gets in any case",
+        ),
         ([{"role": "user", "content": "\ud800"}], "Prompt 1 holds half of a surrogate pair"),
     ],
 )

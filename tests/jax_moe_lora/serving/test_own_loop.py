@@ -153,20 +153,54 @@ def test_calls_can_be_padded_with_rows_that_the_cache_does_not_have(model, fn):
         np.testing.assert_array_equal(old, now)
 
 
+ROWS_AND_PROMPTS = {"rows": [0, 1], "tokens": [[1] * WIDTH] * 2, "lengths": [2, 2], "slots": [-1, -1]}
+
+
 @pytest.mark.parametrize(
-    ("rows", "length", "slot", "message"),
+    ("given", "message"),
     [
-        ([0, 0], 2, -1, r"rows are \[0, 0\]; expected each row once"),
-        ([0, -1], 2, -1, r"rows are \[0, -1\]; expected 0 to 3, or 4 for none"),
-        ([5, 0], 2, -1, r"rows are \[5, 0\]; expected 0 to 3"),
-        ([0, 1], 17, -1, r"lengths are \[17, 17\]; expected at most 16"),
-        ([0, 1], 2, 8, "slots has 8; expected -1 .the base model. to 7"),
+        ({"rows": [0, 0]}, r"rows are \[0, 0\]; expected each row once"),
+        ({"rows": [0, -1]}, r"rows are \[0, -1\]; expected 0 to 3, or 4 for none"),
+        ({"rows": [5, 0]}, r"rows are \[5, 0\]; expected 0 to 3"),
+        ({"rows": [0.0, 1.0]}, "rows has dtype float32; expected integers"),
+        ({"rows": [0]}, r"tokens has shape \[2, 16\]; expected \[1, T\]"),
+        ({"lengths": [17, 17]}, r"lengths are \[17, 17\]; expected 0 to 16, the width of tokens"),
+        ({"lengths": [2, -1]}, r"lengths are \[2, -1\]; expected 0 to 16"),
+        ({"lengths": [2]}, r"lengths has shape \[1\]; expected \[2\]"),
+        ({"tokens": [1, 2]}, r"tokens has shape \[2\]; expected \[2, T\]"),
+        ({"tokens": [[1, 99], [-1, 1]]}, "tokens lie from -1 to 99; expected ids of 0 to 98"),
+        ({"slots": [8, -1]}, "slots has 8; expected -1 .the base model. to 7"),
     ],
 )
-def test_rows_that_are_not_there_are_refused_before_anything_runs(fn, rows, length, slot, message):
-    tokens, lengths = jnp.ones((2, WIDTH), jnp.int32), jnp.asarray([length] * 2)
-    with pytest.raises(InputError, match=message):
-        fn.insert_rows(fn.params, fn.bank, fn.init_cache(), jnp.asarray(rows), tokens, lengths, jnp.asarray([slot] * 2))
+def test_rows_and_prompts_that_do_not_fit_are_refused_before_anything_runs(fn, given, message):
+    cache, arrays = fn.init_cache(), {name: jnp.asarray(values) for name, values in (ROWS_AND_PROMPTS | given).items()}
+    for function in (fn.insert_rows, fn.append_rows):
+        with pytest.raises(InputError, match=message):
+            function(fn.params, fn.bank, cache, *arrays.values())
+
+
+@pytest.mark.parametrize("name", ["rows", "tokens", "lengths"])
+def test_lists_are_refused_by_name(fn, name):
+    arrays = {key: values if key == name else jnp.asarray(values) for key, values in ROWS_AND_PROMPTS.items()}
+    with pytest.raises(InputError, match=f"{name} is of type list; expected an array"):
+        fn.insert_rows(fn.params, fn.bank, fn.init_cache(), *arrays.values())
+
+
+def test_a_cache_that_was_used_up_is_refused(fn):
+    cache, row = fn.init_cache(), jnp.asarray([0])
+    fn.free_rows(cache, row)
+    tokens, lengths, slots = jnp.ones((1, WIDTH), jnp.int32), jnp.asarray([2]), jnp.asarray([-1])
+    for call in (
+        lambda: fn.free_rows(cache, row),
+        lambda: fn.insert_rows(fn.params, fn.bank, cache, row, tokens, lengths, slots),
+        lambda: fn.append_rows(fn.params, fn.bank, cache, row, tokens, lengths, slots),
+        lambda: fn.prefill(fn.params, fn.bank, cache, jnp.tile(tokens, (4, 1)), jnp.ones(4, int), -jnp.ones(4, int)),
+        lambda: fn.decode(fn.params, fn.bank, cache, jnp.ones(4, int), -jnp.ones(4, int)),
+    ):
+        with pytest.raises(InputError, match="cache was used up by an earlier call; give the cache that this call"):
+            call()
+    with pytest.raises(InputError, match="cache is of type NoneType; expected one that init_cache or a call returned"):
+        fn.free_rows(None, row)
 
 
 def test_prompts_that_are_wider_than_the_cache_are_refused(fn):

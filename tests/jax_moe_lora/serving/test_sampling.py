@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moe_lora import InputError, SamplingParams, count_compilations
+from jax_moe_lora import AdapterFormatError, InputError, SamplingParams, count_compilations
 from jax_moe_lora.serving.requests import PaddedBatch, Request
 from jax_moe_lora.serving.sampling import Sampling, adjust, count_prompts, count_tokens, greedy, sample, score_tokens
 from jax_moe_lora.serving.sampling_params import fold_seed, params_of_prompts
+from jax_moe_lora.serving.stopping import read_adapter_stops
 
 VOCABULARY = 24
 PROMPT, ANSWER = [3, 4, 5, 3], [5, 7, 7, 7]
@@ -188,6 +189,7 @@ def test_one_seed_is_folded_a_list_is_used_as_given_and_none_is_drawn():
         ({"n": 2}, "n is 2 with temperature 0, which gives equal answers"),
         ({"stop": ""}, "stop is ''; expected a text that is not empty"),
         ({"stop": [3]}, r"stop is \[3\]; expected a text"),
+        ({"stop": ["a", "\ud83d"]}, "which holds half of a surrogate pair"),
         ({"stop_token_ids": [1.5]}, "stop_token_ids is 1.5; expected a whole number"),
         ({"ignore_eos": 1}, "ignore_eos is 1; expected True or False"),
         ({"logprobs": 21}, "logprobs is 21; expected 0 to 20"),
@@ -229,3 +231,9 @@ def test_penalties_and_narrowing_are_those_of_transformers():
     for warp in warpers:
         scores = warp(ids, scores)
     assert kept(found[0], params) == set(np.flatnonzero(np.isfinite(scores.numpy()[0])).tolist())
+
+
+def test_an_adapters_stop_strings_are_valid_unicode(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"stop_strings": ["a", "\\ud83d"]}')
+    with pytest.raises(AdapterFormatError, match="in stop_strings, which holds half of a surrogate pair"):
+        read_adapter_stops(tmp_path, 99)
