@@ -6,19 +6,17 @@ of a kind share one trace, and XLA compiles their kernels once.
 """
 
 from dataclasses import replace
-from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.layer.checks import check_array
-from jax_moe_lora.layer.linear import dense_plan
-from jax_moe_lora.models.attention import choose_attention
 from jax_moe_lora.models.cache import Cache, check_width, init_cache
 from jax_moe_lora.models.decoder_layer import Bank, StepContext, rms_norm, run_layer
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites, layer_sites
+from jax_moe_lora.models.steps import make_step, packed_step, prompt_step
 from jax_moe_lora.models.vocabulary import embed, head
 from pallas_kernels.ops import BASE_SLOT, Implementation, LayerPages
 from pallas_kernels.pages import NO_ADAPTERS
@@ -184,7 +182,7 @@ def decode(
     check_array("slots", slots, rows, "integers")
     live = cache.lengths > 0
     row_slots = jnp.where(live, slots, BASE_SLOT)
-    step = _step("token", cache.lengths[:, None], live[:, None], row_slots, bank, params, config, implementation)
+    step = make_step("token", cache.lengths[:, None], live[:, None], row_slots, bank, params, config, implementation)
     hidden, keys, values, _ = _layers(params, bank, tokens[:, None], step, cache)
     lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, max_length), 0)
     return Cache(keys, values, lengths), _logits(params, bank, hidden, row_slots, config)[:, 0]
@@ -217,63 +215,10 @@ def append(
     real = index < lengths[:, None]
     positions = jnp.where(real, cache.lengths[:, None] + index, most)
     row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)
-    step = _step("chunk", positions, real, row_slots, bank, params, config, implementation)
+    step = make_step("chunk", positions, real, row_slots, bank, params, config, implementation)
     hidden, keys, values, _ = _layers(params, bank, tokens, step, cache)
     held = jnp.minimum(cache.lengths + lengths, most).astype(jnp.int32)
     return Cache(keys, values, held), _last_logits(params, bank, hidden, lengths, slots, config)
-
-
-def prompt_step(
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
-    slots: Int[Array, "B"],
-    bank: Bank | None,
-    params: ModelParams,
-    config: ModelConfig,
-    implementation: Implementation | None,
-) -> StepContext:
-    """What the layers need to read right-padded prompts."""
-    check_array("tokens", tokens, ("B", "T"), "integers")
-    batch, width = tokens.shape
-    check_array("lengths", lengths, (batch,), "integers")
-    check_array("slots", slots, (batch,), "integers")
-    index = jnp.arange(width, dtype=jnp.int32)
-    real = index[None, :] < lengths[:, None]
-    row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)
-    positions = jnp.broadcast_to(index[None, :], (batch, width))
-    return _step("prompt", positions, real, row_slots, bank, params, config, implementation)
-
-
-def packed_step(
-    positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
-    slots: Int[Array, "B T"],
-    bank: Bank | None,
-    params: ModelParams,
-    config: ModelConfig,
-    implementation: Implementation | None,
-) -> StepContext:
-    """What the layers need to read rows of several examples, as `packed_logits` is given them."""
-    real = segments > 0
-    row_slots = jnp.where(real, slots, BASE_SLOT).reshape(-1)
-    step = _step("prompt", positions, real, row_slots, bank, params, config, implementation)
-    return replace(step, segments=segments)
-
-
-def _step(
-    kind: Literal["prompt", "token", "chunk"],
-    positions: Int[Array, "B T"],
-    row_mask: Bool[Array, "B T"],
-    row_slots: Int[Array, "N"],
-    bank: Bank | None,
-    params: ModelParams,
-    config: ModelConfig,
-    implementation: Implementation | None,
-) -> StepContext:
-    heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    attention = choose_attention(implementation, dtype=params.embedding.dtype, **heads).picked
-    plan = None if bank is None else dense_plan(row_slots, bank.num_slots)
-    return StepContext(positions, row_mask, row_slots, plan, None, kind, config, implementation, attention)
 
 
 def _layers(

@@ -39,10 +39,13 @@ class StepContext:
     """What every layer of one step needs beside its weights.
 
     Attributes:
-      positions, row_mask: `[B, T]`, place of each token in its request, and whether it is one.
-      slots: int32 `[B * T]`, adapter slot of each token. plan: of the slots, for the dense projections.
+      positions: int32 `[B, T]`, the place of each token in its request.
+      row_mask: bool `[B, T]`, False for padding.
+      slots: int32 `[B * T]`, adapter slot of each token.
+      plan: of the slots, for the dense projections.
       segments: int32 `[B, T]`, the example of each token where a row packs several; None where it holds one.
-      kind: static. A `prompt` attends to itself; a `token` attends to the cache, whose next position it takes.
+      kind: static. A `prompt` attends to itself. A `token` attends to the cache, whose next position it takes. A
+        `chunk` of tokens attends to the cache and to itself.
       keep_scores: static. Return the router's scores too. remat: static. As in `moe_lora`.
     """
 
