@@ -40,6 +40,13 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def one_of[Name: str](name: str, value: Any, choices: Sequence[Name]) -> Name:
+    """One of a few texts; errors call it `name`."""
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; expected {' or '.join(choices)}.")
+    return value
+
+
 def sequence(name: str, values: Any) -> Sequence[Any]:
     """A list, a tuple or an array along its first axis; a text or bytes are none."""
     if is_array(values) and values.ndim:

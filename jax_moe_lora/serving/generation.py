@@ -5,10 +5,10 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.arguments import flag, sequence, suggest_keywords, whole
+from jax_moe_lora.arguments import flag, one_of, sequence, suggest_keywords, whole
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.files.messages import ChatPrompt
 from jax_moe_lora.models import decoder
@@ -158,8 +158,7 @@ class TextGeneration(ProgramRunner):
         self, prompts: Any, adapter_names: Any, sampling_params: Any, adapter_errors: Any, options: Any
     ) -> tuple[list[Request], list[str | None]]:
         """Checked requests, and the adapter of each."""
-        if adapter_errors not in ("raise", "return"):
-            raise InputError(f"adapter_errors is {adapter_errors!r}; expected 'raise' or 'return'.")
+        one_of("adapter_errors", adapter_errors, get_args(AdapterErrors))
         prompts = sequence("prompts", prompts)
         requests = make_requests(prompts, self._encode, self.config, sampling_params, options)
         if any(request.params.stop for request in requests) and not self._has_tokenizer:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from jax_moe_lora.arguments import INT32, number, whole
+from jax_moe_lora.arguments import INT32, number, one_of, whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import TRAINING_NAMES, check_dtype
 from jax_moe_lora.training.forms import ExtraColumns
@@ -71,6 +71,4 @@ def row_width(sequence_length: int | None, max_positions: int) -> int:
 
 def check_extra_columns(extra_columns: str) -> ExtraColumns:
     """What to do with columns that a line's form does not have."""
-    if extra_columns not in get_args(ExtraColumns):
-        raise InputError(f"extra_columns is {extra_columns!r}; expected {' or '.join(get_args(ExtraColumns))}.")
-    return extra_columns  # type: ignore[return-value]
+    return one_of("extra_columns", extra_columns, get_args(ExtraColumns))

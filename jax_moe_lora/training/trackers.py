@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+from jax_moe_lora.arguments import one_of
 from jax_moe_lora.errors import InputError
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -36,8 +37,7 @@ def check_trackers(log_to: Sequence[str]) -> tuple[Tracker, ...]:
     """
     log_to = [log_to] if isinstance(log_to, str) else log_to
     for name in log_to:
-        if name not in get_args(Tracker):
-            raise InputError(f"log_to is {name!r}; expected {' or '.join(get_args(Tracker))}.")
+        one_of("log_to", name, get_args(Tracker))
         try:
             import_module(name)
         except ImportError as error:

@@ -338,7 +338,7 @@ def test_a_failed_load_leaves_everything_as_it_was(tmp_path):
         ({"prompts": ["a>"], "temperature": "hot"}, "temperature is 'hot'; expected 0 .greedy. to"),
         ({"prompts": ["a>"], "temperature": float("nan")}, "temperature is nan; expected 0 .greedy. to"),
         ({"prompts": ["a>"], "top_p": [None]}, "top_p is None; expected more than 0"),
-        ({"prompts": ["a>"], "adapter_errors": "retrun"}, "adapter_errors is 'retrun'; expected 'raise' or 'return'"),
+        ({"prompts": ["a>"], "adapter_errors": "retrun"}, "adapter_errors is 'retrun'; expected raise or return"),
         ({"prompts": ["a>"], "callback": "print"}, "callback is of type str; expected a function"),
         ({"prompts": ["a>"], "progress": "no"}, "progress is 'no'; expected True or False"),
     ],
