@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_moe_lora.arguments import is_traced
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.models.cache import Cache
@@ -17,7 +18,7 @@ def check_cache(cache: Any) -> None:
     """Refuses what is no cache, and a cache whose memory an earlier call has taken."""
     if not isinstance(cache, Cache):
         raise InputError(f"cache is of type {type(cache).__name__}; expected one that init_cache or a call returned.")
-    taken = [leaf for leaf in (cache.k[0], cache.lengths) if isinstance(leaf, jax.Array) and not _is_traced(leaf)]
+    taken = [leaf for leaf in (cache.k[0], cache.lengths) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
     if any(leaf.is_deleted() for leaf in taken):
         raise InputError("cache was used up by an earlier call; give the cache that this call returned.")
 
@@ -25,7 +26,7 @@ def check_cache(cache: Any) -> None:
 def check_rows(cache: Cache, rows: Any) -> None:
     """Refuses rows that are named twice or lie below 0 or above B; B stands for no row, to pad calls with."""
     check_array("rows", rows, ("N",), "integers")
-    if _is_traced(rows):
+    if is_traced(rows):
         return
     named, batch = np.asarray(rows), cache.lengths.shape[0]
     real = named[named != batch]
@@ -46,12 +47,12 @@ def check_prompts(tokens: Any, lengths: Any, count: int, vocab_size: int) -> Non
     """
     check_array("tokens", tokens, (count, "T"), "integers")
     check_array("lengths", lengths, (count,), "integers")
-    if _is_traced(lengths):
+    if is_traced(lengths):
         return
     real, width = np.asarray(lengths), tokens.shape[1]
     if (real < 0).any() or (real > width).any():
         raise InputError(f"lengths are {real.tolist()}; expected 0 to {width}, the width of tokens.")
-    if _is_traced(tokens):
+    if is_traced(tokens):
         return
     ids = np.asarray(tokens)[np.arange(width)[None, :] < real[:, None]]
     if (ids < 0).any() or (ids >= vocab_size).any():
@@ -67,7 +68,7 @@ def check_room(cache: Cache, rows: Any, lengths: Any, behind: bool) -> None:
       lengths: int `[N]`, tokens for each.
       behind: they come behind what a row holds, not in its place.
     """
-    if any(map(_is_traced, (cache.lengths, rows, lengths))):
+    if any(map(is_traced, (cache.lengths, rows, lengths))):
         return
     most, batch = cache.k[0].shape[1], cache.lengths.shape[0]
     real = np.asarray(rows) < batch
@@ -78,7 +79,3 @@ def check_room(cache: Cache, rows: Any, lengths: Any, behind: bool) -> None:
             f"lengths are {np.asarray(lengths).tolist()}; expected rows of at most {most} tokens, which would have "
             f"{after.tolist()}."
         )
-
-
-def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
