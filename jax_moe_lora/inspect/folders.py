@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY, OUTER_KEY, OUTSIDE
+from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY, OUTER_KEY, OUTSIDE, TOKENS_KEY
 from jax_moe_lora.adapters.formats.config_reading import describe_peft_config
 from jax_moe_lora.adapters.formats.detect import layout_of
 from jax_moe_lora.adapters.formats.look_around import adapters_below
@@ -66,7 +66,8 @@ class ModuleSummary:
     Attributes:
       module: the module's name, with `*` for the number of an expert.
       form: how the file stores A and B: `2-D`; `2-D per expert`; `3-D parameter`, with rank * E rows in A and columns
-        in B; or `stack`, with A `[E or 1, rank, in]` and B `[E or 1, out, rank]`.
+        in B; `stack`, with A `[E or 1, rank, in]` and B `[E or 1, out, rank]`; or `trained tokens`, with a row of the
+        embeddings for each token in place of B.
       layers: the layers that the adapter changes, ascending; empty for head and embedding, which are in none.
       shape_a: the shape of one A in the file; empty if there is none.
       shape_b: the shape of one B in the file; empty if there is none.
@@ -212,6 +213,8 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         rank = infos[key].shape[0 if side == "A" else -1]
         groups.setdefault(path, []).append(_Matrix(OUTSIDE, side, infos[key], rank, parameter=False))
     modules = [_module(name, group) for name, group in sorted(groups.items())]
+    tokens = {key: match for key in infos if (match := TOKENS_KEY.fullmatch(key)) and len(infos[key].shape) == 2}
+    modules += [_tokens(match["path"], infos[key]) for key, match in tokens.items()]
     return AdapterSummary(
         kind="adapter",
         layout=_layout({path for _, path in paths}),
@@ -222,7 +225,7 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         rank_stabilised=config.rank_stabilised,
         layers=sorted({layer for module in modules for layer in module.layers}),
         modules=modules,
-        other_keys=[key for key in infos if key not in keys and key not in outer],
+        other_keys=[key for key in infos if key not in {*keys, *outer, *tokens}],
         nbytes=sum(info.nbytes for info in infos.values()),
     )
 
@@ -286,3 +289,8 @@ def _module(name: str, group: list[_Matrix]) -> ModuleSummary:
         ),
         nbytes=sum(matrix.info.nbytes for matrix in group),
     )
+
+
+def _tokens(path: str, info: TensorInfo) -> ModuleSummary:
+    """Rows that replace some of the base model's; each takes a rank in a bank."""
+    return ModuleSummary(path, "trained tokens", [], [], list(info.shape), [info.shape[0]], "", info.nbytes)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
+from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.formats.detect import check_b_layout, read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
@@ -249,4 +250,5 @@ class ServedAdapters:
 
     def _read_adapter(self, folder: Path, name: str, lora_b_layout: str | None = None) -> LoRAAdapter:
         sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
-        return read_adapter(folder, sites, names, name, base=self._folder, b_layout=lora_b_layout)
+        base = BaseCheckpoint.at(self._folder, self.config.tie_embeddings)
+        return read_adapter(folder, sites, names, name, base=base, b_layout=lora_b_layout)

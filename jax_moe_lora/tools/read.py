@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe_lora.adapters.formats import detect
+from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
@@ -35,7 +36,8 @@ def read_adapter(
     """
     config = model_config(model)
     names = family(config.model_type).ADAPTER_NAMES
-    base = local_folder(model) if isinstance(model, str | Path) else getattr(model, "folder", None)
+    base_folder = local_folder(model) if isinstance(model, str | Path) else getattr(model, "folder", None)
+    base = BaseCheckpoint.at(base_folder, config.tie_embeddings)
     return detect.read_adapter(
         local_folder(folder), adapter_sites(config), names, name, base=base, b_layout=lora_b_layout
     )

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.formats.detect import check_b_layout
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.validation.config_object import examine_config, fields_of
@@ -82,7 +83,14 @@ def validate_folders(
             )
         config = read_model_config(base)
         names = family(config.model_type).ADAPTER_NAMES
-        target = Target(adapter_sites(config), names, base, max_rank, bank_dtype, lora_b_layout)
+        target = Target(
+            adapter_sites(config),
+            names,
+            BaseCheckpoint(base, config.tie_embeddings),
+            max_rank,
+            bank_dtype,
+            lora_b_layout,
+        )
     report = Report([])
     with problems:
         if not adapter.is_dir():

@@ -27,11 +27,15 @@ OUTER_KEY = re.compile(
     r"base_model\.model\.(?P<path>lm_head|model\.unembed_tokens(?=\.lora_[AB]\.)|model\.embed_tokens(?=\.lora_embedding))"
     r"\.(?:lora_embedding_(?P<lookup>[AB])|lora_(?P<side>[AB])\.weight)"
 )
+TOKENS_KEY = re.compile(
+    r"base_model\.model\.(?P<path>model\.embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta"
+)
+"""Rows that replace some of the base model's (`trained_tokens.py`)."""
 OUTSIDE = -1
 """The layer of pairs that stand outside of the layers, in a file; the model's sites say which one it is to it."""
 _KNOWN_BAD = {
     "lora_magnitude_vector": "DoRA is not supported",
-    "token_adapter": "trained token embeddings are not supported",
+    "token_adapter": "expected base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
     "lora_embedding_": "expected base_model.model.model.embed_tokens.lora_embedding_A",
     "lm_head": "expected base_model.model.lm_head.lora_A.weight",
     "unembed_tokens": "expected base_model.model.model.unembed_tokens.lora_A.weight",
@@ -99,7 +103,10 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
     for key, info in infos.items():
         with problems:
             match, outer = _KEY.fullmatch(key), OUTER_KEY.fullmatch(key)
-            if outer is not None:
+            where: tuple[int, str] | None = None  # rows of tokens are no pair
+            if TOKENS_KEY.fullmatch(key):
+                side = ""
+            elif outer is not None:
                 where, side = (OUTSIDE, outer["path"]), outer["lookup"] or outer["side"]
             elif match is not None:
                 where, side = (int(match["layer"]), match["path"]), match["side"]
@@ -107,7 +114,8 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
                 expected = "base_model.model.model.layers.L.….lora_A.weight"
                 why = next((why for part, why in _KNOWN_BAD.items() if part in key), f"expected {expected}")
                 raise _refusal(file, key, f"the key {key} is not understood: {why}.", "this key", expected)
-            pairs.setdefault(where, {})[side] = key
+            if where is not None:
+                pairs.setdefault(where, {})[side] = key
             if info.dtype not in DTYPES:
                 expected = f"one of {', '.join(DTYPES)}"
                 raise _refusal(file, key, f"{key} has dtype {info.dtype}; expected {expected}.", info.dtype, expected)

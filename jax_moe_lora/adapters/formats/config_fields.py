@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_moe_lora.adapters.formats.neutral_fields import says_nothing
-from jax_moe_lora.adapters.formats.patterns import is_plain
+from jax_moe_lora.adapters.formats.patterns import is_plain, suffixes
 from jax_moe_lora.adapters.formats.regex_guard import is_safe
 
 # Far past any real adapter; within them a rank indexes and a scale stays finite in float32.
 MAX_RANK, MAX_ALPHA = 2**20, 1e30
+# Each takes a rank, and as such a row as wide as the vocabulary.
+MAX_TRAINED_TOKENS = 512
 RANK_MAJOR, GROUPED_BY_EXPERT, MIXED = "rank_major", "grouped_by_expert", "mixed"
 B_LAYOUTS = (RANK_MAJOR, GROUPED_BY_EXPERT)
 """Orders of the columns of a 3-D parameter's B: by rank and then by expert, as PEFT has it, or the other way round."""
@@ -144,6 +146,28 @@ def layers(raw: Mapping[str, Any], name: str) -> frozenset[int] | None:
     if None in numbers:
         raise Malformed(name, value, "a layer or a list of layers")
     return whole_numbers or None
+
+
+def token_ids(raw: Mapping[str, Any], name: str) -> dict[str, list[int]]:
+    """Path of embedding or head -> ids of its trained tokens; a list without a module's name is the embedding's."""
+    value = raw.get(name) or {}
+    by_module = {"embed_tokens": value} if isinstance(value, list) else value
+    if not isinstance(by_module, dict):
+        raise Malformed(name, value, "a list of token ids, or an object with such a list for each module")
+    ids_of: dict[str, list[int]] = {}
+    for module, ids in by_module.items():
+        path = next((path for path in ("model.embed_tokens", "lm_head") if module in suffixes(path)), None)
+        if path is None or path in ids_of:
+            raise Malformed(name, value, "ids for embed_tokens or lm_head, each of them once")
+        numbers = [_whole(item) for item in ids or []] if isinstance(ids or [], list) else [None]
+        whole_numbers = [number for number in numbers if number is not None and number >= 0]
+        if len(set(whole_numbers)) < len(numbers):
+            raise Malformed(f"{name}[{module!r}]", ids, "a list of token ids, each of them once")
+        if len(numbers) > MAX_TRAINED_TOKENS:
+            raise Malformed(f"{name}[{module!r}]", ids, f"at most {MAX_TRAINED_TOKENS} token ids, not {len(numbers)}")
+        if numbers:
+            ids_of[path] = whole_numbers
+    return ids_of
 
 
 def b_layout(raw: Mapping[str, Any], name: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from jax_moe_lora.adapters.formats import config_fields
 from jax_moe_lora.adapters.formats.config_fields import Malformed, shown
+from jax_moe_lora.adapters.formats.embedding_copies import sizes_of_copies
 from jax_moe_lora.adapters.formats.look_around import missing_config
 from jax_moe_lora.adapters.formats.neutral_fields import PLAIN_INITS, REFUSED, is_neutral, says_nothing
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, TARGETING, PeftConfig
@@ -28,6 +29,7 @@ USED = TARGETING | {
     "unsloth_fused_expert_lora",
     "bias",
     "init_lora_weights",
+    "trainable_token_indices",
 }
 
 
@@ -43,7 +45,7 @@ def read_peft_config(folder: Path, problems: Problems | None = None) -> PeftConf
     """
     problems = problems or Problems()
     config = describe_peft_config(folder, problems)
-    _check(config, problems)
+    _check(config, problems, folder)
     return config
 
 
@@ -81,12 +83,14 @@ def peft_config_of(fields: Mapping[str, Any], source: str, problems: Problems) -
     return config
 
 
-def _check(config: PeftConfig, problems: Problems) -> None:
-    """Refuses what would change the result and is not used."""
+def _check(config: PeftConfig, problems: Problems, folder: Path | None = None) -> None:
+    """Refuses what would change the result and is not used; of a folder, with the size of what its file holds."""
     raw = config.raw
     for name, value in raw.items():
         if name not in USED and not is_neutral(name, value):
             why = REFUSED.get(name, "it is not understood and may change the result")
+            if name == "modules_to_save" and folder is not None:
+                why += sizes_of_copies(folder)
             with problems:
                 raise config.error(f"{name} is {shown(value)}: {why}", name, shown(value), "no such setting")
     with problems:
@@ -131,6 +135,7 @@ def _parse(raw: Mapping[str, Any], file: Path, problems: Problems) -> PeftConfig
         exclude_modules=field("exclude_modules", config_fields.names, no_names),
         layers=field("layers_to_transform", config_fields.layers, None),
         layers_patterns=field("layers_pattern", config_fields.layer_patterns, []),
+        token_ids=field("trainable_token_indices", config_fields.token_ids, {}),
         b_layout=field("lora_B_layout", config_fields.b_layout, None),
         b_layouts=field("unsloth_fused_expert_lora", config_fields.b_layouts, {}),
         peft_version=_version(raw.get("peft_version")),

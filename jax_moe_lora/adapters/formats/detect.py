@@ -13,6 +13,7 @@ from jax_moe_lora.adapters.formats.adapter_file import (
     Weights,
     pair_keys,
 )
+from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.formats.config_fields import B_LAYOUTS
 from jax_moe_lora.adapters.formats.config_reading import read_peft_config
 from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
@@ -24,6 +25,7 @@ from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.targets import check_targets
 from jax_moe_lora.adapters.formats.tinker import SGLANG, TINKER
+from jax_moe_lora.adapters.formats.trained_tokens import add_trained_tokens, token_rows
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, TRTLLM, share_sides
 from jax_moe_lora.adapters.formats.weights import AdapterTensors, open_weights
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
@@ -40,7 +42,7 @@ def read_adapter(
     names: AdapterNames,
     name: str | None = None,
     *,
-    base: Path | None = None,
+    base: BaseCheckpoint | None = None,
     b_layout: str | None = None,
 ) -> LoRAAdapter:
     """Reads an adapter in any of the layouts: PEFT's, Tinker's, SGLang's, TensorRT-LLM's.
@@ -51,7 +53,7 @@ def read_adapter(
       sites: the model's projections.
       names: where they stand in adapter files.
       name: of the adapter; the folder's if None.
-      base: folder of the base model's checkpoint, with which copies of its embeddings are compared.
+      base: the base model's checkpoint, with which copies of its embeddings and rows of tokens are compared.
       b_layout: `rank_major` or `grouped_by_expert`, the order of the columns of a 3-D parameter's B. None does as the
         config says, and else as PEFT writes them: `rank_major`.
 
@@ -70,6 +72,7 @@ def read_adapter(
         file = AdapterFile(tensors.path, config, sites, names, tensors, problems, b_layout=b_layout)
         check_copies(tensors, base, problems)
         weights = read_weights(file, pair_keys(file.path, without_copies(tensors.infos), problems))
+        add_trained_tokens(file, tensors.infos, base, weights)
     return LoRAAdapter(name or folder.name, weights, config.raw, file.layout)
 
 
@@ -101,7 +104,8 @@ def adapts_vocabulary(folder: Path) -> bool:
     """
     problems = Problems(keep=True)
     with problems, open_adapter(folder, problems) as (_, tensors):
-        return any(pair.layer == OUTSIDE for pair in pair_keys(tensors.path, without_copies(tensors.infos), problems))
+        pairs = pair_keys(tensors.path, without_copies(tensors.infos), problems)
+        return bool(token_rows(tensors.infos)) or any(pair.layer == OUTSIDE for pair in pairs)
     return False
 
 

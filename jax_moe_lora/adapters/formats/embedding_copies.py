@@ -1,29 +1,33 @@
 """Copies of the base model's embeddings beside an adapter's weights: equal ones are passed over, others are refused.
 
 PEFT saves them with `save_embedding_layers`, which is on where a config names the embeddings or the vocabulary's size
-was changed: `base_model.model.model.embed_tokens.weight`, `base_model.model.lm_head.weight`, `.base_layer` between.
+was changed: `base_model.model.model.embed_tokens.weight`, `base_model.model.lm_head.weight`, `.base_layer` or
+`.token_adapter.base_layer` between.
 """
 
 import math
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
 
+from jax_moe_lora.adapters.formats.base_checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, BaseCheckpoint
 from jax_moe_lora.adapters.formats.problems import Problems
-from jax_moe_lora.adapters.formats.weights import AdapterTensors
-from jax_moe_lora.errors import AdapterFormatError, CheckpointError
+from jax_moe_lora.adapters.formats.weights import AdapterTensors, open_weights
+from jax_moe_lora.errors import AdapterFormatError
 from jax_moe_lora.files.safetensors_header import TensorInfo
 from jax_moe_lora.files.safetensors_io import TensorFile
-from jax_moe_lora.files.shards import open_shards
+from jax_moe_lora.files.sizes import format_bytes
 
-_COPY = re.compile(r"base_model\.model\.(?:model\.)?(?P<module>embed_tokens|lm_head)(?:\.base_layer)?\.weight")
+_COPY = re.compile(
+    r"base_model\.model\.(?:model\.)?(?P<module>embed_tokens|lm_head)(?:\.token_adapter)?(?:\.base_layer)?\.weight"
+)
 # A tied head is the embeddings, and has no tensor of its own.
 _BASE_NAMES = {
-    "embed_tokens": ("model.embed_tokens.weight",),
-    "lm_head": ("lm_head.weight", "model.embed_tokens.weight"),
+    "embed_tokens": (EMBEDDING_WEIGHT,),
+    "lm_head": (HEAD_WEIGHT, EMBEDDING_WEIGHT),
 }
 _PIECE_VALUES = 4 * 2**20
 
@@ -33,12 +37,12 @@ def without_copies(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {key: info for key, info in infos.items() if not _COPY.fullmatch(key)}
 
 
-def check_copies(tensors: AdapterTensors, base: Path | None, problems: Problems) -> None:
+def check_copies(tensors: AdapterTensors, base: BaseCheckpoint | None, problems: Problems) -> None:
     """Compares every copy with the base model's own tensor, a piece at a time.
 
     Args:
       tensors: the adapter's weights.
-      base: folder of the base model's checkpoint; None where only its config is known.
+      base: the base model's checkpoint; None where only its config is known.
       problems: what becomes of a problem.
 
     Raises:
@@ -50,7 +54,7 @@ def check_copies(tensors: AdapterTensors, base: Path | None, problems: Problems)
     with ExitStack() as opened:
         base_files: Mapping[str, TensorFile] = {}
         with problems:
-            base_files = _base_files(base, opened)
+            base_files = {} if base is None else base.open(opened)
         for key, module in copies.items():
             with problems:
                 name = next((name for name in _BASE_NAMES[module] if name in base_files), None)
@@ -60,11 +64,20 @@ def check_copies(tensors: AdapterTensors, base: Path | None, problems: Problems)
                 _compare(tensors, key, base_files[name], name)
 
 
-def _base_files(base: Path | None, opened: ExitStack) -> Mapping[str, TensorFile]:
-    if base is None:
-        return {}
-    files = open_shards(base, "model.safetensors", "model.safetensors.index.json", opened, CheckpointError)
-    return files or {}
+def sizes_of_copies(folder: Path) -> str:
+    """What whole embeddings in an adapter's file would take of a bank, to end a sentence; empty where it has none.
+
+    Args:
+      folder: the adapter's.
+    """
+    with suppress(AdapterFormatError), open_weights(folder) as tensors:
+        copies = {match["module"]: info for key, info in tensors.infos.items() if (match := _COPY.fullmatch(key))}
+        return "".join(f"; {module} alone would take {_size(info)} of every slot" for module, info in copies.items())
+    return ""
+
+
+def _size(info: TensorInfo) -> str:
+    return f"{format_bytes(info.nbytes)} ({' * '.join(map(str, info.shape))} values in {info.dtype})"
 
 
 def _compare(tensors: AdapterTensors, key: str, base: TensorFile, name: str) -> None:
@@ -92,7 +105,13 @@ def _refusal(
     key: str,
     problem: str,
     found: str,
-    advice: str = "adapters with embeddings of their own are not supported",
+    advice: str = "",
 ) -> AdapterFormatError:
+    if not advice:
+        size = _size(tensors.files[key].infos[key])
+        advice = (
+            f"adapters with embeddings of their own are not supported, and would take {size} of every slot: train LoRA "
+            "on them (target_modules), or some tokens' rows (trainable_token_indices)"
+        )
     path, expected = tensors.files[key].path, "an equal copy of the base model's tensor, or none"
     return AdapterFormatError(f"{path}: {key} {problem}; {advice}.", file=path, key=key, found=found, expected=expected)

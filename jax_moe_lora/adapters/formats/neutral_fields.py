@@ -43,10 +43,10 @@ NEUTRAL: Mapping[str, tuple[str, ...]] = {
 
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA is not supported",
-    "modules_to_save": "whole modules saved beside the adapter are not supported",
+    "modules_to_save": "whole modules saved beside the adapter are not supported; train LoRA on them (target_modules), "
+    "or some tokens' rows of the embeddings (trainable_token_indices)",
     "lora_bias": "biases of LoRA matrices are not supported",
     "fan_in_fan_out": "weights stored transposed (fan_in_fan_out) are not supported",
-    "trainable_token_indices": "trained token embeddings are not supported",
     "layer_replication": "replicated layers are not supported",
     "alora_invocation_tokens": "activated LoRA is not supported",
     "use_qalora": "QA-LoRA pools its inputs and is not supported",

@@ -35,6 +35,7 @@ class PeftConfig:
       exclude_modules: names, or one regular expression.
       layers: `layers_to_transform`; None for all of them.
       layers_patterns: `layers_pattern`.
+      token_ids: `trainable_token_indices`: path of embedding or head -> the tokens whose rows are replaced.
       b_layout: `lora_B_layout`, Unsloth's note on the columns of a 3-D parameter's B.
       b_layouts: the same by parameter.
       peft_version: the release of PEFT that wrote the file; None where that is not known.
@@ -53,6 +54,7 @@ class PeftConfig:
     exclude_modules: str | Sequence[str]
     layers: frozenset[int] | None
     layers_patterns: Sequence[str]
+    token_ids: Mapping[str, Sequence[int]]
     b_layout: str | None
     b_layouts: Mapping[str, str]
     peft_version: tuple[int, ...] | None

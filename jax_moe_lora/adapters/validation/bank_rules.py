@@ -68,12 +68,13 @@ def violations(adapter: LoRAAdapter, sites: Mapping[str, Site], max_rank: int) -
       max_rank: the largest rank that the bank takes.
     """
     for (layer, module), weights in adapter.weights.items():
-        for problem, found, expected in _problems(layer, module, weights, sites, max_rank):
+        tokens = module in OUTER_PATHS.values() and bool(adapter.source.get("trainable_token_indices"))
+        for problem, found, expected in _problems(layer, module, weights, sites, max_rank, tokens):
             yield Violation(layer, module, problem, found, expected)
 
 
 def _problems(
-    layer: int, module: str, weights: LoRAWeights, sites: Mapping[str, Site], max_rank: int
+    layer: int, module: str, weights: LoRAWeights, sites: Mapping[str, Site], max_rank: int, tokens: bool
 ) -> Iterator[tuple[str, object, str]]:
     """(sentence, found, expected)"""
     site = sites.get(module)
@@ -101,6 +102,8 @@ def _problems(
         yield f"ranks lie between {found}; expected 0 to {rank}.", found, f"0 to {rank}"
     if weights.max_rank > max_rank:
         problem = f"its rank is {weights.max_rank}; the bank takes at most {max_rank} (raise max_rank)."
+        if tokens:
+            problem += " Each trained token (trainable_token_indices) takes a rank."
         yield problem, f"rank {weights.max_rank}", f"at most {max_rank}"
     # All experts share both matrices, so they have one rank; only a missing expert (rank 0) can differ.
     if weights.a.shape[0] == weights.b.shape[0] == 1 and (several := np.unique(ranks[ranks > 0])).size > 1:

@@ -84,6 +84,7 @@ def examine_config(
             raise config.error(why, "target_modules", "no match", expected)
     if says_ranks and config.says_ranks:
         _check_ranks(config, targeted, max_rank, problems)
+    _check_tokens(config, sites, max_rank, problems)
     return [finding_of(error) for error in problems.found] + [
         Finding("warning", source, *parts) for parts in _unmatched(config, targeted)
     ]
@@ -105,6 +106,20 @@ def _check_ranks(config: PeftConfig, targeted: Sequence[str], max_rank: int, pro
             if rank > max_rank:
                 why = f"{name} has rank {rank}; the bank takes at most {max_rank} (raise max_rank)"
                 raise config.error(why, "r", f"rank {rank}", f"at most {max_rank}")
+
+
+def _check_tokens(config: PeftConfig, sites: Mapping[str, Site], max_rank: int, problems: Problems) -> None:
+    for path, ids in config.token_ids.items():
+        field, vocabulary = f"trainable_token_indices.{path}", sites["embedding"].in_width
+        with problems:
+            if max(ids) >= vocabulary:
+                why = f"trainable_token_indices has {max(ids)}, and the model has the tokens 0 to {vocabulary - 1}"
+                raise config.error(why, field, str(max(ids)), f"ids below {vocabulary}")
+        with problems:
+            if len(ids) > max_rank:
+                why = f"{path} has {len(ids)} trained tokens, each of which takes a rank"
+                why += f"; the bank takes at most {max_rank} (raise max_rank)"
+                raise config.error(why, field, f"{len(ids)} tokens", f"at most {max_rank}")
 
 
 def _unmatched(config: PeftConfig, targeted: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:

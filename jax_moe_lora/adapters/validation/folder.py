@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from jax_moe_lora.adapters.formats.adapter_file import OUTSIDE, AdapterFile, Headers, pair_keys
+from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.formats.detect import open_adapter, read_weights
 from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
+from jax_moe_lora.adapters.formats.trained_tokens import add_trained_tokens, token_rows
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, read_sidecar
 from jax_moe_lora.adapters.formats.weights import AdapterTensors
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
@@ -32,7 +34,7 @@ class Target:
     Attributes:
       sites: the model's projections.
       names: where they stand in adapter files.
-      base: folder of the model's checkpoint.
+      base: the model's checkpoint.
       max_rank: the largest rank that the bank takes.
       dtype: the bank's.
       b_layout: as `read_adapter` takes it.
@@ -40,7 +42,7 @@ class Target:
 
     sites: Mapping[str, Site]
     names: AdapterNames
-    base: Path
+    base: BaseCheckpoint
     max_rank: int
     dtype: np.dtype
     b_layout: str | None = None
@@ -104,7 +106,9 @@ def _check(
         check_copies(tensors, target.base, problems)
     source = CheckedTensors(tensors, target.dtype, problems, warnings) if deep else Headers(infos)
     file = AdapterFile(path, config, target.sites, target.names, source, problems, deep, target.b_layout)
-    adapter = LoRAAdapter(folder.name, read_weights(file, pairs), config.raw, file.layout)
+    weights = read_weights(file, pairs)
+    add_trained_tokens(file, tensors.infos, target.base, weights)
+    adapter = LoRAAdapter(folder.name, weights, config.raw, file.layout)
     for bad in violations(adapter, target.sites, target.max_rank):
         with problems:
             key = file.keys[bad.layer, bad.module]
@@ -112,7 +116,7 @@ def _check(
                 f"{path}: {key}: {bad.problem}", file=path, key=key, found=bad.found, expected=bad.expected
             )
     warnings += hints(file)
-    for pair in pairs:
+    for pair in [*pairs, *token_rows(infos).values()]:
         if pair.layer == OUTSIDE:
             message = f"{path}: {pair.path} is served by a model that is loaded with adapter_targets='all'."
             warnings.append(Finding("warning", str(path), pair.path, "a module of the layers", pair.path, message))
