@@ -16,10 +16,14 @@ DEFAULT_WIDTH = 512
 
 def check_names(data: Mapping[str, Any], **others: Mapping[str, Any]) -> None:
     """Refuses names that cannot be folders, and names in `others` that `data` lacks."""
+    for argument, names in {"data": data, **others}.items():
+        if not isinstance(names, Mapping):
+            raise InputError(f"{argument} is a {type(names).__name__}; expected a dictionary by the adapters' names.")
     if not data:
         raise InputError("data names no adapter; give at least one, with its examples.")
     for name in data:
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name) or name in (*RESERVED, "__base__"):
+        fits = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", name)
+        if not fits or name in (*RESERVED, "__base__"):
             raise InputError(
                 f"Adapter name {name!r} cannot be a folder's; expected letters, digits, '-', '_' and '.', and none of "
                 f"{', '.join((*RESERVED, '__base__'))}."
@@ -30,14 +34,13 @@ def check_names(data: Mapping[str, Any], **others: Mapping[str, Any]) -> None:
                 raise InputError(f"{argument} names {name!r}, which is none of the adapters {', '.join(data)}.")
 
 
-def check_length(steps: int | None, epochs: float | None) -> None:
-    """Refuses a run whose length is given twice, or not at all."""
+def check_length(steps: int | None, epochs: float | None) -> tuple[int | None, float | None]:
+    """The length of a run, which is given once, in steps or in epochs."""
     if (steps is None) == (epochs is None):
         raise InputError(f"steps is {steps} and epochs is {epochs}; give one of them.")
     if steps is not None:
-        whole("steps", steps, 1)
-    if epochs is not None:
-        number("epochs", epochs, lambda value: 0 < value < math.inf, "a number above zero")
+        return whole("steps", steps, 1), None
+    return None, number("epochs", epochs, lambda value: 0 < value < math.inf, "a number above zero")
 
 
 def steps_of(epochs: float, most_rows: int, adapters: int, batch_size: int) -> int:

@@ -45,8 +45,10 @@ class Recipe:
         Raises:
           InputError: a bad value, by the adapter and the field.
         """
-        (self.spec or AdapterSpec()).check(name, sites)
         whose = f"of adapter {name!r}"
+        if not isinstance(self.spec, AdapterSpec | None):
+            raise InputError(f"spec {whose} is of type {type(self.spec).__name__}; expected an AdapterSpec.")
+        (self.spec or AdapterSpec()).check(name, sites)
         above, zero = "a number above zero", "a number from zero"
         number(f"learning rate {whose}", self.learning_rate, lambda value: 0 < value < math.inf, above)
         number(f"weight decay {whose}", self.weight_decay, lambda value: 0 <= value < math.inf, zero)
@@ -90,6 +92,9 @@ def recipes_of(recipe: Recipe | Mapping[str, Recipe] | None, names: Iterable[str
       InputError: the recipes are for other adapters.
     """
     names = list(names)
+    for each in recipe.values() if isinstance(recipe, Mapping) else [recipe]:
+        if not isinstance(each, Recipe | None):
+            raise InputError(f"recipe is of type {type(each).__name__}; expected a Recipe, or one for each adapter.")
     if not isinstance(recipe, Mapping):
         return dict.fromkeys(names, recipe or Recipe())
     if set(recipe) != set(names):

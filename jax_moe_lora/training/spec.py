@@ -101,6 +101,10 @@ class AdapterSpec:
             expected = f"a number above zero, {MAX_ALPHA:g} at most"
             number(f"alpha {whose}", self.alpha, lambda alpha: 0 < alpha <= MAX_ALPHA, expected)
         self._check_targets(whose, sites)
+        if isinstance(self.ranks, str | Mapping) or not all(
+            isinstance(pair, tuple | list) and len(pair) == 2 for pair in self.ranks
+        ):
+            raise InputError(f"ranks {whose} are {self.ranks!r}; expected pairs such as (('gate', 8), ('up', 8)).")
         for module, rank in self.ranks:
             if module not in self.targets:
                 raise InputError(
@@ -118,6 +122,8 @@ class AdapterSpec:
             )
 
     def _check_targets(self, whose: str, sites: Mapping[str, Site]) -> None:
+        if isinstance(self.targets, str):
+            raise InputError(f"targets {whose} are the text {self.targets!r}; expected a tuple of module names.")
         if not self.targets:
             raise InputError(f"targets {whose} are empty; expected some of {', '.join(sites)}.")
         for module in self.targets:

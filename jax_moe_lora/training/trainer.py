@@ -8,7 +8,7 @@ from typing import Any
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.writing import plan_adapter, write_adapter
-from jax_moe_lora.arguments import whole
+from jax_moe_lora.arguments import flag, whole
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.files.folders import writing_to
 from jax_moe_lora.files.hub import local_folder
@@ -96,8 +96,8 @@ class Trainer:
         implementation: Implementation | None = None,
     ):
         checks.check_names(data, evaluation=evaluation, from_adapter=from_adapter)
-        checks.check_length(steps, epochs)
-        self.seed, self.packing = whole("seed", seed, 0), packing
+        steps, epochs = checks.check_length(steps, epochs)
+        self.seed, self.packing = whole("seed", seed, 0), flag("packing", packing)
         self.batch_size = whole("batch_size", batch_size, 1)
         self.micro_batches = checks.check_micro_batches(self.batch_size, micro_batches, len(data))
         checks.check_training_dtype(dtype)
@@ -114,9 +114,9 @@ class Trainer:
             evaluation,
             Encoder(Tokenizer(folder), self.config.eos_token_ids, self.config.vocab_size, self.width, extra_columns),
             batch_size=self.batch_size,
-            packing=packing,
+            packing=self.packing,
             seed=self.seed,
-            skip_bad_lines=skip_bad_lines,
+            skip_bad_lines=flag("skip_bad_lines", skip_bad_lines),
         )
         self.steps = steps or checks.steps_of(epochs or 0.0, self.data.most_rows, len(data), self.batch_size)
         self._make_programs(router_loss, implementation)
@@ -268,7 +268,7 @@ class Trainer:
           AdapterFormatError: the layout cannot express an adapter; raised before the first step.
         """
         self._check_written(write_as)
-        trackers = check_trackers(log_to)
+        trackers, resume = check_trackers(log_to), flag("resume", resume)
         out, save_every = Path(out), whole("save_every", save_every, 1)
         evaluate_every = self.steps if evaluate_every is None else whole("evaluate_every", evaluate_every, 1)
         settings = self.settings()

@@ -37,6 +37,30 @@ def test_names_that_are_no_adapters_are_refused_wherever_they_stand():
             Trainer(MODEL, {"x": LINES}, steps=1, **argument)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"data": [LINES]}, "data is a list; expected a dictionary by the adapters' names"),
+        ({"data": {1: LINES}}, "Adapter name 1 cannot be a folder's"),
+        ({"evaluation": LINES}, "evaluation is a list; expected a dictionary by"),
+        ({"from_adapter": ADAPTERS / "upper"}, "from_adapter is a PosixPath; expected a dictionary by"),
+        ({"packing": "no"}, "packing is 'no'; expected True or False"),
+        ({"skip_bad_lines": "no"}, "skip_bad_lines is 'no'; expected True or False"),
+        ({"recipe": AdapterSpec(2)}, "recipe is of type AdapterSpec; expected a Recipe"),
+        ({"recipe": {"x": 3}}, "recipe is of type int; expected a Recipe"),
+        ({"recipe": Recipe({"rank": 2})}, "spec of adapter 'x' is of type dict; expected an AdapterSpec"),
+        ({"recipe": Recipe(AdapterSpec(ranks={"gate": 2}))}, r"ranks of adapter 'x' are {'gate': 2}; expected pairs"),
+        (
+            {"recipe": Recipe(AdapterSpec(targets="gate"))},
+            "targets of adapter 'x' are the text 'gate'",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_by_name(given, message):
+    with pytest.raises(InputError, match=message):
+        Trainer(MODEL, **({"data": {"x": LINES}, "steps": 1} | SIZES | given))
+
+
 def test_an_adapter_whose_answers_end_with_another_token_brings_it_along(tmp_path):
     """The demo's EOS is 2; a chat template that ends turns with `<bos>` (1) trains adapters that end with it."""
     shutil.copytree(MODEL, tmp_path / "model")
