@@ -25,7 +25,7 @@ from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.routing import token_slots
-from jax_moe_lora.layer.torch_tensors import takes_torch
+from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels.backend import backend_named
 from pallas_kernels.ops import (
     RANK_PAGE,
@@ -62,7 +62,7 @@ class DensePlan:
     rows: RoutingPlan
 
 
-@takes_torch("num_slots", gives_torch=False)
+@takes_any_array("num_slots", gives_torch=False)
 def dense_plan(slots: Int[Array, "T"], num_slots: int) -> DensePlan:
     """The plan that `lora_linear` reads. One serves all dense projections of a step.
 
@@ -78,7 +78,7 @@ def dense_plan(slots: Int[Array, "T"], num_slots: int) -> DensePlan:
     return DensePlan(slots, make_plan(jnp.zeros((slots.shape[0], 1), jnp.int32), slots, 1, num_slots, TILE_LOOP))
 
 
-@takes_torch("implementation")
+@takes_any_array("implementation")
 def lora_linear(
     x: Float[Array, "T in"],
     weight: Float[Array, "out in"],

@@ -12,7 +12,7 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.routing import check_request_lengths, route, token_slots
-from jax_moe_lora.layer.torch_tensors import takes_torch
+from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels import ops
 from pallas_kernels.ops import (
     Activation,
@@ -25,7 +25,7 @@ from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.varying import varying_as
 
 
-@takes_torch("config", "implementation", "remat", check=check_request_lengths)
+@takes_any_array("config", "implementation", "remat", check=check_request_lengths)
 def moe_lora(
     x: Float[Array, "T D"],
     router: Float[Array, "E D"] | None,
@@ -114,7 +114,7 @@ def _masked_backward(row_mask: Array, dx: Array) -> tuple[Array, None]:
 _masked_for_gradients.defvjp(_masked_forward, _masked_backward)
 
 
-@takes_torch("implementation")
+@takes_any_array("implementation")
 def router_scores(
     x: Float[Array, "T D"],
     router: Float[Array, "E D"],
@@ -144,7 +144,7 @@ def router_scores(
     return lora_linear(x, router, None, pages, plan, implementation)
 
 
-@takes_torch("config", "implementation", "remat")
+@takes_any_array("config", "implementation", "remat")
 def routed_experts(
     x: Float[Array, "T D"],
     weights: Float[Array, "T K"],

@@ -12,11 +12,11 @@ from jax_moe_lora.arguments import whole
 from jax_moe_lora.config import MoEConfig, RouterKind
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
-from jax_moe_lora.layer.torch_tensors import takes_torch
+from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels.ops import BASE_SLOT
 
 
-@takes_torch("config")
+@takes_any_array("config")
 def route(
     scores: Float[Array, "T E"], config: MoEConfig, bias: Float[Array, "E"] | None = None
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
@@ -54,7 +54,7 @@ def route(
     return weights * config.scaling, experts.astype(jnp.int32)
 
 
-@takes_torch("router")
+@takes_any_array("router")
 def expert_probabilities(scores: Float[Array, "T E"], router: RouterKind) -> Float[Array, "T E"]:
     """Each token's scores as a distribution over all experts, which a router's auxiliary loss is made of.
 

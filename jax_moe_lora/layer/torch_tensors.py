@@ -1,4 +1,4 @@
-"""Tensors of torch as arguments of the layer's functions: taken through DLPack, and given back as one.
+"""Tensors of torch as arguments of the layer's functions, taken through DLPack and given back as one; arrays of numpy.
 
 Nothing is copied where torch and jax share the device. torch is not imported here: as long as nobody has, there are no
 tensors.
@@ -20,13 +20,14 @@ from jax_moe_lora.errors import InputError
 from pallas_kernels.backend import default_device
 
 
-def takes_torch[**P, R](
+def takes_any_array[**P, R](
     *static: str, gives_torch: bool = True, check: Callable[..., None] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A decorator: the function also takes torch tensors wherever it takes arrays, and then runs as one jitted program.
+    """A decorator: the function takes arrays of numpy, and torch tensors, wherever it takes arrays of jax.
 
-    Where its first argument is a tensor, so is the result, on the same device. Gradients do not cross from jax to
-    torch: a tensor that requires one is refused, except under `torch.no_grad()`.
+    With tensors it runs as one jitted program. Where its first argument is a tensor, so is the result, on the same
+    device. Gradients do not cross from jax to torch: a tensor that requires one is refused, except under
+    `torch.no_grad()`.
 
     Args:
       static: names of the arguments that are no arrays.
@@ -40,7 +41,10 @@ def takes_torch[**P, R](
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if "torch" not in sys.modules or not any(map(is_torch, jax.tree.leaves((args, kwargs)))):
+            leaves = jax.tree.leaves((args, kwargs))
+            if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+                args, kwargs = jax.tree.map(_of_jax, (args, kwargs))
+            if "torch" not in sys.modules or not any(map(is_torch, leaves)):
                 return function(*args, **kwargs)
             try:
                 arguments = signature.bind(*args, **kwargs).arguments
@@ -88,6 +92,20 @@ def to_torch(array: jax.Array, like: Any) -> Any:
     if on_host.dtype == ml_dtypes.bfloat16:  # which torch does not take from numpy
         return torch.from_numpy(on_host.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(on_host.copy())
+
+
+def _of_jax(leaf: Any) -> Any:
+    """An array of jax for one of numpy, which a traced index cannot read; float64 is left for the checks to refuse."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    if leaf.dtype.kind in "iu" and jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+        return jnp.asarray(_to_32_bits(leaf))
+    return jnp.asarray(leaf) if jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype else leaf
+
+
+def _to_32_bits(integers: np.ndarray) -> np.ndarray:
+    """Clamped: a cast would wrap around, onto another adapter's slot."""
+    return np.clip(integers, max(np.iinfo(integers.dtype).min, -INT32 - 1), INT32).astype(np.int32)
 
 
 def _array(name: str, tensor: Any) -> jax.Array:
