@@ -3,6 +3,7 @@
 On a CPU the compiled programs are kept in the clone, for the tests that need the same ones and for the next run.
 """
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -99,3 +100,20 @@ def no_kept_programs_where_compilations_are_counted(request):
     yield
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()
+
+
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_programs():
+    """Lets go of compiled programs before there are too many.
+
+    XLA maps memory for each program on a CPU, and dies in the next compilation where Linux's limit of 65,530 maps a
+    process is reached.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()

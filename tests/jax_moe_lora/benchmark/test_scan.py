@@ -16,7 +16,7 @@ from jax_moe_lora.models.params import init_params
 def test_scanned_layers_give_the_logits_of_unrolled_ones():
     config = ModelConfig("qwen3_moe", 32, 2, 16, 2, 1, 8, 16, MoEConfig(16, 8, 4, 2, renormalize=True), (True, True))
     params = init_params(config, jax.random.key(0), "float32")
-    bank = create_bank(decoder.adapter_sites(config), 2, 16, None, "float32")
+    bank = create_bank(decoder.layer_sites(config), 2, 16, None, "float32")
     arguments = jnp.arange(6).reshape(2, 3), jnp.full(2, 3), jnp.array([0, 1])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params.layers)
     scanned = scanned_logits(params, stacked, bank, *arguments, config=config)
