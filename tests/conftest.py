@@ -90,6 +90,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: (-seconds[group_of(item)], group_of(item)))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    from support.gpu import skip_without_gpu  # imports the kernels, whose shapes the hook above must see first
+
+    skip_without_gpu(item)
+
+
 @pytest.fixture(autouse=True)
 def no_kept_programs_where_compilations_are_counted(request):
     if "count_compilations" not in request.function.__code__.co_names:

@@ -17,8 +17,9 @@ import pytest
 from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper.tuning import heuristic
-from pallas_kernels.ops import LayerPages, UnsupportedImplementation, choose, make_plan
+from pallas_kernels.ops import LayerPages, make_plan
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs
+from support.gpu import require
 from support.paged import PagedLayer, PagedSpec, draw_layer, replicated
 from support.plans import assert_kernel_makes_the_plan_of_xla
 
@@ -64,16 +65,6 @@ CASES = [("hopper", name) for name in SPECS] + [("portable", name) for name in P
 BACKENDS = ("hopper", "portable")
 
 
-def require(implementation: str) -> None:
-    """Skips where this machine cannot run it."""
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs JAX_PLATFORMS=cuda and a GPU")
-    try:
-        choose(implementation)
-    except UnsupportedImplementation as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="module", params=CASES, ids=": ".join)
 def case(request) -> tuple[str, PagedLayer]:
     """A backend, and a layer for it."""
@@ -84,7 +75,6 @@ def case(request) -> tuple[str, PagedLayer]:
 
 @pytest.fixture(params=BACKENDS)
 def implementation(request) -> str:
-    require(request.param)
     return request.param
 
 

@@ -253,8 +253,8 @@ def test_token_ids_may_be_tensors():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_layer_called_on_cuda_tensors_gives_a_cuda_tensor(dtype):
-    if jax.default_backend() != "gpu" or not torch.cuda.is_available():
-        pytest.skip("needs JAX_PLATFORMS=cuda, a GPU, and a torch that uses it")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a torch that uses the GPU")
     x, router, experts, slots = jax.tree.map(lambda leaf: leaf.cuda(), inputs(dtype))
     pages = bank(dtype)
     y = moe_lora(x, router, experts, CONFIG, pages, slots)

@@ -24,21 +24,14 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.attention import attend_cache, attend_prompt, choose_attention
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.tools.compilations import count_compilations
-from pallas_kernels.ops import choose
 from support import ROOT
 from support.thunks import dump_options, read_thunks
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("hopper")
 
 CONFIG = model_config("qwen3-30b-a3b", 2)
 BATCH, CONTEXT, MAX_LENGTH, WIDTH = 18, 24, 64, 32
 HEADS = {"num_heads": CONFIG.num_heads, "num_kv_heads": CONFIG.num_kv_heads, "head_dim": CONFIG.head_dim}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hopper():
-    if jax.default_backend() != "gpu" or choose().picked != "hopper":
-        pytest.skip("needs JAX_PLATFORMS=cuda and a GPU of compute capability 9.0")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Every kind of adapter beside plain torch, on a GPU: `JAX_PLATFORMS=cuda pytest -m gpu tests/jax_moe_lora/parity`."""
 
-import jax
 import pytest
 
 from jax_moe_lora.config import MoEConfig
@@ -13,12 +12,6 @@ SHAPES = {
     "small": (MoEConfig(128, 192, 8, 2), 33),
     "wide": (MoEConfig(512, 256, 32, 4), 70),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs JAX_PLATFORMS=cuda and a GPU")
 
 
 @pytest.mark.parametrize("torch_device", ["cpu", "cuda"])

@@ -13,9 +13,8 @@ from jax_moe_lora.models.decoder import layer_sites
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.training import AdapterSpec, Batch, init_state, make_step
 from jax_moe_lora.training import init_params as new_adapter
-from pallas_kernels.ops import choose
 
-pytestmark = pytest.mark.gpu
+pytestmark = pytest.mark.gpu("hopper")
 
 WIDE = model_config("qwen3-30b-a3b", 2)
 # Every token goes to every expert: rounding cannot send it elsewhere.
@@ -26,12 +25,6 @@ SPECS = {
     "shared-outer": AdapterSpec(rank=40, layout="shared-outer", targets=("gate", "up", "down", "o")),
 }
 ROWS, LENGTH = 6, 256  # several blocks of attention's backward pass
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hopper():
-    if jax.default_backend() != "gpu" or choose().picked != "hopper":
-        pytest.skip("needs JAX_PLATFORMS=cuda and a GPU of compute capability 9.0")
 
 
 def packed_batch() -> Batch:

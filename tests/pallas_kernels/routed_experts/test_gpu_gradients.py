@@ -8,17 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.ops import choose
 from support.gradients import TOLERANCE, arguments, assert_gradients, loss, plain
 from support.paged import PagedSpec, draw_layer
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hopper():
-    if jax.default_backend() != "gpu" or choose().picked != "hopper":
-        pytest.skip("needs JAX_PLATFORMS=cuda and a GPU of compute capability 9.0")
+pytestmark = pytest.mark.gpu("hopper")
 
 
 SPECS = {

@@ -27,12 +27,6 @@ SHAPES = {
 RANKS = (4, 16, 40)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def gpu():
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs JAX_PLATFORMS=cuda and a GPU")
-
-
 def problem(config: MoEConfig, tokens: int, dtype: str):
     """Random weights, rows, adapters of mixed ranks and slots with base rows, all rounded to `dtype`."""
     rng = np.random.default_rng()
