@@ -14,7 +14,7 @@ with _epy.lazy_api_imports(globals()):
     from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
     from jax_moe_lora.adapters.validation.finding import Finding
     from jax_moe_lora.adapters.writing import write_adapter
-    from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
+    from jax_moe_lora.config import MoEConfig, RopeConfig
     from jax_moe_lora.errors import (
         AdapterFormatError,
         AdapterInUseError,
@@ -28,6 +28,7 @@ with _epy.lazy_api_imports(globals()):
     )
     from jax_moe_lora.layer.linear import lora_linear
     from jax_moe_lora.layer.moe import moe_lora, routed_experts
+    from jax_moe_lora.models.specs.model import ModelConfig
     from jax_moe_lora.serving.answers import Generation, StreamedToken, TokenLogprob
     from jax_moe_lora.serving.functional import Functional
     from jax_moe_lora.serving.model import Model

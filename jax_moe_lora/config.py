@@ -1,6 +1,6 @@
 """Static, hashable configs: what a checkpoint's `config.json` says, in the library's own words."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from pallas_kernels.constants import Activation
@@ -56,43 +56,3 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A decoder-only transformer whose MLPs are routed experts, or dense in some layers.
-
-    Attributes:
-      model_type: the family's name in `config.json`, such as `qwen3_moe`.
-      vocab_size: V. num_layers: L. hidden_size: D.
-      num_heads, num_kv_heads, head_dim: attention's query heads, key/value heads and width of a head.
-      mlp_width: inner width of the dense MLPs (unused where every layer is routed).
-      moe: the routed layers' config; moe_layers: for each layer, whether its MLP is routed.
-      shared_expert_width: inner width of the expert that every token of a routed layer goes through, beside the routed
-        ones and weighted by a sigmoid gate (Qwen2-MoE); 0 where there is none.
-      qk_norm: RMSNorm on q and k, over each head or over the whole projection (OLMoE).
-      attention_biases: the projections that have a bias.
-      clip_qkv: largest absolute value of q, k and v, cut off after their norms.
-      tie_embeddings: the head is the transposed embedding.
-      eos_token_ids: generation stops at any of these.
-    """
-
-    model_type: str
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    moe: MoEConfig
-    moe_layers: tuple[bool, ...]
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    rms_eps: float = 1e-6
-    shared_expert_width: int = 0
-    qk_norm: Literal["head", "projection"] | None = "head"
-    attention_biases: Literal["", "qkv", "qkvo"] = ""
-    clip_qkv: float | None = None
-    tie_embeddings: bool = False
-    max_positions: int = 32_768
-    eos_token_ids: tuple[int, ...] = ()

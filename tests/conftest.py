@@ -48,7 +48,7 @@ CHECKED = [
     "serving.sampling",
     "adapters.bank",
     "adapters.extraction",
-    "models.attention",
+    "models.blocks",
     "models.cache",
     "models.decoder",
     "models.decoder_layer",

@@ -18,9 +18,9 @@ from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.lora import SHARED_OUTER, SIDES, LoRAAdapter, LoRAWeights, Site, uniform
 from jax_moe_lora.adapters.pool import AdapterPool
 from jax_moe_lora.benchmark.random_model import DTYPE, sites_of
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.sampling import greedy
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.benchmark.ceilings import measure_ceilings
 from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, floor_s, make_bank
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
+from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import Implementation
 
 REPEATS = 5
@@ -169,9 +169,9 @@ def _random_cache(case: Case, config: ModelConfig) -> Cache:
     """A cache with random values in every position; a decode step attends to `case.length` of them."""
     cache = decoder.init_cache(config, case.batch, case.max_length, DTYPE)
     draw = jax.jit(lambda key, x: jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), donate_argnums=1)
-    keys = jax.random.split(jax.random.key(2), 2 * config.num_layers)
-    drawn = [draw(key, x) for key, x in zip(keys, cache.k + cache.v, strict=True)]
-    return replace(cache, k=tuple(drawn[: config.num_layers]), v=tuple(drawn[config.num_layers :]))
+    leaves, tree = jax.tree.flatten(cache.layers)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return replace(cache, layers=jax.tree.unflatten(tree, map(draw, keys, leaves)))
 
 
 def _peak_gb() -> float | None:

@@ -4,6 +4,7 @@ Weights and pages are drawn piece by piece: the host never holds anything of a m
 more than one matrix twice.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,9 +19,12 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.bank import RESERVED, AdapterBank
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, Site
 from jax_moe_lora.benchmark.ceilings import Ceilings
-from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
+from jax_moe_lora.config import MoEConfig, RopeConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.specs.gqa import GQA
+from jax_moe_lora.models.specs.mlp import RoutedMLP
+from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig, layer_parameters
 from pallas_kernels.ops import BASE_SLOT, RANK_PAGE
 from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterMix
 
@@ -31,8 +35,8 @@ FILL_PAGES = 4096  # drawn at a time
 def _qwen3(shape: str, layers: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int) -> ModelConfig:
     spec = LAYERS[shape]
     moe = MoEConfig(spec.hidden_size, spec.expert_width, spec.num_experts, spec.top_k, renormalize=True)
-    sizes = (vocabulary, layers, spec.hidden_size, heads, kv_heads, head_dim, spec.hidden_size)
-    return ModelConfig("qwen3_moe", *sizes, moe, (True,) * layers, RopeConfig(theta=1e6))
+    attention = GQA(heads, kv_heads, head_dim, RopeConfig(theta=1e6), qk_norm="head")
+    return ModelConfig("qwen3_moe", vocabulary, spec.hidden_size, (LayerSpec(attention, RoutedMLP(moe)),) * layers)
 
 
 MODELS = {
@@ -81,8 +85,7 @@ def model_config(name: str, layers: int | None = None) -> ModelConfig:
     if name not in MODELS:
         raise InputError(f"model is {name!r}; expected one of {', '.join(MODELS)}.")
     config = MODELS[name]
-    count = config.num_layers if layers is None else layers
-    return replace(config, num_layers=count, moe_layers=config.moe_layers[:1] * count)
+    return config if layers is None else replace(config, layers=config.layers[:1] * layers)
 
 
 def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
@@ -193,15 +196,17 @@ def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings:
       Seconds.
     """
     moe, rows, size = config.moe, case.rows, jnp.dtype(DTYPE).itemsize
-    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    expert, dense = 3 * moe.hidden_size * moe.expert_width, attention + moe.num_experts * moe.hidden_size
+    attention = config.layers[0].attention
+    expert = 3 * moe.hidden_size * moe.expert_width
+    rows_of_layer = layer_parameters(config.layers[0], config.hidden_size)
+    dense = sum(math.prod(row.shape) for row in rows_of_layer if row.projection and not row.experts)
     head, moved, multiplied = config.vocab_size * config.hidden_size, 0.0, 0.0
     met = 1 - (1 - moe.top_k / moe.num_experts) ** rows  # share of the experts in use
     moved += config.num_layers * (dense + met * moe.num_experts * expert) + head
     multiplied += rows * config.num_layers * (dense + moe.top_k * expert) + case.batch * head
-    keys = case.batch * case.length * config.num_layers * config.head_dim
-    moved += 2 * keys * config.num_kv_heads
-    multiplied += 2 * keys * config.num_heads * (case.length / 2 if case.kind == "prefill" else 1)
+    keys = case.batch * case.length * config.num_layers * attention.head_dim
+    moved += 2 * keys * attention.num_kv_heads
+    multiplied += 2 * keys * attention.num_heads * (case.length / 2 if case.kind == "prefill" else 1)
     for _, site in () if bank is None else bank.sites:
         assert bank is not None
         rows_each = rows / (bank.num_slots + 1)  # of each adapter; as many are base rows

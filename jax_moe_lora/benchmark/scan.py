@@ -17,9 +17,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig, RopeConfig
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.blocks.norm import apply_norm
 from jax_moe_lora.models.params import LayerParams, ModelParams, init_params
+from jax_moe_lora.models.specs.gqa import GQA
+from jax_moe_lora.models.specs.mlp import RoutedMLP
+from jax_moe_lora.models.specs.model import LayerSpec as DecoderLayer
+from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.grouped_matmul.bench import write_report
 from pallas_kernels.specs import LAYERS, LayerSpec
 
@@ -35,21 +40,23 @@ def scanned_logits(
     config: ModelConfig,
 ) -> Float[Array, "B T V"]:
     """`decoder.logits` with one compiled layer over stacked weights, for models whose layers are all alike."""
-    step = decoder.prompt_step(tokens, lengths, slots, bank, params, config, None)
+    step = decoder.prompt_step(tokens, lengths, slots, bank, None)
     pages = bank.layer(0)
 
     def body(hidden: Array, xs: tuple[LayerParams, dict, dict]) -> tuple[Array, None]:
         layer, tables, scales = xs
-        return decoder.run_layer(layer, replace(pages, tables=tables, scales=scales), hidden, step, None)[0], None
+        adapters = replace(pages, tables=tables, scales=scales)
+        return decoder.run_layer(config.layers[0], layer, adapters, hidden, step, None)[0], None
 
     hidden, _ = lax.scan(body, params.embedding[tokens], (stacked, bank.tables, bank.scales))
-    return decoder.head(params, decoder.rms_norm(hidden, params.norm, config.rms_eps))
+    return decoder.head(params, apply_norm(config.norm, hidden, params.norm), config)
 
 
 def _config(layers: int, spec: LayerSpec) -> ModelConfig:
     width = spec.hidden_size
     moe = MoEConfig(width, spec.expert_width, spec.num_experts, spec.top_k, renormalize=True)
-    return ModelConfig("qwen3_moe", 512, layers, width, 8, 2, width // 8, width, moe, (True,) * layers)
+    layer = DecoderLayer(GQA(8, 2, width // 8, RopeConfig(), qk_norm="head"), RoutedMLP(moe))
+    return ModelConfig("qwen3_moe", 512, width, (layer,) * layers)
 
 
 def measure(layers: int, shape: str, dtype: str, batch: int, tokens: int, repeats: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Times a training step of a model of random weights with adapters on its experts, beside transformers and PEFT."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import optax
 
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.random_model import DTYPE
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training import AdapterSpec, Batch, init_state, make_step
 from jax_moe_lora.training import init_params as init_adapter
 
@@ -134,9 +135,8 @@ def floor_ms(config: ModelConfig, rank: int, tokens: int, ceilings: Ceilings) ->
     Returns:
       Milliseconds.
     """
-    moe, width = config.moe, config.hidden_size
-    heads = config.num_heads * config.head_dim
-    attention = width * (2 * heads + 2 * config.num_kv_heads * config.head_dim)
+    moe, width, layer = config.moe, config.hidden_size, config.layers[0]
+    attention = sum(math.prod(row.shape) for row in layer.attention.parameters(width) if row.projection)
     experts = moe.top_k * 3 * width * moe.expert_width
     lora = moe.top_k * rank * (3 * width + 4 * moe.expert_width)  # A shared by gate and up; A, B, and down's two
     router = width * moe.num_experts
@@ -162,14 +162,15 @@ def measure_peft(config: ModelConfig, adapters: int, rank: int, batch: int, leng
     import torch
     import transformers
 
+    attention = config.layers[0].attention
     sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
         "num_experts": config.moe.num_experts,
         "num_experts_per_tok": config.moe.top_k,
         "moe_intermediate_size": config.moe.expert_width,

@@ -14,7 +14,7 @@ from jax_moe_lora.cli.options import LoraBLayout
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import format_bytes
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.tools.read import read_adapter
 
@@ -67,7 +67,7 @@ def merge(
 def _read(adapter: str, base: Path, lora_b_layout: str | None) -> tuple[LoRAAdapter, Mapping[str, Site], AdapterNames]:
     """The adapter, and its base model's projections and their names in files."""
     config = read_model_config(base)
-    sites, names = adapter_sites(config), family(config.model_type).ADAPTER_NAMES
+    sites, names = adapter_sites(config), adapter_names(config)
     return read_adapter(adapter, base, lora_b_layout=lora_b_layout), sites, names
 
 

@@ -165,7 +165,7 @@ def inspect_model(folder: Path) -> ModelSummary:
         kind="model",
         model_type=config.model_type,
         layers=config.num_layers,
-        routed_layers=sum(config.moe_layers),
+        routed_layers=len(config.routed_layers),
         experts=config.moe.num_experts,
         experts_per_token=config.moe.top_k,
         hidden_size=config.hidden_size,

@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.arguments import is_array, sequence
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.layer.routing import route
 from jax_moe_lora.models import decoder
 from jax_moe_lora.serving.model import Model
 from jax_moe_lora.serving.requests import check_tokens
@@ -93,8 +92,7 @@ def router_trace(
         traced = _trace(state.params, state.bank, *map(jnp.asarray, rows), **static)
         columns = (np.stack(parts).reshape(len(parts), *tokens.shape, -1) for parts in zip(*traced, strict=True))
         scores, weights, experts = columns
-    routed = tuple(layer for layer, is_routed in enumerate(model.config.moe_layers) if is_routed)
-    return Trace(scores, weights, experts, mask, routed, np.where(mask, tokens, 0))
+    return Trace(scores, weights, experts, mask, model.config.routed_layers, np.where(mask, tokens, 0))
 
 
 def _tokens(model: Model, prompts: Any, lengths: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +120,6 @@ def _registered(model: Model, names: Sequence[str | Path | None]) -> Iterator[li
 @partial(jax.jit, static_argnames=("config", "implementation"))
 def _trace(params, bank, tokens, positions, segments, slots, *, config, implementation):
     """(scores, weights, experts) of each routed layer, each `[B * T, ...]`."""
-    options = {"config": config, "implementation": implementation, "keep_scores": True}
-    _, scores = decoder.packed_hidden(params, bank, tokens, positions, segments, slots, **options)
-    return [(of_layer, *route(of_layer, config.moe)) for of_layer in scores]
+    options = {"config": config, "implementation": implementation, "keep_routing": True}
+    _, routing = decoder.packed_hidden(params, bank, tokens, positions, segments, slots, **options)
+    return [(of_layer.scores, of_layer.weights, of_layer.experts) for of_layer in routing]

@@ -82,13 +82,35 @@ def moe_lora(
         x = x if row_mask is None else _masked_for_gradients(*varying_as((x, row_mask)))
         scores = router_scores(x, router, adapters, slot_of_token, implementation)
     assert scores is not None
-    if router is None and row_mask is not None:
-        scores = _masked_for_gradients(*varying_as((scores, row_mask)))
-    weights, chosen = route(scores, config, router_bias)
-    if row_mask is not None:
-        chosen = jnp.where(row_mask[:, None], chosen, config.num_experts)
-        weights = jnp.where(row_mask[:, None], weights, 0.0)  # padding may hold NaN, and NaN times zero is NaN
+    weights, chosen = choose_experts(scores, config, router_bias, row_mask, masked=router is not None)
     return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation, remat)
+
+
+def choose_experts(
+    scores: Float[Array, "T E"],
+    config: MoEConfig,
+    bias: Float[Array, "E"] | None,
+    row_mask: Bool[Array, "T"] | None,
+    chosen: Int[Array, "T K"] | None = None,
+    masked: bool = False,
+) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """`routing.route` where some rows are padding: those have the weight zero, at no expert.
+
+    Args:
+      scores: float32 `[T, E]`.
+      config: sizes and router.
+      bias: `[E]`, as in `route`.
+      row_mask: bool `[T]`, False for padding, whose scores may hold anything.
+      chosen: as in `route`.
+      masked: the scores are made of rows that are masked for gradients already.
+    """
+    if row_mask is None:
+        return route(scores, config, bias, chosen)
+    if not masked:
+        scores = _masked_for_gradients(*varying_as((scores, row_mask)))
+    weights, chosen = route(scores, config, bias, chosen)
+    # Padding may hold NaN, and NaN times zero is NaN.
+    return jnp.where(row_mask[:, None], weights, 0.0), jnp.where(row_mask[:, None], chosen, config.num_experts)
 
 
 @jax.custom_vjp

@@ -18,7 +18,10 @@ from pallas_kernels.ops import BASE_SLOT
 
 @takes_any_array("config")
 def route(
-    scores: Float[Array, "T E"], config: MoEConfig, bias: Float[Array, "E"] | None = None
+    scores: Float[Array, "T E"],
+    config: MoEConfig,
+    bias: Float[Array, "E"] | None = None,
+    chosen: Int[Array, "T K"] | None = None,
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """Chooses each token's experts.
 
@@ -26,6 +29,8 @@ def route(
       scores: float32 `[T, E]`, the router's matmul.
       config: the layer's sizes and its kind of router.
       bias: `[E]`, added to the scores; with `sigmoid_bias` it is for the choice alone and no part of the weights.
+      chosen: int32 `[T, K]`, experts that were chosen before, such as those of the generation that a trainer replays:
+        they get the weights that these scores give them, and the router chooses nothing.
 
     Returns:
       `(weights float32 [T, K], experts int32 [T, K])`, largest first; of equal scores the lower expert wins.
@@ -36,22 +41,28 @@ def route(
     whole("config.top_k", config.top_k, 1, config.num_experts)
     checks.check_scores(scores, "T", config)
     checks.check_router_bias(bias, config)
+    if chosen is not None:
+        checks.check_array("chosen", chosen, (scores.shape[0], config.top_k), "integers")
+    if config.router not in get_args(RouterKind):
+        raise _unknown(config.router)
     if bias is not None and config.router != "sigmoid_bias":
         scores = scores + bias.astype(scores.dtype)[None]
-    if config.router == "softmax_topk":
-        weights, experts = lax.top_k(jax.nn.softmax(scores, axis=-1), config.top_k)
-    elif config.router == "topk_softmax":
-        top, experts = lax.top_k(scores, config.top_k)
-        weights = jax.nn.softmax(top, axis=-1)
-    elif config.router == "sigmoid_bias":
-        sigmoid = jax.nn.sigmoid(scores)
-        _, experts = lax.top_k(sigmoid if bias is None else sigmoid + bias[None], config.top_k)
-        weights = jnp.take_along_axis(sigmoid, experts, axis=-1)
-    else:
-        raise _unknown(config.router)
+    values = _expert_values(scores, config.router)
+    for_choice = values if bias is None or config.router != "sigmoid_bias" else values + bias[None]
+    experts = lax.top_k(for_choice, config.top_k)[1] if chosen is None else chosen
+    weights = jnp.take_along_axis(values, experts, axis=-1)
+    if config.router == "topk_softmax":
+        weights = jax.nn.softmax(weights, axis=-1)
     if config.renormalize:
         weights = weights / weights.sum(-1, keepdims=True)
     return weights * config.scaling, experts.astype(jnp.int32)
+
+
+def _expert_values(scores: Float[Array, "T E"], router: RouterKind) -> Float[Array, "T E"]:
+    """What a router compares experts by."""
+    if router == "softmax_topk":
+        return jax.nn.softmax(scores, axis=-1)
+    return jax.nn.sigmoid(scores) if router == "sigmoid_bias" else scores
 
 
 @takes_any_array("router")

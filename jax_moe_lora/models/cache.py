@@ -1,64 +1,55 @@
-"""Keys and values of a batch, as arrays that a jitted step takes and gives back.
+"""What a batch keeps between steps, as arrays that a jitted step takes and gives back.
 
-Letters: B requests, T tokens of a request, M positions of the cache, G key/value heads, hd head width.
+Letters: B requests, T tokens of a request, M positions of the cache.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.models.blocks.cache_places import LayerCache
+from jax_moe_lora.models.blocks.registry import ATTENTION
+from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.pytrees import pytree
-
-KeyValues = tuple[Float[Array, "B M G hd"], Float[Array, "B M G hd"]]
-"""One layer's keys and values."""
 
 
 @pytree
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of a batch.
+    """What a batch keeps between steps.
 
     Attributes:
-      k, v: for each layer `[B, M, G, hd]`. lengths: int32 `[B]`, positions in use; 0 marks an unused row.
+      layers: each layer's arrays by name, each `[B, ...]`: `k` and `v` `[B, M, G, hd]` of grouped-query attention
+        (fewer places where a window needs no more), and what other blocks keep.
+      lengths: int32 `[B]`, positions in use; 0 marks an unused row.
+      max_length: static. M, the most tokens of a request.
     """
 
-    k: tuple[Float[Array, "B M G hd"], ...]
-    v: tuple[Float[Array, "B M G hd"], ...]
+    layers: tuple[LayerCache, ...]
     lengths: Int[Array, "B"]
+    max_length: int = field(metadata={"static": True})
 
 
 def init_cache(config: ModelConfig, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> Cache:
-    """An empty cache for `batch` requests of at most `max_length` tokens, prompt and answer together."""
-    shape = (batch, max_length, config.num_kv_heads, config.head_dim)
-    empty = tuple(jnp.zeros(shape, dtype) for _ in range(2 * config.num_layers))
-    return Cache(empty[: config.num_layers], empty[config.num_layers :], jnp.zeros(batch, jnp.int32))
+    """An empty cache.
+
+    Args:
+      config: the model's.
+      batch: B.
+      max_length: M, prompt and answer together.
+      dtype: of keys and values; what a block keeps in float32 stays so.
+    """
+    layers = tuple(
+        ATTENTION[type(layer.attention)].init_cache(layer.attention, batch, max_length, dtype)
+        for layer in config.layers
+    )
+    return Cache(layers, jnp.zeros(batch, jnp.int32), max_length)
 
 
 def check_width(tokens: Int[Array, "B T"], cache: Cache) -> None:
     """Refuses prompts that are wider than a row of the cache, padding included."""
-    if tokens.shape[1] > (most := cache.k[0].shape[1]):
-        raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {most}.")
-
-
-def store(
-    cache: KeyValues, k: Float[Array, "B T G hd"], v: Float[Array, "B T G hd"], place: Int[Array, "B T"] | None
-) -> KeyValues:
-    """The cache with new keys and values in it.
-
-    Args:
-      place: int32 `[B, T]`, position of each token, dropped where it is M or more; None for a prompt, which begins at
-        position 0.
-    """
-    if place is None:
-        new_k, new_v = (
-            lax.dynamic_update_slice(old, new, (0, 0, 0, 0)) for old, new in zip(cache, (k, v), strict=True)
-        )
-    else:
-        rows = jnp.arange(place.shape[0])[:, None]
-        new_k, new_v = (old.at[rows, place].set(new, mode="drop") for old, new in zip(cache, (k, v), strict=True))
-    return new_k, new_v
+    if tokens.shape[1] > cache.max_length:
+        raise InputError(f"tokens have {tokens.shape[1]} a row; the cache has room for {cache.max_length}.")

@@ -4,15 +4,18 @@ Letters: B rows of the cache, M positions of a row, N rows that a call names, T 
 A row that is B or more is passed over, so that calls can be padded to a fixed N.
 """
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.blocks.context import Bank
 from jax_moe_lora.models.cache import Cache, check_width, init_cache
-from jax_moe_lora.models.decoder_layer import Bank
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import Implementation
 
 
@@ -46,7 +49,7 @@ def insert_rows(
     """
     check_array("rows", rows, (tokens.shape[0],), "integers")
     check_width(tokens, cache)
-    alone = init_cache(config, tokens.shape[0], tokens.shape[1], cache.k[0].dtype)
+    alone = init_cache(config, tokens.shape[0], tokens.shape[1], params.embedding.dtype)
     alone, logits = decoder.prefill(
         params, bank, alone, tokens, lengths, slots, config=config, implementation=implementation
     )
@@ -98,33 +101,28 @@ def free_rows(cache: Cache, rows: Int[Array, "N"]) -> Cache:
     Returns:
       The cache.
     """
-    return Cache(cache.k, cache.v, cache.lengths.at[_known(cache, rows)].set(0, mode="drop"))
+    return replace(cache, lengths=cache.lengths.at[_known(cache, rows)].set(0, mode="drop"))
 
 
 def take_rows(cache: Cache, rows: Int[Array, "N"]) -> Cache:
     """A cache of these rows alone; a row that the cache does not have is an unused one."""
     known = _known(cache, rows)
-    k, v = (tuple(layer.at[known].get(mode="fill", fill_value=0) for layer in side) for side in (cache.k, cache.v))
-    return Cache(k, v, cache.lengths.at[known].get(mode="fill", fill_value=0))
+    return jax.tree.map(lambda leaf: leaf.at[known].get(mode="fill", fill_value=0), cache)
 
 
 def put_rows(cache: Cache, rows: Int[Array, "N"], new: Cache) -> Cache:
-    """The cache with all positions of these rows replaced; where `new` has fewer positions, the rest is zeros.
+    """The cache with everything that these rows hold replaced; where `new` has fewer positions, the rest is zeros.
 
     What a row held before may not be finite, and an attention weight of zero would not hide it.
     """
     known = _known(cache, rows)
-    missing = cache.k[0].shape[1] - new.k[0].shape[1]
 
-    def put(old: Array, rows_of_layer: Array) -> Array:
-        padded = jnp.pad(rows_of_layer, ((0, 0), (0, missing), (0, 0), (0, 0)))
-        return old.at[known].set(padded, mode="drop")
+    def put(old: Array, of_rows: Array) -> Array:
+        missing = [(0, 0), *((0, there - here) for there, here in zip(old.shape[1:], of_rows.shape[1:], strict=True))]
+        return old.at[known].set(jnp.pad(of_rows, missing).astype(old.dtype), mode="drop")
 
-    k, v = (
-        tuple(put(old, layer) for old, layer in zip(before, after, strict=True))
-        for before, after in ((cache.k, new.k), (cache.v, new.v))
-    )
-    return Cache(k, v, cache.lengths.at[known].set(new.lengths, mode="drop"))
+    layers = jax.tree.map(put, cache.layers, new.layers)
+    return replace(cache, layers=layers, lengths=cache.lengths.at[known].set(new.lengths, mode="drop"))
 
 
 def _known(cache: Cache, rows: Int[Array, "N"]) -> Int[Array, "N"]:

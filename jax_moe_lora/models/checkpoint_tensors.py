@@ -8,16 +8,18 @@ checkpoint.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_io import TensorFile
+from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import experts_below, parameter_tensors, table
+from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.models.specs.parameter import Parameter
 
 Shape = tuple[int, ...]
 # Stacked tensor -> the projections that it holds, one after the other.
@@ -33,12 +35,14 @@ class Part:
       expert: which matrix of a stack; None where the tensor is the matrix.
       first_row: the first of the matrix's rows, where one tensor holds the rows of two projections.
       transposed: the tensor holds `[in, out]`.
+      step: from one of the matrix's rows to the next, where the rows of two projections alternate.
     """
 
     tensor: str
     expert: int | None = None
     first_row: int = 0
     transposed: bool = False
+    step: int = 1
 
     def view(self, tensor: np.ndarray, rows: int) -> np.ndarray:
         """The matrix in the tensor's own memory.
@@ -53,7 +57,7 @@ class Part:
         if self.expert is None:
             return tensor
         matrix = tensor[self.expert].T if self.transposed else tensor[self.expert]
-        return matrix[self.first_row : self.first_row + rows]
+        return matrix[self.first_row : self.first_row + rows * self.step : self.step]
 
     def pieces(self, file: TensorFile, target: np.ndarray, piece_bytes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Reads the matrix some rows at a time.
@@ -70,16 +74,35 @@ class Part:
         rows, *columns = info.shape if self.expert is None else info.shape[1:]
         width = math.prod(columns)
         start = (self.expert or 0) * rows * width
-        first, count = (0, rows) if self.transposed else (self.first_row, len(target))
-        step = max(1, piece_bytes // (width * DTYPES[info.dtype].itemsize))
-        for begin in range(first, first + count, step):
-            size = min(step, first + count - begin)
+        whole = self.expert is None or self.transposed
+        first, count = (0, rows) if whole else (self.first_row, len(target) * self.step)
+        at_once = max(1, piece_bytes // (width * DTYPES[info.dtype].itemsize) // self.step) * self.step
+        last = first + count - (self.step - 1 if not whole else 0)
+        for begin in range(first, last, at_once):
+            size = min(at_once, last - begin)
             values = file.get_values(self.tensor, start + begin * width, (size, width))
             if self.transposed:
-                yield target[:, begin : begin + size], values[:, self.first_row : self.first_row + len(target)].T
+                end = self.first_row + len(target) * self.step
+                yield target[:, begin : begin + size], values[:, self.first_row : end : self.step].T
             else:
-                part = target[begin - first : begin - first + size]
-                yield part, values.reshape(part.shape)
+                step = 1 if self.expert is None else self.step
+                part = target[(begin - first) // step :][: -(-size // step)]
+                yield part, values[::step].reshape(part.shape)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A matrix or vector of a stack.
+
+    Attributes:
+      expert: its own.
+      first_row: the first of its rows.
+      step: from one of its rows to the next.
+    """
+
+    expert: int
+    first_row: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -89,40 +112,48 @@ class Stack:
     Attributes:
       tensor: its name in the checkpoint.
       shape: its shape if it is stored as `[E, out, in]`.
-      members: the per-expert name of each matrix -> (its expert, its first row).
+      members: the per-expert name of each matrix -> where it stands in the stack.
     """
 
     tensor: str
     shape: Shape
-    members: Mapping[str, tuple[int, int]]
+    members: Mapping[str, Member]
 
 
-def stacks_of(config: ModelConfig, names: AdapterNames, present: Callable[[str], bool]) -> list[Stack]:
+def stacks_of(config: ModelConfig, written: Mapping[str, str]) -> list[Stack]:
     """The stacked tensors that a checkpoint has.
 
     Args:
       config: the model.
-      names: the family's names.
-      present: whether the checkpoint has a tensor of a name.
+      written: the checkpoint's tensors, by the names that they have in one of the text model alone.
     """
-    d, f = config.hidden_size, config.moe.expert_width
-    widths = {"gate": (f, d), "up": (f, d), "down": (d, f)}
-    part_of = {module: part for part, module in names.experts.items()}
+    of = family(config.model_type)
     stacks = []
-    for layer in (layer for layer, routed in enumerate(config.moe_layers) if routed):
-        single = f"model.layers.{layer}.{names.per_expert_path or names.experts_path}"
-        paths = dict.fromkeys((f"model.layers.{layer}.{names.experts_path}", single))
+    for layer in config.routed_layers:
+        rows = {row.name: row for row in table(config, layer) if row.experts}
+        below = f"model.layers.{layer}."
+        paths = dict.fromkeys((f"{below}{of.experts_path}", experts_below(config, layer)))
         for stem, modules in _STACKS.items():
-            spellings = [f"{path}.{stem}{suffix}" for path in paths for suffix in ("", ".weight")]
-            for tensor in filter(present, spellings):
-                rows, width = widths[modules[0]]
-                members = {
-                    f"{single}.{expert}.{part_of[module]}.weight": (expert, index * rows)
-                    for index, module in enumerate(modules)
-                    for expert in range(config.moe.num_experts)
-                }
-                stacks.append(Stack(tensor, (config.moe.num_experts, len(modules) * rows, width), members))
+            for suffix in ("", "_bias"):
+                of_modules = [rows[f"{module}{suffix}"] for module in modules if f"{module}{suffix}" in rows]
+                spellings = [f"{path}.{stem}{suffix}{end}" for path in paths for end in ("", ".weight")]
+                spellings += [f"{below}{path}" for path in of.stacks.get(f"{stem}{suffix}", ())]
+                if of_modules:
+                    present = [written[tensor] for tensor in spellings if tensor in written]
+                    stacks += [_stack(config, layer, tensor, of_modules, of.interleaved) for tensor in present]
     return stacks
+
+
+def _stack(config: ModelConfig, layer: int, tensor: str, rows: Sequence[Parameter], interleaved: bool) -> Stack:
+    """One tensor that holds these parameters of all experts."""
+    experts, height, *columns = rows[0].shape
+    mixed = interleaved and len(rows) > 1
+    members = {
+        name: Member(expert, index if mixed else index * height, len(rows) if mixed else 1)
+        for index, row in enumerate(rows)
+        for expert, name in enumerate(parameter_tensors(config, layer, row))
+    }
+    return Stack(tensor, (experts, len(rows) * height, *columns), members)
 
 
 def stacked_parts(stacks: Sequence[Stack], files: Mapping[str, TensorFile]) -> dict[str, Part]:
@@ -144,8 +175,8 @@ def stacked_parts(stacks: Sequence[Stack], files: Mapping[str, TensorFile]) -> d
                 f"{stack.tensor} in {files[stack.tensor].path} has shape {list(shape)}; the config expects "
                 f"{list(stack.shape)}, or {list(turned)} for matrices stored as [in, out]."
             )
-    square = [stack for stack in stacks if stack.shape == _turned(stack.shape)]
-    ways = {shapes[stack.tensor] != stack.shape for stack in stacks if stack not in square}
+    square = [stack for stack in stacks if len(stack.shape) == 3 and stack.shape == _turned(stack.shape)]
+    ways = {shapes[stack.tensor] != stack.shape for stack in stacks if len(stack.shape) == 3 and stack not in square}
     if square and len(ways) != 1:
         first = square[0].tensor
         why = "and the others disagree" if ways else "and so are all others"
@@ -156,13 +187,14 @@ def stacked_parts(stacks: Sequence[Stack], files: Mapping[str, TensorFile]) -> d
     parts: dict[str, Part] = {}
     for stack in stacks:
         transposed = ways == {True} if stack in square else shapes[stack.tensor] != stack.shape
-        for name, (expert, first_row) in stack.members.items():
+        for name, member in stack.members.items():
             if name in parts:
                 where = files[stack.tensor].path.parent
                 raise CheckpointError(f"{stack.tensor} and {parts[name].tensor} of {where} both hold {name}.")
-            parts[name] = Part(stack.tensor, expert, first_row, transposed)
+            parts[name] = Part(stack.tensor, member.expert, member.first_row, transposed, member.step)
     return parts
 
 
 def _turned(shape: Shape) -> Shape:
-    return (shape[0], shape[2], shape[1])
+    """The shape of a stack of matrices that are stored as `[in, out]`; vectors have one form."""
+    return (shape[0], *shape[:0:-1])

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.files.safetensors_io import read_json
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.families.registry import family, wrapped
+from jax_moe_lora.models.specs.model import ModelConfig
 
 
 def read_model_config(folder: Path) -> ModelConfig:
@@ -24,5 +24,5 @@ def read_model_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json", ConfigError)
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None
-    source = str(folder / "config.json")
-    return family(raw.get("model_type"), source, raw).read_config(raw, generation, source)
+    source, text = str(folder / "config.json"), wrapped(raw)
+    return family(text.get("model_type"), source, text).read_config(text, generation, source)

@@ -5,17 +5,21 @@ Layers are unrolled, not scanned (`benchmark/scan.py` has the measurement). `run
 of a kind share one trace, and XLA compiles their kernels once.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.layer.checks import check_array
+from jax_moe_lora.models.blocks.cache_places import LayerCache
+from jax_moe_lora.models.blocks.context import Bank, Routing, StepContext
+from jax_moe_lora.models.blocks.norm import apply_norm
 from jax_moe_lora.models.cache import Cache, check_width, init_cache
-from jax_moe_lora.models.decoder_layer import Bank, StepContext, rms_norm, run_layer
+from jax_moe_lora.models.decoder_layer import run_layer
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import adapter_sites, layer_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.models.steps import make_step, packed_step, prompt_step
 from jax_moe_lora.models.vocabulary import embed, head
 from pallas_kernels.ops import BASE_SLOT, Implementation, LayerPages
@@ -24,6 +28,7 @@ from pallas_kernels.pages import NO_ADAPTERS
 __all__ = [
     "Bank",
     "Cache",
+    "Routing",
     "StepContext",
     "adapter_sites",
     "append",
@@ -39,7 +44,6 @@ __all__ = [
     "packed_step",
     "prefill",
     "prompt_step",
-    "rms_norm",
     "run_layer",
 ]
 
@@ -70,8 +74,8 @@ def hidden(
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T D"]:
     """What the head reads at every position of right-padded prompts; rows past a request's length mean nothing."""
-    step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
-    return _layers(params, bank, tokens, step, None)[0]
+    step = prompt_step(tokens, lengths, slots, bank, implementation)
+    return _layers(params, bank, tokens, step, None, config)[0]
 
 
 def packed_logits(
@@ -105,10 +109,11 @@ def packed_hidden(
     *,
     config: ModelConfig,
     packed: bool = True,
-    keep_scores: bool = False,
+    keep_routing: bool = False,
     remat: bool = False,
+    chosen: Sequence[Int[Array, "N K"]] | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "N E"], ...]]:
+) -> tuple[Float[Array, "B T D"], tuple[Routing, ...]]:
     """What the head reads of rows that hold several examples each.
 
     Args:
@@ -116,19 +121,20 @@ def packed_hidden(
         examples of a row, whose tokens lie side by side; 0 for padding, which costs nothing in the experts.
       slots: int32 `[B, T]`, each token's adapter, `BASE_SLOT` for the base model.
       packed: static. False says that each row holds one example, with its padding behind it: no mask is needed.
-      keep_scores: static. Return the routers' scores too. remat: static. As in `moe_lora`.
+      keep_routing: static. Return what the routers decided too. remat: static. As in `moe_lora`.
+      chosen: int32 `[B * T, K]` for each routed layer, the experts in place of those that its router would choose.
 
     Returns:
-      Hidden rows after the last norm, those of padding without meaning; and float32 router scores `[B * T, E]` of each
-      routed layer, where they were asked for.
+      Hidden rows after the last norm, those of padding undefined; and what the router of each routed layer decided,
+      where it was asked for.
     """
     check_array("tokens", tokens, ("B", "T"), "integers")
     for name, values in (("positions", positions), ("segments", segments), ("slots", slots)):
         check_array(name, values, tokens.shape, "integers")
-    step = packed_step(positions, segments, slots, bank, params, config, implementation)
-    step = replace(step, segments=step.segments if packed else None, keep_scores=keep_scores, remat=remat)
-    hidden, _, _, scores = _layers(params, bank, tokens, step, None)
-    return hidden, scores
+    step = packed_step(positions, segments, slots, bank, implementation)
+    step = replace(step, segments=step.segments if packed else None, keep_routing=keep_routing, remat=remat)
+    hidden, _, routing = _layers(params, bank, tokens, step, None, config, chosen)
+    return hidden, routing
 
 
 def prefill(
@@ -153,9 +159,11 @@ def prefill(
     """
     check_array("tokens", tokens, (cache.lengths.shape[0], "T"), "integers")
     check_width(tokens, cache)
-    step = prompt_step(tokens, lengths, slots, bank, params, config, implementation)
-    hidden, keys, values, _ = _layers(params, bank, tokens, step, cache)
-    return Cache(keys, values, lengths.astype(jnp.int32)), _last_logits(params, bank, hidden, lengths, slots, config)
+    step = prompt_step(tokens, lengths, slots, bank, implementation)
+    hidden, layers, _ = _layers(params, bank, tokens, step, cache, config)
+    return Cache(layers, lengths.astype(jnp.int32), cache.max_length), _last_logits(
+        params, bank, hidden, lengths, slots, config
+    )
 
 
 def decode(
@@ -177,15 +185,16 @@ def decode(
     Returns:
       The cache with the token in it, and float32 `[B, V]` logits of the next one.
     """
-    max_length, rows = cache.k[0].shape[1], cache.lengths.shape
+    rows = cache.lengths.shape
     check_array("tokens", tokens, rows, "integers")
     check_array("slots", slots, rows, "integers")
     live = cache.lengths > 0
     row_slots = jnp.where(live, slots, BASE_SLOT)
-    step = make_step("token", cache.lengths[:, None], live[:, None], row_slots, bank, params, config, implementation)
-    hidden, keys, values, _ = _layers(params, bank, tokens[:, None], step, cache)
-    lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, max_length), 0)
-    return Cache(keys, values, lengths), _logits(params, bank, hidden, row_slots, config)[:, 0]
+    positions, full = cache.lengths[:, None], cache.lengths >= cache.max_length
+    step = make_step("token", positions, (live & ~full)[:, None], row_slots, bank, implementation, cache.lengths)
+    hidden, layers, _ = _layers(params, bank, tokens[:, None], step, cache, config)
+    lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, cache.max_length), 0)
+    return Cache(layers, lengths, cache.max_length), _logits(params, bank, hidden, row_slots, config)[:, 0]
 
 
 def append(
@@ -211,39 +220,43 @@ def append(
     check_array("tokens", tokens, (cache.lengths.shape[0], "T"), "integers")
     check_array("lengths", lengths, cache.lengths.shape, "integers")
     check_array("slots", slots, cache.lengths.shape, "integers")
-    most, index = cache.k[0].shape[1], jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    real = index < lengths[:, None]
+    most, index = cache.max_length, jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    real = index < jnp.minimum(lengths, most - cache.lengths)[:, None]
     positions = jnp.where(real, cache.lengths[:, None] + index, most)
     row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)
-    step = make_step("chunk", positions, real, row_slots, bank, params, config, implementation)
-    hidden, keys, values, _ = _layers(params, bank, tokens, step, cache)
+    step = make_step("chunk", positions, real, row_slots, bank, implementation, cache.lengths)
+    hidden, layers, _ = _layers(params, bank, tokens, step, cache, config)
     held = jnp.minimum(cache.lengths + lengths, most).astype(jnp.int32)
-    return Cache(keys, values, held), _last_logits(params, bank, hidden, lengths, slots, config)
+    return Cache(layers, held, most), _last_logits(params, bank, hidden, lengths, slots, config)
 
 
 def _layers(
-    params: ModelParams, bank: Bank | None, tokens: Int[Array, "B T"], step: StepContext, cache: Cache | None
-) -> tuple[Float[Array, "B T D"], tuple[Array, ...], tuple[Array, ...], tuple[Array, ...]]:
-    """Embedding, all layers and the last norm; the cache's keys and values with the step's tokens; router scores."""
-    hidden = embed(params, _outer_adapters(bank, step.config), tokens, step.slots)
-    keys, values, scores = [], [], []
-    for index, layer in enumerate(params.layers):
+    params: ModelParams,
+    bank: Bank | None,
+    tokens: Int[Array, "B T"],
+    step: StepContext,
+    cache: Cache | None,
+    config: ModelConfig,
+    chosen: Sequence[Int[Array, "N K"]] | None = None,
+) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...], tuple[Routing, ...]]:
+    """Embedding, all layers and the last norm; the cache's layers with the step's tokens; what the routers decided."""
+    hidden = embed(params, _outer_adapters(bank, config), tokens, step.slots, config)
+    routed = dict(zip(config.routed_layers, chosen or (), strict=chosen is not None))
+    layers: list[LayerCache] = []
+    decided: list[Routing] = []
+    for index, (spec, layer) in enumerate(zip(config.layers, params.layers, strict=True)):
         adapters = None if bank is None else bank.layer(index)
-        hidden, stored, layer_scores = run_layer(
-            layer, adapters, hidden, step, None if cache is None else (cache.k[index], cache.v[index])
-        )
-        if stored is not None:
-            keys.append(stored[0])
-            values.append(stored[1])
-        if layer_scores is not None:
-            scores.append(layer_scores)
-    return rms_norm(hidden, params.norm, step.config.rms_eps), tuple(keys), tuple(values), tuple(scores)
+        kept = None if cache is None else cache.layers[index]
+        hidden, kept, routing = run_layer(spec, layer, adapters, hidden, step, kept, routed.get(index))
+        layers += [] if kept is None else [kept]
+        decided += [] if routing is None else [routing]
+    return apply_norm(config.norm, hidden, params.norm, params.norm_bias), tuple(layers), tuple(decided)
 
 
 def _logits(
     params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], slots: Int[Array, "N"], config: ModelConfig
 ) -> Float[Array, "B T V"]:
-    return head(params, hidden, _outer_adapters(bank, config), slots)
+    return head(params, hidden, config, _outer_adapters(bank, config), slots)
 
 
 def _last_logits(

@@ -1,12 +1,16 @@
 """The fields of `config.json` that the families share, in the spellings of the hub and of transformers 5."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.rope_config import read_rope
+from jax_moe_lora.models.specs.gqa import GQA
+from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig
+from jax_moe_lora.models.specs.parameter import Norm
+from pallas_kernels.constants import Activation
 
 MOST = 65_536  # layers and experts: a hostile config must not size the lists that are made before a file is opened
 
@@ -30,60 +34,86 @@ def open_fields(
     return fields
 
 
-def read_decoder(
+def read_model(
     fields: Fields,
     generation: Mapping[str, Any] | None,
-    *,
-    moe: MoEConfig,
-    moe_layers: tuple[bool, ...],
-    default_eps: float,
-    default_theta: float = 10_000.0,
-    **family_fields: Any,
+    layers: Sequence[LayerSpec],
+    **others: Any,
 ) -> ModelConfig:
-    """A family's config: what all families have is read here, `family_fields` are the other fields of `ModelConfig`.
+    """A family's config: what all families have is read here.
 
     Args:
-      generation: `generation_config.json`. default_eps, default_theta: what the family's class has for a field that a
-        config leaves out.
+      fields: the config's.
+      generation: `generation_config.json`.
+      layers: what the family made of its fields.
+      others: further fields of `ModelConfig`.
 
     Raises:
       ConfigError: a field that is missing, malformed, not supported, or read by nobody, by name.
     """
-    fields.expect_all("layer_types", "full_attention", len(moe_layers))
-    heads, kv_heads, head_dim = _read_heads(fields, moe.hidden_size)
-    max_positions = fields.size("max_position_embeddings")
     config = ModelConfig(
         vocab_size=fields.size("vocab_size"),
-        num_layers=len(moe_layers),
-        hidden_size=moe.hidden_size,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        moe=moe,
-        moe_layers=moe_layers,
-        rope=read_rope(fields, max_positions, default_theta),
-        rms_eps=fields.positive("rms_norm_eps", default_eps),
+        hidden_size=fields.size("hidden_size"),
+        layers=tuple(layers),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
-        max_positions=max_positions,
+        max_positions=fields.size("max_position_embeddings"),
         eos_token_ids=fields.token_ids("eos_token_id", generation),
-        **family_fields,
+        **({"norm": layers[0].norm} | others),
     )
     fields.refuse_unknown()
     return config
 
 
-def read_moe(fields: Fields, expert_width: str, renormalize: bool) -> MoEConfig:
-    """The routed layers of a softmax-then-top-k router; `expert_width`: the field that holds F."""
+def read_gqa(fields: Fields, default_theta: float = 10_000.0, **others: Any) -> GQA:
+    """Grouped-query attention: its heads and its rotary embedding.
+
+    Args:
+      fields: the config's.
+      default_theta: what the family's class has for a config that says none.
+      others: further fields of `GQA`.
+
+    Raises:
+      ConfigError: a field that is missing, malformed or not supported, by name.
+    """
+    heads, kv_heads, head_dim = read_heads(fields)
+    rope = read_rope(fields, fields.size("max_position_embeddings"), default_theta)
+    return GQA(heads, kv_heads, head_dim, **({"rope": rope} | others))
+
+
+def read_norm(fields: Fields, default_eps: float, **others: Any) -> Norm:
+    """The norms: `rms_norm_eps`.
+
+    Args:
+      fields: the config's.
+      default_eps: what the family's class has for a config that says none.
+      others: further fields of `Norm`.
+    """
+    return Norm(fields.positive("rms_norm_eps", default_eps), **others)
+
+
+def read_moe(fields: Fields, expert_width: str, renormalize: bool, **others: Any) -> MoEConfig:
+    """The routed experts, with a softmax-then-top-k router where `others` name no other.
+
+    Args:
+      fields: the config's.
+      expert_width: the field that holds F.
+      renormalize: as in `MoEConfig`.
+      others: further fields of `MoEConfig`.
+    """
     experts, top_k = _read_experts(fields)
     return MoEConfig(
         hidden_size=fields.size("hidden_size"),
         expert_width=fields.size(expert_width),
         num_experts=experts,
         top_k=top_k,
-        router="softmax_topk",
         renormalize=renormalize,
-        activation=fields.choice("hidden_act", {"silu": "silu", "swish": "silu"}),
+        **({"activation": read_activation(fields)} | others),
     )
+
+
+def read_activation(fields: Fields) -> Activation:
+    """`hidden_act`, of the gated unit."""
+    return fields.choice("hidden_act", {"silu": "silu", "swish": "silu"})
 
 
 def read_layers(fields: Fields) -> int:
@@ -101,8 +131,9 @@ def read_sparse_layers(fields: Fields) -> tuple[bool, ...]:
     return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
 
 
-def _read_heads(fields: Fields, hidden: int) -> tuple[int, int, int]:
+def read_heads(fields: Fields) -> tuple[int, int, int]:
     """(query heads, key/value heads, width of a head)."""
+    hidden = fields.size("hidden_size")
     heads, kv_heads = fields.size("num_attention_heads"), fields.size("num_key_value_heads")
     if heads % kv_heads:
         raise fields.error(f"num_attention_heads is {heads}, no multiple of num_key_value_heads {kv_heads}")

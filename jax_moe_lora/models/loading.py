@@ -10,15 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_files import locate
 from jax_moe_lora.models.checkpoint_tensors import Part, stacked_parts, stacks_of
-from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.names import other_names, tensor_names, unused_names
-from jax_moe_lora.models.params import ModelParams, abstract_params
+from jax_moe_lora.models.names import other_names, plain_name, tensor_names, unused_tensors
+from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
+from jax_moe_lora.models.specs.model import ModelConfig
 
 # Read, cast and checked at a time.
 PIECE_BYTES = 8 * 2**20
@@ -32,10 +31,12 @@ class Checkpoint:
     Attributes:
       files: tensor -> the file that holds it; the files in order.
       parts: a matrix or vector of the model, by its name in the per-expert form -> where it stands.
+      unused: tensors that are not read -> what they are, such as those of a vision tower.
     """
 
     files: Mapping[str, TensorFile]
     parts: Mapping[str, Part]
+    unused: Mapping[str, str]
 
 
 def load_params(
@@ -58,7 +59,7 @@ def load_params(
         values that are not finite (also after the cast), a shard that is missing, corrupt, outside the folder or
         written to meanwhile, by name.
     """
-    names = tensor_names(config, family(config.model_type).ADAPTER_NAMES)
+    names = tensor_names(config)
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     with ExitStack() as opened:
         checkpoint = open_checkpoint(folder, config, opened)
@@ -77,22 +78,28 @@ def open_checkpoint(folder: Path, config: ModelConfig, opened: ExitStack) -> Che
     Raises:
       CheckpointError: what `load_params` finds wrong in headers.
     """
-    names = family(config.model_type).ADAPTER_NAMES
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config, np.float32))
     shapes = {_path_name(path): leaf.shape for path, leaf in leaves}
     expected: dict[str, tuple[int, ...]] = {}
-    for path, source in tensor_names(config, names).items():
+    for path, source in tensor_names(config).items():
         expected |= {source: shapes[path]} if isinstance(source, str) else dict.fromkeys(source, shapes[path][1:])
     files = locate(folder, opened)
-    stacked = stacked_parts(stacks_of(config, names, files.__contains__), files)
-    aliases = other_names(config, names)
-    parts = {name: stacked.get(name) or Part(name if name in files else aliases.get(name, name)) for name in expected}
-    _check(folder, files, expected, parts, stacked, unused_names(config))
-    return Checkpoint(files, parts)
+    unused = unused_tensors(config, files)
+    written = {plain_name(config, name): name for name in files if name not in unused}
+    stacked = stacked_parts(stacks_of(config, written), files)
+    aliases = other_names(config)
+
+    def part(name: str) -> Part:
+        plain = name if name in written else aliases.get(name, name)
+        return Part(written.get(plain, plain))
+
+    parts = {name: stacked.get(name) or part(name) for name in expected}
+    _check(folder, files, expected, parts, stacked, unused)
+    return Checkpoint(files, parts, unused)
 
 
 def _path_name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(getattr(key, "name", getattr(key, "idx", None))) for key in path)
+    return ".".join(map(leaf_name, path))
 
 
 def _check(
@@ -101,7 +108,7 @@ def _check(
     expected: Mapping[str, tuple[int, ...]],
     parts: Mapping[str, Part],
     stacked: Mapping[str, Part],
-    unused: frozenset[str],
+    unused: Mapping[str, str],
 ) -> None:
     _refuse(folder, "lacks", [name for name in expected if parts[name].tensor not in files])
     used = {part.tensor for part in parts.values()}

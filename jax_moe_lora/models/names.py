@@ -1,60 +1,98 @@
-"""Names of a decoder's projections: in checkpoints, in adapters, and in the parameter tree."""
+"""The one table of a model's parameters, and what follows from it for names in checkpoints and adapters."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.models.sites import layer_sites
-
-# Path below `model.layers.L.` -> module, for the families that have it.
-ATTENTION = {f"self_attn.{module}_proj": module for module in "qkvo"}
-ROUTER = {"mlp.gate": "router"}
-DENSE_MLP = {f"mlp.{part}_proj": f"mlp_{part}" for part in ("gate", "up", "down")}
-SHARED_EXPERT = {f"mlp.shared_expert.{part}_proj": f"shared_{part}" for part in ("gate", "up", "down")} | {
-    "mlp.shared_expert_gate": "shared_expert_gate"
-}
-# Last part of an expert's path -> module.
-EXPERTS = {f"{part}_proj": part for part in ("gate", "up", "down")}
-
-# Module -> its leaf below a layer of the parameter tree.
-_LEAVES = (
-    {module: f"attention.{module}" for module in "qkvo"}
-    | {"router": "mlp.router", "shared_expert_gate": "mlp.shared_expert_gate"}
-    | {part: f"mlp.experts.{part}" for part in ("gate", "up", "down")}
-    | {f"mlp_{part}": f"mlp.{part}" for part in ("gate", "up", "down")}
-    | {f"shared_{part}": f"mlp.shared.{part}" for part in ("gate", "up", "down")}
-)
+from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig, layer_parameters
+from jax_moe_lora.models.specs.parameter import Parameter
 
 
-def tensor_names(config: ModelConfig, names: AdapterNames) -> dict[str, str | list[str]]:
+@lru_cache(maxsize=512)
+def _table(layer: LayerSpec, hidden_size: int, model_type: str) -> tuple[Parameter, ...]:
+    paths = family(model_type).paths
+    rows = layer_parameters(layer, hidden_size)
+    return tuple(replace(row, paths=paths[row.name]) if row.name in paths else row for row in rows)
+
+
+def table(config: ModelConfig, layer: int) -> tuple[Parameter, ...]:
+    """The parameters of a layer, with the family's own names for them.
+
+    Args:
+      config: the model.
+      layer: its number.
+    """
+    return _table(config.layers[layer], config.hidden_size, config.model_type)
+
+
+def adapter_names(config: ModelConfig) -> AdapterNames:
+    """Where the model's projections stand in adapter files.
+
+    Args:
+      config: the model.
+    """
+    of = family(config.model_type)
+    dense: dict[str, str] = {}
+    experts: dict[str, str] = {}
+    for spec in dict.fromkeys(config.layers):
+        for row in _table(spec, config.hidden_size, config.model_type):
+            if row.projection:
+                (experts if row.experts else dense).update(dict.fromkeys(row.modules, row.name))
+    return AdapterNames(
+        dense=dense,
+        experts=experts,
+        experts_path=of.experts_path,
+        per_expert_path=of.per_expert_path,
+        interleaved=of.interleaved,
+        stored_in_out=of.stored_in_out,
+    )
+
+
+def experts_below(config: ModelConfig, layer: int) -> str:
+    """Path of a layer's experts where each has tensors of its own."""
+    of = family(config.model_type)
+    return f"model.layers.{layer}.{of.per_expert_path or of.experts_path}"
+
+
+def parameter_tensors(config: ModelConfig, layer: int, row: Parameter) -> str | list[str]:
+    """The checkpoint's tensor of a parameter, or one tensor per expert.
+
+    Args:
+      config: the model.
+      layer: its number.
+      row: of the layer's table.
+    """
+    if not row.experts:
+        return f"model.layers.{layer}.{row.paths[-1]}"
+    return [f"{experts_below(config, layer)}.{expert}.{row.paths[-1]}" for expert in range(row.shape[0])]
+
+
+def tensor_names(config: ModelConfig) -> dict[str, str | list[str]]:
     """Path in the parameter tree -> checkpoint tensor, or one tensor an expert where the leaf stacks them."""
     tensor_of: dict[str, str | list[str]] = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight"}
+    if config.norm.kind == "layer":
+        tensor_of["norm_bias"] = "model.norm.bias"
     if not config.tie_embeddings:
         tensor_of["head"] = "lm_head.weight"
+    if config.head_bias:
+        tensor_of["head_bias"] = "lm_head.bias"
     for layer in range(config.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
-        tensor_of[f"{ours}.attention_norm"] = f"{theirs}.input_layernorm.weight"
-        tensor_of[f"{ours}.mlp_norm"] = f"{theirs}.post_attention_layernorm.weight"
-        for module in config.attention_biases:
-            tensor_of[f"{ours}.attention.{module}_bias"] = f"{theirs}.self_attn.{module}_proj.bias"
-        for module in "qk" if config.qk_norm else "":
-            tensor_of[f"{ours}.attention.{module}_norm"] = f"{theirs}.self_attn.{module}_norm.weight"
-    for (layer, module), stack in projection_tensors(config, names).items():
-        tensor_of[f"layers.{layer}.{_LEAVES[module]}"] = stack if module in names.experts.values() else stack[0]
+        for row in table(config, layer):
+            tensor_of[f"layers.{layer}.{row.name}"] = parameter_tensors(config, layer, row)
     return tensor_of
 
 
-def projection_tensors(config: ModelConfig, names: AdapterNames) -> dict[tuple[int, str], list[str]]:
+def projection_tensors(config: ModelConfig) -> dict[tuple[int, str], list[str]]:
     """(layer, module) of each projection of the layers -> its checkpoint tensors, one per expert."""
-    part_of = {module: part for part, module in names.experts.items()}
     tensors: dict[tuple[int, str], list[str]] = {}
-    for module, site in layer_sites(config).items():
-        for layer in site.layers:
-            if module in part_of:
-                experts = f"model.layers.{layer}.{names.per_expert_path or names.experts_path}"
-                tensors[layer, module] = [f"{experts}.{e}.{part_of[module]}.weight" for e in range(site.num_experts)]
-            else:
-                tensors[layer, module] = [
-                    f"model.layers.{layer}.{names.dense_path(module, in_checkpoints=True)}.weight"
-                ]
+    for layer in range(config.num_layers):
+        for row in table(config, layer):
+            if row.projection:
+                stack = parameter_tensors(config, layer, row)
+                tensors[layer, row.name] = [stack] if isinstance(stack, str) else stack
     return tensors
 
 
@@ -64,17 +102,49 @@ def outer_tensors(config: ModelConfig) -> dict[str, str]:
     return {"embedding": embedding, "head": embedding if config.tie_embeddings else "lm_head.weight"}
 
 
-def other_names(config: ModelConfig, names: AdapterNames) -> dict[str, str]:
+def other_names(config: ModelConfig) -> dict[str, str]:
     """Checkpoint tensors that have a second name, which transformers 5 writes -> that name."""
-    second: dict[str, str] = {}
-    for module in set(names.dense.values()):
-        first, written = names.dense_path(module), names.dense_path(module, in_checkpoints=True)
-        if first != written:
-            for layer in range(config.num_layers):
-                second[f"model.layers.{layer}.{written}.weight"] = f"model.layers.{layer}.{first}.weight"
-    return second
+    return {
+        f"model.layers.{layer}.{row.paths[-1]}": f"model.layers.{layer}.{row.paths[0]}"
+        for layer in range(config.num_layers)
+        for row in table(config, layer)
+        if len(row.paths) > 1 and not row.experts
+    }
 
 
-def unused_names(config: ModelConfig) -> frozenset[str]:
-    """Tensors that may stand in a checkpoint and are not read: a tied head, saved all the same."""
-    return frozenset({"lm_head.weight"} if config.tie_embeddings else ())
+def plain_name(config: ModelConfig, tensor: str) -> str:
+    """The name that a tensor has in a checkpoint of the text model alone.
+
+    Args:
+      config: the model.
+      tensor: its name in the checkpoint.
+    """
+    for prefix in family(config.model_type).prefixes:
+        if tensor.startswith(prefix):
+            return f"model.{tensor.removeprefix(prefix)}"
+    return tensor
+
+
+def unused_tensors(config: ModelConfig, tensors: Iterable[str]) -> dict[str, str]:
+    """Tensors that may stand in a checkpoint and are not read.
+
+    Args:
+      config: the model.
+      tensors: names in the checkpoint.
+
+    Returns:
+      Name -> what it is.
+    """
+    of = family(config.model_type)
+    patterns = dict(of.unused)
+    if config.tie_embeddings:
+        patterns[r"(model\.)?lm_head\.weight"] = "a tied head, saved all the same"
+    found: dict[str, str] = {}
+    for name in tensors:
+        plain = plain_name(config, name)
+        layer = re.match(r"model\.layers\.(\d+)\.", plain)
+        if of.prediction_layers and layer and int(layer[1]) >= config.num_layers:
+            found[name] = "a layer that predicts further tokens (MTP)"
+        elif what := next((what for pattern, what in patterns.items() if re.fullmatch(pattern, name)), ""):
+            found[name] = what
+    return found

@@ -5,8 +5,8 @@ from typing import Literal
 
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.arguments import sequence
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.models.specs.model import ModelConfig, layer_parameters
 
 ALL = "all"
 
@@ -57,27 +57,14 @@ def layer_sites(config: ModelConfig) -> dict[str, Site]:
     Returns:
       Module -> its widths, and the layers that have it.
     """
-    every = tuple(range(config.num_layers))
-    routed = tuple(layer for layer in every if config.moe_layers[layer])
-    dense = tuple(layer for layer in every if not config.moe_layers[layer])
-    d, f, e = config.hidden_size, config.moe.expert_width, config.moe.num_experts
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    sites = {
-        "q": Site(d, queries, 1, every),
-        "k": Site(d, keys, 1, every),
-        "v": Site(d, keys, 1, every),
-        "o": Site(queries, d, 1, every),
-        "router": Site(d, e, 1, routed),
-        "gate": Site(d, f, e, routed),
-        "up": Site(d, f, e, routed),
-        "down": Site(f, d, e, routed),
-        **_mlp_sites("mlp", d, config.mlp_width, dense),
+    shapes: dict[str, tuple[int, ...]] = {}
+    layers: dict[str, list[int]] = {}
+    for index, spec in enumerate(config.layers):
+        for row in layer_parameters(spec, config.hidden_size):
+            if row.projection:
+                assert shapes.setdefault(row.name, row.shape) == row.shape, f"{row.name} has two shapes"
+                layers.setdefault(row.name, []).append(index)
+    return {
+        module: Site(shape[-1], shape[-2], shape[0] if len(shape) == 3 else 1, tuple(layers[module]))
+        for module, shape in shapes.items()
     }
-    if shared := config.shared_expert_width:
-        sites |= _mlp_sites("shared", d, shared, routed) | {"shared_expert_gate": Site(d, 1, 1, routed)}
-    return {module: site for module, site in sites.items() if site.layers}
-
-
-def _mlp_sites(prefix: str, hidden: int, width: int, layers: tuple[int, ...]) -> dict[str, Site]:
-    into, out_of = Site(hidden, width, 1, layers), Site(width, hidden, 1, layers)
-    return {f"{prefix}_gate": into, f"{prefix}_up": into, f"{prefix}_down": out_of}

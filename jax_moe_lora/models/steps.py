@@ -9,12 +9,9 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.layer.linear import dense_plan
-from jax_moe_lora.models.attention import choose_attention
-from jax_moe_lora.models.decoder_layer import Bank, StepContext
-from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.blocks.context import Bank, StepContext
 from pallas_kernels.ops import BASE_SLOT, Implementation
 
 
@@ -23,8 +20,6 @@ def prompt_step(
     lengths: Int[Array, "B"],
     slots: Int[Array, "B"],
     bank: Bank | None,
-    params: ModelParams,
-    config: ModelConfig,
     implementation: Implementation | None,
 ) -> StepContext:
     """What the layers need to read right-padded prompts."""
@@ -36,7 +31,7 @@ def prompt_step(
     real = index[None, :] < lengths[:, None]
     row_slots = jnp.where(real, slots[:, None], BASE_SLOT).reshape(-1)
     positions = jnp.broadcast_to(index[None, :], (batch, width))
-    return make_step("prompt", positions, real, row_slots, bank, params, config, implementation)
+    return make_step("prompt", positions, real, row_slots, bank, implementation)
 
 
 def packed_step(
@@ -44,14 +39,12 @@ def packed_step(
     segments: Int[Array, "B T"],
     slots: Int[Array, "B T"],
     bank: Bank | None,
-    params: ModelParams,
-    config: ModelConfig,
     implementation: Implementation | None,
 ) -> StepContext:
     """What the layers need to read rows of several examples, as `packed_logits` is given them."""
     real = segments > 0
     row_slots = jnp.where(real, slots, BASE_SLOT).reshape(-1)
-    step = make_step("prompt", positions, real, row_slots, bank, params, config, implementation)
+    step = make_step("prompt", positions, real, row_slots, bank, implementation)
     return replace(step, segments=segments)
 
 
@@ -61,9 +54,8 @@ def make_step(
     row_mask: Bool[Array, "B T"],
     row_slots: Int[Array, "N"],
     bank: Bank | None,
-    params: ModelParams,
-    config: ModelConfig,
     implementation: Implementation | None,
+    starts: Int[Array, "B"] | None = None,
 ) -> StepContext:
     """What the layers need of one step.
 
@@ -73,11 +65,10 @@ def make_step(
       row_mask: bool `[B, T]`, the tokens that are no padding.
       row_slots: int32 `[N]`, the slot of each token, or of each row where a row has one token.
       bank: the adapters.
-      params: the model.
-      config: the model's (static).
       implementation: a backend by name, or None for the best available (static).
+      starts: int32 `[B]`, the tokens of each request in the cache; None for none.
     """
-    heads = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-    attention = choose_attention(implementation, dtype=params.embedding.dtype, **heads).picked
     plan = None if bank is None else dense_plan(row_slots, bank.num_slots)
-    return StepContext(positions, row_mask, row_slots, plan, None, kind, config, implementation, attention)
+    if starts is None:
+        starts = jnp.zeros(positions.shape[0], jnp.int32)
+    return StepContext(positions, starts, row_mask, row_slots, plan, None, kind, implementation)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.layer.linear import lora_linear
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import RANK_PAGE, LayerPages, LoRAPages
 from pallas_kernels.xla.dot import matmul, matmul_t
 
@@ -25,7 +26,11 @@ EMBEDDING, HEAD = "embedding", "head"
 
 
 def embed(
-    params: ModelParams, adapters: LayerPages, tokens: Int[Array, "B T"], slots: Int[Array, "N"]
+    params: ModelParams,
+    adapters: LayerPages,
+    tokens: Int[Array, "B T"],
+    slots: Int[Array, "N"],
+    config: ModelConfig,
 ) -> Float[Array, "B T D"]:
     """The tokens' hidden rows.
 
@@ -34,14 +39,21 @@ def embed(
       adapters: the pages of layer L.
       tokens: int `[B, T]`, token ids.
       slots: int32 `[B * T]`, adapter slot of each token, `BASE_SLOT` for none.
+      config: the model's, of which the factor on embeddings is used (static).
 
     Returns:
       `[B, T, D]` in the model's dtype; rows without an adapter have the embedding's own bits.
     """
     rows = params.embedding[tokens]
     pages = adapters.get(EMBEDDING)
-    if pages is None:
-        return rows
+    if pages is not None:
+        rows = _adapted_rows(rows, pages, tokens, slots)
+    return rows if config.embedding_scale == 1.0 else rows * jnp.asarray(config.embedding_scale, rows.dtype)
+
+
+def _adapted_rows(
+    rows: Float[Array, "B T D"], pages: LoRAPages, tokens: Int[Array, "B T"], slots: Int[Array, "N"]
+) -> Float[Array, "B T D"]:
     blocks = _Blocks.of(pages, slots)
     values = pages.a[blocks.row_pages(0), :, tokens.reshape(-1)[:, None]].astype(jnp.float32)
     update = _times_b(values * blocks.row_scale[:, None, None], pages.b, blocks, rows.dtype)
@@ -52,6 +64,7 @@ def embed(
 def head(
     params: ModelParams,
     hidden: Float[Array, "B T D"],
+    config: ModelConfig,
     adapters: LayerPages | None = None,
     slots: Int[Array, "N"] | None = None,
 ) -> Float[Array, "B T V"]:
@@ -60,6 +73,7 @@ def head(
     Args:
       params: the model.
       hidden: `[B, T, D]`, rows after the last norm.
+      config: the model's, of which what becomes of logits is used (static).
       adapters: the pages of layer L, or None for the base model's head.
       slots: int32 `[B * T]`, adapter slot of each row; with `adapters`.
 
@@ -69,7 +83,7 @@ def head(
     weight = params.embedding if params.head is None else params.head
     x = hidden.reshape(-1, hidden.shape[-1])
     pages = None if adapters is None else adapters.get(HEAD)
-    y = lora_linear(x, weight)
+    y = lora_linear(x, weight, params.head_bias)
     if pages is not None and slots is not None:
         blocks = _Blocks.of(pages, slots)
         ranks = blocks.pages(0).shape[1] * RANK_PAGE
@@ -80,7 +94,21 @@ def head(
         values = jnp.where(blocks.adapted[:, None], values * blocks.row_scale[:, None], 0.0)
         y = y + _times_b(values.reshape(x.shape[0], -1, RANK_PAGE), pages.b, blocks, x.dtype)
         y = lax.optimization_barrier(y)
-    return y.reshape(*hidden.shape[:-1], -1)
+    return finish_logits(y, config).reshape(*hidden.shape[:-1], -1)
+
+
+def finish_logits(y: Float[Array, "N V"], config: ModelConfig) -> Float[Array, "N V"]:
+    """Logits after the model's factor and soft-cap.
+
+    Args:
+      y: float32 `[N, V]`, the head's product.
+      config: the model's.
+    """
+    if config.logit_scale != 1.0:
+        y = y * config.logit_scale
+    if config.logit_softcap is not None:
+        y = config.logit_softcap * jnp.tanh(y / config.logit_softcap)
+    return y
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
 from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import array, flag, sequence, suggest_keywords
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import AdapterInUseError, InputError
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.models import decoder
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
+from jax_moe_lora.models.specs.model import ModelConfig
 
 
 @suggest_keywords
@@ -157,7 +157,7 @@ class ServedAdapters:
         """
         if not isinstance(adapter, LoRAAdapter):
             adapter = self.adapter(adapter)
-        sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
+        sites, names = decoder.adapter_sites(self.config), adapter_names(self.config)
         return write_adapter(adapter, folder, sites, names, layout, **options)
 
     @contextmanager
@@ -249,6 +249,6 @@ class ServedAdapters:
         self._pool.register(name, source, pinned, partial(self._read_adapter, lora_b_layout=lora_b_layout))
 
     def _read_adapter(self, folder: Path, name: str, lora_b_layout: str | None = None) -> LoRAAdapter:
-        sites, names = decoder.adapter_sites(self.config), family(self.config.model_type).ADAPTER_NAMES
+        sites, names = decoder.adapter_sites(self.config), adapter_names(self.config)
         base = BaseCheckpoint.at(self._folder, self.config.tie_embeddings)
         return read_adapter(folder, sites, names, name, base=base, b_layout=lora_b_layout)

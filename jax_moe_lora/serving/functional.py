@@ -10,12 +10,12 @@ from jaxtyping import Array, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.arguments import sequence
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import AdapterNameError
 from jax_moe_lora.layer.checks import check_slots
 from jax_moe_lora.models import cache_rows, decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.loop_checks import check_cache, check_prompts, check_room, check_rows
 from pallas_kernels.ops import BASE_SLOT, Implementation
 

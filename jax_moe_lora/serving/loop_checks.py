@@ -18,7 +18,7 @@ def check_cache(cache: Any) -> None:
     """Refuses what is no cache, and a cache whose memory an earlier call has taken."""
     if not isinstance(cache, Cache):
         raise InputError(f"cache is of type {type(cache).__name__}; expected one that init_cache or a call returned.")
-    taken = [leaf for leaf in (cache.k[0], cache.lengths) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
+    taken = [leaf for leaf in jax.tree.leaves(cache) if isinstance(leaf, jax.Array) and not is_traced(leaf)]
     if any(leaf.is_deleted() for leaf in taken):
         raise InputError("cache was used up by an earlier call; give the cache that this call returned.")
 
@@ -70,7 +70,7 @@ def check_room(cache: Cache, rows: Any, lengths: Any, behind: bool) -> None:
     """
     if any(map(is_traced, (cache.lengths, rows, lengths))):
         return
-    most, batch = cache.k[0].shape[1], cache.lengths.shape[0]
+    most, batch = cache.max_length, cache.lengths.shape[0]
     real = np.asarray(rows) < batch
     before = np.asarray(cache.lengths)[np.asarray(rows)[real]] if behind else 0
     after = before + np.asarray(lengths)[real]

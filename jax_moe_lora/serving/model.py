@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.arguments import suggest_keywords, whole
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import check_dtype
@@ -22,6 +21,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.sites import select_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.chat import Chat
 from jax_moe_lora.serving.functional import Functional, functions
 from jax_moe_lora.serving.requests import check_tokens

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.sampling import (
     Sampling,
     TokenCounts,

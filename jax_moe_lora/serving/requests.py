@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_moe_lora.arguments import array, host_array, is_array, whole
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.messages import ChatPrompt, is_chat
 from jax_moe_lora.files.text import check_unicode
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.sampling import LogitAdjustments, Sampling
 from jax_moe_lora.serving.sampling_params import SamplingParams, fold_seed, params_of_prompts
 from pallas_kernels.ops import BASE_SLOT

@@ -10,10 +10,10 @@ import numpy as np
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.arguments import suggest_keywords
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import CheckpointError, InputError
 from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.adapters import ServedAdapters
 from pallas_kernels.ops import Implementation
 

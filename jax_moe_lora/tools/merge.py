@@ -13,7 +13,6 @@ import numpy as np
 from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError, ConfigError
 from jax_moe_lora.files.dtypes import DTYPES, check_dtype
 from jax_moe_lora.files.folders import whole_folder
@@ -23,10 +22,10 @@ from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.models.checkpoint_files import INDEX, SINGLE
 from jax_moe_lora.models.checkpoint_tensors import Part
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.loading import Checkpoint, open_checkpoint
 from jax_moe_lora.models.names import outer_tensors, projection_tensors
 from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 
 # Weights in other forms, which would still be those of the base model.
 _OTHER_WEIGHTS = (
@@ -132,7 +131,7 @@ class _Update:
 
 def _updates(config: ModelConfig, adapter: LoRAAdapter, checkpoint: Checkpoint) -> dict[str, list[_Update]]:
     """Checkpoint tensor -> the updates of its matrices."""
-    tensors, sites = projection_tensors(config, family(config.model_type).ADAPTER_NAMES), adapter_sites(config)
+    tensors, sites = projection_tensors(config), adapter_sites(config)
     updates: dict[str, list[_Update]] = {}
     outer = {module: name for module, name in outer_tensors(config).items() if module in adapter.modules}
     if outer and config.tie_embeddings:

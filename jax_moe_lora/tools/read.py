@@ -6,12 +6,12 @@ from typing import Any
 from jax_moe_lora.adapters.formats import detect
 from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 
 
 def read_adapter(
@@ -35,7 +35,7 @@ def read_adapter(
       InputError: an argument is invalid.
     """
     config = model_config(model)
-    names = family(config.model_type).ADAPTER_NAMES
+    names = adapter_names(config)
     base_folder = local_folder(model) if isinstance(model, str | Path) else getattr(model, "folder", None)
     base = BaseCheckpoint.at(base_folder, config.tie_embeddings)
     return detect.read_adapter(

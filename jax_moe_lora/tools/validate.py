@@ -13,7 +13,7 @@ from jax_moe_lora.arguments import flag, whole
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError
 from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.tools.read import model_config
 
@@ -82,7 +82,7 @@ def validate_folders(
                 f"There is no folder {base}; give one that exists.", file=base, found="no folder", expected="a folder"
             )
         config = read_model_config(base)
-        names = family(config.model_type).ADAPTER_NAMES
+        names = adapter_names(config)
         target = Target(
             adapter_sites(config),
             names,
@@ -117,5 +117,5 @@ def validate_config(config: Any, model: Any, *, max_rank: int = 64) -> list[Find
       ConfigError: the model's config is not read.
     """
     base, max_rank = model_config(model), whole("max_rank", max_rank, 1)
-    names = family(base.model_type).ADAPTER_NAMES
+    names = adapter_names(base)
     return examine_config(*fields_of(config), adapter_sites(base), names, max_rank)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.head import head_losses
@@ -111,7 +111,7 @@ def losses_of(
 
     def evaluate(params: Mapping[str, Params], model: ModelParams, part: Batch, totals: Totals) -> Losses:
         bank = training_bank(params, specs, sites, config.num_layers)
-        hidden, scores = decoder.packed_hidden(
+        hidden, routing = decoder.packed_hidden(
             model,
             bank,
             part.tokens,
@@ -120,15 +120,16 @@ def losses_of(
             part.slots,
             config=config,
             packed=part.packed,
-            keep_scores=keep_scores,
+            keep_routing=keep_scores,
             remat=remat,
             implementation=implementation,
         )
         part_totals = Totals.of(part, len(specs))
-        losses = head_losses(model, hidden, part.targets) * part.weights
+        losses = head_losses(model, hidden, part.targets, config) * part.weights
         mean = slot_sums(losses, part.slots, len(specs)) / jnp.where(totals.weight > 0, totals.weight, 1.0)
         router = jnp.zeros_like(mean)
-        if scores:
+        if routing:
+            scores = tuple(layer.scores for layer in routing)
             share = part_totals.tokens / jnp.maximum(totals.tokens, 1.0)
             router = load_balancing(scores, part.slots.reshape(-1), len(specs), config.moe) * share
         return Losses(mean, router, part_totals.weight, part_totals.tokens)

@@ -8,9 +8,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import masked
@@ -58,7 +58,7 @@ def make_scoring(
         hidden, _ = decoder.packed_hidden(model, bank, *rows, config=config, implementation=implementation)
 
         def score_row(row: tuple[Array, Array]) -> tuple[Array, Array]:
-            logits, targets = decoder.head(model, row[0][None]), row[1][None]
+            logits, targets = decoder.head(model, row[0][None], config), row[1][None]
             return token_losses(logits, targets)[0], logits.argmax(axis=-1)[0].astype(targets.dtype) == row[1]
 
         return lax.map(score_row, (hidden, batch.targets))  # the logits of all rows at once would not fit

@@ -10,11 +10,11 @@ import numpy as np
 
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.hub import local_folder
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import layer_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params, init_params
 from jax_moe_lora.training.spec import AdapterSpec
 
@@ -32,7 +32,7 @@ def read_starts(starts: Mapping[str, Start], config: ModelConfig) -> dict[str, L
     Raises:
       AdapterFormatError: an adapter's files are not understood, or do not fit the model.
     """
-    sites, names = layer_sites(config), family(config.model_type).ADAPTER_NAMES
+    sites, names = layer_sites(config), adapter_names(config)
     return {
         name: start if isinstance(start, LoRAAdapter) else read_adapter(local_folder(start), sites, names, name)
         for name, start in starts.items()

@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.arguments import number, whole
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import Losses, Totals, losses_of, masked

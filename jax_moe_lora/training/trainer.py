@@ -14,8 +14,8 @@ from jax_moe_lora.files.folders import writing_to
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.training import checks
 from jax_moe_lora.training.adapters import Params, to_adapter
@@ -234,7 +234,7 @@ class Trainer:
 
     @property
     def _adapter_names(self) -> AdapterNames:
-        return family(self.config.model_type).ADAPTER_NAMES
+        return adapter_names(self.config)
 
     def run(
         self,

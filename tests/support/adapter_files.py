@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.models.families.mixtral import ADAPTER_NAMES as MIXTRAL
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from support.networks import EXPERTS, QWEN, TINY, load_peft, peft_logits, save_random_adapter, split_to_per_expert
 
 D, F, E = ({**TINY, **QWEN}[size] for size in ("hidden_size", "moe_intermediate_size", "num_experts"))

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 
 PREFIX = "base_model.model.model.layers."
 

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_moe_lora.config import ModelConfig
 from jax_moe_lora.demo import tasks
 from jax_moe_lora.files.tokenizer import Tokenizer
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import layer_sites
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training import AdapterSpec, Batch, Params, TrainState, init_params, init_state
 from pallas_kernels.ops import BASE_SLOT
 

@@ -1,16 +1,13 @@
-"""OLMoE: its `config.json`, and the names that its projections have in files."""
+"""OLMoE."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.models.decoder_config import open_fields, read_decoder, read_layers, read_moe
-from jax_moe_lora.models.names import ATTENTION, EXPERTS, ROUTER
+from jax_moe_lora.models.decoder_config import open_fields, read_gqa, read_layers, read_model, read_moe, read_norm
+from jax_moe_lora.models.families.family import Family
 from jax_moe_lora.models.neutral_fields import QK_NORM, Values
-
-MODEL_TYPE = "olmoe"
-ADAPTER_NAMES = AdapterNames(dense=ATTENTION | ROUTER, experts=EXPERTS, experts_path="mlp.experts")
+from jax_moe_lora.models.specs.mlp import RoutedMLP
+from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig
 
 # What the class in transformers does whatever its config says.
 NEUTRAL: Values = dict.fromkeys(QK_NORM, (True,))
@@ -23,15 +20,18 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
     fields = open_fields(raw, source, NEUTRAL)
-    return read_decoder(
+    norm = read_norm(fields, 1e-5)
+    attention = read_gqa(
         fields,
-        generation,
-        model_type=MODEL_TYPE,
-        moe=read_moe(fields, "intermediate_size", fields.flag("norm_topk_prob", False)),
-        moe_layers=(True,) * read_layers(fields),
-        mlp_width=0,
+        norm=norm,
         qk_norm="projection",
-        attention_biases="qkvo" if fields.flag("attention_bias", False) else "",
-        clip_qkv=fields.optional_positive("clip_qkv"),
-        default_eps=1e-5,
+        biases="qkvo" if fields.flag("attention_bias", False) else "",
+        clip=fields.optional_positive("clip_qkv"),
     )
+    moe = read_moe(fields, "intermediate_size", fields.flag("norm_topk_prob", False))
+    count = read_layers(fields)
+    fields.expect_all("layer_types", "full_attention", count)
+    return read_model(fields, generation, [LayerSpec(attention, RoutedMLP(moe), norm)] * count, model_type="olmoe")
+
+
+FAMILY = Family("olmoe", read_config)

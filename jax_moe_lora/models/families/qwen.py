@@ -1,11 +1,15 @@
 """What the configs of Qwen2-MoE and Qwen3-MoE have in common."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_moe_lora.models.decoder_config import open_fields, read_moe, read_sparse_layers
+from jax_moe_lora.models.decoder_config import open_fields, read_activation, read_moe, read_sparse_layers
 from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.neutral_fields import Values
+from jax_moe_lora.models.specs.gqa import GQA
+from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
+from jax_moe_lora.models.specs.model import LayerSpec
+from jax_moe_lora.models.specs.parameter import Norm
 
 
 def open_qwen(raw: Mapping[str, Any], source: str, neutral: Values) -> Fields:
@@ -21,13 +25,19 @@ def open_qwen(raw: Mapping[str, Any], source: str, neutral: Values) -> Fields:
     return fields
 
 
-def common(fields: Fields) -> dict[str, Any]:
-    """Arguments of `read_decoder`."""
-    routed = read_sparse_layers(fields)
-    no_dense_layer = all(routed) and not fields.get("intermediate_size")
-    return {
-        "moe": read_moe(fields, "moe_intermediate_size", fields.flag("norm_topk_prob", False)),
-        "moe_layers": routed,
-        "mlp_width": 0 if no_dense_layer else fields.size("intermediate_size"),
-        "default_eps": 1e-6,
-    }
+def read_qwen_layers(fields: Fields, attention: GQA, norm: Norm, **routed: Any) -> Sequence[LayerSpec]:
+    """The layers, dense or routed, by `decoder_sparse_step` and `mlp_only_layers`.
+
+    Args:
+      fields: the config's.
+      attention: of every layer.
+      norm: of every layer.
+      routed: further fields of `RoutedMLP`.
+    """
+    is_routed = read_sparse_layers(fields)
+    fields.expect_all("layer_types", "full_attention", len(is_routed))
+    experts = RoutedMLP(read_moe(fields, "moe_intermediate_size", fields.flag("norm_topk_prob", False)), **routed)
+    if all(is_routed) and not fields.get("intermediate_size"):
+        return [LayerSpec(attention, experts, norm)] * len(is_routed)
+    dense = DenseMLP(fields.size("intermediate_size"), read_activation(fields))
+    return [LayerSpec(attention, experts if routed_here else dense, norm) for routed_here in is_routed]

@@ -1,19 +1,14 @@
-"""Qwen2-MoE: its `config.json`, and the names that its projections have in files."""
+"""Qwen2-MoE."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.models.decoder_config import read_decoder
-from jax_moe_lora.models.families.qwen import common, open_qwen
-from jax_moe_lora.models.names import ATTENTION, DENSE_MLP, EXPERTS, ROUTER, SHARED_EXPERT
+from jax_moe_lora.models.decoder_config import read_activation, read_gqa, read_model, read_norm
+from jax_moe_lora.models.families.family import Family
+from jax_moe_lora.models.families.qwen import open_qwen, read_qwen_layers
 from jax_moe_lora.models.neutral_fields import QK_NORM, Values
-
-MODEL_TYPE = "qwen2_moe"
-ADAPTER_NAMES = AdapterNames(
-    dense=ATTENTION | ROUTER | DENSE_MLP | SHARED_EXPERT, experts=EXPERTS, experts_path="mlp.experts"
-)
+from jax_moe_lora.models.specs.mlp import DenseMLP
+from jax_moe_lora.models.specs.model import ModelConfig
 
 # What the class in transformers does whatever its config says.
 NEUTRAL: Values = dict.fromkeys(QK_NORM, (False,))
@@ -26,12 +21,13 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
     fields = open_qwen(raw, source, NEUTRAL)
-    return read_decoder(
-        fields,
-        generation,
-        model_type=MODEL_TYPE,
-        **common(fields),
-        shared_expert_width=fields.size("shared_expert_intermediate_size"),
-        qk_norm=None,
-        attention_biases="qkv" if fields.flag("qkv_bias", True) else "",  # early configs have no such field
-    )
+    norm = read_norm(fields, 1e-6)
+    # Early configs have no such field.
+    attention = read_gqa(fields, norm=norm, biases="qkv" if fields.flag("qkv_bias", True) else "")
+    width = fields.size("shared_expert_intermediate_size")
+    shared = DenseMLP(width, read_activation(fields), "shared", "mlp.shared_expert")
+    layers = read_qwen_layers(fields, attention, norm, shared=shared, shared_gate=True)
+    return read_model(fields, generation, layers, model_type="qwen2_moe")
+
+
+FAMILY = Family("qwen2_moe", read_config)

@@ -1,17 +1,13 @@
-"""Qwen3-MoE: its `config.json`, and the names that its projections have in files."""
+"""Qwen3-MoE."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.config import ModelConfig
-from jax_moe_lora.models.decoder_config import read_decoder
-from jax_moe_lora.models.families.qwen import common, open_qwen
-from jax_moe_lora.models.names import ATTENTION, DENSE_MLP, EXPERTS, ROUTER
+from jax_moe_lora.models.decoder_config import read_gqa, read_model, read_norm
+from jax_moe_lora.models.families.family import Family
+from jax_moe_lora.models.families.qwen import open_qwen, read_qwen_layers
 from jax_moe_lora.models.neutral_fields import QK_NORM, QKV_BIAS, Values
-
-MODEL_TYPE = "qwen3_moe"
-ADAPTER_NAMES = AdapterNames(dense=ATTENTION | ROUTER | DENSE_MLP, experts=EXPERTS, experts_path="mlp.experts")
+from jax_moe_lora.models.specs.model import ModelConfig
 
 # What the class in transformers does whatever its config says.
 NEUTRAL: Values = dict.fromkeys(QK_NORM, (True,)) | dict.fromkeys(QKV_BIAS, (False,))
@@ -24,11 +20,10 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
     fields = open_qwen(raw, source, NEUTRAL)
-    return read_decoder(
-        fields,
-        generation,
-        model_type=MODEL_TYPE,
-        **common(fields),
-        qk_norm="head",
-        attention_biases="qkvo" if fields.flag("attention_bias", False) else "",
-    )
+    norm = read_norm(fields, 1e-6)
+    biases = "qkvo" if fields.flag("attention_bias", False) else ""
+    attention = read_gqa(fields, norm=norm, qk_norm="head", biases=biases)
+    return read_model(fields, generation, read_qwen_layers(fields, attention, norm), model_type="qwen3_moe")
+
+
+FAMILY = Family("qwen3_moe", read_config)

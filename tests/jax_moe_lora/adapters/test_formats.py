@@ -17,7 +17,7 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.inspect import inspect_adapter
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import adapter_sites
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from support.adapter_files import (
     CONFIG,
     EXPERTS_PATH,

@@ -18,7 +18,7 @@ from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.weights import open_weights
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.adapters.validation.hints import hints
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from support.peft_files import WEIGHTS
 
 WIDTHS = {"gate": (2, 3), "up": (2, 3), "down": (3, 2)}

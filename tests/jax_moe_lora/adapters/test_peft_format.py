@@ -9,7 +9,7 @@ import pytest
 
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from support.peft_files import (
     CONFIG,
     DOWN,

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from support.peft_files import CONFIG, DOWN, EXPERTS, GATE_UP, PREFIX, ROUTER, TINY, WEIGHTS, read, tiny_sites
 
 DENSE_PATHS = {

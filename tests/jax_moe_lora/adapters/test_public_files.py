@@ -14,7 +14,7 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.neutral_fields import NEUTRAL
 from jax_moe_lora.adapters.formats.regex_guard import is_safe
 from jax_moe_lora.adapters.pool.content import newer_version, stamps, version
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from support.peft_files import (
     BOTH,
     CONFIG,

@@ -20,7 +20,7 @@ from jax_moe_lora.adapters import writing
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import uniform
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.sites import adapter_sites
 from support.adapter_files import CONFIG, GPT_OSS, SIDECAR, TRTLLM, WEIGHTS, WIDTHS, draw, stacks, write

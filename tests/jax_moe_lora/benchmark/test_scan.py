@@ -7,9 +7,10 @@ import pytest
 
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.benchmark.scan import scanned_logits
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
+from jax_moe_lora.models.specs.model import ModelConfig
 
 
 @pytest.mark.slow

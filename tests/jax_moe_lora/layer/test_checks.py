@@ -14,12 +14,13 @@ import pytest
 from flax import nnx
 
 from jax_moe_lora import InputError
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora, routed_experts, router_scores
 from jax_moe_lora.layer.routing import route
 from jax_moe_lora.models.sites import layer_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.nn import LoRALinear, MoELoRA, load
 from pallas_kernels.ops import LayerPages, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights

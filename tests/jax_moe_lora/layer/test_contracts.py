@@ -22,7 +22,7 @@ from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.layer.reference import moe_lora as oracle
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import adapter_sites
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from pallas_kernels.ops import make_plan
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support import ROOT

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from jax_moe_lora.config import ModelConfig, RopeConfig
+from jax_moe_lora.config import RopeConfig
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.qwen3_moe import read_config
 from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.specs.model import ModelConfig
 
 # Qwen/Qwen3-30B-A3B as its authors published it.
 PUBLISHED: dict[str, Any] = {

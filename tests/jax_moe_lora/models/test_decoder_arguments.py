@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from jax_moe_lora import InputError
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import abstract_params
+from jax_moe_lora.models.specs.model import ModelConfig
 from support.unchecked import annotations_unchecked
 
 CONFIG = ModelConfig("any", 32, 1, 8, 2, 1, 4, 16, MoEConfig(8, 4, 4, 2), (True,))

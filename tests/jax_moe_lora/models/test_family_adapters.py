@@ -9,10 +9,11 @@ from safetensors.numpy import save_file
 
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import AdapterFormatError
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 
 D, F, SHARED, E, R = 16, 12, 10, 3, 2
 # Path in layer 0 -> its module, and its widths.

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from jax_moe_lora.config import ModelConfig, MoEConfig, RopeConfig
+from jax_moe_lora.config import MoEConfig, RopeConfig
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.specs.model import ModelConfig
 
 # mistralai/Mixtral-8x7B-v0.1, allenai/OLMoE-1B-7B-0924 and Qwen/Qwen1.5-MoE-A2.7B as their authors published them.
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -10,11 +10,12 @@ import pytest
 from jax_moe_lora import Model
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import adapter_sites
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.sampling import greedy
 

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models.params import init_params
+from jax_moe_lora.models.specs.model import ModelConfig
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ from jax_moe_lora import LoRAAdapter
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAWeights, uniform
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams, init_params
+from jax_moe_lora.models.specs.model import ModelConfig
 from support.layers import assert_close
 
 MOE = MoEConfig(hidden_size=16, expert_width=12, num_experts=3, top_k=2)

@@ -11,11 +11,12 @@ import pytest
 from jax import export
 
 import jax_moe_lora
-from jax_moe_lora.config import ModelConfig, MoEConfig
+from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.linear import dense_plan
 from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import abstract_params
+from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.pytrees import pytree
 from support.layers import Spec, draw
 from support.unchecked import annotations_unchecked

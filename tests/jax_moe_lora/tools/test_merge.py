@@ -19,7 +19,7 @@ from jax_moe_lora.adapters.lora import uniform
 from jax_moe_lora.cli.main import main
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
 from support.checkpoints import write as write_checkpoint
 from support.interruptions import killed_at
@@ -56,7 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def read(adapter: Path, base: Path) -> LoRAAdapter:
     config = read_model_config(base)
-    return read_adapter(adapter, adapter_sites(config), family(config.model_type).ADAPTER_NAMES)
+    return read_adapter(adapter, adapter_sites(config), adapter_names(config))
 
 
 def transformers_logits(folder: Path) -> np.ndarray:

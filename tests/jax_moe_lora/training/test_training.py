@@ -14,7 +14,7 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models import decoder
-from jax_moe_lora.models.families.qwen3_moe import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES
 from jax_moe_lora.training import AdapterSpec, from_adapter, init_params, to_adapter
 from jax_moe_lora.training.loss import load_balancing, slot_sums, token_losses
 from jax_moe_lora.training.spec import WRITTEN_AS

@@ -1,0 +1,9 @@
+"""The module that runs each kind of block: its `forward`, and an attention's `init_cache`."""
+
+from collections.abc import Mapping
+from types import ModuleType
+
+from jax_moe_lora.models.blocks import gqa
+from jax_moe_lora.models.specs.gqa import GQA
+
+ATTENTION: Mapping[type, ModuleType] = {GQA: gqa}

@@ -1,0 +1,65 @@
+"""Routed experts, with a shared one beside them (`specs/mlp.py`): forward pass."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
+from jax_moe_lora.layer.moe import choose_experts, routed_experts, router_scores
+from jax_moe_lora.models.blocks import dense_mlp
+from jax_moe_lora.models.blocks.context import Routing, StepContext, linear
+from jax_moe_lora.models.params import LayerParams
+from jax_moe_lora.models.specs.mlp import RoutedMLP
+from pallas_kernels.ops import LayerPages
+from pallas_kernels.routed_experts.weights import ExpertWeights
+
+
+def forward(
+    spec: RoutedMLP,
+    weights: LayerParams,
+    adapters: LayerPages,
+    x: Float[Array, "B T D"],
+    step: StepContext,
+    chosen: Int[Array, "N K"] | None = None,
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """Each token through its experts, and through the shared one.
+
+    Args:
+      spec: the block's.
+      weights: the layer's arrays.
+      adapters: the layer's pages.
+      x: `[B, T, D]`.
+      step: what every layer reads.
+      chosen: int32 `[B * T, K]`, the experts of each token in place of those that the router would choose; it still
+        weighs them.
+
+    Returns:
+      `[B, T, D]`, and what the router decided.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    scores = router_scores(flat, weights["router"], adapters, step.slots, step.implementation)
+    bias = weights.get("choice_bias" if spec.choice_bias else "router_bias")
+    routing = Routing(scores, *choose_experts(scores, spec.moe, bias, step.row_mask.reshape(-1), chosen)[::-1])
+    rows = routed_experts(
+        flat,
+        routing.weights,
+        routing.experts,
+        expert_weights(weights),
+        spec.moe,
+        adapters.only(EXPERT_MODULES),
+        step.slots,
+        step.implementation,
+        step.remat,
+    )
+    y = rows.reshape(x.shape)
+    if spec.shared is not None:
+        shared = dense_mlp.forward(spec.shared, weights, adapters, x, step)
+        if spec.shared_gate:
+            shared = jax.nn.sigmoid(linear("shared_expert_gate", weights, adapters, x, step)) * shared
+        y = y + shared
+    return y, routing
+
+
+def expert_weights(weights: LayerParams) -> ExpertWeights:
+    """The routed experts of a layer."""
+    biases = (weights.get(f"{part}_bias") for part in EXPERT_MODULES)
+    return ExpertWeights(*(weights[part] for part in EXPERT_MODULES), *biases)
