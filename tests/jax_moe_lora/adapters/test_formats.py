@@ -17,7 +17,6 @@ from jax_moe_lora.adapters.lora import LoRAAdapter, Site
 from jax_moe_lora.inspect import inspect_adapter
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import adapter_sites
-from support.models import ADAPTER_NAMES
 from support.adapter_files import (
     CONFIG,
     EXPERTS_PATH,
@@ -37,6 +36,7 @@ from support.adapter_files import (
     write,
 )
 from support.layers import assert_close, figures
+from support.models import ADAPTER_NAMES
 from support.networks import EXPERTS, TINY, peft_logits, save_model, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]

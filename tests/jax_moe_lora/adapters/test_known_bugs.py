@@ -17,11 +17,11 @@ from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
-from support.models import ADAPTER_NAMES
 from jax_moe_lora.nn import moe_sites
 from support.adapter_files import CONFIG, EXPERTS_PATH, WEIGHTS, D, E, F, merged_logits, peft, per_expert, write
 from support.layers import Spec, assert_close
 from support.layers import draw as draw_layer
+from support.models import ADAPTER_NAMES
 from support.networks import EXPERTS, TINY, save_model, save_random_adapter, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]

@@ -22,8 +22,8 @@ from jax_moe_lora.cli.main import main
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.files import safetensors_io
 from jax_moe_lora.files.safetensors_io import TensorFile
-from support.models import ADAPTER_NAMES
 from jax_moe_lora.tools.validate import validate_folders
+from support.models import ADAPTER_NAMES
 from support.peft_files import (
     BOTH,
     CONFIG,

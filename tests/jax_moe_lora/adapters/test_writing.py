@@ -20,11 +20,11 @@ from jax_moe_lora.adapters import writing
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import uniform
-from support.models import ADAPTER_NAMES
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.sites import adapter_sites
 from support.adapter_files import CONFIG, GPT_OSS, SIDECAR, TRTLLM, WEIGHTS, WIDTHS, draw, stacks, write
 from support.layers import assert_close
+from support.models import ADAPTER_NAMES
 from support.networks import ATTENTION, EXPERTS, FAMILIES, TINY, peft_logits, save_model, save_random_adapter, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("writing")]

@@ -22,11 +22,11 @@ from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.layer.reference import moe_lora as oracle
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.decoder import adapter_sites
-from support.models import ADAPTER_NAMES
 from pallas_kernels.ops import make_plan
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support import ROOT
 from support.layers import LAYER, Problem, Spec, assert_close, draw
+from support.models import ADAPTER_NAMES
 
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 SPECS = {

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from jax_moe_lora.models.blocks.attention import attend_cache, attend_prompt, choose_attention
 
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}

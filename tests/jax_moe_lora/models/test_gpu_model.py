@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax_moe_lora.models.blocks.attention import attend_cache, attend_prompt, choose_attention
 
 from jax_moe_lora.adapters.bank import empty_slot, remove
 from jax_moe_lora.adapters.insertion import insert
@@ -22,6 +21,7 @@ from jax_moe_lora.adapters.updates import compile_updates
 from jax_moe_lora.benchmark.model import lower_case
 from jax_moe_lora.benchmark.random_model import Case, draw_slots, make_bank, model_config
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.blocks.attention import attend_cache, attend_prompt, choose_attention
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.tools.compilations import count_compilations
 from support import ROOT

@@ -14,12 +14,12 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models import decoder
-from support.models import ADAPTER_NAMES
 from jax_moe_lora.training import AdapterSpec, from_adapter, init_params, to_adapter
 from jax_moe_lora.training.loss import load_balancing, slot_sums, token_losses
 from jax_moe_lora.training.spec import WRITTEN_AS
 from jax_moe_lora.training.training_bank import training_bank
 from support.layers import assert_close
+from support.models import ADAPTER_NAMES
 from support.trained import CONFIG, SITES, SPECS, draw, model, new_params, same_bits, task_batch
 
 ROUTED = MoEConfig(hidden_size=64, expert_width=48, num_experts=8, top_k=2)

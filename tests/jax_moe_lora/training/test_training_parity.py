@@ -14,10 +14,10 @@ import pytest
 from jax_moe_lora import write_adapter
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.models import decoder
-from support.models import ADAPTER_NAMES
 from jax_moe_lora.training import Batch, from_adapter, make_step, to_adapter
 from jax_moe_lora.training.training_bank import training_bank
 from support.layers import assert_close
+from support.models import ADAPTER_NAMES
 from support.networks import ATTENTION, EXPERTS, load_peft
 from support.trained import CONFIG, MODEL, SITES, SPECS, model, new_params, state_of, task_batch
 

@@ -1,0 +1,190 @@
+"""What every family of models promises, as a class of tests: against transformers and PEFT alone, in float32.
+
+A family's file makes the fixture `served` of its cases, and a class of its name:
+
+    @pytest.fixture(scope="module", params=CASES)
+    def served(request, tmp_path_factory):
+        return serve(CASES[request.param], tmp_path_factory.mktemp("family"))
+
+    class TestGptOss(FamilyTests): ...
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe_lora import BASE_SLOT, Functional, Model
+from jax_moe_lora.models import decoder
+from jax_moe_lora.models.cache import Cache
+from support.layers import assert_close
+from support.networks import load_peft, save_model, save_random_adapter, tiny
+
+LENGTH, DECODED = 80, 64
+LIMIT = 1e-5
+# Of the two best tokens: nearer ones may change places within float32's rounding.
+CLEAR = 1e-4
+ALL_LINEAR: Mapping[str, Any] = {"r": 3, "target_modules": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One config of a family, and adapters for it.
+
+    Attributes:
+      model_type: of transformers.
+      config: what differs from `networks.TINY` and `networks.FAMILIES`.
+      adapters: name -> arguments of PEFT's `LoraConfig`.
+      targets: `adapter_targets` of `Model.from_pretrained`.
+    """
+
+    model_type: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"linear": ALL_LINEAR})
+    targets: Any = None
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model with adapters, a row of tokens for each adapter, and each row's logits by transformers and PEFT alone."""
+
+    base: Path
+    paths: Mapping[str | None, Path | None]
+    model: Model
+    fn: Functional
+    tokens: np.ndarray
+    expected: np.ndarray
+
+    @property
+    def slots(self) -> jax.Array:
+        return self.model.slots(list(self.paths))
+
+    @cached_property
+    def steps(self) -> Mapping[str, Callable[..., Any]]:
+        """Prefill, decode and append, each compiled once."""
+        names = ("prefill", "decode", "append")
+        functions = {name: partial(getattr(decoder, name), config=self.model.config) for name in names}
+        return {name: partial(jax.jit(f), self.fn.params, self.fn.bank) for name, f in functions.items()}
+
+    def cache(self) -> Cache:
+        return decoder.init_cache(self.model.config, len(self.paths), LENGTH + 8, "float32")
+
+    def after(self, lengths: np.ndarray) -> np.ndarray:
+        """The logits that are expected after so many tokens of each row."""
+        return self.expected[np.arange(len(self.paths)), lengths - 1]
+
+
+def serve(case: Case, folder: Path) -> Served:
+    """A saved random model and adapters, loaded, with what transformers and PEFT make of them."""
+    import torch
+
+    base = save_model(tiny(case.model_type, **case.config), folder / "model")
+    paths: dict[str | None, Path | None] = {None: None}
+    for seed, (name, config) in enumerate(case.adapters.items()):
+        paths[name] = save_random_adapter(base, folder / name, seed, **config)
+    model = Model.from_pretrained(
+        base, dtype="float32", max_adapters=len(paths), max_rank=16, adapter_targets=case.targets
+    )
+    for name, path in paths.items():
+        if name is not None:
+            model.load_adapter(path, adapter_name=name)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (len(paths), LENGTH))
+    expected = []
+    with torch.no_grad():
+        for path, row in zip(paths.values(), tokens, strict=True):
+            expected.append(load_peft(base, path)(torch.tensor(row[None]), use_cache=False).logits[0].numpy())
+    fn = model.functional(batch=len(paths), max_length=LENGTH)
+    return Served(base, paths, model, fn, tokens, np.stack(expected))
+
+
+class FamilyTests:
+    """Each test has the fixture `served`."""
+
+    def test_adapters_change_what_is_compared(self, served):
+        for name, row, own in zip(served.paths, served.tokens, served.expected, strict=True):
+            if name is not None:
+                without = np.asarray(base_logits(served, row[None]))[0]
+                assert np.linalg.norm(own - without) > 1e-2 * np.linalg.norm(without), name
+
+    def test_logits_at_every_position_equal_each_ones_own_run(self, served):
+        lengths = jnp.full(len(served.paths), LENGTH)
+        run = jax.jit(partial(decoder.logits, config=served.model.config))
+        logits = run(served.fn.params, served.fn.bank, jnp.asarray(served.tokens), lengths, served.slots)
+        for row, (name, own) in enumerate(zip(served.paths, served.expected, strict=True)):
+            assert_close(logits[row], own, LIMIT), name
+        best_two = np.sort(served.expected, axis=-1)[..., -2:]
+        clear = best_two[..., 1] - best_two[..., 0] > CLEAR * np.abs(best_two[..., 1])
+        same = np.asarray(logits).argmax(-1) == served.expected.argmax(-1)
+        assert clear.any()
+        assert same[clear].all()
+
+    def test_decode_steps_equal_the_whole_prompts(self, served):
+        lengths = LENGTH - DECODED - np.arange(len(served.paths))
+        cache, logits = served.steps["prefill"](
+            served.cache(), jnp.asarray(served.tokens), jnp.asarray(lengths), served.slots
+        )
+        assert_close(logits, served.after(lengths), LIMIT)
+        rows = np.arange(len(lengths))
+        for place in (lengths + step for step in range(DECODED)):
+            cache, logits = served.steps["decode"](cache, jnp.asarray(served.tokens[rows, place]), served.slots)
+            assert_close(logits, served.after(place + 1), LIMIT)
+
+    def test_chunks_of_a_prompt_equal_the_whole(self, served):
+        cache, read = served.cache(), np.zeros(len(served.paths), int)
+        for count in (7, 1, 16, 3, 16, 15):  # padded to 16, each row another share of it
+            lengths = np.maximum(count - np.arange(len(read)), 0)
+            index = np.minimum(read[:, None] + np.arange(16), LENGTH - 1)
+            tokens = np.take_along_axis(served.tokens, index, axis=1)
+            cache, logits = served.steps["append"](cache, jnp.asarray(tokens), jnp.asarray(lengths), served.slots)
+            read = read + lengths
+            there = lengths > 0
+            assert_close(np.asarray(logits)[there], served.after(np.maximum(read, 1))[there], LIMIT)
+
+    def test_packed_examples_equal_each_alone(self, served):
+        cut = LENGTH // 3
+        positions = np.concatenate([np.arange(cut), np.arange(LENGTH - cut)])
+        segments = np.concatenate([np.full(cut, 1), np.full(LENGTH - cut, 2)])
+        rows = len(served.paths)
+        others = np.roll(np.asarray(served.slots), 1)
+        slots = np.where(segments[None] == 1, np.asarray(served.slots)[:, None], others[:, None])
+        tokens = np.concatenate([served.tokens[:, :cut], np.roll(served.tokens, 1, axis=0)[:, : LENGTH - cut]], axis=1)
+        run = jax.jit(partial(decoder.packed_logits, config=served.model.config))
+        packed = run(
+            served.fn.params,
+            served.fn.bank,
+            *map(jnp.asarray, (tokens, np.tile(positions, (rows, 1)), np.tile(segments, (rows, 1)), slots)),
+        )
+        assert_close(packed[:, :cut], served.expected[:, :cut], LIMIT)
+        assert_close(packed[:, cut:], np.roll(served.expected, 1, axis=0)[:, : LENGTH - cut], LIMIT)
+
+    def test_base_rows_are_exact_and_mixed_equals_solo(self, served):
+        tokens, lengths = jnp.asarray(served.tokens[:, :32]), jnp.full(len(served.paths), 32)
+        nobody, rows = jnp.full(len(served.paths), BASE_SLOT), np.arange(len(served.paths))
+        run = served.steps["prefill"]
+        mixed_cache, mixed = run(served.cache(), tokens, lengths, served.slots)
+        base_cache, base = run(served.cache(), tokens, lengths, nobody)
+        no_bank = jax.jit(partial(decoder.prefill, config=served.model.config))(
+            served.fn.params, None, served.cache(), tokens, lengths, nobody
+        )[1]
+        assert (mixed[0] == no_bank[0]).all()
+        assert (base == no_bank).all()
+        for row in rows[1:]:
+            solo_slots = jnp.where(jnp.asarray(rows) == row, served.slots, BASE_SLOT)
+            solo_cache, solo = run(served.cache(), tokens, lengths, solo_slots)
+            assert (solo[row] == mixed[row]).all()
+            same = jax.tree.map(lambda a, b, row=row: bool((a[row] == b[row]).all()), solo_cache, mixed_cache)
+            assert all(jax.tree.leaves(same))
+        del base_cache
+
+
+def base_logits(served: Served, tokens: np.ndarray) -> jax.Array:
+    """The base model's logits at every position."""
+    count = jnp.full(len(tokens), tokens.shape[1])
+    nobody = jnp.full(len(tokens), BASE_SLOT)
+    run = jax.jit(partial(decoder.logits, config=served.model.config))
+    return run(served.fn.params, None, jnp.asarray(tokens), count, nobody)
