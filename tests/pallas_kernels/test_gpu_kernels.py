@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.gpu import require
 
 from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper.tuning import heuristic
 from pallas_kernels.ops import LayerPages, make_plan
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs
+from support.gpu import require
 from support.paged import PagedLayer, PagedSpec, draw_layer, replicated
 from support.plans import assert_kernel_makes_the_plan_of_xla
 

@@ -7,6 +7,8 @@ A family's file makes the fixture `served` of its cases, and a class of its name
         return serve(CASES[request.param], tmp_path_factory.mktemp("family"))
 
     class TestGptOss(FamilyTests): ...
+
+A family that brings a new kind of attention is tested by `AttentionTests` as well.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,7 +53,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Served:
-    """A model with adapters, a row of tokens for each adapter, and each row's logits by transformers and PEFT alone."""
+    """A model with adapters, and a row of tokens for each of them.
+
+    Attributes:
+      base: the checkpoint.
+      paths: the adapters by name, None for the base model.
+      model: the model with all adapters loaded.
+      fn: its functions.
+      tokens: `[rows, LENGTH]`.
+      expected: `[rows, LENGTH, V]`, by transformers and PEFT with the row's adapter alone.
+      base_logits: the same without an adapter.
+    """
 
     base: Path
     paths: Mapping[str | None, Path | None]
@@ -59,6 +71,7 @@ class Served:
     fn: Functional
     tokens: np.ndarray
     expected: np.ndarray
+    base_logits: np.ndarray
 
     @property
     def slots(self) -> jax.Array:
@@ -94,21 +107,23 @@ def serve(case: Case, folder: Path) -> Served:
         if name is not None:
             model.load_adapter(path, adapter_name=name)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (len(paths), LENGTH))
-    expected = []
     with torch.no_grad():
-        for path, row in zip(paths.values(), tokens, strict=True):
-            expected.append(load_peft(base, path)(torch.tensor(row[None]), use_cache=False).logits[0].numpy())
+        without = load_peft(base, None)(torch.tensor(tokens), use_cache=False).logits.numpy()
+        expected = without.copy()
+        for row, path in enumerate(paths.values()):
+            if path is not None:
+                own = load_peft(base, path)(torch.tensor(tokens[row, None]), use_cache=False)
+                expected[row] = own.logits[0].numpy()
     fn = model.functional(batch=len(paths), max_length=LENGTH)
-    return Served(base, paths, model, fn, tokens, np.stack(expected))
+    return Served(base, paths, model, fn, tokens, expected, without)
 
 
 class FamilyTests:
     """Each test has the fixture `served`."""
 
     def test_adapters_change_what_is_compared(self, served):
-        for name, row, own in zip(served.paths, served.tokens, served.expected, strict=True):
+        for name, without, own in zip(served.paths, served.base_logits, served.expected, strict=True):
             if name is not None:
-                without = np.asarray(base_logits(served, row[None]))[0]
                 assert np.linalg.norm(own - without) > 1e-2 * np.linalg.norm(without), name
 
     def test_logits_at_every_position_equal_each_ones_own_run(self, served):
@@ -133,6 +148,10 @@ class FamilyTests:
         for place in (lengths + step for step in range(DECODED)):
             cache, logits = served.steps["decode"](cache, jnp.asarray(served.tokens[rows, place]), served.slots)
             assert_close(logits, served.after(place + 1), LIMIT)
+
+
+class AttentionTests:
+    """What a kind of attention promises beside `FamilyTests`; each test has the fixture `served`."""
 
     def test_chunks_of_a_prompt_equal_the_whole(self, served):
         cache, read = served.cache(), np.zeros(len(served.paths), int)
@@ -167,7 +186,7 @@ class FamilyTests:
         nobody, rows = jnp.full(len(served.paths), BASE_SLOT), np.arange(len(served.paths))
         run = served.steps["prefill"]
         mixed_cache, mixed = run(served.cache(), tokens, lengths, served.slots)
-        base_cache, base = run(served.cache(), tokens, lengths, nobody)
+        _, base = run(served.cache(), tokens, lengths, nobody)
         no_bank = jax.jit(partial(decoder.prefill, config=served.model.config))(
             served.fn.params, None, served.cache(), tokens, lengths, nobody
         )[1]
@@ -177,14 +196,5 @@ class FamilyTests:
             solo_slots = jnp.where(jnp.asarray(rows) == row, served.slots, BASE_SLOT)
             solo_cache, solo = run(served.cache(), tokens, lengths, solo_slots)
             assert (solo[row] == mixed[row]).all()
-            same = jax.tree.map(lambda a, b, row=row: bool((a[row] == b[row]).all()), solo_cache, mixed_cache)
-            assert all(jax.tree.leaves(same))
-        del base_cache
-
-
-def base_logits(served: Served, tokens: np.ndarray) -> jax.Array:
-    """The base model's logits at every position."""
-    count = jnp.full(len(tokens), tokens.shape[1])
-    nobody = jnp.full(len(tokens), BASE_SLOT)
-    run = jax.jit(partial(decoder.logits, config=served.model.config))
-    return run(served.fn.params, None, jnp.asarray(tokens), count, nobody)
+            for one, other in zip(*map(jax.tree.leaves, (solo_cache, mixed_cache)), strict=True):
+                assert (one[row] == other[row]).all()

@@ -77,7 +77,7 @@ class RoutedMLP:
         if self.moe.expert_bias:
             widths = {"gate": f, "up": f, "down": d}
             rows += [
-                Parameter(f"{part}_bias", (e, width), (f"{part}_proj.bias",), ("expert", row.axes[1]), "zeros")
+                Parameter(f"{part}_bias", (e, width), (f"{part}_proj.bias",), row.axes[:2], "zeros", experts=True)
                 for (part, width), row in zip(widths.items(), rows[1:4], strict=True)
             ]
         if self.shared is not None:

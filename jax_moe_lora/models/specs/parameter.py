@@ -27,6 +27,7 @@ class Parameter:
       axes: the logical name of each axis.
       init: random parameters are normal with deviation 0.02, ones or zeros.
       projection: it is a matrix that adapters may target.
+      experts: its first axis is that of the routed experts, of which checkpoints may have a tensor each.
       float32: it stays float32 whatever dtype the model is loaded in.
     """
 
@@ -36,12 +37,8 @@ class Parameter:
     axes: tuple[Axis, ...]
     init: Init = "normal"
     projection: bool = False
+    experts: bool = False
     float32: bool = False
-
-    @property
-    def experts(self) -> bool:
-        """Whether it holds a row for each routed expert, of which checkpoints may have a tensor each."""
-        return self.axes[0] == "expert" and len(self.axes) > 1
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -72,7 +69,8 @@ def expert_projection(name: str, experts: int, out: int, width: int, axes: tuple
       width: of its input rows.
       axes: logical names of `[out, in]`.
     """
-    return Parameter(name, (experts, out, width), (f"{name}_proj.weight",), ("expert", *axes), projection=True)
+    shape, path = (experts, out, width), f"{name}_proj.weight"
+    return Parameter(name, shape, (path,), ("expert", *axes), projection=True, experts=True)
 
 
 def bias(name: str, width: int, path: str, axis: Axis) -> Parameter:
