@@ -30,7 +30,7 @@ def route(
       config: the layer's sizes and its kind of router.
       bias: `[E]`, added to the scores; with `sigmoid_bias` it is for the choice alone and no part of the weights.
       chosen: int32 `[T, K]`, experts that were chosen before, such as those of the generation that a trainer replays:
-        they get the weights that these scores give them, and the router chooses nothing.
+        they get the weights that these scores give them. The router chooses where they are negative.
 
     Returns:
       `(weights float32 [T, K], experts int32 [T, K])`, largest first; of equal scores the lower expert wins.
@@ -49,7 +49,9 @@ def route(
         scores = scores + bias.astype(scores.dtype)[None]
     values = _expert_values(scores, config.router)
     for_choice = values if bias is None or config.router != "sigmoid_bias" else values + bias[None]
-    experts = lax.top_k(for_choice, config.top_k)[1] if chosen is None else chosen
+    experts = lax.top_k(for_choice, config.top_k)[1]
+    if chosen is not None:
+        experts = jnp.where(chosen < 0, experts, chosen.astype(experts.dtype))
     weights = jnp.take_along_axis(values, experts, axis=-1)
     if config.router == "topk_softmax":
         weights = jax.nn.softmax(weights, axis=-1)

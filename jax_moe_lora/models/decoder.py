@@ -5,7 +5,6 @@ Layers are unrolled, not scanned (`benchmark/scan.py` has the measurement). `run
 of a kind share one trace, and XLA compiles their kernels once.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -33,6 +32,7 @@ __all__ = [
     "adapter_sites",
     "append",
     "decode",
+    "decode_routed",
     "embed",
     "head",
     "hidden",
@@ -43,6 +43,7 @@ __all__ = [
     "packed_logits",
     "packed_step",
     "prefill",
+    "prefill_routed",
     "prompt_step",
     "run_layer",
 ]
@@ -54,12 +55,16 @@ def logits(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     slots: Int[Array, "B"],
+    chosen: Int[Array, "B T L K"] | None = None,
     *,
     config: ModelConfig,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T V"]:
-    """Float32 logits at every position of right-padded prompts; those past a request's length mean nothing."""
-    rows = hidden(params, bank, tokens, lengths, slots, config=config, implementation=implementation)
+    """Float32 logits at every position of right-padded prompts; those past a request's length are undefined.
+
+    Args: as in `hidden`.
+    """
+    rows = hidden(params, bank, tokens, lengths, slots, chosen, config=config, implementation=implementation)
     return _logits(params, bank, rows, jnp.repeat(slots, tokens.shape[1]), config)
 
 
@@ -69,13 +74,26 @@ def hidden(
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
     slots: Int[Array, "B"],
+    chosen: Int[Array, "B T L K"] | None = None,
     *,
     config: ModelConfig,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T D"]:
-    """What the head reads at every position of right-padded prompts; rows past a request's length mean nothing."""
+    """What the head reads at every position of right-padded prompts; rows past a request's length are undefined.
+
+    Args:
+      params: the weights.
+      bank: the adapters.
+      tokens: int32 `[B, T]`, right-padded.
+      lengths: int32 `[B]`, real tokens of each.
+      slots: int32 `[B]`, `BASE_SLOT` for the base model.
+      chosen: int32 `[B, T, L, K]` for L routed layers, the experts of each token in place of those that the routers
+        would choose; a router chooses where they are negative.
+      config: the model's (static).
+      implementation: a backend by name, or None for the best available (static).
+    """
     step = prompt_step(tokens, lengths, slots, bank, implementation)
-    return _layers(params, bank, tokens, step, None, config)[0]
+    return _layers(params, bank, tokens, step, None, config, chosen)[0]
 
 
 def packed_logits(
@@ -111,7 +129,7 @@ def packed_hidden(
     packed: bool = True,
     keep_routing: bool = False,
     remat: bool = False,
-    chosen: Sequence[Int[Array, "N K"]] | None = None,
+    chosen: Int[Array, "B T L K"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Routing, ...]]:
     """What the head reads of rows that hold several examples each.
@@ -122,7 +140,7 @@ def packed_hidden(
       slots: int32 `[B, T]`, each token's adapter, `BASE_SLOT` for the base model.
       packed: static. False says that each row holds one example, with its padding behind it: no mask is needed.
       keep_routing: static. Return what the routers decided too. remat: static. As in `moe_lora`.
-      chosen: int32 `[B * T, K]` for each routed layer, the experts in place of those that its router would choose.
+      chosen: as in `hidden`.
 
     Returns:
       Hidden rows after the last norm, those of padding undefined; and what the router of each routed layer decided,
@@ -157,13 +175,30 @@ def prefill(
     Returns:
       The filled cache, and float32 `[B, V]` logits after each prompt's last token.
     """
+    return prefill_routed(
+        params, bank, cache, tokens, lengths, slots, config=config, implementation=implementation, keep_routing=False
+    )[:2]
+
+
+def prefill_routed(
+    params: ModelParams,
+    bank: Bank | None,
+    cache: Cache,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    slots: Int[Array, "B"],
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None = None,
+    keep_routing: bool = True,
+) -> tuple[Cache, Float[Array, "B V"], tuple[Routing, ...]]:
+    """`prefill`, and what the router of each routed layer decided where `keep_routing`."""
     check_array("tokens", tokens, (cache.lengths.shape[0], "T"), "integers")
     check_width(tokens, cache)
-    step = prompt_step(tokens, lengths, slots, bank, implementation)
-    hidden, layers, _ = _layers(params, bank, tokens, step, cache, config)
-    return Cache(layers, lengths.astype(jnp.int32), cache.max_length), _last_logits(
-        params, bank, hidden, lengths, slots, config
-    )
+    step = replace(prompt_step(tokens, lengths, slots, bank, implementation), keep_routing=keep_routing)
+    hidden, layers, routing = _layers(params, bank, tokens, step, cache, config)
+    cache = Cache(layers, lengths.astype(jnp.int32), cache.max_length)
+    return cache, _last_logits(params, bank, hidden, lengths, slots, config), routing
 
 
 def decode(
@@ -185,6 +220,23 @@ def decode(
     Returns:
       The cache with the token in it, and float32 `[B, V]` logits of the next one.
     """
+    return decode_routed(
+        params, bank, cache, tokens, slots, config=config, implementation=implementation, keep_routing=False
+    )[:2]
+
+
+def decode_routed(
+    params: ModelParams,
+    bank: Bank | None,
+    cache: Cache,
+    tokens: Int[Array, "B"],
+    slots: Int[Array, "B"],
+    *,
+    config: ModelConfig,
+    implementation: Implementation | None = None,
+    keep_routing: bool = True,
+) -> tuple[Cache, Float[Array, "B V"], tuple[Routing, ...]]:
+    """`decode`, and what the router of each routed layer decided where `keep_routing`."""
     rows = cache.lengths.shape
     check_array("tokens", tokens, rows, "integers")
     check_array("slots", slots, rows, "integers")
@@ -192,9 +244,11 @@ def decode(
     row_slots = jnp.where(live, slots, BASE_SLOT)
     positions, full = cache.lengths[:, None], cache.lengths >= cache.max_length
     step = make_step("token", positions, (live & ~full)[:, None], row_slots, bank, implementation, cache.lengths)
-    hidden, layers, _ = _layers(params, bank, tokens[:, None], step, cache, config)
+    step = replace(step, keep_routing=keep_routing)
+    hidden, layers, routing = _layers(params, bank, tokens[:, None], step, cache, config)
     lengths = jnp.where(live, jnp.minimum(cache.lengths + 1, cache.max_length), 0)
-    return Cache(layers, lengths, cache.max_length), _logits(params, bank, hidden, row_slots, config)[:, 0]
+    logits = _logits(params, bank, hidden, row_slots, config)[:, 0]
+    return Cache(layers, lengths, cache.max_length), logits, routing
 
 
 def append(
@@ -237,17 +291,21 @@ def _layers(
     step: StepContext,
     cache: Cache | None,
     config: ModelConfig,
-    chosen: Sequence[Int[Array, "N K"]] | None = None,
+    chosen: Int[Array, "B T L K"] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...], tuple[Routing, ...]]:
     """Embedding, all layers and the last norm; the cache's layers with the step's tokens; what the routers decided."""
     hidden = embed(params, _outer_adapters(bank, config), tokens, step.slots, config)
-    routed = dict(zip(config.routed_layers, chosen or (), strict=chosen is not None))
+    given: dict[int, Array] = {}
+    if chosen is not None:
+        check_array("chosen", chosen, (*tokens.shape, len(config.routed_layers), config.moe.top_k), "integers")
+        of_layers = chosen.reshape(-1, *chosen.shape[2:])
+        given = {layer: of_layers[:, place] for place, layer in enumerate(config.routed_layers)}
     layers: list[LayerCache] = []
     decided: list[Routing] = []
     for index, (spec, layer) in enumerate(zip(config.layers, params.layers, strict=True)):
         adapters = None if bank is None else bank.layer(index)
         kept = None if cache is None else cache.layers[index]
-        hidden, kept, routing = run_layer(spec, layer, adapters, hidden, step, kept, routed.get(index))
+        hidden, kept, routing = run_layer(spec, layer, adapters, hidden, step, kept, given.get(index))
         layers += [] if kept is None else [kept]
         decided += [] if routing is None else [routing]
     return apply_norm(config.norm, hidden, params.norm, params.norm_bias), tuple(layers), tuple(decided)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from jaxtyping import Int
 
 from jax_moe_lora.serving.requests import Row
 from jax_moe_lora.serving.stopping import StopRules
@@ -41,6 +42,8 @@ class Generation:
       stop_reason: the stop text or stop token that ended it; None for an end-of-sequence token.
       logprobs: one for each token of `token_ids`, where they were asked for.
       more: the prompt's other answers, where `n` is more than 1.
+      routing: int32 `[tokens, L, K]`, where asked for: the experts of L routed layers that each token of the prompt and
+        the answer went to. The answer's last token went to none: nothing was drawn after it.
     """
 
     text: str
@@ -52,6 +55,7 @@ class Generation:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
     more: tuple["Generation", ...] = ()
+    routing: Int[np.ndarray, "tokens L K"] | None = None
 
     @property
     def samples(self) -> tuple["Generation", ...]:
@@ -149,6 +153,7 @@ class Answer:
         self._growing = GrowingText(decode, stops.texts)
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
+        self._routing: list[np.ndarray] = []
         self._stop_reason: int | str | None = None
         self.reason: Reason | None = None
 
@@ -173,6 +178,14 @@ class Answer:
             self.reason, self._stop_reason = "stop", self._growing.stopped_by
         return self._growing.news(self.reason is not None)
 
+    def take_routing(self, experts: np.ndarray) -> None:
+        """Takes the experts of the tokens that were read before the next one.
+
+        Args:
+          experts: int32 `[tokens, L, K]`.
+        """
+        self._routing.append(experts)
+
     def generation(self, adapter_name: str | None, error: Exception | None = None) -> Generation:
         """The finished answer."""
         watched = self._streamed or self._stops.texts
@@ -185,7 +198,15 @@ class Answer:
             self.row.seed,
             self._stop_reason,
             self._logprobs if self.row.request.params.logprobs is not None else None,
+            routing=self._read_routing(),
         )
+
+    def _read_routing(self) -> np.ndarray | None:
+        """Without the experts of tokens that are not part of the answer."""
+        if not self._routing:
+            return None
+        whole = len(self.row.request.token_ids) + len(self._token_ids)
+        return np.concatenate(self._routing)[: max(whole - 1, len(self.row.request.token_ids))]
 
 
 @dataclass(frozen=True)

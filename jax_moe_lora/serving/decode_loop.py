@@ -64,10 +64,12 @@ def decode_loop(
     cache, drawn = programs.start(jnp.asarray(batch.tokens), jnp.asarray(batch.lengths), device_slots, sampling)
     with _bar(progress, steps) as tick:
         for step in range(1, steps + 1):
-            tokens, scores = drawn.tokens, drawn.scores
+            tokens, scores, experts = drawn.tokens, drawn.scores, drawn.experts
             if step < steps:  # under way while the host looks at this one's tokens
                 index = jnp.asarray(np.full(len(slots), step, np.int32))
                 cache, drawn = programs.advance(cache, tokens, device_slots, sampling, index, drawn.counts)
+            if experts is not None:
+                _take_routing(np.asarray(experts), batch.lengths if step == 1 else None, answers)
             yield from _take(np.asarray(tokens), scores, answers, names)
             tick()
             if all(answer.reason is not None for answer in answers):
@@ -87,6 +89,13 @@ def _take(
         text = answer.take(token, logprob)
         whole = None if answer.reason is None else answer.generation(names[answer.row.index])
         yield StreamedToken(answer.row.index, answer.row.sample, token, text, logprob, answer.is_end(token), whole)
+
+
+def _take_routing(experts: np.ndarray, lengths: np.ndarray | None, answers: Sequence[Answer]) -> None:
+    """The experts of the tokens that the last step read; `lengths`: of the prompts, where it read these."""
+    for number, answer in enumerate(answers):
+        if answer.reason is None and answer.row.request.params.return_routing:
+            answer.take_routing(experts[number, : 1 if lengths is None else lengths[number]])
 
 
 @contextmanager

@@ -134,8 +134,9 @@ class TextGeneration(ProgramRunner):
           batches: numbers of answers that run together.
           lengths: tokens of the longest prompt.
           max_new_tokens: the largest limit of the batch; prompt and answer together decide the size of the cache.
-          sampling_params: which options will be used; one record, or several. Two kinds of options ask for other
-            programs than the rest: penalties and `min_new_tokens`, and `logprobs`. None compiles for none of these.
+          sampling_params: which options will be used; one record, or several. Three kinds of options ask for other
+            programs than the rest: penalties and `min_new_tokens`, `logprobs`, and `return_routing`. None compiles for
+            none of these.
 
         Raises:
           InputError: a size that is not a whole number, or that the model has no positions for.
@@ -181,8 +182,8 @@ class TextGeneration(ProgramRunner):
             answers = [Answer(row, rules, self._decode, streamed) for row, rules in zip(batch.rows, stops, strict=True)]
             cache = decoder.init_cache(self.config, len(batch.lengths), batch.cache_length, self._dtype)
             run = Programs(
-                partial(self._run, programs.start, cache, scored=batch.scored),
-                partial(self._run, programs.advance, scored=batch.scored),
+                partial(self._run, programs.start, cache, scored=batch.scored, routed=batch.routed),
+                partial(self._run, programs.advance, scored=batch.scored, routed=batch.routed),
             )
             sampling = batch.sampling([rules.tokens for rules in stops], self.config.vocab_size)
             yield from decode_loop(run, batch, answers, batch.slots(slots), sampling, names, failed, progress)

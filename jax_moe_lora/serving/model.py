@@ -25,6 +25,7 @@ from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.chat import Chat
 from jax_moe_lora.serving.functional import Functional, functions
 from jax_moe_lora.serving.requests import check_tokens
+from jax_moe_lora.serving.routing import padded_routing
 from pallas_kernels.ops import Implementation, UnsupportedImplementation, choose
 
 TokenIds = Sequence[Sequence[int]] | np.ndarray | Array
@@ -90,6 +91,7 @@ class Model(Chat):
         token_ids: TokenIds,
         adapter_names: Sequence[str | None] | None = None,
         lengths: Sequence[int] | None = None,
+        routing: Sequence[Any] | np.ndarray | None = None,
     ) -> Float[Array, "B T V"]:
         """Float32 logits at every position of right-padded prompts.
 
@@ -97,6 +99,9 @@ class Model(Chat):
           token_ids: integers `[B, T]`.
           adapter_names: B names; `None` and `"__base__"` mean the base model.
           lengths: B numbers of real tokens, T where None; logits past them are undefined.
+          routing: the experts of each token in place of those that the routers would choose, as `generate` returns
+            them with `return_routing`: B arrays of integers `[tokens, L, K]` for L routed layers. The routers choose
+            for tokens behind them.
 
         Returns:
           float32 `[B, T, V]`.
@@ -105,13 +110,14 @@ class Model(Chat):
           InputError: shapes that disagree, or token ids or lengths out of range.
           AdapterNameError: an unknown adapter.
         """
-        return self._read(_logits, token_ids, adapter_names, lengths)
+        return self._read(_logits, token_ids, adapter_names, lengths, routing)
 
     def hidden(
         self,
         token_ids: TokenIds,
         adapter_names: Sequence[str | None] | None = None,
         lengths: Sequence[int] | None = None,
+        routing: Sequence[Any] | np.ndarray | None = None,
     ) -> Float[Array, "B T D"]:
         """What the head reads at every position of right-padded prompts: the rows after the last norm.
 
@@ -119,6 +125,7 @@ class Model(Chat):
           token_ids: integers `[B, T]`.
           adapter_names: B names; `None` and `"__base__"` mean the base model.
           lengths: B numbers of real tokens, T where None; rows past them are undefined.
+          routing: as in `logits`.
 
         Returns:
           `[B, T, D]` in the model's dtype.
@@ -127,7 +134,7 @@ class Model(Chat):
           InputError: shapes that disagree, or token ids or lengths out of range.
           AdapterNameError: an unknown adapter.
         """
-        return self._read(_hidden, token_ids, adapter_names, lengths)
+        return self._read(_hidden, token_ids, adapter_names, lengths, routing)
 
     def functional(self, batch: int, max_length: int) -> Functional:
         """Parameters, bank and pure functions for `batch` requests of at most `max_length` tokens each.
@@ -150,10 +157,13 @@ class Model(Chat):
         init_cache = partial(decoder.init_cache, self.config, batch, max_length, self._dtype)
         return Functional(params=self.params, bank=bank, init_cache=init_cache, slot_names=slots, **vars(steps))
 
-    def _read(self, program: Callable[..., Array], token_ids: Any, adapter_names: Any, lengths: Any) -> Array:
+    def _read(
+        self, program: Callable[..., Array], token_ids: Any, adapter_names: Any, lengths: Any, routing: Any
+    ) -> Array:
         tokens, real = check_tokens(token_ids, lengths, self.config)
+        chosen = () if routing is None else (jnp.asarray(padded_routing(routing, tokens.shape, self.config)),)
         with self.hold(self._names(adapter_names, len(tokens))) as slots:
-            return jax.block_until_ready(self._run(program, jnp.asarray(tokens), jnp.asarray(real), slots))
+            return jax.block_until_ready(self._run(program, jnp.asarray(tokens), jnp.asarray(real), slots, *chosen))
 
 
 def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:

@@ -1,5 +1,6 @@
 """The two jitted programs of generation: the prompts in, and one more token of each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.models import decoder
-from jax_moe_lora.models.decoder import Cache
+from jax_moe_lora.models.decoder import Cache, Routing
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.sampling import (
@@ -34,14 +35,17 @@ class DrawnTokens:
       tokens: int32 `[B]`, the next token of each request.
       counts: with these tokens in them; None where nothing needs them.
       scores: log-probabilities; None where nobody asked.
+      experts: int32 `[B, T, L, K]`, the chosen experts of the tokens that were read, for L routed layers; None where
+        nobody asked.
     """
 
     tokens: Int[Array, "B"]
     counts: TokenCounts | None = None
     scores: TokenScores | None = None
+    experts: Int[Array, "B T L K"] | None = None
 
 
-@partial(jax.jit, static_argnames=("config", "implementation", "scored"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "implementation", "scored", "routed"), donate_argnames="cache")
 def start(
     params: ModelParams,
     bank: AdapterBank,
@@ -53,16 +57,18 @@ def start(
     config: ModelConfig,
     implementation: Implementation | None,
     scored: bool = False,
+    routed: bool = False,
 ) -> tuple[Cache, DrawnTokens]:
     """Prefill and the first token."""
-    cache, logits = decoder.prefill(
-        params, bank, cache, tokens, lengths, slots, config=config, implementation=implementation
+    cache, logits, routing = decoder.prefill_routed(
+        params, bank, cache, tokens, lengths, slots, config=config, implementation=implementation, keep_routing=routed
     )
     counts = None if sampling.adjustments is None else count_prompts(tokens, lengths, logits.shape[-1])
-    return cache, _draw(logits, sampling, jnp.zeros_like(lengths), counts, scored)
+    experts = _experts(routing, tokens.shape) if routed else None
+    return cache, _draw(logits, sampling, jnp.zeros_like(lengths), counts, scored, experts)
 
 
-@partial(jax.jit, static_argnames=("config", "implementation", "scored"), donate_argnames=("cache", "counts"))
+@partial(jax.jit, static_argnames=("config", "implementation", "scored", "routed"), donate_argnames=("cache", "counts"))
 def advance(
     params: ModelParams,
     bank: AdapterBank,
@@ -75,15 +81,29 @@ def advance(
     config: ModelConfig,
     implementation: Implementation | None,
     scored: bool = False,
+    routed: bool = False,
 ) -> tuple[Cache, DrawnTokens]:
     """One decode step and the token after it, whose place in each answer is `index`."""
-    cache, logits = decoder.decode(params, bank, cache, tokens, slots, config=config, implementation=implementation)
-    return cache, _draw(logits, sampling, index, counts, scored)
+    cache, logits, routing = decoder.decode_routed(
+        params, bank, cache, tokens, slots, config=config, implementation=implementation, keep_routing=routed
+    )
+    experts = _experts(routing, (*tokens.shape, 1)) if routed else None
+    return cache, _draw(logits, sampling, index, counts, scored, experts)
+
+
+def _experts(routing: Sequence[Routing], shape: tuple[int, ...]) -> Int[Array, "B T L K"]:
+    experts = jnp.stack([layer.experts for layer in routing], axis=1)
+    return experts.reshape(*shape, *experts.shape[1:])
 
 
 def _draw(
-    logits: Float[Array, "B V"], sampling: Sampling, index: Int[Array, "B"], counts: TokenCounts | None, scored: bool
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    index: Int[Array, "B"],
+    counts: TokenCounts | None,
+    scored: bool,
+    experts: Int[Array, "B T L K"] | None,
 ) -> DrawnTokens:
     tokens = sample(logits, sampling, index, counts)
     counts = None if counts is None else count_tokens(counts, tokens)
-    return DrawnTokens(tokens, counts, score_tokens(logits, tokens) if scored else None)
+    return DrawnTokens(tokens, counts, score_tokens(logits, tokens) if scored else None, experts)

@@ -177,6 +177,11 @@ class PaddedBatch:
         """Whether some row asks for log-probabilities."""
         return any(row.request.params.logprobs is not None for row in self.rows)
 
+    @property
+    def routed(self) -> bool:
+        """Whether some row asks for the experts of its tokens."""
+        return any(row.request.params.return_routing for row in self.rows)
+
     def sampling(self, stops: Sequence[frozenset[int]], vocabulary: int) -> Sampling:
         """How the rows draw, on the device.
 

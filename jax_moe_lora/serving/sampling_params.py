@@ -48,6 +48,7 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: int | Sequence[int]
     ignore_eos: bool | Sequence[bool]
     logprobs: int | Sequence[int | None] | None
+    return_routing: bool | Sequence[bool]
 
 
 @suggest_keywords
@@ -77,6 +78,7 @@ class SamplingParams:
       ignore_eos: end-of-sequence tokens do not end the answer and are part of it.
       logprobs: also return the log-probabilities of each token and of this many most probable ones, 0 to 20. They are
         the model's own, before penalties and temperature. None returns none.
+      return_routing: also return the experts that each token went to, for a trainer to replay.
 
     Raises:
       InputError: a value that is out of range or of another type.
@@ -97,6 +99,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    return_routing: bool = False
 
     def __post_init__(self):
         checked: dict[str, Any] = {}
@@ -107,7 +110,8 @@ class SamplingParams:
             checked[name] = None if value is None else whole(name, value, 0, highest)
         for name, (holds, expected) in _NUMBERS.items():
             checked[name] = number(name, getattr(self, name), holds, expected)
-        checked["ignore_eos"] = flag("ignore_eos", self.ignore_eos)
+        for name in ("ignore_eos", "return_routing"):
+            checked[name] = flag(name, getattr(self, name))
         checked["stop"], checked["stop_token_ids"] = _texts(self.stop), _token_ids(self.stop_token_ids)
         for name, value in checked.items():
             object.__setattr__(self, name, value)

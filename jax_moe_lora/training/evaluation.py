@@ -122,6 +122,7 @@ def losses_of(
             packed=part.packed,
             keep_routing=keep_scores,
             remat=remat,
+            chosen=part.routing,
             implementation=implementation,
         )
         part_totals = Totals.of(part, len(specs))
