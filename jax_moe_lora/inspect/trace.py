@@ -14,7 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.arguments import is_array, sequence
+from jax_moe_lora.config import RouterKind
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.layer.routing import expert_probabilities
 from jax_moe_lora.models import decoder
 from jax_moe_lora.serving.model import Model
 from jax_moe_lora.serving.requests import check_tokens
@@ -32,6 +34,7 @@ class Trace:
       real: bool `[B, T]`, False past a request's length, where the other arrays are undefined.
       layers: the routed layers' numbers in the model.
       token_ids: int32 `[B, T]`, what was read, zeros past a request's length.
+      router: the kind of the routers.
     """
 
     scores: Float[np.ndarray, "L B T E"]
@@ -40,6 +43,7 @@ class Trace:
     real: Bool[np.ndarray, "B T"]
     layers: tuple[int, ...]
     token_ids: Int[np.ndarray, "B T"]
+    router: RouterKind = "softmax_topk"
 
     @property
     def num_experts(self) -> int:
@@ -48,8 +52,9 @@ class Trace:
 
     @property
     def probabilities(self) -> Float[np.ndarray, "L B T E"]:
-        """Softmax of the scores over all experts."""
-        return np.asarray(jax.nn.softmax(jnp.asarray(self.scores), axis=-1))
+        """Each token's distribution over all experts, as the router makes it of its scores (`expert_probabilities`)."""
+        rows = jnp.asarray(self.scores).reshape(-1, self.num_experts)
+        return np.asarray(expert_probabilities(rows, self.router)).reshape(self.scores.shape)
 
 
 def router_trace(
@@ -92,7 +97,9 @@ def router_trace(
         traced = _trace(state.params, state.bank, *map(jnp.asarray, rows), **static)
         columns = (np.stack(parts).reshape(len(parts), *tokens.shape, -1) for parts in zip(*traced, strict=True))
         scores, weights, experts = columns
-    return Trace(scores, weights, experts, mask, model.config.routed_layers, np.where(mask, tokens, 0))
+    return Trace(
+        scores, weights, experts, mask, model.config.routed_layers, np.where(mask, tokens, 0), model.config.moe.router
+    )
 
 
 def _tokens(model: Model, prompts: Any, lengths: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray]:
