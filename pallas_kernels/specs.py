@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class MoEShape:
     """One Mixture-of-Experts layer. E experts, K experts a token, D model width, F expert width."""
 
     num_experts: int
@@ -14,13 +14,13 @@ class LayerSpec:
 
 
 LAYERS = {
-    "qwen3-30b-a3b": LayerSpec(128, 8, 2048, 768),
-    "olmoe": LayerSpec(64, 8, 2048, 1024),
-    "mixtral-8x7b": LayerSpec(8, 2, 4096, 14336),
-    "gpt-oss-20b-like": LayerSpec(32, 4, 2880, 2880),
+    "qwen3-30b-a3b": MoEShape(128, 8, 2048, 768),
+    "olmoe": MoEShape(64, 8, 2048, 1024),
+    "mixtral-8x7b": MoEShape(8, 2, 4096, 14336),
+    "gpt-oss-20b-like": MoEShape(32, 4, 2880, 2880),
     # Small enough for a CPU to time, with the ratios of the first.
-    "qwen3-tiny": LayerSpec(128, 8, 256, 96),
-    "small": LayerSpec(16, 4, 128, 64),
+    "qwen3-tiny": MoEShape(128, 8, 256, 96),
+    "small": MoEShape(16, 4, 128, 64),
 }
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 

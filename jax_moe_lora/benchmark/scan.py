@@ -23,10 +23,9 @@ from jax_moe_lora.models.blocks.norm import apply_norm
 from jax_moe_lora.models.params import LayerParams, ModelParams, init_params
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.mlp import RoutedMLP
-from jax_moe_lora.models.specs.model import LayerSpec as DecoderLayer
-from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig
 from pallas_kernels.grouped_matmul.bench import write_report
-from pallas_kernels.specs import LAYERS, LayerSpec
+from pallas_kernels.specs import LAYERS, MoEShape
 
 
 def scanned_logits(
@@ -52,10 +51,10 @@ def scanned_logits(
     return decoder.head(params, apply_norm(config.norm, hidden, params.norm), config)
 
 
-def _config(layers: int, spec: LayerSpec) -> ModelConfig:
+def _config(layers: int, spec: MoEShape) -> ModelConfig:
     width = spec.hidden_size
     moe = MoEConfig(width, spec.expert_width, spec.num_experts, spec.top_k, renormalize=True)
-    layer = DecoderLayer(GQA(8, 2, width // 8, RopeConfig(), qk_norm="head"), RoutedMLP(moe))
+    layer = LayerSpec(GQA(8, 2, width // 8, RopeConfig(), qk_norm="head"), RoutedMLP(moe))
     return ModelConfig("qwen3_moe", 512, width, (layer,) * layers)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.grouped_matmul.api import grouped_matmul
 from pallas_kernels.plan.api import RoutingPlan, make_plan
-from pallas_kernels.specs import LAYERS, LayerSpec
+from pallas_kernels.specs import LAYERS, MoEShape
 from pallas_kernels.xla.dot import matmul_t
 
 Expression = Callable[[Array, Array, RoutingPlan], Array]
@@ -62,7 +62,7 @@ EXPRESSIONS: dict[str, Expression] = {
 }
 
 
-def measure(expression: Expression, spec: LayerSpec, tokens: int, dtype: str, repeats: int) -> dict[str, float]:
+def measure(expression: Expression, spec: MoEShape, tokens: int, dtype: str, repeats: int) -> dict[str, float]:
     """Microseconds of the gate projection of one layer, and its compile time in seconds."""
     keys = jax.random.split(jax.random.key(0), 3)
     rows = tokens * spec.top_k
