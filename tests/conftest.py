@@ -50,9 +50,11 @@ CHECKED = [
     "adapters.extraction",
     "models.blocks",
     "models.cache",
+    "models.cache_rows",
     "models.decoder",
     "models.decoder_layer",
     "models.rope",
+    "models.steps",
     "models.vocabulary",
 ]
 _hooked = [f"pallas_kernels.{name}" for name in KERNELS] + [f"jax_moe_lora.{name}" for name in CHECKED]

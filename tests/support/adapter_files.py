@@ -14,8 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from jax_moe_lora.adapters.formats.names import AdapterNames
-from jax_moe_lora.models.families.mixtral import ADAPTER_NAMES as MIXTRAL
-from support.models import ADAPTER_NAMES
+from support.models import ADAPTER_NAMES, MIXTRAL_NAMES
 from support.networks import EXPERTS, QWEN, TINY, load_peft, peft_logits, save_random_adapter, split_to_per_expert
 
 D, F, E = ({**TINY, **QWEN}[size] for size in ("hidden_size", "moe_intermediate_size", "num_experts"))
@@ -147,7 +146,7 @@ def mixtral(base: Path, folder: Path) -> Written:
             key = key.replace(f".{ours}.", f".{theirs}.")
         tensors[key] = tensor
     write(folder / "mixtral", tensors, target_modules=["w1", "w2", "w3"])
-    return replace(source, folder=folder / "mixtral", names=MIXTRAL)
+    return replace(source, folder=folder / "mixtral", names=MIXTRAL_NAMES)
 
 
 def gpt_oss(base: Path, folder: Path) -> Written:

@@ -27,7 +27,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             compiled = lowered.compile(dump_options(Path(folder)))
             thunks = read_thunks(Path(folder))
-        cache_bytes = 2 * config.num_layers * 8 * 1024 * config.num_kv_heads * config.head_dim * 2
+        attention = config.layers[0].attention
+        cache_bytes = 2 * config.num_layers * 8 * 1024 * attention.num_kv_heads * attention.head_dim * 2
         line = {
             "adapters": adapters,
             "targets": targets,

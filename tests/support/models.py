@@ -13,7 +13,7 @@ def decoder_config(
     hidden_size: int,
     heads: tuple[int, int, int],
     moe: MoEConfig,
-    routed: tuple[bool, ...],
+    routed: tuple[bool, ...] = (True,),
     mlp_width: int = 0,
     shared_width: int = 0,
     **attention,
@@ -39,7 +39,7 @@ def decoder_config(
     )
 
 
-ADAPTER_NAMES = adapter_names(
-    decoder_config("qwen3_moe", 32, 16, (2, 1, 8), MoEConfig(16, 12, 4, 2), (True, False), mlp_width=20)
-)
+_SIZES = (32, 16, (2, 1, 8), MoEConfig(16, 12, 4, 2))
+ADAPTER_NAMES = adapter_names(decoder_config("qwen3_moe", *_SIZES, (True, False), mlp_width=20))
 """Qwen3-MoE's names, of routed and of dense layers."""
+MIXTRAL_NAMES = adapter_names(decoder_config("mixtral", *_SIZES))

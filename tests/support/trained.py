@@ -49,7 +49,7 @@ def model(dtype: str = "float32") -> ModelParams:
 
 def shallow(layers: int = 1) -> tuple[ModelConfig, ModelParams]:
     """The demo model's first layers, for what does not need depth."""
-    config = replace(CONFIG, num_layers=layers, moe_layers=CONFIG.moe_layers[:layers])
+    config = replace(CONFIG, layers=CONFIG.layers[:layers])
     return config, replace(model(), layers=model().layers[:layers])
 
 

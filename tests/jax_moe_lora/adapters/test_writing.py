@@ -20,7 +20,7 @@ from jax_moe_lora.adapters import writing
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.lora import uniform
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
 from support.adapter_files import CONFIG, GPT_OSS, SIDECAR, TRTLLM, WEIGHTS, WIDTHS, draw, stacks, write
 from support.layers import assert_close
@@ -500,7 +500,7 @@ def test_peft_converts_written_per_expert_matrices_to_what_they_were(tmp_path):
 def test_every_layout_of_a_family_is_read_back(served, tmp_path, layout):
     """Under the family's own names: Mixtral's, and shared experts'."""
     _, model = served
-    sites, names = adapter_sites(model.config), family(model.config.model_type).ADAPTER_NAMES
+    sites, names = adapter_sites(model.config), adapter_names(model.config)
     without_a_name = {"peft-per-expert": (), "tinker": ("embedding",), "tensorrt-llm": ("embedding", "head")}[layout]
     random = np.random.default_rng(3)
     weights = {

@@ -76,11 +76,9 @@ def test_generate_answers_prompts_on_standard_output():
 
 def test_inspect_tells_a_model_and_an_adapter_apart():
     model = json.loads(run("inspect", MODEL, "--json").stdout)
-    assert (model["kind"], model["model_type"], model["experts"]) == (
-        "model",
-        "qwen3_moe",
-        model["config"]["moe"]["num_experts"],
-    )
+    layers = model["config"]["layers"]
+    assert (model["kind"], model["model_type"], model["layers"]) == ("model", "qwen3_moe", len(layers))
+    assert {layer["mlp"]["moe"]["num_experts"] for layer in layers} == {model["experts"]}
     assert model["parameters"] > 0
     assert model["shards"] >= 1
     adapter = json.loads(run("inspect", str(data_folder() / "adapters" / "upper"), "--json").stdout)

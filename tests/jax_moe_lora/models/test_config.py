@@ -11,7 +11,9 @@ from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.qwen3_moe import read_config
 from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.specs.mlp import DenseMLP
 from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.models.specs.parameter import Norm
 
 # Qwen/Qwen3-30B-A3B as its authors published it.
 PUBLISHED: dict[str, Any] = {
@@ -62,13 +64,18 @@ def read(generation: dict[str, Any] | None = None, without: tuple[str, ...] = ()
 def test_the_published_config_is_read() -> None:
     config = read(generation={"eos_token_id": [151645, 151643]})
     assert (config.vocab_size, config.num_layers, config.hidden_size) == (151936, 48, 2048)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (32, 4, 128)
+    assert config.layers == (config.layers[0],) * 48
+    attention = config.layers[0].attention
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (32, 4, 128)
     assert (config.moe.num_experts, config.moe.top_k, config.moe.expert_width) == (128, 8, 768)
     assert (config.moe.router, config.moe.renormalize, config.moe.activation) == ("softmax_topk", True, "silu")
-    assert (config.mlp_width, config.rms_eps, config.max_positions) == (6144, 1e-6, 40960)
-    assert config.rope == RopeConfig(theta=1e6)
-    assert config.moe_layers == (True,) * 48
-    assert (config.qk_norm, config.attention_biases, config.tie_embeddings) == ("head", "", False)
+    assert config.max_positions == 40960
+    assert {config.norm, config.layers[0].norm, attention.norm} == {Norm(1e-6)}
+    assert attention.rope == RopeConfig(theta=1e6)
+    assert config.routed_layers == tuple(range(48))
+    assert (attention.qk_norm, attention.biases, config.tie_embeddings) == ("head", "", False)
+    assert (attention.window, attention.clip, config.layers[0].mlp.shared) == (None, None, None)
+    assert read(mlp_only_layers=[3]).layers[3].mlp == DenseMLP(6144)
     assert config.eos_token_ids == (151645, 151643)
 
 
@@ -112,7 +119,7 @@ def test_a_config_that_transformers_saves_means_the_same(tmp_path: Path, rope: d
     ],
 )
 def test_rope_scalings_are_read(spelling: str, kind: str, given: dict[str, Any], expected: RopeConfig) -> None:
-    assert read(rope_scaling={spelling: kind, **given}).rope == expected
+    assert read(rope_scaling={spelling: kind, **given}).layers[0].attention.rope == expected
 
 
 @pytest.mark.parametrize(
@@ -133,22 +140,22 @@ def test_generation_config_overrides_end_tokens(own: Any, generation: dict | Non
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, (True,) * 4),
-        ({"mlp_only_layers": None}, (True,) * 4),
-        ({"mlp_only_layers": [0, 3]}, (False, True, True, False)),
-        ({"decoder_sparse_step": 2}, (False, True, False, True)),
-        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, (False, False, False, True)),
+        ({}, (0, 1, 2, 3)),
+        ({"mlp_only_layers": None}, (0, 1, 2, 3)),
+        ({"mlp_only_layers": [0, 3]}, (1, 2)),
+        ({"decoder_sparse_step": 2}, (1, 3)),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [1]}, (3,)),
     ],
 )
-def test_routed_layers_follow_the_step_and_the_list(changes: dict[str, Any], expected: tuple[bool, ...]) -> None:
-    assert read(num_hidden_layers=4, **changes).moe_layers == expected
+def test_routed_layers_follow_the_step_and_the_list(changes: dict[str, Any], expected: tuple[int, ...]) -> None:
+    assert read(num_hidden_layers=4, **changes).routed_layers == expected
 
 
 def test_what_a_config_leaves_out_takes_the_default_of_the_class() -> None:
     config = read(without=("head_dim", "norm_topk_prob", "tie_word_embeddings", "attention_bias", "rope_theta"))
-    assert (config.head_dim, config.moe.renormalize, config.tie_embeddings) == (64, False, False)
-    assert config.attention_biases == ""
-    assert config.rope.theta == 10_000.0
+    attention = config.layers[0].attention
+    assert (attention.head_dim, config.moe.renormalize, config.tie_embeddings) == (64, False, False)
+    assert (attention.biases, attention.rope) == ("", RopeConfig(theta=10_000.0))
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from jax_moe_lora import InputError
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import abstract_params
-from jax_moe_lora.models.specs.model import ModelConfig
+from support.models import decoder_config
 from support.unchecked import annotations_unchecked
 
-CONFIG = ModelConfig("any", 32, 1, 8, 2, 1, 4, 16, MoEConfig(8, 4, 4, 2), (True,))
+CONFIG = decoder_config("any", 32, 8, (2, 1, 4), MoEConfig(8, 4, 4, 2))
 B, T, M = 3, 4, 6
 with annotations_unchecked():
     CACHE = jax.eval_shape(lambda: decoder.init_cache(CONFIG, B, M, "float32"))

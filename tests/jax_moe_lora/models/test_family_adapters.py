@@ -11,9 +11,9 @@ from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import AdapterFormatError
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
-from jax_moe_lora.models.specs.model import ModelConfig
+from support.models import decoder_config
 
 D, F, SHARED, E, R = 16, 12, 10, 3, 2
 # Path in layer 0 -> its module, and its widths.
@@ -61,8 +61,8 @@ def write(folder: Path, paths: dict[str, tuple[int, int]]) -> Path:
 
 def load(model_type: str, folder: Path) -> LoRAAdapter:
     shared = SHARED if model_type == "qwen2_moe" else 0
-    config = ModelConfig(model_type, 32, 1, D, 4, 4, 4, 0, MoEConfig(D, F, E, 2), (True,), shared_expert_width=shared)
-    return read_adapter(folder, adapter_sites(config), family(model_type).ADAPTER_NAMES)
+    config = decoder_config(model_type, 32, D, (4, 4, 4), MoEConfig(D, F, E, 2), shared_width=shared)
+    return read_adapter(folder, adapter_sites(config), adapter_names(config))
 
 
 @pytest.mark.parametrize("model_type", READ)

@@ -9,7 +9,10 @@ from jax_moe_lora.config import MoEConfig, RopeConfig
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.models.specs.gqa import GQA
+from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
+from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig
+from jax_moe_lora.models.specs.parameter import Norm
 
 # mistralai/Mixtral-8x7B-v0.1, allenai/OLMoE-1B-7B-0924 and Qwen/Qwen1.5-MoE-A2.7B as their authors published them.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -104,38 +107,33 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
     },
 }
+# Two norms that the families have, and the layers of each.
+TIGHT, LOOSE = Norm(1e-6), Norm(1e-5)
+SHARED_EXPERT = DenseMLP(5632, modules="shared", path="mlp.shared_expert")
+LAYERS = {
+    "mixtral": LayerSpec(
+        GQA(32, 8, 128, RopeConfig(theta=1e6)), RoutedMLP(MoEConfig(4096, 14336, 8, 2, renormalize=True)), LOOSE
+    ),
+    "olmoe": LayerSpec(
+        GQA(16, 16, 128, RopeConfig(theta=1e4), LOOSE, qk_norm="projection"),
+        RoutedMLP(MoEConfig(2048, 1024, 64, 8)),
+        LOOSE,
+    ),
+    "qwen2_moe": LayerSpec(
+        GQA(16, 16, 128, RopeConfig(theta=1e6), TIGHT, biases="qkv"),
+        RoutedMLP(MoEConfig(2048, 1408, 60, 4), shared=SHARED_EXPERT, shared_gate=True),
+        TIGHT,
+    ),
+}
 EXPECTED = {
     "mixtral": ModelConfig(
-        *("mixtral", 32000, 32, 4096, 32, 8, 128, 0),
-        MoEConfig(4096, 14336, 8, 2, renormalize=True),
-        (True,) * 32,
-        RopeConfig(theta=1e6),
-        rms_eps=1e-5,
-        qk_norm=None,
-        max_positions=32768,
-        eos_token_ids=(2,),
+        *("mixtral", 32000, 4096, (LAYERS["mixtral"],) * 32, LOOSE), max_positions=32768, eos_token_ids=(2,)
     ),
     "olmoe": ModelConfig(
-        *("olmoe", 50304, 16, 2048, 16, 16, 128, 0),
-        MoEConfig(2048, 1024, 64, 8),
-        (True,) * 16,
-        RopeConfig(theta=1e4),
-        rms_eps=1e-5,
-        qk_norm="projection",
-        max_positions=4096,
-        eos_token_ids=(50279,),
+        *("olmoe", 50304, 2048, (LAYERS["olmoe"],) * 16, LOOSE), max_positions=4096, eos_token_ids=(50279,)
     ),
     "qwen2_moe": ModelConfig(
-        *("qwen2_moe", 151936, 24, 2048, 16, 16, 128, 5632),
-        MoEConfig(2048, 1408, 60, 4),
-        (True,) * 24,
-        RopeConfig(theta=1e6),
-        rms_eps=1e-6,
-        shared_expert_width=5632,
-        qk_norm=None,
-        attention_biases="qkv",
-        max_positions=8192,
-        eos_token_ids=(151643,),
+        *("qwen2_moe", 151936, 2048, (LAYERS["qwen2_moe"],) * 24, TIGHT), max_positions=8192, eos_token_ids=(151643,)
     ),
 }
 
@@ -143,6 +141,14 @@ EXPECTED = {
 def read(model_type: str, without: tuple[str, ...] = (), **changes: Any) -> ModelConfig:
     raw = {name: value for name, value in {**PUBLISHED[model_type], **changes}.items() if name not in without}
     return family(model_type).read_config(raw, None, "config.json")
+
+
+def at(config: ModelConfig, path: str) -> Any:
+    """What stands at a path such as `layers.0.norm`."""
+    value: Any = config
+    for name in path.split("."):
+        value = value[int(name)] if name.isdigit() else getattr(value, name)
+    return value
 
 
 @pytest.mark.parametrize("model_type", PUBLISHED)
@@ -164,35 +170,40 @@ def test_the_config_that_transformers_saves_means_the_same(tmp_path: Path, model
 @pytest.mark.parametrize(
     ("model_type", "left_out", "field", "value"),
     [
-        ("mixtral", "rope_theta", "rope", RopeConfig(theta=1e6)),
-        ("mixtral", "rms_norm_eps", "rms_eps", 1e-5),
-        ("olmoe", "rope_theta", "rope", RopeConfig(theta=1e4)),
-        ("olmoe", "rms_norm_eps", "rms_eps", 1e-5),
-        ("olmoe", "clip_qkv", "clip_qkv", None),
-        ("qwen2_moe", "rms_norm_eps", "rms_eps", 1e-6),
+        ("mixtral", "rope_theta", "layers.0.attention.rope", RopeConfig(theta=1e6)),
+        ("mixtral", "rms_norm_eps", "norm", LOOSE),
+        ("mixtral", "rms_norm_eps", "layers.0.norm", LOOSE),
+        ("mixtral", "sliding_window", "layers.0.attention.window", None),
+        ("olmoe", "rope_theta", "layers.0.attention.rope", RopeConfig(theta=1e4)),
+        ("olmoe", "rms_norm_eps", "norm", LOOSE),
+        ("olmoe", "rms_norm_eps", "layers.0.attention.norm", LOOSE),
+        ("olmoe", "clip_qkv", "layers.0.attention.clip", None),
+        ("qwen2_moe", "rms_norm_eps", "norm", TIGHT),
     ],
 )
 def test_what_a_config_leaves_out_takes_the_default_of_the_class(
     model_type: str, left_out: str, field: str, value: Any
 ) -> None:
-    assert getattr(read(model_type, (left_out,)), field) == value
+    assert at(read(model_type, (left_out,)), field) == value
 
 
 @pytest.mark.parametrize(
     ("model_type", "changes", "field", "value"),
     [
-        ("mixtral", {"sliding_window": 32768}, "qk_norm", None),  # no position lies outside of it
-        ("mixtral", {"router_jitter_noise": 0.1}, "qk_norm", None),  # of training
-        ("mixtral", {"head_dim": 64}, "head_dim", 64),
-        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv", 8.0),
-        ("olmoe", {"attention_bias": True}, "attention_biases", "qkvo"),
-        ("qwen2_moe", {"qkv_bias": False}, "attention_biases", ""),
-        ("qwen2_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}, "moe_layers", (False, True, True)),
-        ("qwen2_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 3}, "moe_layers", (False, True, False)),
+        ("mixtral", {"sliding_window": 4096}, "layers.0.attention.window", 4096),
+        ("mixtral", {"sliding_window": 4096}, "layers.31.attention.window", 4096),
+        ("mixtral", {"router_jitter_noise": 0.1}, "layers", (LAYERS["mixtral"],) * 32),  # of training
+        ("mixtral", {"head_dim": 64}, "layers.0.attention.head_dim", 64),
+        ("olmoe", {"clip_qkv": 8.0}, "layers.0.attention.clip", 8.0),
+        ("olmoe", {"attention_bias": True}, "layers.0.attention.biases", "qkvo"),
+        ("qwen2_moe", {"qkv_bias": False}, "layers.0.attention.biases", ""),
+        ("qwen2_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}, "routed_layers", (1, 2)),
+        ("qwen2_moe", {"mlp_only_layers": [0], "num_hidden_layers": 3}, "layers.0.mlp", DenseMLP(5632)),
+        ("qwen2_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 3}, "routed_layers", (1,)),
     ],
 )
 def test_a_field_is_read(model_type: str, changes: dict[str, Any], field: str, value: Any) -> None:
-    assert getattr(read(model_type, **changes), field) == value
+    assert at(read(model_type, **changes), field) == value
 
 
 @pytest.mark.parametrize("model_type", ["olmoe", "qwen2_moe"])
@@ -204,7 +215,9 @@ def test_expert_weights_are_renormalised_where_the_config_says_so(model_type: st
 @pytest.mark.parametrize(
     ("model_type", "changes", "named"),
     [
-        ("mixtral", {"sliding_window": 4096}, ("sliding_window", "4096", "32768")),
+        ("mixtral", {"sliding_window": 0}, ("sliding_window", "0")),
+        ("mixtral", {"sliding_window": 4096.0}, ("sliding_window", "4096.0")),
+        ("mixtral", {"layer_types": ["sliding_attention"] * 32}, ("layer_types", "sliding_attention")),
         ("mixtral", {"norm_topk_prob": False}, ("norm_topk_prob", "False")),
         ("mixtral", {"attention_bias": True}, ("attention_bias",)),
         ("mixtral", {"num_experts": 4}, ("num_experts", "num_local_experts")),

@@ -187,7 +187,7 @@ def test_merging_into_a_fused_checkpoint_is_merging_into_the_split_one(
     assert merged.keys() == load_file(fused / "model.safetensors").keys()
     assert_equal_trees(load(tmp_path / "merged-fused"), load(tmp_path / "merged-split"))
     base, changed = load(fused), load(tmp_path / "merged-fused")
-    assert (np.asarray(base.layers[0].mlp.experts.gate) != np.asarray(changed.layers[0].mlp.experts.gate)).any()
+    assert (np.asarray(base.layers[0]["gate"]) != np.asarray(changed.layers[0]["gate"])).any()
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.gpu("hopper")
 
 CONFIG = model_config("qwen3-30b-a3b", 2)
 BATCH, CONTEXT, MAX_LENGTH, WIDTH = 18, 24, 64, 32
-HEADS = {"num_heads": CONFIG.num_heads, "num_kv_heads": CONFIG.num_kv_heads, "head_dim": CONFIG.head_dim}
+ATTENTION = CONFIG.layers[0].attention
+HEADS = {name: getattr(ATTENTION, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_cudnn_attention_equals_xla(dtype, batch):
     keys = jax.random.split(jax.random.key(batch), 3)
 
     def draw(key, length, heads):
-        return jax.random.normal(key, (batch, length, heads, CONFIG.head_dim), jnp.float32).astype(dtype)
+        return jax.random.normal(key, (batch, length, heads, ATTENTION.head_dim), jnp.float32).astype(dtype)
 
     def compare(name, function):
         run = {backend: jax.jit(partial(function, backend=backend)) for backend in ("cudnn", "xla")}
@@ -187,7 +188,9 @@ from jax_moe_lora.models.params import init_params
 
 folder = sys.argv[1]
 config = model_config("qwen3-30b-a3b", 1)
-config = replace(config, vocab_size=1024, moe=replace(config.moe, num_experts=8, top_k=2))
+layer = config.layers[0]
+mlp = replace(layer.mlp, moe=replace(config.moe, num_experts=8, top_k=2))
+config = replace(config, vocab_size=1024, layers=(replace(layer, mlp=mlp),))
 bank = make_bank(config, "s8r16", "all")()
 fn = Model(config, init_params(config, jax.random.key(0), "bfloat16"), bank).functional(batch=4, max_length=64)
 slots = jnp.asarray([0, -1, 5, 7], jnp.int32)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.models import loading
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.params import ModelParams, MoEParams, abstract_params, init_params
+from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
 from support import ROOT
 from support.checkpoints import SHARDS, TINY, edit_index, load, write
 from support.memory import traced
@@ -30,22 +30,18 @@ def leaves_by_name(params: ModelParams) -> dict[str, np.ndarray]:
     found = {"model.embed_tokens.weight": params.embedding, "model.norm.weight": params.norm}
     found |= {} if params.head is None else {"lm_head.weight": params.head}
     for index, layer in enumerate(params.layers):
-        at, attention, mlp = f"model.layers.{index}", layer.attention, layer.mlp
-        found[f"{at}.input_layernorm.weight"] = layer.attention_norm
-        found[f"{at}.post_attention_layernorm.weight"] = layer.mlp_norm
-        found |= {f"{at}.self_attn.{m}_proj.weight": getattr(attention, m) for m in "qkvo"}
-        found |= {
-            f"{at}.self_attn.{m}_proj.bias": getattr(attention, f"{m}_bias")
-            for m in "qkvo"
-            if attention.q_bias is not None
-        }
-        found |= {f"{at}.self_attn.q_norm.weight": attention.q_norm, f"{at}.self_attn.k_norm.weight": attention.k_norm}
+        at = f"model.layers.{index}"
+        found[f"{at}.input_layernorm.weight"] = layer["attention_norm"]
+        found[f"{at}.post_attention_layernorm.weight"] = layer["mlp_norm"]
+        found |= {f"{at}.self_attn.{m}_proj.weight": layer[m] for m in "qkvo"}
+        found |= {f"{at}.self_attn.{m}_proj.bias": layer[f"{m}_bias"] for m in "qkvo" if "q_bias" in layer}
+        found |= {f"{at}.self_attn.{m}_norm.weight": layer[f"{m}_norm"] for m in "qk"}
         for m in ("gate", "up", "down"):
-            if isinstance(mlp, MoEParams):
-                found[f"{at}.mlp.gate.weight"] = mlp.router
-                found |= {f"{at}.mlp.experts.{e}.{m}_proj.weight": w for e, w in enumerate(getattr(mlp.experts, m))}
+            if "router" in layer:
+                found[f"{at}.mlp.gate.weight"] = layer["router"]
+                found |= {f"{at}.mlp.experts.{e}.{m}_proj.weight": w for e, w in enumerate(layer[m])}
             else:
-                found[f"{at}.mlp.{m}_proj.weight"] = getattr(mlp, m)
+                found[f"{at}.mlp.{m}_proj.weight"] = layer[f"mlp_{m}"]
     return {name: np.asarray(value) for name, value in found.items()}
 
 

@@ -15,9 +15,9 @@ from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import adapter_sites
-from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.sampling import greedy
+from support.models import decoder_config
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
 MIXED = [None, "upper", "reverse", "sort", None]
@@ -32,8 +32,8 @@ def model() -> Model:
 def qwen2_moe() -> Model:
     """Random weights, a dense layer and a routed one with its shared expert; three adapters on every projection."""
     moe = MoEConfig(hidden_size=32, expert_width=24, num_experts=4, top_k=2)
-    own = {"shared_expert_width": 40, "qk_norm": None, "attention_biases": "qkv"}
-    config = ModelConfig("qwen2_moe", 32, 2, 32, 4, 2, 8, 48, moe, (False, True), **own)
+    widths, attention = {"mlp_width": 48, "shared_width": 40}, {"qk_norm": None, "biases": "qkv"}
+    config = decoder_config("qwen2_moe", 32, 32, (4, 2, 8), moe, (False, True), **widths, **attention)
     sites = adapter_sites(config)
     params = init_params(config, jax.random.key(0), "float32")
     model = Model(config, params, create_bank(sites, 4, 16, None, "float32"))
@@ -96,12 +96,12 @@ def test_the_cache_is_reused_in_place(model):
     sampling = greedy(2)
     slots, static = model.slots([None, "upper"]), {"config": model.config, "implementation": None}
     bank = model.functional(2, 32).bank
-    where = [leaf.unsafe_buffer_pointer() for leaf in (*cache.k, *cache.v)]
+    where = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)]
     read, drawn = programs.start(
         model.params, bank, cache, jnp.ones((2, 16), jnp.int32), jnp.array([3, 5]), slots, sampling, **static
     )
-    assert all(leaf.is_deleted() for leaf in (*cache.k, *cache.v))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(cache.layers))
     index = jnp.ones(2, jnp.int32)
     after, _ = programs.advance(model.params, bank, read, drawn.tokens, slots, sampling, index, None, **static)
-    assert all(leaf.is_deleted() for leaf in (*read.k, *read.v))
-    assert [leaf.unsafe_buffer_pointer() for leaf in (*after.k, *after.v)] == where
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read.layers))
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after.layers)] == where

@@ -82,7 +82,7 @@ def test_padding_is_multiplied_with_no_expert_and_no_adapter(model, examples):
     _, positions, segments, _, _ = pack(examples, slots)
     everywhere = jnp.full((len(ROWS), WIDTH), slots[1])  # padding too
     fn = model.functional(batch=1, max_length=WIDTH)
-    step = decoder.packed_step(positions, segments, everywhere, fn.bank, fn.params, model.config, None)
+    step = decoder.packed_step(positions, segments, everywhere, fn.bank, None)
     padding = np.asarray(segments == 0)
     np.testing.assert_array_equal(step.row_mask, ~padding)
     assert (np.asarray(step.slots).reshape(padding.shape)[padding] == BASE_SLOT).all()

@@ -18,6 +18,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams, init_params
 from jax_moe_lora.models.specs.model import ModelConfig
 from support.layers import assert_close
+from support.models import decoder_config
 
 MOE = MoEConfig(hidden_size=16, expert_width=12, num_experts=3, top_k=2)
 TOKENS = np.random.default_rng(0).integers(0, 37, (4, 5)).astype(np.int32)
@@ -26,7 +27,7 @@ MODULES = {"embedding": ("embedding",), "head": ("head",), "both": ("embedding",
 
 
 def make(tied: bool) -> tuple[ModelConfig, ModelParams]:
-    config = ModelConfig("qwen3_moe", 37, 1, 16, 2, 1, 8, 0, MOE, (True,), tie_embeddings=tied)
+    config = replace(decoder_config("qwen3_moe", 37, 16, (2, 1, 8), MOE), tie_embeddings=tied)
     params = init_params(config, jax.random.key(0), "float32")
     return config, jax.tree.map(lambda leaf: leaf * 10 if leaf.ndim > 1 else leaf, params)
 

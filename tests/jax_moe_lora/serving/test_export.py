@@ -69,7 +69,7 @@ def test_an_exported_step_is_lowered_for_the_sms_that_are_named_and_says_so(name
         lowered_for.append(target_sms())
         return cache, params[tokens]
 
-    cache = Cache((), (), jnp.zeros(2, jnp.int32))
+    cache = Cache((), jnp.zeros(2, jnp.int32), 8)
     fn = Functional(params=jnp.zeros((5, 3)), bank=None, init_cache=lambda: cache, **UNUSED | {"decode": decode})
     step = export_decode(fn, platforms=("cuda",), sms=named)
     assert set(lowered_for) == {step.sms} == {expected}

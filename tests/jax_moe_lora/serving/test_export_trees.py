@@ -16,9 +16,9 @@ from jax_moe_lora.layer.linear import dense_plan
 from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import abstract_params
-from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.pytrees import pytree
 from support.layers import Spec, draw
+from support.models import decoder_config
 from support.unchecked import annotations_unchecked
 
 
@@ -59,7 +59,7 @@ def test_a_bank_that_is_returned_is_exported():
 
 def test_the_trees_of_a_model_s_arguments_survive_a_file():
     moe = MoEConfig(32, 16, 4, 2)
-    config = ModelConfig("qwen2_moe", 64, 2, 32, 2, 1, 16, 32, moe, (True, False), shared_expert_width=16)
+    config = decoder_config("qwen2_moe", 64, 32, (2, 1, 16), moe, (True, False), mlp_width=32, shared_width=16)
     cache = jax.eval_shape(lambda: decoder.init_cache(config, 2, 8, "float32"))
     plan = jax.eval_shape(lambda: dense_plan(jnp.arange(2, dtype=jnp.int32), 2))
     trees = abstract_params(config, "float32"), cache, plan

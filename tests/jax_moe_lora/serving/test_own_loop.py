@@ -130,8 +130,8 @@ def test_a_row_has_the_same_bits_whatever_joins_grows_and_leaves_beside_it(model
 def test_what_a_row_held_before_reaches_nobody(model, fn):
     """A request whose values were not finite leaves; the next one in its row is not touched by what it left."""
     clean, dirty = Loop(model, fn), Loop(model, fn)
-    poisoned = [jax.tree.map(lambda side: side.at[1].set(jnp.inf), sides) for sides in (dirty.cache.k, dirty.cache.v)]
-    dirty.cache = replace(dirty.cache, k=poisoned[0], v=poisoned[1])
+    poisoned = jax.tree.map(lambda side: side.at[1].set(jnp.inf), dirty.cache.layers)
+    dirty.cache = replace(dirty.cache, layers=poisoned)
     for loop in (clean, dirty):
         loop.join(1, "abc>", "upper")
         loop.more(1, [7])

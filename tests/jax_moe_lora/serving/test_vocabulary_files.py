@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from jax_moe_lora import AdapterFormatError, InputError, Model, merge_adapter
 from jax_moe_lora.adapters.formats.detect import read_adapter
 from jax_moe_lora.inspect import inspect_folder
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites, layer_sites
 from jax_moe_lora.training.spec import AdapterSpec
 from support.layers import assert_close
@@ -97,7 +97,7 @@ def test_merging_changes_these_weights_or_says_that_they_are_tied(
     trained: tuple[Path, dict[str, Path]], model: Model, tmp_path: Path
 ) -> None:
     base, adapters = trained
-    both = read_adapter(adapters["both"], adapter_sites(model.config), family(model.config.model_type).ADAPTER_NAMES)
+    both = read_adapter(adapters["both"], adapter_sites(model.config), adapter_names(model.config))
     if model.config.tie_embeddings:
         with pytest.raises(AdapterFormatError, match="one tensor for both"):
             merge_adapter(both, base, tmp_path / "out")
@@ -110,7 +110,7 @@ def test_merging_changes_these_weights_or_says_that_they_are_tied(
 def test_training_refuses_these_modules_by_name(trained: tuple[Path, dict[str, Path]], model: Model) -> None:
     with pytest.raises(InputError, match="name 'head', which this model lacks"):
         AdapterSpec(rank=2, targets=("head",)).check("new", layer_sites(model.config))
-    names = family(model.config.model_type).ADAPTER_NAMES
+    names = adapter_names(model.config)
     with pytest.raises(AdapterFormatError, match="adapters on the head are not supported here"):
         read_adapter(trained[1]["head"], layer_sites(model.config), names)
 

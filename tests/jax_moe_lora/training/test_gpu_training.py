@@ -18,7 +18,8 @@ pytestmark = pytest.mark.gpu("hopper")
 
 WIDE = model_config("qwen3-30b-a3b", 2)
 # Every token goes to every expert: rounding cannot send it elsewhere.
-CONFIG = replace(WIDE, vocab_size=512, moe=replace(WIDE.moe, num_experts=4, top_k=4))
+MLP = replace(WIDE.layers[0].mlp, moe=replace(WIDE.moe, num_experts=4, top_k=4))
+CONFIG = replace(WIDE, vocab_size=512, layers=tuple(replace(layer, mlp=MLP) for layer in WIDE.layers))
 SPECS = {
     "fused": AdapterSpec(rank=4),
     "per-expert": AdapterSpec(rank=18, layout="per-expert", targets=("gate", "down", "q", "v", "router")),
