@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.constants import Activation
 from pallas_kernels.errors import InputError
 
-Factor = Float[Array, "rows width"]
+Factor = Float[Array, "*rows width"]
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
@@ -46,11 +46,11 @@ def gated_unit(activation: Activation, gate: Factor, up: Factor) -> Factor:
 
     Args:
       activation: a name in `ACTIVATIONS`.
-      gate: `[rows, width]`, gate's product.
-      up: `[rows, width]`, up's product.
+      gate: `[..., width]`, gate's product.
+      up: `[..., width]`, up's product.
 
     Returns:
-      `[rows, width]`.
+      `[..., width]`.
 
     Raises:
       InputError: no activation has this name.
