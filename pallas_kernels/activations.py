@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.constants import Activation
 from pallas_kernels.errors import InputError
 
-Factor = Float[Array, "rows width"]
+Factor = Float[Array, "*rows width"]
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 

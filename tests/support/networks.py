@@ -23,11 +23,29 @@ TINY: dict[str, Any] = {
     "pad_token_id": None,
 }
 QWEN: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 24, "num_experts": 8}
+MLA: dict[str, Any] = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**QWEN, "head_dim": 16, "norm_topk_prob": True},
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 40},
     "mixtral": {"intermediate_size": 24, "num_local_experts": 8},
     "olmoe": {"intermediate_size": 24, "num_experts": 8},
+    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "deepseek_v3": {**MLA, "n_group": 4, "topk_group": 2},
+    "glm4_moe_lite": {**MLA, "v_head_dim": 24, "mlp_layer_types": ["dense", "sparse"]},
+    "mistral4": {**MLA, "first_k_dense_replace": 0},
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -47,6 +65,9 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> Any:
                 parameter.mul_(3)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model
 
 
