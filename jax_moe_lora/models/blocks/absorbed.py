@@ -149,5 +149,14 @@ def attend_latents(
 
 def _product(terms: str, x: Array, y: Array) -> Array:
     """`einsum` with float32 sums; float32 inputs are multiplied as float32 (never TF32)."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(terms, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+    def wide(x: Array, y: Array) -> Array:
+        return jnp.einsum(terms, x.astype(jnp.float32), y.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+    def narrow(x: Array, y: Array) -> Array:
+        return jnp.einsum(terms, x, y, preferred_element_type=jnp.float32)
+
+    if x.dtype == jnp.float32:
+        return wide(x, y)
+    # XLA for a CPU has no batched product of 16-bit numbers; the products themselves are exact in float32.
+    return lax.platform_dependent(x, y, cpu=wide, default=narrow)
