@@ -54,11 +54,11 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def tiny(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model whose matrices are large enough for logits to differ clearly."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**TINY, **FAMILIES[model_type], **overrides})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = causal_lm().from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -69,6 +69,14 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> Any:
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(0.1 * torch.randn_like(buffer))
     return model
+
+
+def causal_lm() -> Any:
+    """`AutoModelForCausalLM`, with the class for text that transformers has and does not name there."""
+    from transformers import AutoModelForCausalLM, Mistral4Config, Mistral4ForCausalLM
+
+    AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
+    return AutoModelForCausalLM
 
 
 def save_model(model: Any, folder: Path, max_shard_size: str = "200KB") -> Path:
@@ -82,13 +90,12 @@ def save_random_adapter(
     """A PEFT adapter on a saved model, with random A and B (PEFT's own B begins at zero)."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     stored = getattr(torch, dtype)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+        wrapped = get_peft_model(causal_lm().from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_" in name:
@@ -110,11 +117,10 @@ def peft_logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndar
 def load_peft(base: Path, adapter: Path | None) -> Any:
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = causal_lm().from_pretrained(base, dtype=torch.float32)
         return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
 

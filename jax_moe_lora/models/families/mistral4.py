@@ -42,9 +42,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     """
     positions = raw.get("rope_parameters") or DEFAULT_ROPE
     if raw.get("rope_scaling") or not isinstance(positions, Mapping):
-        message = (
-            f"{source}: rope_parameters is {positions!r} beside rope_scaling; rope_parameters alone was expected."
-        )
+        message = f"{source}: rope_parameters is {positions!r} beside rope_scaling; rope_parameters alone was expected."
         raise ConfigError(message, file=source, key="rope_parameters")
     plain = {name: value for name, value in positions.items() if name not in OWN}
     fields = open_fields({**raw, "rope_parameters": plain}, source)
