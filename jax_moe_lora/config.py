@@ -6,6 +6,7 @@ from typing import Literal
 from pallas_kernels.constants import Activation
 
 RouterKind = Literal["softmax_topk", "topk_softmax", "sigmoid_bias"]
+GroupScore = Literal["max", "top2_sum"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,12 @@ class MoEConfig:
         largest scores, then the softmax over these; `sigmoid_bias` scores by sigmoid and adds a bias for the choice
         alone (DeepSeek-V3).
       renormalize: divide the K weights by their sum (`norm_topk_prob`).
+      renormalize_eps: added to that sum, so that weights which are all zero stay zero (DeepSeek-V3's 1e-20).
       scaling: factor on the K weights, after renormalising (`routed_scaling_factor`).
+      num_groups: the experts form so many groups of neighbours, each of the same size (`n_group`).
+      top_groups: a token chooses among the experts of its so many best groups (`topk_group`).
+      group_score: what groups are compared by: their best expert (`max`, DeepSeek-V2), or the sum of their two best
+        (`top2_sum`, DeepSeek-V3), the bias for the choice included.
       activation: of the gated unit, `activation(gate) * up`; `clamped_swiglu` is gpt-oss's, which clamps both factors.
       expert_bias: the experts' projections have biases.
     """
@@ -32,7 +38,11 @@ class MoEConfig:
     top_k: int
     router: RouterKind = "softmax_topk"
     renormalize: bool = False
+    renormalize_eps: float = 0.0
     scaling: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: GroupScore = "max"
     activation: Activation = "silu"
     expert_bias: bool = False
 

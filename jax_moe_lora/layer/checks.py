@@ -5,14 +5,14 @@ as outside of it, and a check costs nothing when the compiled program runs.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jax_moe_lora.arguments import host_array, is_torch, whole
-from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.arguments import host_array, is_torch, one_of, whole
+from jax_moe_lora.config import GroupScore, MoEConfig
 from jax_moe_lora.errors import InputError
 from pallas_kernels.ops import BASE_SLOT
 from pallas_kernels.pages import RANK_PAGE, LayerPages, LoRAPages
@@ -24,6 +24,7 @@ _KINDS = {"floating point": jnp.floating, "integers": jnp.integer, "booleans": j
 MODULES = (
     *("router", "gate", "up", "down"),
     *("q", "k", "v", "o", "mlp_gate", "mlp_up", "mlp_down"),
+    *("q_a", "q_b", "kv_a_with_mqa", "kv_b"),
     *("shared_gate", "shared_up", "shared_down", "shared_expert_gate"),
 )
 """Every module that one layer's adapters may have: the routed layer's own, and those beside it in a decoder layer."""
@@ -90,6 +91,29 @@ def check_router(router: Any, scores: Any, tokens: int, config: MoEConfig) -> No
         check_array("router", router, (config.num_experts, config.hidden_size), "floating point")
     else:
         check_scores(scores, tokens, config)
+
+
+def check_groups(config: MoEConfig) -> None:
+    """The groups of experts, and how many of them a token chooses from.
+
+    Args:
+      config: the layer's.
+
+    Raises:
+      InputError: groups of unequal sizes, too few experts in those that are kept, or an unknown score.
+    """
+    groups = whole("config.num_groups", config.num_groups, 1, config.num_experts)
+    kept = whole("config.top_groups", config.top_groups, 1, groups)
+    size, rest = divmod(config.num_experts, groups)
+    if rest:
+        raise InputError(f"config.num_groups is {groups}; expected a divisor of the {config.num_experts} experts.")
+    if kept * size < config.top_k:
+        raise InputError(
+            f"config.top_groups is {kept}, groups of {size} experts each; expected room for top_k = {config.top_k}."
+        )
+    score = one_of("config.group_score", config.group_score, get_args(GroupScore))
+    if score == "top2_sum" and kept < groups and size < 2:
+        raise InputError("config.group_score is 'top2_sum', of groups of one expert; expected two or more in each.")
 
 
 def check_scores(scores: Any, tokens: int | str, config: MoEConfig) -> None:

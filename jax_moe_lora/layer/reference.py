@@ -26,18 +26,23 @@ def moe_lora(
     renormalize: bool = False,
     scaling: float = 1.0,
     router_bias: np.ndarray | None = None,
+    groups: tuple[int, int, str] = (1, 1, "max"),
     activation: str = "silu",
     biases: Mapping[str, np.ndarray] | None = None,
     dtype: type = np.float32,
 ) -> np.ndarray:
-    """Returns `y [T, D]`; `adapters[t]` is token t's adapter, or None."""
+    """Returns `y [T, D]`; `adapters[t]` is token t's adapter, or None.
+
+    `groups` says how many groups of neighbours the experts form, of how many a token chooses, and what a group's score
+    is: that of its best expert (`max`), or the sum of its two best (`top2_sum`).
+    """
     weights = {"router": router[None], "gate": gate, "up": up, "down": down}
     weights = {name: np.asarray(w, dtype) for name, w in weights.items()}
     y: np.ndarray = np.zeros(x.shape, dtype)
     for t, adapter in enumerate(adapters):
         row = np.asarray(x[t], dtype)
         scores = _linear(row, "router", 0, weights, adapter, dtype)
-        for p, e in _route(scores, top_k, router_kind, renormalize, scaling, router_bias):
+        for p, e in _route(scores, top_k, router_kind, renormalize, scaling, router_bias, groups):
             b = {name: np.asarray(bias[e], dtype) for name, bias in (biases or {}).items()}
             g = _linear(row, "gate", e, weights, adapter, dtype) + b.get("gate", 0)
             u = _linear(row, "up", e, weights, adapter, dtype) + b.get("up", 0)
@@ -77,7 +82,13 @@ def _linear(
 
 
 def _route(
-    scores: np.ndarray, top_k: int, kind: str, renormalize: bool, scaling: float, bias: np.ndarray | None
+    scores: np.ndarray,
+    top_k: int,
+    kind: str,
+    renormalize: bool,
+    scaling: float,
+    bias: np.ndarray | None,
+    groups: tuple[int, int, str],
 ) -> list[tuple[float, int]]:
     def softmax(values: np.ndarray) -> np.ndarray:
         exponentials = np.exp(values - values.max())
@@ -87,17 +98,29 @@ def _route(
         scores = scores + bias
     if kind == "softmax_topk":
         probabilities = softmax(scores)
-        chosen = np.argsort(-probabilities, kind="stable")[:top_k]
+        chosen = _choose(probabilities, top_k, groups)
         p = probabilities[chosen]
     elif kind == "topk_softmax":
-        chosen = np.argsort(-scores, kind="stable")[:top_k]
+        chosen = _choose(scores, top_k, groups)
         p = softmax(scores[chosen])
     elif kind == "sigmoid_bias":
         sigmoid = 1 / (1 + np.exp(-scores))
-        chosen = np.argsort(-(sigmoid if bias is None else sigmoid + bias), kind="stable")[:top_k]
+        chosen = _choose(sigmoid if bias is None else sigmoid + bias, top_k, groups)
         p = sigmoid[chosen]
     else:
         raise ValueError(f"unknown router kind {kind!r}")
     if renormalize:
         p = p / p.sum()
     return [(float(weight) * scaling, int(e)) for weight, e in zip(p, chosen, strict=True)]
+
+
+def _choose(values: np.ndarray, top_k: int, groups: tuple[int, int, str]) -> np.ndarray:
+    """The experts with the largest values, among those of the best groups."""
+    num_groups, top_groups, score = groups
+    size = len(values) // num_groups
+    if top_groups < num_groups:
+        best_of_group = [np.sort(values[g * size : (g + 1) * size])[::-1] for g in range(num_groups)]
+        group_scores = np.array([best[0] if score == "max" else best[0] + best[1] for best in best_of_group])
+        kept = np.argsort(-group_scores, kind="stable")[:top_groups]
+        values = np.where(np.isin(np.arange(len(values)) // size, kept), values, -np.inf)
+    return np.argsort(-values, kind="stable")[:top_k]

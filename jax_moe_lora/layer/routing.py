@@ -33,12 +33,15 @@ def route(
         they get the weights that these scores give them. The router chooses where they are negative.
 
     Returns:
-      `(weights float32 [T, K], experts int32 [T, K])`, largest first; of equal scores the lower expert wins.
+      `(weights float32 [T, K], experts int32 [T, K])`, largest first; of equal scores the lower expert wins, and of
+      equal groups the lower group.
 
     Raises:
-      InputError: scores or a bias for another number of experts, or that are not floating point; an unknown router.
+      InputError: scores or a bias for another number of experts, or that are not floating point; an unknown router;
+        groups that the experts do not fill, or that leave a token fewer than K experts.
     """
     whole("config.top_k", config.top_k, 1, config.num_experts)
+    checks.check_groups(config)
     checks.check_scores(scores, "T", config)
     checks.check_router_bias(bias, config)
     if chosen is not None:
@@ -49,14 +52,14 @@ def route(
         scores = scores + bias.astype(scores.dtype)[None]
     values = _expert_values(scores, config.router)
     for_choice = values if bias is None or config.router != "sigmoid_bias" else values + bias[None]
-    experts = lax.top_k(for_choice, config.top_k)[1]
+    experts = lax.top_k(_of_best_groups(for_choice, config), config.top_k)[1]
     if chosen is not None:
         experts = jnp.where(chosen < 0, experts, chosen.astype(experts.dtype))
     weights = jnp.take_along_axis(values, experts, axis=-1)
     if config.router == "topk_softmax":
         weights = jax.nn.softmax(weights, axis=-1)
     if config.renormalize:
-        weights = weights / weights.sum(-1, keepdims=True)
+        weights = weights / (weights.sum(-1, keepdims=True) + config.renormalize_eps)
     return weights * config.scaling, experts.astype(jnp.int32)
 
 
@@ -65,6 +68,18 @@ def _expert_values(scores: Float[Array, "T E"], router: RouterKind) -> Float[Arr
     if router == "softmax_topk":
         return jax.nn.softmax(scores, axis=-1)
     return jax.nn.sigmoid(scores) if router == "sigmoid_bias" else scores
+
+
+def _of_best_groups(values: Float[Array, "T E"], config: MoEConfig) -> Float[Array, "T E"]:
+    """The values of the experts that a token may choose; minus infinity for those of its other groups."""
+    if config.top_groups == config.num_groups:
+        return values
+    grouped = values.reshape(values.shape[0], config.num_groups, -1)
+    two = config.group_score == "top2_sum"
+    group_values = lax.top_k(grouped, 2)[0].sum(axis=-1) if two else grouped.max(axis=-1)
+    best = lax.top_k(group_values, config.top_groups)[1]
+    kept = (best[:, :, None] == jnp.arange(config.num_groups, dtype=best.dtype)[None, None, :]).any(axis=1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(values.shape)
 
 
 @takes_any_array("router")

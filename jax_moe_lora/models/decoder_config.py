@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_moe_lora.config import MoEConfig
-from jax_moe_lora.models.fields import Fields
+from jax_moe_lora.models.fields import QUANTISED, Fields
 from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.rope_config import read_rope
 from jax_moe_lora.models.specs.gqa import GQA
@@ -18,19 +18,17 @@ MOST = 65_536  # layers and experts: a hostile config must not size the lists th
 def open_fields(
     raw: Mapping[str, Any], source: str, neutral: Values | None = None, any_value: tuple[str, ...] = ()
 ) -> Fields:
-    """The fields of a config that is not quantised.
+    """The fields of a config. One of a quantised checkpoint is refused when everything else is read (`read_model`).
 
     Args:
       raw: the config.
       source: what errors call the file.
       neutral: the family's own neutral fields, as in `neutral_fields.ONE_VALUE`.
       any_value: the family's own fields that are passed over whatever they say.
-
-    Raises:
-      ConfigError: the checkpoint is quantised.
     """
     fields = Fields(raw, source, neutral, any_value)
-    fields.refuse_quantised()
+    for name in QUANTISED:
+        fields.get(name)
     return fields
 
 
@@ -49,7 +47,8 @@ def read_model(
       others: further fields of `ModelConfig`.
 
     Raises:
-      ConfigError: a field that is missing, malformed, not supported, or read by nobody, by name.
+      ConfigError: a field that is missing, malformed, not supported, or read by nobody, by name; the checkpoint is
+        quantised.
     """
     config = ModelConfig(
         vocab_size=fields.size("vocab_size"),
@@ -61,6 +60,7 @@ def read_model(
         **({"norm": layers[0].norm} | others),
     )
     fields.refuse_unknown()
+    fields.refuse_quantised()
     return config
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.neutral_fields import Values, why_refused
 
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+
 
 class Fields:
     """A config's fields; each one that is read is ticked off, and `refuse_unknown` names what is left."""
@@ -93,7 +95,7 @@ class Fields:
             raise self.error(f"{name} is {value!r}, only {wanted!r} in all {count} layers is supported", name)
 
     def refuse_quantised(self) -> None:
-        for name in ("quantization_config", "compression_config", "quantization"):
+        for name in QUANTISED:
             value = self.get(name)
             if value not in (None, False, {}, ""):
                 settings = value if isinstance(value, dict) else {}

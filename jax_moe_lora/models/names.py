@@ -119,7 +119,11 @@ def plain_name(config: ModelConfig, tensor: str) -> str:
       config: the model.
       tensor: its name in the checkpoint.
     """
-    for prefix in family(config.model_type).prefixes:
+    of = family(config.model_type)
+    for pattern, plain in of.renames.items():
+        if found := re.match(pattern, tensor):
+            return plain + tensor[found.end() :]
+    for prefix in of.prefixes:
         if tensor.startswith(prefix):
             return f"model.{tensor.removeprefix(prefix)}"
     return tensor

@@ -23,11 +23,29 @@ TINY: dict[str, Any] = {
     "pad_token_id": None,
 }
 QWEN: dict[str, Any] = {"intermediate_size": 96, "moe_intermediate_size": 24, "num_experts": 8}
+MLA: dict[str, Any] = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**QWEN, "head_dim": 16, "norm_topk_prob": True},
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 40},
     "mixtral": {"intermediate_size": 24, "num_local_experts": 8},
     "olmoe": {"intermediate_size": 24, "num_experts": 8},
+    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    "deepseek_v3": {**MLA, "n_group": 4, "topk_group": 2},
+    "glm4_moe_lite": {**MLA, "v_head_dim": 24, "mlp_layer_types": ["dense", "sparse"]},
+    "mistral4": {**MLA, "first_k_dense_replace": 0},
 }
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -36,18 +54,29 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 def tiny(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     """A random model whose matrices are large enough for logits to differ clearly."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**TINY, **FAMILIES[model_type], **overrides})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = causal_lm().from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(3)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model
+
+
+def causal_lm() -> Any:
+    """`AutoModelForCausalLM`, with the class for text that transformers has and does not name there."""
+    from transformers import AutoModelForCausalLM, Mistral4Config, Mistral4ForCausalLM
+
+    AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
+    return AutoModelForCausalLM
 
 
 def save_model(model: Any, folder: Path, max_shard_size: str = "200KB") -> Path:
@@ -61,13 +90,12 @@ def save_random_adapter(
     """A PEFT adapter on a saved model, with random A and B (PEFT's own B begins at zero)."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     stored = getattr(torch, dtype)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+        wrapped = get_peft_model(causal_lm().from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_" in name:
@@ -89,11 +117,10 @@ def peft_logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndar
 def load_peft(base: Path, adapter: Path | None) -> Any:
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = causal_lm().from_pretrained(base, dtype=torch.float32)
         return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
 

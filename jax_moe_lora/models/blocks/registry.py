@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from types import ModuleType
 
-from jax_moe_lora.models.blocks import gqa
+from jax_moe_lora.models.blocks import gqa, mla
 from jax_moe_lora.models.specs.gqa import GQA
+from jax_moe_lora.models.specs.mla import MLA
 
-ATTENTION: Mapping[type, ModuleType] = {GQA: gqa}
+ATTENTION: Mapping[type, ModuleType] = {GQA: gqa, MLA: mla}

@@ -26,6 +26,8 @@ class Family:
       interleaved: rows of the fused `gate_up_proj` alternate between gate and up; else all of gate come first.
       stored_in_out: fused 3-D parameters are `[E, in, out]`.
       prefixes: what may stand in checkpoints in place of `model.`, for the text part of a wrapper.
+      renames: regular expression of what tensor names in checkpoints begin with -> what stands there in one of the text
+        model alone. The first one that matches counts.
       unused: regular expression of tensor names -> what they are; they may stand in a checkpoint and are not read.
       prediction_layers: layers behind the last one may stand in a checkpoint: they predict further tokens (MTP).
     """
@@ -40,5 +42,6 @@ class Family:
     interleaved: bool = False
     stored_in_out: bool = False
     prefixes: tuple[str, ...] = ()
+    renames: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
     prediction_layers: bool = False

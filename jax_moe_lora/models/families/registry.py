@@ -3,12 +3,35 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jax_moe_lora.models.families import mixtral, olmoe, qwen2_moe, qwen3_moe
+from jax_moe_lora.models.families import (
+    deepseek_v2,
+    deepseek_v3,
+    glm4_moe_lite,
+    kimi_k2,
+    kimi_k25,
+    mistral4,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from jax_moe_lora.models.families.family import Family
 from jax_moe_lora.models.families.unsupported import unsupported
 
 FAMILIES: Mapping[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (qwen3_moe, qwen2_moe, mixtral, olmoe)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (
+        qwen3_moe,
+        qwen2_moe,
+        mixtral,
+        olmoe,
+        deepseek_v2,
+        deepseek_v3,
+        kimi_k2,
+        kimi_k25,
+        glm4_moe_lite,
+        mistral4,
+    )
 }
 _WRAPPED = {wrapper: family for family in FAMILIES.values() for wrapper in family.wrappers}
 

@@ -7,10 +7,11 @@ from typing import Literal
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models.specs.gqa import GQA
+from jax_moe_lora.models.specs.mla import MLA
 from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
 from jax_moe_lora.models.specs.parameter import RMS, Norm, Parameter
 
-Attention = GQA
+Attention = GQA | MLA
 """What mixes the tokens of a request."""
 MLP = DenseMLP | RoutedMLP
 """What each token goes through on its own."""
