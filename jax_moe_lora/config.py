@@ -51,7 +51,8 @@ class MoEConfig:
 class RopeConfig:
     """Rotary position embedding: base `theta` and, where a checkpoint extends its context, how frequencies scale.
 
-    `kind` is transformers' `rope_type`. Fields that a kind does not use keep their defaults.
+    `kind` is transformers' `rope_type`. Fields that a kind does not use keep their defaults. The first `rotary_dim`
+    columns of a head are turned; all of them where it is None.
     """
 
     theta: float = 10_000.0
@@ -66,3 +67,4 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    rotary_dim: int | None = None

@@ -196,7 +196,7 @@ def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings:
       Seconds.
     """
     moe, rows, size = config.moe, case.rows, jnp.dtype(DTYPE).itemsize
-    attention = config.layers[0].attention
+    attentions = [layer.attention for layer in config.layers if isinstance(layer.attention, GQA)]
     expert = 3 * moe.hidden_size * moe.expert_width
     rows_of_layer = layer_parameters(config.layers[0], config.hidden_size)
     dense = sum(math.prod(row.shape) for row in rows_of_layer if row.projection and not row.experts)
@@ -204,9 +204,10 @@ def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings:
     met = 1 - (1 - moe.top_k / moe.num_experts) ** rows  # share of the experts in use
     moved += config.num_layers * (dense + met * moe.num_experts * expert) + head
     multiplied += rows * config.num_layers * (dense + moe.top_k * expert) + case.batch * head
-    keys = case.batch * case.length * config.num_layers * attention.head_dim
-    moved += 2 * keys * attention.num_kv_heads
-    multiplied += 2 * keys * attention.num_heads * (case.length / 2 if case.kind == "prefill" else 1)
+    keys = case.batch * case.length
+    moved += 2 * keys * sum(attention.head_dim * attention.num_kv_heads for attention in attentions)
+    scores = keys * (case.length / 2 if case.kind == "prefill" else 1)
+    multiplied += 2 * scores * sum(attention.head_dim * attention.num_heads for attention in attentions)
     for _, site in () if bank is None else bank.sites:
         assert bank is not None
         rows_each = rows / (bank.num_slots + 1)  # of each adapter; as many are base rows

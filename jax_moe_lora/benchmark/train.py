@@ -15,6 +15,7 @@ from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.random_model import DTYPE
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
+from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training import AdapterSpec, Batch, init_state, make_step
 from jax_moe_lora.training import init_params as init_adapter
@@ -163,6 +164,7 @@ def measure_peft(config: ModelConfig, adapters: int, rank: int, batch: int, leng
     import transformers
 
     attention = config.layers[0].attention
+    assert isinstance(attention, GQA)
     sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

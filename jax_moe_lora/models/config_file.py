@@ -1,6 +1,7 @@
 """The config of a checkpoint folder."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from jax_moe_lora.errors import ConfigError
@@ -24,5 +25,7 @@ def read_model_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json", ConfigError)
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None
-    source, text = str(folder / "config.json"), wrapped(raw)
-    return family(text.get("model_type"), source, text).read_config(text, generation, source)
+    source = str(folder / "config.json")
+    text = wrapped(raw, source)
+    config = family(text.get("model_type"), source, text).read_config(text, generation, source)
+    return config if text is raw else replace(config, wrapped=True)

@@ -64,19 +64,28 @@ def read_model(
     return config
 
 
-def read_gqa(fields: Fields, default_theta: float = 10_000.0, **others: Any) -> GQA:
+def read_gqa(
+    fields: Fields, default_theta: float = 10_000.0, *, rotary_factor: float | None = None, **others: Any
+) -> GQA:
     """Grouped-query attention: its heads and its rotary embedding.
 
     Args:
       fields: the config's.
       default_theta: what the family's class has for a config that says none.
+      rotary_factor: likewise, the part of a head that is turned; None for a family that turns all of it.
       others: further fields of `GQA`.
 
     Raises:
       ConfigError: a field that is missing, malformed or not supported, by name.
     """
     heads, kv_heads, head_dim = read_heads(fields)
-    rope = read_rope(fields, fields.size("max_position_embeddings"), default_theta)
+    rope = read_rope(
+        fields,
+        fields.size("max_position_embeddings"),
+        default_theta,
+        head_dim=None if rotary_factor is None else head_dim,
+        default_factor=rotary_factor or 1.0,
+    )
     return GQA(heads, kv_heads, head_dim, **({"rope": rope} | others))
 
 

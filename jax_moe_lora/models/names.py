@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.names import TEXT, AdapterNames, without_prefix
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig, layer_parameters
 from jax_moe_lora.models.specs.parameter import Parameter
@@ -48,6 +48,7 @@ def adapter_names(config: ModelConfig) -> AdapterNames:
         per_expert_path=of.per_expert_path,
         interleaved=of.interleaved,
         stored_in_out=of.stored_in_out,
+        prefixes=(*of.prefixes, TEXT) if config.wrapped else (TEXT, *of.prefixes),
     )
 
 
@@ -123,10 +124,7 @@ def plain_name(config: ModelConfig, tensor: str) -> str:
     for pattern, plain in of.renames.items():
         if found := re.match(pattern, tensor):
             return plain + tensor[found.end() :]
-    for prefix in of.prefixes:
-        if tensor.startswith(prefix):
-            return f"model.{tensor.removeprefix(prefix)}"
-    return tensor
+    return without_prefix(tensor, of.prefixes)
 
 
 def unused_tensors(config: ModelConfig, tensors: Iterable[str]) -> dict[str, str]:

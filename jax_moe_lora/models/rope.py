@@ -26,8 +26,15 @@ def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
 
 
 def rotate(x: Float[Array, "B T H hd"], positions: Int[Array, "B T"], config: RopeConfig) -> Float[Array, "B T H hd"]:
-    """Turns each pair (i, i + hd/2) of a head by its position's angle; float32 inside, x's dtype outside."""
-    inverse, factor = frequencies(config, x.shape[-1])
+    """Turns each pair (i, i + w/2) of a head's first w columns by its position's angle; w is `rotary_dim`, or hd.
+
+    Float32 inside, x's dtype outside.
+    """
+    width = config.rotary_dim or x.shape[-1]
+    if width < x.shape[-1]:
+        turned = rotate(x[..., :width], positions, config)
+        return jnp.concatenate((turned, x[..., width:]), axis=-1)
+    inverse, factor = frequencies(config, width)
     angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inverse)[None, None, None, :]
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

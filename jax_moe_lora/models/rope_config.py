@@ -6,13 +6,26 @@ from jax_moe_lora.config import RopeConfig
 from jax_moe_lora.models.fields import Fields
 
 _KINDS = ("default", "linear", "yarn", "llama3")
+# Sections of a head for the axes of an image; the positions of text are the same in all of them.
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
 
 
-def read_rope(fields: Fields, max_positions: int, default_theta: float) -> RopeConfig:
+def read_rope(
+    fields: Fields,
+    max_positions: int,
+    default_theta: float,
+    *,
+    head_dim: int | None = None,
+    default_factor: float = 1.0,
+) -> RopeConfig:
     """Reads `rope_theta` with `rope_scaling` (hub), or `rope_parameters` (transformers 5).
 
     Args:
+      fields: the config's.
+      max_positions: the longest request.
       default_theta: the family's base, for a config that says none.
+      head_dim: of a family that turns a part of each head (`partial_rotary_factor`); None for one that turns all of it.
+      default_factor: that part, for a config that says none.
 
     Raises:
       ConfigError: a scaling that is not supported, or one without a parameter that it needs.
@@ -22,7 +35,8 @@ def read_rope(fields: Fields, max_positions: int, default_theta: float) -> RopeC
     if scaling and parameters and scaling != parameters:
         raise fields.error("rope_scaling and rope_parameters differ, and readers disagree on which one holds")
     raw = {**(_object(fields, "rope_scaling", scaling)), **(_object(fields, "rope_parameters", parameters))}
-    inner = Fields(raw, fields.source + ", rope")
+    inner = Fields(raw, fields.source + ", rope", any_value=_OF_IMAGES)
+    rotary_dim = None if head_dim is None else _rotary_dim(fields, inner, head_dim, default_factor)
     kind = inner.get("rope_type", inner.get("type", "default"))
     inner.get("type")
     if kind not in _KINDS:
@@ -37,12 +51,12 @@ def read_rope(fields: Fields, max_positions: int, default_theta: float) -> RopeC
     if kind == "default":
         inner.get("factor")
         inner.refuse_unknown()
-        return RopeConfig(theta=base)
+        return RopeConfig(theta=base, rotary_dim=rotary_dim)
     original = inner.optional_size("original_max_position_embeddings")
     factor = inner.number("factor")
     if factor < 1:
         raise inner.error(f"factor is {factor}, at least 1 was expected")
-    config = RopeConfig(theta=base, kind=kind, factor=factor, original_max_positions=original or max_positions)
+    config = RopeConfig(base, kind, factor, original or max_positions, rotary_dim=rotary_dim)
     extra: dict[str, Any] = {}
     if kind == "yarn":
         extra = {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
@@ -59,6 +73,17 @@ def read_rope(fields: Fields, max_positions: int, default_theta: float) -> RopeC
             )
     inner.refuse_unknown()
     return RopeConfig(**{**config.__dict__, **extra})
+
+
+def _rotary_dim(fields: Fields, inner: Fields, head_dim: int, default: float) -> int | None:
+    """Turned columns of a head; None for all of them."""
+    outer = fields.positive("partial_rotary_factor", default)
+    factor = inner.positive("partial_rotary_factor", outer)
+    width = int(head_dim * factor)
+    if factor > 1 or width % 2 or not width:
+        problem = f"{factor} of a head's {head_dim} columns, an even number of them was expected"
+        raise fields.error(f"partial_rotary_factor turns {problem}", "partial_rotary_factor")
+    return None if width == head_dim else width
 
 
 def _object(fields: Fields, name: str, value: Any) -> dict[str, Any]:

@@ -37,6 +37,15 @@ MLA: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
 }
+HYBRID: dict[str, Any] = {
+    "head_dim": 16,
+    "shared_expert_intermediate_size": 40,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**QWEN, "head_dim": 16, "norm_topk_prob": True},
     "qwen2_moe": {**QWEN, "shared_expert_intermediate_size": 40},
@@ -46,7 +55,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**MLA, "n_group": 4, "topk_group": 2},
     "glm4_moe_lite": {**MLA, "v_head_dim": 24, "mlp_layer_types": ["dense", "sparse"]},
     "mistral4": {**MLA, "first_k_dense_replace": 0},
+    "qwen3_next": {**QWEN, **HYBRID, "partial_rotary_factor": 0.5},
+    "qwen3_5_moe": {**QWEN, **HYBRID, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+    "qwen3_vl_moe": {**QWEN, "head_dim": 16, "rope_parameters": ROPE},
 }
+VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+}
+WRAPPERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": {}, "qwen3_vl_moe": {"deepstack_visual_indexes": [0]}}
+"""Multimodal models, whose text parts are served -> what their vision towers have beside `VISION`."""
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -57,8 +80,11 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **{**TINY, **FAMILIES[model_type], **overrides})
-    model = causal_lm().from_config(config).eval()
+    fields = {**TINY, **FAMILIES[model_type], **overrides}
+    if model_type in WRAPPERS:
+        fields = {"text_config": fields, "vision_config": VISION | WRAPPERS[model_type]}
+    config = AutoConfig.for_model(model_type, **fields)
+    model = auto_class(model_type).from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -79,6 +105,20 @@ def causal_lm() -> Any:
     return AutoModelForCausalLM
 
 
+def auto_class(model_type: str) -> Any:
+    """The class of transformers that makes and loads a model: a wrapper is loaded whole, with its vision tower."""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if model_type in WRAPPERS else causal_lm()
+
+
+def load_model(base: Path) -> Any:
+    import torch
+
+    model_type = json.loads((base / "config.json").read_text())["model_type"]
+    return auto_class(model_type).from_pretrained(base, dtype=torch.float32)
+
+
 def save_model(model: Any, folder: Path, max_shard_size: str = "200KB") -> Path:
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
@@ -95,7 +135,7 @@ def save_random_adapter(
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped = get_peft_model(causal_lm().from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+        wrapped = get_peft_model(load_model(base), LoraConfig(**config))
         with torch.no_grad():
             for name, parameter in wrapped.named_parameters():
                 if "lora_" in name:
@@ -115,12 +155,11 @@ def peft_logits(base: Path, adapter: Path | None, tokens: np.ndarray) -> np.ndar
 
 
 def load_peft(base: Path, adapter: Path | None) -> Any:
-    import torch
     from peft import PeftModel
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = causal_lm().from_pretrained(base, dtype=torch.float32)
+        model = load_model(base)
         return (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.names import TEXT, WRAPPED, AdapterNames, with_prefix, without_prefix
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.lora import LoRAWeights, Site
@@ -31,9 +31,11 @@ TOKENS_KEY = re.compile(
     r"base_model\.model\.(?P<path>model\.embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta"
 )
 """Rows that replace some of the base model's (`trained_tokens.py`)."""
+_BEGIN = "base_model.model."
 OUTSIDE = -1
 """The layer of pairs that stand outside of the layers, in a file; the model's sites say which one it is to it."""
 _KNOWN_BAD = {
+    ".visual.": "the vision tower is not served, nor are adapters on it; train the language model's modules alone",
     "lora_magnitude_vector": "DoRA is not supported",
     "token_adapter": "expected base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
     "lora_embedding_": "expected base_model.model.model.embed_tokens.lora_embedding_A",
@@ -46,6 +48,15 @@ _KNOWN_BAD = {
 ANOTHER_MODEL = "; if the adapter was trained for another model, load it into that one"
 
 Weights = dict[tuple[int, str], LoRAWeights]
+
+
+def plain_key(key: str) -> str:
+    """The key as in an adapter of the text model alone.
+
+    Args:
+      key: in a file; one in which PEFT wrapped a multimodal model has `language_model.` in it.
+    """
+    return _BEGIN + without_prefix(key.removeprefix(_BEGIN), WRAPPED) if key.startswith(_BEGIN) else key
 
 
 @dataclass(frozen=True)
@@ -102,9 +113,10 @@ def pair_keys(file: Path, infos: Mapping[str, TensorInfo], problems: Problems) -
     pairs: dict[tuple[int, str], dict[str, str]] = {}
     for key, info in infos.items():
         with problems:
-            match, outer = _KEY.fullmatch(key), OUTER_KEY.fullmatch(key)
+            plain = plain_key(key)
+            match, outer = _KEY.fullmatch(plain), OUTER_KEY.fullmatch(plain)
             where: tuple[int, str] | None = None  # rows of tokens are no pair
-            if TOKENS_KEY.fullmatch(key):
+            if TOKENS_KEY.fullmatch(plain):
                 side = ""
             elif outer is not None:
                 where, side = (OUTSIDE, outer["path"]), outer["lookup"] or outer["side"]
@@ -165,6 +177,7 @@ class AdapterFile:
       values: whether matrices are read; if not, only their shapes are known, and nothing may depend on what they hold.
       b_layout: the order of the columns of a 3-D parameter's B, where the user named it; None leaves it to the config.
       layout: what users are told of the experts.
+      prefix: what the names of the text model's modules begin with in this file.
       used: names of modules and parameters that weights were found for, as PEFT matches its targets.
       keys: a key of each projection, for errors.
     """
@@ -178,6 +191,7 @@ class AdapterFile:
     values: bool = True
     b_layout: str | None = None
     layout: str = DENSE_ONLY
+    prefix: str = TEXT
     used: set[str] = field(default_factory=set)
     keys: dict[tuple[int, str], str] = field(default_factory=dict)
 
@@ -212,8 +226,7 @@ class AdapterFile:
           targeted: whether the config targets a full name.
           names: names of the module below `model.layers.L.` (in full where it is outside), that of the file first.
         """
-        inside = pair.layer != OUTSIDE
-        full, config = [f"model.layers.{pair.layer}.{name}" if inside else name for name in names], self.config
+        config, full = self.config, [self.full_name(pair, name) for name in names]
         with self.problems:
             if config.says_targets and not any(map(targeted, full)):
                 raise self.error(pair, f"{config.file.name} does not target {full[0]}", full[0], "a target")
@@ -224,6 +237,15 @@ class AdapterFile:
                 problem = f"it has rank {rank}, and {config.file.name} says {expected}"
                 raise self.error(pair, problem, f"rank {rank}", f"rank {expected}")
         return scale
+
+    def full_name(self, pair: Pair, path: str) -> str:
+        """The name of a module or parameter of a pair in the model that PEFT wrapped.
+
+        Args:
+          pair: A and B.
+          path: below `model.layers.L.`, or in full where it is outside.
+        """
+        return with_prefix(path if pair.layer == OUTSIDE else f"{TEXT}layers.{pair.layer}.{path}", self.prefix)
 
     def load(
         self, pair: Pair, shapes_a: Sequence[tuple[int, ...]], shapes_b: Sequence[tuple[int, ...]]
@@ -273,8 +295,10 @@ class AdapterFile:
     def present(self) -> set[str]:
         """Names that weights were found for, or that keys whose problems were kept may have been meant for."""
         keys = [str(error.key) for error in self.problems.found]
-        matches = [match for key in keys if (match := _KEY.fullmatch(key) or OUTER_KEY.fullmatch(key))]
-        refused = {(match.groupdict().get("module") or match["path"]).removesuffix(".base_layer") for match in matches}
+        plain = map(plain_key, keys)
+        matches = [match for key in plain if (match := _KEY.fullmatch(key) or OUTER_KEY.fullmatch(key))]
+        modules = {(match.groupdict().get("module") or match["path"]).removesuffix(".base_layer") for match in matches}
+        refused = {with_prefix(module, self.prefix) for module in modules}
         ends = ("", ".gate_up_proj", ".down_proj", ".weight")
         return self.used | {f"{module}{end}" for module in refused for end in ends}
 

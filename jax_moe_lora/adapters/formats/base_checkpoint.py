@@ -5,11 +5,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax_moe_lora.adapters.formats.names import TEXT, WRAPPED, with_prefix
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.files.shards import open_shards
 
 EMBEDDING_WEIGHT, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def stored_name(files: Mapping[str, TensorFile], name: str) -> str | None:
+    """What a checkpoint calls a tensor, which in that of a multimodal model has another name; None if it has none.
+
+    Args:
+      files: tensor -> its file.
+      name: in a checkpoint of the text model alone.
+    """
+    return next((found for prefix in (TEXT, *WRAPPED) if (found := with_prefix(name, prefix)) in files), None)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from jax_moe_lora.adapters.formats.names import WRAPPED, without_prefix
 from jax_moe_lora.adapters.formats.neutral_fields import says_nothing
 from jax_moe_lora.adapters.formats.patterns import is_plain, suffixes
 from jax_moe_lora.adapters.formats.regex_guard import is_safe
@@ -156,7 +157,8 @@ def token_ids(raw: Mapping[str, Any], name: str) -> dict[str, list[int]]:
         raise Malformed(name, value, "a list of token ids, or an object with such a list for each module")
     ids_of: dict[str, list[int]] = {}
     for module, ids in by_module.items():
-        path = next((path for path in ("model.embed_tokens", "lm_head") if module in suffixes(path)), None)
+        plain = without_prefix(module, WRAPPED)
+        path = next((path for path in ("model.embed_tokens", "lm_head") if plain in suffixes(path)), None)
         if path is None or path in ids_of:
             raise Malformed(name, value, "ids for embed_tokens or lm_head, each of them once")
         numbers = [_whole(item) for item in ids or []] if isinstance(ids or [], list) else [None]

@@ -18,7 +18,7 @@ from jax_moe_lora.adapters.formats.config_fields import B_LAYOUTS
 from jax_moe_lora.adapters.formats.config_reading import read_peft_config
 from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
 from jax_moe_lora.adapters.formats.look_around import WEIGHTS_INDEX
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.names import TEXT, WRAPPED, AdapterNames, without_prefix
 from jax_moe_lora.adapters.formats.outer import read_outer
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig
@@ -117,6 +117,7 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
       pairs: its A and B.
     """
     weights: Weights = {}
+    file.prefix = _prefix(file, pairs)
     outer, pairs = [p for p in pairs if p.layer == OUTSIDE], [p for p in pairs if p.layer != OUTSIDE]
     layout, experts = _experts(file, pairs)
     if layout is not None:
@@ -130,6 +131,25 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
     read_outer(file, outer, weights)
     check_targets(file, layout, STACKS)
     return share_sides(file, weights)
+
+
+def _prefix(file: AdapterFile, pairs: list[Pair]) -> str:
+    """What the names of the text model's modules begin with in a file; one for all of them."""
+    prefixes: dict[str, Pair] = {}
+    for pair in pairs:
+        name = pair.key.removeprefix("base_model.model.")
+        prefix = next((prefix for prefix in WRAPPED if without_prefix(name, [prefix]) != name), TEXT)
+        if prefix != TEXT or name.startswith(TEXT):
+            prefixes.setdefault(prefix, pair)
+    for prefix, pair in prefixes.items():
+        with file.problems:
+            if prefix not in file.names.prefixes:
+                expected = " or ".join(file.names.prefixes)
+                raise file.error(pair, f"the model's names begin with {expected}, not {prefix}", prefix, expected)
+            if prefix != next(iter(prefixes)):
+                problem = f"its name begins with {prefix}, and others with {next(iter(prefixes))}"
+                raise file.error(pair, problem, prefix, next(iter(prefixes)))
+    return next(iter(prefixes), file.names.prefixes[0])
 
 
 def layout_of(rest: str) -> FileLayout | None:

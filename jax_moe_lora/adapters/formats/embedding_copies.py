@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.base_checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, BaseCheckpoint
+from jax_moe_lora.adapters.formats.adapter_file import plain_key
+from jax_moe_lora.adapters.formats.base_checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, BaseCheckpoint, stored_name
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.weights import AdapterTensors, open_weights
 from jax_moe_lora.errors import AdapterFormatError
@@ -34,7 +35,7 @@ _PIECE_VALUES = 4 * 2**20
 
 def without_copies(infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors that are no copies of embeddings."""
-    return {key: info for key, info in infos.items() if not _COPY.fullmatch(key)}
+    return {key: info for key, info in infos.items() if not _COPY.fullmatch(plain_key(key))}
 
 
 def check_copies(tensors: AdapterTensors, base: BaseCheckpoint | None, problems: Problems) -> None:
@@ -48,7 +49,7 @@ def check_copies(tensors: AdapterTensors, base: BaseCheckpoint | None, problems:
     Raises:
       AdapterFormatError: a copy differs, or the base model's weights are not there to compare with, by name.
     """
-    copies = {key: match["module"] for key in tensors.files if (match := _COPY.fullmatch(key))}
+    copies = {key: match["module"] for key in tensors.files if (match := _COPY.fullmatch(plain_key(key)))}
     if not copies:
         return
     with ExitStack() as opened:
@@ -57,7 +58,7 @@ def check_copies(tensors: AdapterTensors, base: BaseCheckpoint | None, problems:
             base_files = {} if base is None else base.open(opened)
         for key, module in copies.items():
             with problems:
-                name = next((name for name in _BASE_NAMES[module] if name in base_files), None)
+                name = next(filter(None, (stored_name(base_files, name) for name in _BASE_NAMES[module])), None)
                 if name is None:
                     advice = "give the folder of the base model's checkpoint to compare it with"
                     raise _refusal(tensors, key, "may be a copy of the base model's embeddings", "a copy", advice)
@@ -71,7 +72,9 @@ def sizes_of_copies(folder: Path) -> str:
       folder: the adapter's.
     """
     with suppress(AdapterFormatError), open_weights(folder) as tensors:
-        copies = {match["module"]: info for key, info in tensors.infos.items() if (match := _COPY.fullmatch(key))}
+        copies = {
+            match["module"]: info for key, info in tensors.infos.items() if (match := _COPY.fullmatch(plain_key(key)))
+        }
         return "".join(f"; {module} alone would take {_size(info)} of every slot" for module, info in copies.items())
     return ""
 

@@ -1,6 +1,6 @@
 """Where projections stand in adapter files: a family's names, and the names that servers give to experts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,39 @@ TRTLLM_PARTS = {"moe_h_to_4h": ("gate",), "moe_gate": ("up",), "moe_4h_to_h": ("
 
 # Paths of the projections that stand outside of the layers; the first of a module is PEFT's, the other one Tinker's.
 OUTER_PATHS = {"model.embed_tokens": "embedding", "lm_head": "head", "model.unembed_tokens": "head"}
+
+TEXT = "model."
+"""What the names of a text model's modules begin with, but for its head's."""
+WRAPPED = ("model.language_model.", "language_model.model.")
+"""What stands in place of it in multimodal models."""
+
+
+def without_prefix(name: str, prefixes: Iterable[str]) -> str:
+    """The name that a module or tensor of a multimodal model has in its text model alone.
+
+    Args:
+      name: the full one.
+      prefixes: what may stand in place of `model.`, such as `model.language_model.`, or `language_model.model.`, behind
+        whose first part the head stands too.
+    """
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            return TEXT + name.removeprefix(prefix)
+        if prefix.endswith(f".{TEXT}") and name.startswith(around := prefix.removesuffix(TEXT)):
+            return name.removeprefix(around)
+    return name
+
+
+def with_prefix(name: str, prefix: str) -> str:
+    """The opposite of `without_prefix`.
+
+    Args:
+      name: in a text model alone.
+      prefix: what stands in place of `model.`.
+    """
+    if name.startswith(TEXT):
+        return prefix + name.removeprefix(TEXT)
+    return f"{prefix.removesuffix(TEXT)}{name}" if prefix.endswith(f".{TEXT}") else name
 
 
 @dataclass(frozen=True)
@@ -27,6 +60,7 @@ class AdapterNames:
       per_expert_path: path of the experts where each has its own 2-D matrices; `experts_path` where None.
       interleaved: rows of `gate_up_proj` alternate between gate and up; else all of gate come first.
       stored_in_out: 3-D parameters are `(E, in, out)`, which PEFT never wrote transposed.
+      prefixes: what the names of the text model's modules begin with; the first where adapters are written.
     """
 
     dense: Mapping[str, str]
@@ -35,6 +69,7 @@ class AdapterNames:
     per_expert_path: str | None = None
     interleaved: bool = False
     stored_in_out: bool = False
+    prefixes: tuple[str, ...] = (TEXT,)
 
     def split(self, path: str) -> tuple[str, str] | None:
         """The experts' path and what follows it; None for a path outside of the experts."""

@@ -31,7 +31,7 @@ def read_dense(file: AdapterFile, pair: Pair) -> LoRAWeights:
     site = file.site(pair, file.names.dense[pair.path])
     # transformers 5 holds the router as a bare parameter, so a config may name either.
     rank, parameter = pair.shape("A")[0], f"{pair.path}.weight"
-    if file.config.targets_parameter(f"model.layers.{pair.layer}.{parameter}"):
+    if file.config.targets_parameter(file.full_name(pair, parameter)):
         scale = file.scale(pair, rank, file.config.targets_parameter, parameter)
     else:
         scale = file.scale(pair, rank, file.config.targets_module, pair.path)
@@ -183,8 +183,8 @@ def _wrapper(file: AdapterFile, pair: Pair, nested: bool) -> _Wrapper:
     elif pair.path.endswith(_INNER):
         raise file.error(pair, "an inner wrapper stands without its outer one", pair.path, "its outer one too")
     else:
-        prefix = f"model.layers.{pair.layer}.{pair.path}"
-        fused, down = (file.config.targets_parameter(f"{prefix}.{p}") for p in ("gate_up_proj", "down_proj"))
+        name = file.full_name(pair, pair.path)
+        fused, down = (file.config.targets_parameter(f"{name}.{part}") for part in ("gate_up_proj", "down_proj"))
         if fused == down:
             both = "both gate_up_proj and down_proj" if fused else "neither gate_up_proj nor down_proj"
             problem = f"it stands alone, and target_parameters name {both} of this layer"

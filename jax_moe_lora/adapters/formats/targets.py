@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from jax_moe_lora.adapters.formats.adapter_file import AdapterFile, FileLayout
-from jax_moe_lora.adapters.formats.names import OUTER_PATHS, AdapterNames
+from jax_moe_lora.adapters.formats.names import OUTER_PATHS, AdapterNames, with_prefix
 from jax_moe_lora.adapters.formats.patterns import suffixes
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT
 from jax_moe_lora.adapters.lora import Site
@@ -31,6 +31,7 @@ def check_targets(file: AdapterFile, layout: FileLayout | None, stacks: Collecti
         names += expert_modules(file.names, file.sites)
     elif layout in stacks:
         names += _stacked_modules(file.names, file.sites)
+    names = [with_prefix(name, file.prefix) for name in names]
     possible = ends(name for name in names if config.targets_module(name))
     present = ends(file.present if file.problems.found else file.used)
     for target in [t for t in listed if t in possible] + list(config.target_parameters):

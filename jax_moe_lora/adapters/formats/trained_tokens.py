@@ -17,8 +17,8 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import OUTSIDE, TOKENS_KEY, AdapterFile, Pair, Weights
-from jax_moe_lora.adapters.formats.base_checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, BaseCheckpoint
+from jax_moe_lora.adapters.formats.adapter_file import OUTSIDE, TOKENS_KEY, AdapterFile, Pair, Weights, plain_key
+from jax_moe_lora.adapters.formats.base_checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, BaseCheckpoint, stored_name
 from jax_moe_lora.adapters.formats.names import OUTER_PATHS
 from jax_moe_lora.adapters.lora import LoRAWeights, uniform
 from jax_moe_lora.files.safetensors_header import TensorInfo
@@ -34,7 +34,7 @@ def token_rows(infos: Mapping[str, TensorInfo]) -> dict[str, Pair]:
     Args:
       infos: key -> what the file's header says.
     """
-    rows = {match["path"]: key for key in infos if (match := TOKENS_KEY.fullmatch(key))}
+    rows = {match["path"]: key for key in infos if (match := TOKENS_KEY.fullmatch(plain_key(key)))}
     return {
         path: Pair(OUTSIDE, path, dict.fromkeys("AB", key), dict.fromkeys("AB", infos[key]))
         for path, key in rows.items()
@@ -67,6 +67,7 @@ def add_trained_tokens(
         for path, source in sources.items():
             with file.problems:
                 name = HEAD_WEIGHT if path == _HEAD and not (base and base.tied) else EMBEDDING_WEIGHT
+                name = stored_name(base_files, name) or name
                 ids = file.config.token_ids[source]
                 _add(file, rows[source], OUTER_PATHS[path], ids, base_files.get(name), name, weights)
 

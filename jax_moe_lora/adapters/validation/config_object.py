@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any
 
 from jax_moe_lora.adapters.formats.config_reading import peft_config_of
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.names import AdapterNames, with_prefix
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.targets import dense_modules, ends, expert_modules, outer_modules, parameters
@@ -74,9 +74,12 @@ def examine_config(
     if not config.says_targets:
         return [finding_of(error) for error in problems.found]
     modules = [*dense_modules(names, sites), *expert_modules(names, sites), *outer_modules(sites)]
+    modules, with_weights = (
+        [with_prefix(name, names.prefixes[0]) for name in some] for some in (modules, parameters(names, sites))
+    )
     targeted = [name for name in modules if config.targets_module(name)]
-    targeted += [name for name in parameters(names, sites) if config.targets_parameter(name)]
-    _check_parameters(config, ends(parameters(names, sites)), problems)
+    targeted += [name for name in with_weights if config.targets_parameter(name)]
+    _check_parameters(config, ends(with_weights), problems)
     with problems:
         if not targeted and not problems.found:
             expected = ", ".join(sorted({name.rpartition(".")[2] for name in modules}))

@@ -1,6 +1,7 @@
 """Ranks and scales as `adapter_config.json` says them, so that what is read back has the same bits."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from jax_moe_lora.adapters.writing.draft import Draft, Part
 
 # Says by whose conventions A and B lie; up to 0.19.0 their roles were exchanged.
 PEFT_VERSION = "0.21.0"
+_IN_LAYER = re.compile(r"(?:model|language_model|model\.language_model|language_model\.model)\.layers\.\d+\.")
 _KEPT = ("base_model_name_or_path", "revision", "task_type")
 
 
@@ -154,5 +156,5 @@ class _Shortest:
 
 
 def _suffixes(full: str) -> tuple[str, str, str]:
-    below_layer = full.split(".", 3)[3] if full.startswith("model.layers.") else full
+    below_layer = full if (inside := _IN_LAYER.match(full)) is None else full[inside.end() :]
     return full.rpartition(".")[2], below_layer, full

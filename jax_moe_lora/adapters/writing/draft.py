@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.names import OUTER_PATHS, AdapterNames
+from jax_moe_lora.adapters.formats.names import OUTER_PATHS, TEXT, AdapterNames, with_prefix
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, same_matrices
 from jax_moe_lora.errors import AdapterFormatError
 
@@ -26,6 +26,7 @@ class Part:
       b: its B.
       rank: its rank.
       scale: the factor on its update.
+      prefix: what the names of the text model's modules begin with.
     """
 
     layer: int
@@ -37,21 +38,22 @@ class Part:
     b: np.ndarray
     rank: int
     scale: float
+    prefix: str = TEXT
 
     @property
     def full_target(self) -> str:
-        return full_name(self.module, self.layer, self.target)
+        return full_name(self.module, self.layer, self.target, self.prefix)
 
     def key(self, side: Literal["A", "B"]) -> str:
         """The key of A or B in the file; PEFT looks an embedding's A up, and names its sides otherwise."""
         lora = f"lora_embedding_{side}" if self.module == "embedding" else f"lora_{side}.weight"
-        return f"base_model.model.{full_name(self.module, self.layer, self.path)}.{lora}"
+        return f"base_model.model.{full_name(self.module, self.layer, self.path, self.prefix)}.{lora}"
 
     @property
     def patterns(self) -> tuple[str, str, str]:
         """Regular expressions for this target: in all layers and experts, in all experts of its layer, and alone."""
         everywhere = re.sub(r"\\\.\d+\\\.", lambda _: r"\.\d+\.", re.escape(self.target))
-        return everywhere, rf"model\.layers\.{self.layer}\.{everywhere}", re.escape(self.full_target)
+        return everywhere, rf"{re.escape(self.prefix)}layers\.{self.layer}\.{everywhere}", re.escape(self.full_target)
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,16 @@ class Draft:
             raise self.error(layer, module, f"{shared}, which this layout cannot say; expand writes copies (--expand)")
 
 
-def full_name(module: str, layer: int, path: str) -> str:
-    """The full name of a path: below its layer, or as it is for a module that stands outside of the layers."""
-    return path if module in OUTER_PATHS.values() else f"model.layers.{layer}.{path}"
+def full_name(module: str, layer: int, path: str, prefix: str) -> str:
+    """The full name of a path: below its layer, or as it is for a module that stands outside of the layers.
+
+    Args:
+      module: the module.
+      layer: the layer.
+      path: below the layer, or outside of it.
+      prefix: what the names of the text model's modules begin with.
+    """
+    return with_prefix(path if module in OUTER_PATHS.values() else f"{TEXT}layers.{layer}.{path}", prefix)
 
 
 def dense_part(layer: int, module: str, weights: LoRAWeights, path: str, parameter: bool = False) -> Part:

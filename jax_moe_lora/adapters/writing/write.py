@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +68,7 @@ class WrittenLayout:
         for module, site in sites.items():
             for target in self.targets(names, module, site.num_experts):
                 for layer in site.layers:
-                    yield full_name(module, layer, target)
+                    yield full_name(module, layer, target, names.prefixes[0])
 
 
 LAYOUTS = {
@@ -156,7 +156,7 @@ def plan_adapter(
     target = LAYOUTS[layout]
     check_adapter(adapter, sites, MAX_RANK, np.dtype(np.float32))
     draft = Draft(adapter, sites, names, target.read_as.name, expand, fold_scale)
-    parts = list(target.parts(draft))
+    parts = [replace(part, prefix=names.prefixes[0]) for part in target.parts(draft)]
     for part in parts:
         for matrix in (part.a, part.b):
             if matrix.dtype not in DTYPES.values():

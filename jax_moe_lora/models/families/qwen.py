@@ -12,31 +12,37 @@ from jax_moe_lora.models.specs.model import LayerSpec
 from jax_moe_lora.models.specs.parameter import Norm
 
 
-def open_qwen(raw: Mapping[str, Any], source: str, neutral: Values) -> Fields:
+def open_qwen(raw: Mapping[str, Any], source: str, neutral: Values, any_value: tuple[str, ...] = ()) -> Fields:
     """The fields of a config without sliding windows.
 
     Args:
       raw: the config.
       source: what errors call the file.
       neutral: what the family's class does whatever its config says, as in `neutral_fields.ONE_VALUE`.
+      any_value: the family's own fields that are passed over whatever they say.
     """
-    fields = open_fields(raw, source, neutral, any_value=("max_window_layers", "sliding_window"))
+    fields = open_fields(raw, source, neutral, any_value=("max_window_layers", "sliding_window", *any_value))
     fields.expect("use_sliding_window", (None, False), "sliding-window attention is not supported")
     return fields
 
 
-def read_qwen_layers(fields: Fields, attention: GQA, norm: Norm, **routed: Any) -> Sequence[LayerSpec]:
+def read_qwen_layers(
+    fields: Fields, attention: GQA, norm: Norm, renormalize: bool | None = None, **routed: Any
+) -> Sequence[LayerSpec]:
     """The layers, dense or routed, by `decoder_sparse_step` and `mlp_only_layers`.
 
     Args:
       fields: the config's.
       attention: of every layer.
       norm: of every layer.
+      renormalize: as in `MoEConfig`; None for what `norm_topk_prob` says.
       routed: further fields of `RoutedMLP`.
     """
     is_routed = read_sparse_layers(fields)
     fields.expect_all("layer_types", "full_attention", len(is_routed))
-    experts = RoutedMLP(read_moe(fields, "moe_intermediate_size", fields.flag("norm_topk_prob", False)), **routed)
+    if renormalize is None:
+        renormalize = fields.flag("norm_topk_prob", False)
+    experts = RoutedMLP(read_moe(fields, "moe_intermediate_size", renormalize), **routed)
     if all(is_routed) and not fields.get("intermediate_size"):
         return [LayerSpec(attention, experts, norm)] * len(is_routed)
     dense = DenseMLP(fields.size("intermediate_size"), read_activation(fields))

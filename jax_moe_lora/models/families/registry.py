@@ -13,10 +13,14 @@ from jax_moe_lora.models.families import (
     mixtral,
     olmoe,
     qwen2_moe,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
+    qwen3_vl_moe,
 )
 from jax_moe_lora.models.families.family import Family
 from jax_moe_lora.models.families.unsupported import unsupported
+from jax_moe_lora.models.fields import Fields
 
 FAMILIES: Mapping[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -31,8 +35,16 @@ FAMILIES: Mapping[str, Family] = {
         kimi_k25,
         glm4_moe_lite,
         mistral4,
+        qwen3_next,
+        qwen3_5_moe,
+        qwen3_vl_moe,
     )
 }
+# What a wrapper says of its other parts, and of the tokens that stand for their data.
+_OF_WRAPPERS = (
+    *("vision_config", "audio_config", "image_token_id", "video_token_id", "audio_token_id"),
+    *("vision_start_token_id", "vision_end_token_id", "language_model_only"),
+)
 _WRAPPED = {wrapper: family for family in FAMILIES.values() for wrapper in family.wrappers}
 
 
@@ -52,14 +64,24 @@ def family(model_type: Any, source: str = "config", raw: Mapping[str, Any] | Non
     return FAMILIES[model_type]
 
 
-def wrapped(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+def wrapped(raw: Mapping[str, Any], source: str = "config") -> Mapping[str, Any]:
     """The config of the text part, for a wrapper of a supported family; else the config itself.
 
     Args:
       raw: a whole `config.json`.
+      source: what errors call the file.
+
+    Raises:
+      ConfigError: a field of the wrapper may change what the text part computes, by name.
     """
     text = raw.get("text_config")
-    if isinstance(raw.get("model_type"), str) and raw["model_type"] in _WRAPPED and isinstance(text, Mapping):
-        outer = {name: raw[name] for name in ("tie_word_embeddings", "quantization_config") if name in raw}
-        return {"model_type": _WRAPPED[raw["model_type"]].model_type} | outer | dict(text)
-    return raw
+    if not isinstance(raw.get("model_type"), str) or raw["model_type"] not in _WRAPPED or not isinstance(text, Mapping):
+        return raw
+    outer = Fields(raw, source, any_value=_OF_WRAPPERS)
+    kept = {name: outer.get(name) for name in ("tie_word_embeddings", "quantization_config", "eos_token_id")}
+    outer.get("text_config")
+    outer.refuse_unknown()
+    # Whether the head is tied is the wrapper's to say; its text part may have another default.
+    text = {name: value for name, value in text.items() if name != "tie_word_embeddings"}
+    kept = {name: value for name, value in kept.items() if value is not None and text.get(name) is None}
+    return {"model_type": _WRAPPED[raw["model_type"]].model_type} | text | kept

@@ -37,9 +37,6 @@ LAYER_SETTINGS: Mapping[str, str] = {
     "minimax": f"{_SOFTMAX}, renormalize=True",
     "minimax_m2": f"{_SIGMOID}, renormalize=True",
     "phimoe": _OWN_ROUTER,
-    "qwen3_5_moe_text": f"{_SOFTMAX}, renormalize=True",
-    "qwen3_next": f"{_SOFTMAX}, renormalize=True",
-    "qwen3_vl_moe_text": f"{_SOFTMAX}, renormalize=True",
 }
 """Known families of Mixture-of-Experts that are not supported as models -> how their routed experts alone run."""
 

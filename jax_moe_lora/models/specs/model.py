@@ -6,12 +6,13 @@ from functools import lru_cache
 from typing import Literal
 
 from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.models.specs.delta_net import DeltaNet
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.mla import MLA
 from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
 from jax_moe_lora.models.specs.parameter import RMS, Norm, Parameter
 
-Attention = GQA | MLA
+Attention = GQA | MLA | DeltaNet
 """What mixes the tokens of a request."""
 MLP = DenseMLP | RoutedMLP
 """What each token goes through on its own."""
@@ -75,6 +76,7 @@ class ModelConfig:
       head_bias: the head has a bias.
       max_positions: the longest request that the checkpoint was made for.
       eos_token_ids: generation stops at any of these.
+      wrapped: the checkpoint is that of a multimodal model, of which this is the text part.
     """
 
     model_type: str
@@ -89,6 +91,7 @@ class ModelConfig:
     head_bias: bool = False
     max_positions: int = 32_768
     eos_token_ids: tuple[int, ...] = ()
+    wrapped: bool = False
 
     @property
     def num_layers(self) -> int:
