@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY, OUTER_KEY, OUTSIDE, TOKENS_KEY, plain_key
+from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY, OUTER_KEY, OUTSIDE, TOKENS_KEY
 from jax_moe_lora.adapters.formats.config_reading import describe_peft_config
 from jax_moe_lora.adapters.formats.detect import layout_of
 from jax_moe_lora.adapters.formats.look_around import adapters_below
-from jax_moe_lora.adapters.formats.names import TEXT, WRAPPED, with_prefix
+from jax_moe_lora.adapters.formats.names import any_prefix, plain_key
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.weights import open_weights
 from jax_moe_lora.errors import CheckpointError
@@ -194,18 +194,15 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
     config = describe_peft_config(folder)
     with open_weights(folder) as tensors:
         infos = tensors.infos
-    keys = {
-        key: match
-        for key, info in infos.items()
-        if (match := _LORA_KEY.fullmatch(plain_key(key))) and len(info.shape) in (2, 3)
-    }
+    matrices = {key: plain_key(key) for key, info in infos.items() if len(info.shape) in (2, 3)}
+    keys = {key: match for key, plain in matrices.items() if (match := _LORA_KEY.fullmatch(plain))}
     paths = {(int(match["layer"]), match["path"]) for match in keys.values()}
     groups: dict[str, list[_Matrix]] = {}
     for key, match in keys.items():
         layer, path = int(match["layer"]), match["path"]
         parameter = _parameter(layer, path, paths, config)
         module = parameter or _EXPERT.sub(".experts.*.", f".{path}.").strip(".")
-        rank, _ = config.rank_and_scale(*_full_names(f"model.layers.{layer}.{module}"))
+        rank, _ = config.rank_and_scale(*any_prefix(f"model.layers.{layer}.{module}"))
         if parameter and match["side"] == "A" and infos[key].shape[0] % rank:
             raise config.error(f"it gives {key} rank {rank}, which does not divide its {infos[key].shape[0]} rows")
         rows = rank if parameter else infos[key].shape[-2]
@@ -265,14 +262,8 @@ def _parameter(layer: int, path: str, paths: set[tuple[int, str]], config: PeftC
     if (layer, f"{experts}.base_layer") in paths:
         fused = path != experts
     else:
-        names = _full_names(f"model.layers.{layer}.{experts}.gate_up_proj")
-        fused = any(config.targets_parameter(name) for name in names)
+        fused = any(map(config.targets_parameter, any_prefix(f"model.layers.{layer}.{experts}.gate_up_proj")))
     return f"{experts}.{'gate_up_proj' if fused else 'down_proj'}"
-
-
-def _full_names(name: str) -> list[str]:
-    """What a module may be called in the model that PEFT wrapped."""
-    return [with_prefix(name, prefix) for prefix in (TEXT, *WRAPPED)]
 
 
 def _layout(paths: set[str]) -> str:

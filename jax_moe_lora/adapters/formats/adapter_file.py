@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.names import TEXT, WRAPPED, AdapterNames, with_prefix, without_prefix
+from jax_moe_lora.adapters.formats.names import TEXT, AdapterNames, plain_key, with_prefix
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.lora import LoRAWeights, Site
@@ -31,7 +31,6 @@ TOKENS_KEY = re.compile(
     r"base_model\.model\.(?P<path>model\.embed_tokens|lm_head)\.token_adapter\.trainable_tokens_delta"
 )
 """Rows that replace some of the base model's (`trained_tokens.py`)."""
-_BEGIN = "base_model.model."
 OUTSIDE = -1
 """The layer of pairs that stand outside of the layers, in a file; the model's sites say which one it is to it."""
 _KNOWN_BAD = {
@@ -48,15 +47,6 @@ _KNOWN_BAD = {
 ANOTHER_MODEL = "; if the adapter was trained for another model, load it into that one"
 
 Weights = dict[tuple[int, str], LoRAWeights]
-
-
-def plain_key(key: str) -> str:
-    """The key as in an adapter of the text model alone.
-
-    Args:
-      key: in a file; one in which PEFT wrapped a multimodal model has `language_model.` in it.
-    """
-    return _BEGIN + without_prefix(key.removeprefix(_BEGIN), WRAPPED) if key.startswith(_BEGIN) else key
 
 
 @dataclass(frozen=True)
@@ -239,12 +229,7 @@ class AdapterFile:
         return scale
 
     def full_name(self, pair: Pair, path: str) -> str:
-        """The name of a module or parameter of a pair in the model that PEFT wrapped.
-
-        Args:
-          pair: A and B.
-          path: below `model.layers.L.`, or in full where it is outside.
-        """
+        """The name, in the model that PEFT wrapped, of a path below the pair's layer, or outside of the layers."""
         return with_prefix(path if pair.layer == OUTSIDE else f"{TEXT}layers.{pair.layer}.{path}", self.prefix)
 
     def load(
@@ -294,9 +279,8 @@ class AdapterFile:
     @property
     def present(self) -> set[str]:
         """Names that weights were found for, or that keys whose problems were kept may have been meant for."""
-        keys = [str(error.key) for error in self.problems.found]
-        plain = map(plain_key, keys)
-        matches = [match for key in plain if (match := _KEY.fullmatch(key) or OUTER_KEY.fullmatch(key))]
+        keys = [plain_key(str(error.key)) for error in self.problems.found]
+        matches = [match for key in keys if (match := _KEY.fullmatch(key) or OUTER_KEY.fullmatch(key))]
         modules = {(match.groupdict().get("module") or match["path"]).removesuffix(".base_layer") for match in matches}
         refused = {with_prefix(module, self.prefix) for module in modules}
         ends = ("", ".gate_up_proj", ".down_proj", ".weight")

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from jax_moe_lora.adapters.formats.names import TEXT, WRAPPED, with_prefix
+from jax_moe_lora.adapters.formats.names import any_prefix
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.files.shards import open_shards
@@ -20,7 +20,7 @@ def stored_name(files: Mapping[str, TensorFile], name: str) -> str | None:
       files: tensor -> its file.
       name: in a checkpoint of the text model alone.
     """
-    return next((found for prefix in (TEXT, *WRAPPED) if (found := with_prefix(name, prefix)) in files), None)
+    return next((spelling for spelling in any_prefix(name) if spelling in files), None)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from jax_moe_lora.adapters.formats.config_fields import B_LAYOUTS
 from jax_moe_lora.adapters.formats.config_reading import read_peft_config
 from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
 from jax_moe_lora.adapters.formats.look_around import WEIGHTS_INDEX
-from jax_moe_lora.adapters.formats.names import TEXT, WRAPPED, AdapterNames, without_prefix
+from jax_moe_lora.adapters.formats.names import BEGIN, TEXT, WRAPPED, AdapterNames, without_prefix
 from jax_moe_lora.adapters.formats.outer import read_outer
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig
@@ -137,7 +137,7 @@ def _prefix(file: AdapterFile, pairs: list[Pair]) -> str:
     """What the names of the text model's modules begin with in a file; one for all of them."""
     prefixes: dict[str, Pair] = {}
     for pair in pairs:
-        name = pair.key.removeprefix("base_model.model.")
+        name = pair.key.removeprefix(BEGIN)
         prefix = next((prefix for prefix in WRAPPED if without_prefix(name, [prefix]) != name), TEXT)
         if prefix != TEXT or name.startswith(TEXT):
             prefixes.setdefault(prefix, pair)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import plain_key
 from jax_moe_lora.adapters.formats.base_checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, BaseCheckpoint, stored_name
+from jax_moe_lora.adapters.formats.names import plain_key
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.weights import AdapterTensors, open_weights
 from jax_moe_lora.errors import AdapterFormatError

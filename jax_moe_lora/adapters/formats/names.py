@@ -14,6 +14,8 @@ TRTLLM_PARTS = {"moe_h_to_4h": ("gate",), "moe_gate": ("up",), "moe_4h_to_h": ("
 # Paths of the projections that stand outside of the layers; the first of a module is PEFT's, the other one Tinker's.
 OUTER_PATHS = {"model.embed_tokens": "embedding", "lm_head": "head", "model.unembed_tokens": "head"}
 
+BEGIN = "base_model.model."
+"""What every key begins with."""
 TEXT = "model."
 """What the names of a text model's modules begin with, but for its head's."""
 WRAPPED = ("model.language_model.", "language_model.model.")
@@ -46,6 +48,24 @@ def with_prefix(name: str, prefix: str) -> str:
     if name.startswith(TEXT):
         return prefix + name.removeprefix(TEXT)
     return f"{prefix.removesuffix(TEXT)}{name}" if prefix.endswith(f".{TEXT}") else name
+
+
+def any_prefix(name: str) -> list[str]:
+    """What a module or tensor of a text model may be called, alone and in a multimodal model.
+
+    Args:
+      name: in a text model alone.
+    """
+    return [with_prefix(name, prefix) for prefix in (TEXT, *WRAPPED)]
+
+
+def plain_key(key: str) -> str:
+    """The key that an adapter of the text model alone has.
+
+    Args:
+      key: in a file.
+    """
+    return BEGIN + without_prefix(key.removeprefix(BEGIN), WRAPPED) if key.startswith(BEGIN) else key
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from jax_moe_lora.adapters.formats.adapter_file import OUTSIDE, TOKENS_KEY, AdapterFile, Pair, Weights, plain_key
+from jax_moe_lora.adapters.formats.adapter_file import OUTSIDE, TOKENS_KEY, AdapterFile, Pair, Weights
 from jax_moe_lora.adapters.formats.base_checkpoint import EMBEDDING_WEIGHT, HEAD_WEIGHT, BaseCheckpoint, stored_name
-from jax_moe_lora.adapters.formats.names import OUTER_PATHS
+from jax_moe_lora.adapters.formats.names import OUTER_PATHS, plain_key
 from jax_moe_lora.adapters.lora import LoRAWeights, uniform
 from jax_moe_lora.files.safetensors_header import TensorInfo
 from jax_moe_lora.files.safetensors_io import TensorFile

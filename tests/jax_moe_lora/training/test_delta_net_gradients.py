@@ -60,7 +60,8 @@ def test_gradients_of_packed_rows_are_those_of_peft_on_each_example(tmp_path):
     place = 0
     for number, example in enumerate(examples, 1):
         here = slice(place, place + len(example) - 1)
-        rows[:, 0, here] = example[:-1], np.arange(len(example) - 1), number, example[1:]
+        count = len(example) - 1
+        rows[:, 0, here] = example[:-1], np.arange(count), np.full(count, number), example[1:]
         place = here.stop
     tokens, positions, segments, targets = map(jnp.asarray, rows)
     weights = load_params(base, config, "float32")
