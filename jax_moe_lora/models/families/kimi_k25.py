@@ -1,8 +1,10 @@
 """Kimi K2.5: the text part of a multimodal model, which is Kimi K2."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from jax_moe_lora.adapters.formats.names import WRAPPED
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.families import deepseek_v3
 from jax_moe_lora.models.families.family import Family
@@ -33,12 +35,14 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     # The class ties them where it is not told.
     outer = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
     outer |= {name: raw[name] for name in ("quantization_config",) if raw.get(name)}
-    return deepseek_v3.read_config({**text, **outer}, generation, source, model_type="kimi_k25")
+    config = deepseek_v3.read_config({**text, **outer}, generation, source, model_type="kimi_k25")
+    return replace(config, wrapped=True)
 
 
 FAMILY = Family(
     "kimi_k25",
     read_config,
+    prefixes=WRAPPED,
     renames={
         # Transformers 5 saves the text part's layers by the name that those of its images have.
         r"language_model\.model\.blocks\.": "model.layers.",

@@ -11,16 +11,17 @@ from jax_moe_lora import Model
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.families.registry import FAMILIES
 from jax_moe_lora.models.families.unsupported import LAYER_SETTINGS
 
-SUPPORTED = "Supported are qwen3_moe, qwen2_moe, mixtral, olmoe."
+SUPPORTED = f"Supported are {', '.join(FAMILIES)}."
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "experts alone, by moe_lora": (
         {"model_type": "gpt_oss", "num_local_experts": 32},
         ("Mixture-of-Experts family", "experts alone", "moe_lora", "clamped_swiglu", "expert_bias=True"),
     ),
     "experts alone, by its own router": (
-        {"model_type": "deepseek_v3", "n_routed_experts": 256},
+        {"model_type": "longcat_flash", "n_routed_experts": 256},
         ("Mixture-of-Experts family", "experts alone", "routed_experts", "own router"),
     ),
     "weights on the experts' input": ({"model_type": "llama4_text"}, ("not supported as a whole. Supported",)),
@@ -31,9 +32,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a text part that is not, inside another part": (
         {
             "model_type": "qwen3_omni_moe",
-            "thinker_config": {"text_config": {"model_type": "qwen3_vl_moe_text", "num_experts": 128}},
+            "thinker_config": {"text_config": {"model_type": "bailing_moe", "num_experts": 128}},
         },
-        ("multimodal", "'qwen3_vl_moe_text'", "experts alone", "softmax_topk"),
+        ("multimodal", "'bailing_moe'", "experts alone", "softmax_topk"),
     ),
     "a dense text part": (
         {"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": 8}},

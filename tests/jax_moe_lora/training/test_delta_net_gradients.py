@@ -63,11 +63,10 @@ def test_gradients_of_packed_rows_are_those_of_peft_on_each_example(tmp_path):
         count = len(example) - 1
         rows[:, 0, here] = example[:-1], np.arange(count), np.full(count, number), example[1:]
         place = here.stop
-    tokens, positions, segments, targets = map(jnp.asarray, rows)
     weights = load_params(base, config, "float32")
 
     @jax.jit
-    def gradients(params):
+    def gradients(params, tokens, positions, segments, targets):
         def loss(params):
             bank = training_bank({"peft": params}, {"peft": spec}, sites, config.num_layers)
             inputs = tokens, positions, segments, jnp.where(segments > 0, 0, -1)
@@ -77,7 +76,7 @@ def test_gradients_of_packed_rows_are_those_of_peft_on_each_example(tmp_path):
 
         return jax.grad(loss)(params)
 
-    found = gradients(params)
+    found = gradients(params, *map(jnp.asarray, rows))
     assert {*found} == {*expected}
     for key, values in expected.items():
         assert_close(np.asarray(found[key]), np.asarray(values), 1e-4)
