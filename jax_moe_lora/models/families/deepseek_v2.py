@@ -11,7 +11,8 @@ from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.specs.model import ModelConfig
 
 # What the class in transformers does whatever its config says.
-NEUTRAL: Values = deepseek.NEUTRAL | {
+NEUTRAL: Values = {
+    **deepseek.NEUTRAL,
     "norm_topk_prob": (False,),
     "rope_interleave": (True,),
     "scoring_func": ("softmax",),

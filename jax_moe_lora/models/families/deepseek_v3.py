@@ -16,10 +16,11 @@ from jax_moe_lora.models.families.deepseek import (
     read_routed,
 )
 from jax_moe_lora.models.families.family import Family
+from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.specs.model import ModelConfig
 
 # The class always scores by sigmoid, with a bias for the choice.
-ROUTER = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
+ROUTER: Values = {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
 
 
 def read_config(
@@ -36,7 +37,7 @@ def read_config(
     Raises:
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
-    fields = open_fields(raw, source, NEUTRAL | ROUTER, ANY_VALUE)
+    fields = open_fields(raw, source, {**NEUTRAL, **ROUTER}, ANY_VALUE)
     norm, attention = read_norm(fields, 1e-6), read_mla(fields)
     fields.expect("head_dim", (None, attention.rope_dim), "it is another name of qk_rope_head_dim")
     moe = read_experts(

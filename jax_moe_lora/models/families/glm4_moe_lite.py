@@ -18,7 +18,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     Raises:
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
-    fields = open_fields(raw, source, deepseek.NEUTRAL | ROUTER, deepseek.ANY_VALUE)
+    fields = open_fields(raw, source, {**deepseek.NEUTRAL, **ROUTER}, deepseek.ANY_VALUE)
     norm, attention = read_norm(fields, 1e-5), read_mla(fields)
     fields.expect("head_dim", (None, attention.rope_dim), "it is another name of qk_rope_head_dim")
     moe = read_experts(
