@@ -16,7 +16,7 @@ from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.training import from_adapter
 from jax_moe_lora.training.training_bank import training_bank
 from support.layers import assert_close
-from support.networks import load_model, save_model, tiny
+from support.networks import EXPERTS, load_model, save_model, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow(30)]
 
@@ -35,7 +35,9 @@ def test_gradients_of_packed_rows_are_those_of_peft_on_each_example(tmp_path):
     base = save_model(tiny("qwen3_next", num_hidden_layers=2, layer_types=types), tmp_path / "model")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        network = peft.get_peft_model(load_model(base), peft.LoraConfig(r=3, target_modules=TARGETS))
+        network = peft.get_peft_model(
+            load_model(base), peft.LoraConfig(r=3, target_modules=TARGETS, target_parameters=EXPERTS)
+        )
     matrices = [parameter for name, parameter in network.named_parameters() if "lora_" in name]
     with torch.no_grad():
         for matrix in matrices:
