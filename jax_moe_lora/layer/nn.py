@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jax_moe_lora.adapters.bank import AdapterBank, create_bank
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.arguments import is_torch
-from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.config import CHOICE_BIAS, MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.checks import check_slots
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
@@ -97,7 +97,7 @@ class Router(nnx.Module):
     def __init__(self, config: MoEConfig, *, param_dtype: jax.typing.DTypeLike = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.weight = nnx.Param(_INIT(rngs.params(), (config.num_experts, config.hidden_size), param_dtype))
-        with_bias = config.router == "sigmoid_bias"
+        with_bias = config.router in CHOICE_BIAS
         self.bias = nnx.Param(jnp.zeros(config.num_experts, jnp.float32)) if with_bias else None
 
     def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T E"]:

@@ -94,7 +94,7 @@ def _route(
         exponentials = np.exp(values - values.max())
         return exponentials / exponentials.sum()
 
-    if bias is not None and kind != "sigmoid_bias":
+    if bias is not None and kind not in ("sigmoid_bias", "softmax_bias"):
         scores = scores + bias
     if kind == "softmax_topk":
         probabilities = softmax(scores)
@@ -107,6 +107,12 @@ def _route(
         sigmoid = 1 / (1 + np.exp(-scores))
         chosen = _choose(sigmoid if bias is None else sigmoid + bias, top_k, groups)
         p = sigmoid[chosen]
+    elif kind == "softmax_bias":
+        probabilities = softmax(scores)
+        chosen = _choose(probabilities if bias is None else probabilities + bias, top_k, groups)
+        p = probabilities[chosen]
+    elif kind == "sparsemixer":
+        chosen, p = _sparse_mixer(scores)
     else:
         raise ValueError(f"unknown router kind {kind!r}")
     if renormalize:
@@ -124,3 +130,17 @@ def _choose(values: np.ndarray, top_k: int, groups: tuple[int, int, str]) -> np.
         kept = np.argsort(-group_scores, kind="stable")[:top_groups]
         values = np.where(np.isin(np.arange(len(values)) // size, kept), values, -np.inf)
     return np.argsort(-values, kind="stable")[:top_k]
+
+
+def _sparse_mixer(scores: np.ndarray, jitter: float = 0.01) -> tuple[np.ndarray, np.ndarray]:
+    """Liu et al., arXiv:2409.12136, without its sampling: the best expert, then the best of the others."""
+    chosen: list[int] = []
+    weights = []
+    for _ in range(2):
+        others = [e for e in range(len(scores)) if e not in chosen]
+        best = max(others, key=lambda e: (scores[e], -e))
+        largest = scores[best]
+        near = [e for e in others if (largest - scores[e]) / max(abs(scores[e]), largest) <= 2 * jitter]
+        weights.append(1 / sum(np.exp(scores[e] - largest) for e in near))
+        chosen.append(best)
+    return np.array(chosen), np.array(weights)

@@ -9,9 +9,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.arguments import whole
-from jax_moe_lora.config import MoEConfig, RouterKind
+from jax_moe_lora.config import CHOICE_BIAS, MoEConfig, RouterKind
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
+from jax_moe_lora.layer.sparse_mixer import sparse_mixer
 from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels.ops import BASE_SLOT
 
@@ -28,7 +29,8 @@ def route(
     Args:
       scores: float32 `[T, E]`, the router's matmul.
       config: the layer's sizes and its kind of router.
-      bias: `[E]`, added to the scores; with `sigmoid_bias` it is for the choice alone and no part of the weights.
+      bias: `[E]`, added to the scores; with a router of `CHOICE_BIAS` it is for the choice alone and no
+        part of the weights.
       chosen: int32 `[T, K]`, experts that were chosen before, such as those of the generation that a trainer replays:
         they get the weights that these scores give them. The router chooses where they are negative.
 
@@ -48,10 +50,15 @@ def route(
         checks.check_array("chosen", chosen, (scores.shape[0], config.top_k), "integers")
     if config.router not in get_args(RouterKind):
         raise _unknown(config.router)
-    if bias is not None and config.router != "sigmoid_bias":
+    if bias is not None and config.router not in CHOICE_BIAS:
         scores = scores + bias.astype(scores.dtype)[None]
+    if config.router == "sparsemixer":
+        if config.top_k != 2:
+            raise InputError(f"config.top_k is {config.top_k}; a sparsemixer router chooses 2 experts.")
+        weights, experts = sparse_mixer(scores, config.jitter, chosen)
+        return weights * config.scaling, experts
     values = _expert_values(scores, config.router)
-    for_choice = values if bias is None or config.router != "sigmoid_bias" else values + bias[None]
+    for_choice = values if bias is None or config.router not in CHOICE_BIAS else values + bias[None]
     experts = lax.top_k(_of_best_groups(for_choice, config), config.top_k)[1]
     if chosen is not None:
         experts = jnp.where(chosen < 0, experts, chosen.astype(experts.dtype))
@@ -59,13 +66,14 @@ def route(
     if config.router == "topk_softmax":
         weights = jax.nn.softmax(weights, axis=-1)
     if config.renormalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + config.renormalize_eps)
+        total = weights.sum(-1, keepdims=True) + config.renormalize_eps
+        weights = weights / (jnp.maximum(total, config.renormalize_floor) if config.renormalize_floor else total)
     return weights * config.scaling, experts.astype(jnp.int32)
 
 
 def _expert_values(scores: Float[Array, "T E"], router: RouterKind) -> Float[Array, "T E"]:
     """What a router compares experts by."""
-    if router == "softmax_topk":
+    if router in ("softmax_topk", "softmax_bias"):
         return jax.nn.softmax(scores, axis=-1)
     return jax.nn.sigmoid(scores) if router == "sigmoid_bias" else scores
 
@@ -86,9 +94,9 @@ def _of_best_groups(values: Float[Array, "T E"], config: MoEConfig) -> Float[Arr
 def expert_probabilities(scores: Float[Array, "T E"], router: RouterKind) -> Float[Array, "T E"]:
     """Each token's scores as a distribution over all experts, which a router's auxiliary loss is made of.
 
-    A softmax router's is the softmax over all experts, also where its weights are a softmax over the chosen ones alone
-    (`topk_softmax`). A sigmoid router's is each sigmoid divided by the token's sum of them, without the bias
-    (DeepSeek-V3, arXiv:2412.19437, equations 18 to 20).
+    A softmax router's is the softmax over all experts, also where its weights are a softmax over some of them
+    (`topk_softmax`, `sparsemixer`). A sigmoid router's is each sigmoid divided by the token's sum of them. A bias for
+    the choice is no part of either (DeepSeek-V3, arXiv:2412.19437, equations 18 to 20).
 
     Args:
       scores: float32 `[T, E]`, the router's matmul.
@@ -97,7 +105,7 @@ def expert_probabilities(scores: Float[Array, "T E"], router: RouterKind) -> Flo
     Returns:
       float32 `[T, E]`; each row sums to one.
     """
-    if router in ("softmax_topk", "topk_softmax"):
+    if router in ("softmax_topk", "topk_softmax", "softmax_bias", "sparsemixer"):
         return jax.nn.softmax(scores, axis=-1)
     if router == "sigmoid_bias":
         return jax.nn.softmax(jax.nn.log_sigmoid(scores), axis=-1)  # of scores far below zero too

@@ -100,16 +100,25 @@ def read_norm(fields: Fields, default_eps: float, **others: Any) -> Norm:
     return Norm(fields.positive("rms_norm_eps", default_eps), **others)
 
 
-def read_moe(fields: Fields, expert_width: str, renormalize: bool, **others: Any) -> MoEConfig:
+def read_moe(
+    fields: Fields,
+    expert_width: str,
+    renormalize: bool,
+    experts_names: tuple[str, ...] = ("num_experts", "num_local_experts"),
+    top_k_name: str = "num_experts_per_tok",
+    **others: Any,
+) -> MoEConfig:
     """The routed experts, with a softmax-then-top-k router where `others` name no other.
 
     Args:
       fields: the config's.
       expert_width: the field that holds F.
       renormalize: as in `MoEConfig`.
+      experts_names: the fields that may hold E.
+      top_k_name: the field that holds K.
       others: further fields of `MoEConfig`.
     """
-    experts, top_k = _read_experts(fields)
+    experts, top_k = _read_experts(fields, experts_names, top_k_name)
     return MoEConfig(
         hidden_size=fields.size("hidden_size"),
         expert_width=fields.size(expert_width),
@@ -154,15 +163,17 @@ def read_heads(fields: Fields) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
-def _read_experts(fields: Fields) -> tuple[int, int]:
-    """(experts, experts per token); the first has two names, by family and by version of transformers."""
-    hub, local = fields.optional_size("num_experts"), fields.optional_size("num_local_experts")
-    if hub and local and hub != local:
-        raise fields.error(f"num_experts is {hub}, but num_local_experts is {local}")
-    experts = fields.size("num_experts", local)
+def _read_experts(fields: Fields, names: tuple[str, ...], top_k_name: str) -> tuple[int, int]:
+    """(experts, experts per token); the first may have several names, by family and by version of transformers."""
+    sizes = {name: size for name in names if (size := fields.optional_size(name))}
+    if len({*sizes.values()}) > 1:
+        (name, size), (other, another) = list(sizes.items())[:2]
+        raise fields.error(f"{name} is {size}, but {other} is {another}")
+    name = next(iter(sizes), names[0])
+    experts = fields.size(name)
     if experts > MOST:
-        raise fields.error(f"num_experts is {experts}, at most {MOST} are supported")
-    top_k = fields.size("num_experts_per_tok")
+        raise fields.error(f"{name} is {experts}, at most {MOST} are supported")
+    top_k = fields.size(top_k_name)
     if top_k > experts:
-        raise fields.error(f"num_experts_per_tok is {top_k}, more than the {experts} experts")
+        raise fields.error(f"{top_k_name} is {top_k}, more than the {experts} experts")
     return experts, top_k

@@ -6,6 +6,7 @@ Letters: B requests, T tokens of a request, N rows of the step.
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.models.blocks import dense_mlp, routed_mlp
@@ -66,4 +67,6 @@ def _before(spec: LayerSpec, layer: LayerParams, block: str, x: Float[Array, "B 
 def _after(spec: LayerSpec, layer: LayerParams, block: str, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     if spec.norms != "before":
         y = norm_named(spec.norm, y, layer, f"{block}_post_norm")
-    return y if spec.residual_scale == 1.0 else y * spec.residual_scale
+    if spec.residual_scale == 1.0:
+        return y
+    return (y.astype(jnp.float32) * spec.residual_scale).astype(y.dtype)  # 0.22 has no 16-bit neighbour near enough

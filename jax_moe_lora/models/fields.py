@@ -49,6 +49,12 @@ class Fields:
             raise self.error(f"{name} is {value!r}, a whole number of at least 1 was expected", name)
         return value
 
+    def count(self, name: str, default: int) -> int:
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(f"{name} is {value!r}, a whole number of at least 0 was expected", name)
+        return value
+
     def optional_size(self, name: str) -> int | None:
         return None if self.get(name) is None else self.size(name)
 

@@ -10,36 +10,41 @@ from jax_moe_lora.config import RopeConfig
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """`(float32 [head_dim / 2] radians a position, factor on cos and sin)`.
+    """`(float32 [turned pairs] radians a position, factor on cos and sin)`.
 
     Source: `modeling_rope_utils.py` of transformers; YaRN is arXiv:2309.00071.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    dim = head_dim if config.kind == "proportional" else config.rotary_dim or head_dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     base = 1.0 / np.float32(config.theta) ** exponents
     if config.kind == "linear":
         return base / np.float32(config.factor), 1.0
+    if config.kind == "longrope":
+        assert config.attention_factor is not None
+        return base / np.asarray(config.divisors, np.float32), config.attention_factor
+    if config.kind == "proportional":
+        turned = np.arange(dim // 2) < (config.rotary_dim or dim) // 2
+        return np.where(turned, base / np.float32(config.factor), 0).astype(np.float32), 1.0
     if config.kind == "llama3":
         return _llama3(config, base), 1.0
     if config.kind == "yarn":
-        return _yarn(config, base, head_dim)
+        return _yarn(config, base, dim)
     return base, 1.0
 
 
 def rotate(x: Float[Array, "B T H hd"], positions: Int[Array, "B T"], config: RopeConfig) -> Float[Array, "B T H hd"]:
-    """Turns each pair (i, i + w/2) of a head's first w columns by its position's angle; w is `rotary_dim`, or hd.
-
-    Float32 inside, x's dtype outside.
-    """
-    width = config.rotary_dim or x.shape[-1]
-    if width < x.shape[-1]:
-        turned = rotate(x[..., :width], positions, config)
-        return jnp.concatenate((turned, x[..., width:]), axis=-1)
-    inverse, factor = frequencies(config, width)
+    """Turns pairs of a head's dimensions by their position's angle; float32 inside, x's dtype outside."""
+    inverse, factor = frequencies(config, x.shape[-1])
     angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inverse)[None, None, None, :]
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return turned.astype(x.dtype)
+    turned, rest = x[..., : 2 * len(inverse)].astype(jnp.float32), x[..., 2 * len(inverse) :]
+    if config.interleaved:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = jnp.stack(pair, axis=-1).reshape(turned.shape) if config.interleaved else jnp.concatenate(pair, axis=-1)
+    return jnp.concatenate((turned.astype(x.dtype), rest), axis=-1)
 
 
 def _llama3(config: RopeConfig, base: np.ndarray) -> np.ndarray:

@@ -48,7 +48,9 @@ def embed(
     pages = adapters.get(EMBEDDING)
     if pages is not None:
         rows = _adapted_rows(rows, pages, tokens, slots)
-    return rows if config.embedding_scale == 1.0 else rows * jnp.asarray(config.embedding_scale, rows.dtype)
+    if config.embedding_scale == 1.0:
+        return rows
+    return (rows.astype(jnp.float32) * config.embedding_scale).astype(rows.dtype)
 
 
 def _adapted_rows(

@@ -79,6 +79,8 @@ def outer(x: Float[Array, "rows left"], y: Float[Array, "rows right"]) -> Float[
 
 
 def _dot(x: Array, weight: Array, dimensions: lax.DotDimensionNumbers) -> Array:
+    if jnp.float32 in (x.dtype, weight.dtype):  # a router that stays float32 in a 16-bit model
+        x, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     return lax.dot_general(
         x,
         weight,

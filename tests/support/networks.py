@@ -70,6 +70,88 @@ VISION: dict[str, Any] = {
 }
 WRAPPERS: dict[str, dict[str, Any]] = {"qwen3_5_moe": {}, "qwen3_vl_moe": {"deepstack_visual_indexes": [0]}}
 """Multimodal models, whose text parts are served -> what their vision towers have beside `VISION`."""
+SIGMOID: dict[str, Any] = {
+    "intermediate_size": 96,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
+SHARED: dict[str, Any] = {**SIGMOID, "n_routed_experts": 8, "n_shared_experts": 2}
+GRANITE: dict[str, Any] = {
+    "intermediate_size": 24,
+    "num_local_experts": 8,
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 1.5,
+    "tie_word_embeddings": True,
+}
+FAMILIES |= {
+    "granitemoe": {**GRANITE, "attention_bias": True},
+    "granitemoeshared": {**GRANITE, "shared_intermediate_size": 40},
+    "phimoe": {
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "attention_bias": True,
+        "lm_head_bias": True,
+        "sliding_window": 33,
+        "router_jitter_noise": 0.2,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8],
+            "long_factor": [2.0] * 8,
+            "short_mscale": 1.2,
+            "long_mscale": 1.2,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "flex_olmo": {"intermediate_size": 24, "num_experts": 8},
+    "dots1": {**SHARED, "sliding_window": 11, "max_window_layers": 1, "norm_topk_prob": True},
+    "ernie4_5_moe": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 24,
+        "moe_num_experts": 8,
+        "moe_num_shared_experts": 2,
+        "use_bias": True,
+    },
+    "hunyuan_v1_moe": {
+        "intermediate_size": 24,
+        "num_experts": 8,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4},
+    },
+    "exaone_moe": {
+        **SIGMOID,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "sliding_window": 11,
+        "sliding_window_pattern": 2,
+    },
+    "solar_open": {
+        **SHARED,
+        "head_dim": 24,
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "rope_theta": 1e4,
+        },
+    },
+    "afmoe": {
+        "intermediate_size": 96,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "num_shared_experts": 2,
+        "num_dense_layers": 1,
+        "head_dim": 16,
+        "sliding_window": 11,
+        "global_attn_every_n_layers": 2,
+        "route_scale": 1.5,
+        "mup_enabled": True,
+    },
+}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -87,12 +169,13 @@ def tiny(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     model = auto_class(model_type).from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and parameter.any():
                 parameter.mul_(3)
             else:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+        saved = model.state_dict()
+        for name, buffer in model.named_buffers():  # such as biases for the choice of experts
+            if name in saved and buffer.is_floating_point():
                 buffer.add_(0.1 * torch.randn_like(buffer))
     return model
 

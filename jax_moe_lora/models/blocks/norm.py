@@ -9,7 +9,7 @@ from jax_moe_lora.models.specs.parameter import Norm
 
 
 def rms_norm(
-    x: Float[Array, "*B D"], weight: Float[Array, "D"] | None, eps: float, offset: bool = False
+    x: Float[Array, "*B D"], weight: Float[Array, "D"] | None, eps: float, offset: bool = False, wide: bool = False
 ) -> Float[Array, "*B D"]:
     """Root-mean-square norm over the last axis; float32 inside, x's dtype outside.
 
@@ -18,14 +18,16 @@ def rms_norm(
       weight: factor on each column, or None for none.
       eps: added to the mean square.
       offset: the factor is `1 + weight`, in float32 (Gemma).
+      wide: the factor is the weight, in float32 (gpt-oss).
     """
-    wide = x.astype(jnp.float32)
-    normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    rows = x.astype(jnp.float32)
+    normed = rows * lax.rsqrt(jnp.mean(rows * rows, axis=-1, keepdims=True) + eps)
     if weight is None:
         return normed.astype(x.dtype)
     weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
-    if offset:
-        return (normed * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    if offset or wide:
+        factor = weight.astype(jnp.float32)
+        return (normed * (1.0 + factor if offset else factor)).astype(x.dtype)
     return normed.astype(x.dtype) * weight
 
 
@@ -62,7 +64,7 @@ def apply_norm(
     if norm.kind == "layer":
         assert bias is not None
         return layer_norm(x, weight, bias, norm.eps)
-    return rms_norm(x, weight, norm.eps, norm.offset)
+    return rms_norm(x, weight, norm.eps, norm.offset, norm.wide)
 
 
 def norm_named(norm: Norm, x: Float[Array, "*B D"], weights: LayerParams, name: str) -> Float[Array, "*B D"]:

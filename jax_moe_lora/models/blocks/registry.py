@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from types import ModuleType
 
-from jax_moe_lora.models.blocks import delta_net, gqa, mla
+from jax_moe_lora.models.blocks import delta_net, dense_mlp, fused_mlp, gqa, mla
 from jax_moe_lora.models.specs.delta_net import DeltaNet
+from jax_moe_lora.models.specs.fused_mlp import FusedMLP
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.mla import MLA
+from jax_moe_lora.models.specs.mlp import DenseMLP
 
 ATTENTION: Mapping[type, ModuleType] = {GQA: gqa, MLA: mla, DeltaNet: delta_net}
+SHARED: Mapping[type, ModuleType] = {DenseMLP: dense_mlp, FusedMLP: fused_mlp}
+"""What may stand beside routed experts."""

@@ -5,8 +5,8 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.layer.moe import choose_experts, routed_experts, router_scores
-from jax_moe_lora.models.blocks import dense_mlp
 from jax_moe_lora.models.blocks.context import Routing, StepContext, linear
+from jax_moe_lora.models.blocks.registry import SHARED
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.mlp import RoutedMLP
 from pallas_kernels.ops import LayerPages
@@ -38,6 +38,7 @@ def forward(
     flat = x.reshape(-1, x.shape[-1])
     scores = router_scores(flat, weights["router"], adapters, step.slots, step.implementation)
     bias = weights.get("choice_bias" if spec.choice_bias else "router_bias")
+    bias = None if bias is None else bias.reshape(-1)
     routing = Routing(scores, *choose_experts(scores, spec.moe, bias, step.row_mask.reshape(-1), chosen)[::-1])
     rows = routed_experts(
         flat,
@@ -52,7 +53,7 @@ def forward(
     )
     y = rows.reshape(x.shape)
     if spec.shared is not None:
-        shared = dense_mlp.forward(spec.shared, weights, adapters, x, step)
+        shared = SHARED[type(spec.shared)].forward(spec.shared, weights, adapters, x, step)
         if spec.shared_gate:
             shared = jax.nn.sigmoid(linear("shared_expert_gate", weights, adapters, x, step)) * shared
         y = y + shared

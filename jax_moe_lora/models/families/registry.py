@@ -4,19 +4,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_moe_lora.models.families import (
+    afmoe,
     deepseek_v2,
     deepseek_v3,
+    dots1,
+    ernie4_5_moe,
+    exaone_moe,
+    flex_olmo,
     glm4_moe_lite,
+    granitemoe,
+    granitemoeshared,
+    hunyuan_v1_moe,
     kimi_k2,
     kimi_k25,
     mistral4,
     mixtral,
     olmoe,
+    phimoe,
     qwen2_moe,
     qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
     qwen3_vl_moe,
+    solar_open,
 )
 from jax_moe_lora.models.families.family import Family
 from jax_moe_lora.models.families.unsupported import unsupported
@@ -38,6 +48,16 @@ FAMILIES: Mapping[str, Family] = {
         qwen3_next,
         qwen3_5_moe,
         qwen3_vl_moe,
+        granitemoe,
+        granitemoeshared,
+        phimoe,
+        flex_olmo,
+        dots1,
+        ernie4_5_moe,
+        hunyuan_v1_moe,
+        exaone_moe,
+        solar_open,
+        afmoe,
     )
 }
 # What a wrapper says of its other parts, and of the tokens that stand for their data.

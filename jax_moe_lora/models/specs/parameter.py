@@ -93,11 +93,14 @@ class Norm:
       eps: added to the mean square, or to the variance.
       offset: the factor is `1 + weight` (Gemma, Qwen3-Next); else it is the weight.
       kind: `rms`; `layer` also subtracts the mean and has a bias (Phi-MoE).
+      wide: the factor multiplies in float32, before the cast to the rows' dtype (gpt-oss, Gemma 4); with an offset it
+        always does.
     """
 
     eps: float = 1e-6
     offset: bool = False
     kind: Literal["rms", "layer"] = "rms"
+    wide: bool = False
 
     def parameters(self, name: str, width: int, path: str) -> Sequence[Parameter]:
         """Its weight, and its bias where it has one.

@@ -196,7 +196,7 @@ def test_scores_that_were_computed_before_give_the_same_bits():
         (floats(T, E), ints(E), "router_bias has dtype int32"),
     ],
 )
-@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_bias"])
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_bias", "softmax_bias", "sparsemixer"])
 def test_route_refuses_scores_of_other_experts(scores, bias, message, router):
     with pytest.raises(InputError, match=message):
         route(scores, replace(CONFIG, router=router), bias)

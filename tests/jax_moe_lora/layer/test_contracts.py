@@ -235,11 +235,18 @@ def test_9_the_layer_equals_the_oracle(problem):
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @pytest.mark.parametrize(
     ("kind", "renormalize", "scaling"),
-    [("softmax_topk", False, 1.0), ("topk_softmax", False, 1.5), ("sigmoid_bias", True, 2.5)],
+    [
+        ("softmax_topk", False, 1.0),
+        ("topk_softmax", False, 1.5),
+        ("sigmoid_bias", True, 2.5),
+        ("softmax_bias", True, 1.0),
+        ("sparsemixer", False, 1.0),
+    ],
 )
 def test_9_every_router_kind_equals_the_oracle(kind, renormalize, scaling, implementation):
     problem = draw(Spec())
-    config = MoEConfig(64, 48, 8, 3, router=kind, renormalize=renormalize, scaling=scaling)
+    top_k = 2 if kind == "sparsemixer" else 3
+    config = MoEConfig(64, 48, 8, top_k, router=kind, renormalize=renormalize, scaling=scaling)
     bias = np.random.default_rng(5).normal(size=8).astype(np.float32)
     weights = (problem.x, problem.router, problem.gate, problem.up, problem.down)
     x, router, *experts = (jnp.asarray(w) for w in weights)
@@ -252,7 +259,7 @@ def test_9_every_router_kind_equals_the_oracle(kind, renormalize, scaling, imple
         implementation=implementation,
     )
     options = {"router_kind": kind, "renormalize": renormalize, "scaling": scaling, "router_bias": bias}
-    assert_close(np.asarray(y), oracle(*weights, [None] * 37, top_k=3, **options), 1e-5)
+    assert_close(np.asarray(y), oracle(*weights, [None] * 37, top_k=top_k, **options), 1e-5)
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.training.loss import load_balancing
 from support.unchecked import annotations_unchecked
 
-TOKENS, EXPERTS, TOP_K, SLOTS = 40, 8, 3, 2
-KINDS = ("softmax_topk", "topk_softmax", "sigmoid_bias")
+TOKENS, EXPERTS, TOP_K, SLOTS = 40, 8, 2, 2
+KINDS = ("softmax_topk", "topk_softmax", "sigmoid_bias", "softmax_bias", "sparsemixer")
 
 
 def config(kind: str, **options) -> MoEConfig:

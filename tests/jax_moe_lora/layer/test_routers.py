@@ -1,0 +1,71 @@
+"""The routers that few families have, against their definitions and transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_moe_lora import InputError
+from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.layer.routing import route
+
+TOKENS, EXPERTS = 64, 8
+SCORES = np.random.default_rng(0).normal(size=(TOKENS, EXPERTS)).astype(np.float32)
+MIXER = MoEConfig(4, 4, EXPERTS, 2, router="sparsemixer", jitter=0.3)  # wide: several scores count
+
+
+@pytest.mark.parity
+def test_sparsemixer_chooses_and_weighs_as_transformers_does():
+    import torch
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    scores = np.concatenate([SCORES, np.zeros((1, EXPERTS), np.float32), -np.abs(SCORES[:4])])
+    expected, expected_experts = sparsemixer(torch.tensor(scores), MIXER.jitter, training=False)
+    weights, experts = route(jnp.asarray(scores), MIXER)
+    np.testing.assert_array_equal(experts, expected_experts)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    assert (expected.sum(-1) > 1).any(), "no weights that a renormalisation would change"
+
+
+@pytest.mark.parity
+def test_the_gradient_of_sparsemixer_is_that_of_its_softmaxes():
+    import torch
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    scores = torch.tensor(SCORES, requires_grad=True)
+    sparsemixer(scores, MIXER.jitter, training=False)[0].square().sum().backward()
+    gradient = jax.grad(lambda s: jnp.square(route(s, MIXER)[0]).sum())(jnp.asarray(SCORES))
+    np.testing.assert_allclose(gradient, scores.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_sparsemixer_gives_chosen_experts_the_weights_of_its_own_choice():
+    weights, experts = route(jnp.asarray(SCORES), MIXER)
+    again, same = route(jnp.asarray(SCORES), MIXER, chosen=experts)
+    np.testing.assert_array_equal(same, experts)
+    np.testing.assert_array_equal(again, weights)
+    other = (np.asarray(experts) + 1) % EXPERTS
+    np.testing.assert_array_equal(route(jnp.asarray(SCORES), MIXER, chosen=jnp.asarray(other))[1], other)
+
+
+def test_sparsemixer_refuses_another_number_of_experts():
+    with pytest.raises(InputError, match=r"config\.top_k is 3; a sparsemixer router chooses 2"):
+        route(jnp.asarray(SCORES), MoEConfig(4, 4, EXPERTS, 3, router="sparsemixer"))
+
+
+def test_a_softmax_bias_moves_the_choice_alone():
+    config = MoEConfig(4, 4, EXPERTS, 2, router="softmax_bias")
+    bias = np.zeros(EXPERTS, np.float32)
+    bias[3] = 1.0
+    weights, experts = route(jnp.asarray(SCORES), config, jnp.asarray(bias))
+    assert (np.asarray(experts)[:, 0] == 3).all()
+    np.testing.assert_allclose(weights[:, 0], jax.nn.softmax(SCORES, axis=-1)[:, 3], rtol=1e-6)
+
+
+def test_a_sum_of_weights_counts_as_its_floor_at_least():
+    scores = np.full((1, EXPERTS), -20, np.float32)
+    scores[0, 0] = 20
+    bias = jnp.arange(EXPERTS, dtype=jnp.float32)  # the two last experts are chosen, with weights near zero
+    config = MoEConfig(4, 4, EXPERTS, 2, router="softmax_bias", renormalize=True, renormalize_floor=1e-12)
+    weights, experts = route(jnp.asarray(scores), config, bias)
+    assert sorted(np.asarray(experts)[0]) == [6, 7]
+    np.testing.assert_allclose(weights, np.exp(-40) / 1e-12 * np.ones((1, 2)), rtol=1e-4)
