@@ -21,7 +21,7 @@ from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
 from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig
 
 # What the class in transformers does whatever its config says.
-NEUTRAL: Values = {"moe_gate": ("topk",), **dict.fromkeys((*QK_NORM, *QKV_BIAS), (False,))}
+NEUTRAL: Values = {"moe_gate": ("topk",), "use_rmsnorm": (True,), **dict.fromkeys((*QK_NORM, *QKV_BIAS), (False,))}
 # What training did, and layers that predict further tokens, which are not read.
 ANY_VALUE = ("moe_capacity", "moe_use_aux_free", "num_nextn_predict_layers")
 

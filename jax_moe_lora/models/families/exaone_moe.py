@@ -28,8 +28,8 @@ NEUTRAL: Values = {
     **dict.fromkeys(QK_NORM, (True,)),
     **dict.fromkeys(("attention_bias", *QKV_BIAS), (False,)),
 }
-# Layers that predict further tokens are not read.
-ANY_VALUE = ("num_nextn_predict_layers",)
+# Layers that predict further tokens are not read; of the first dense layers there are two spellings more.
+ANY_VALUE = ("first_last_k_dense_replace", "is_moe_layer", "num_nextn_predict_layers")
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, source: str) -> ModelConfig:
@@ -70,6 +70,11 @@ def _read_windows(fields: Fields) -> tuple[int | None, ...]:
 def _read_mlp_types(fields: Fields) -> list[str]:
     count, types = read_layers(fields), fields.get("mlp_layer_types")
     first_routed = fields.count("first_k_dense_replace", 1)
+    if types is None and isinstance(routed := fields.get("is_moe_layer"), list):
+        types = [SPARSE if here else DENSE for here in routed]
+        if types != [DENSE if layer < first_routed else SPARSE for layer in range(count)]:
+            problem = f"is_moe_layer is {routed!r}, but first_k_dense_replace is {first_routed}"
+            raise fields.error(f"{problem}, which alone transformers reads", "is_moe_layer")
     if types is None:
         return [DENSE if layer < first_routed else SPARSE for layer in range(count)]
     if not isinstance(types, list) or len(types) != count or any(kind not in (SPARSE, DENSE) for kind in types):

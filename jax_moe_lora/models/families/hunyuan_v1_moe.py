@@ -27,7 +27,6 @@ NEUTRAL: Values = {
 }
 # Lists with a value for each layer, of what is one value here; and what training did.
 ANY_VALUE = (
-    "attention_head_dim",
     "cla_share_factor",
     "eod_token_id",
     "moe_drop_tokens",
@@ -47,7 +46,8 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     """
     fields = open_fields({**raw, **_read_rope(raw, source), **_read_top_k(raw)}, source, NEUTRAL, ANY_VALUE)
     norm, activation = read_norm(fields, 1e-5), read_activation(fields)
-    fields.size("head_dim")  # the class has no default for it
+    head_dim = fields.size("head_dim")  # the class has no default for it
+    fields.expect("attention_head_dim", (None, head_dim), f"head_dim is {head_dim}, of which it is another name")
     attention = read_gqa(
         fields,
         norm=norm,

@@ -4,7 +4,8 @@ import pytest
 
 from support.family_tests import ALL_LINEAR, Case, FamilyTests, serve
 
-EXPERT_ADAPTER = {"r": 5, "use_rslora": True, "target_parameters": ["block_sparse_moe.experts.gate_up_proj", "block_sparse_moe.experts.down_proj", "block_sparse_moe.router.weight"]}
+ROUTED = [f"block_sparse_moe.{name}" for name in ("experts.gate_up_proj", "experts.down_proj", "router.weight")]
+EXPERT_ADAPTER = {"r": 5, "use_rslora": True, "target_parameters": ROUTED}
 CASE = Case("granitemoeshared", {"num_hidden_layers": 2}, {"linear": ALL_LINEAR, "experts": EXPERT_ADAPTER})
 
 
