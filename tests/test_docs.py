@@ -51,6 +51,13 @@ def test_the_picture_of_imports_is_current():
     assert drawn == page, "run python docs/draw_imports.py"
 
 
+def test_the_table_of_families_is_current():
+    page = (DOCS / "families.md").read_text()
+    assert runpy.run_path(str(DOCS / "list_families.py"))["with_table"](page) == page, (
+        "run python docs/list_families.py"
+    )
+
+
 def test_every_room_is_in_the_map_of_the_code():
     rooms = {room.split(".")[1] for room in runpy.run_path(str(DOCS / "draw_imports.py"))["room_imports"]()}
     tables = (DOCS / "contributing.md").read_text().partition("### jax_moe_lora")[2]

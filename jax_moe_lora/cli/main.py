@@ -12,6 +12,7 @@ from jax_moe_lora.cli.bench_model import bench_model
 from jax_moe_lora.cli.bench_train import bench_train
 from jax_moe_lora.cli.convert import convert, merge
 from jax_moe_lora.cli.demo import demo
+from jax_moe_lora.cli.families import families
 from jax_moe_lora.cli.generate import generate
 from jax_moe_lora.cli.inspect import inspect
 from jax_moe_lora.cli.options import keep_compiled_programs
@@ -55,6 +56,7 @@ for command in (
     bench_train,
     tune,
     demo,
+    families,
     generate,
     inspect,
     parity,

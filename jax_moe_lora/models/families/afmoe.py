@@ -84,4 +84,5 @@ FAMILY = Family(
         "mlp_norm": ("pre_mlp_layernorm.weight",),
         "mlp_post_norm": ("post_mlp_layernorm.weight",),
     },
+    refuses="groups of experts",
 )

@@ -30,6 +30,7 @@ class Family:
         model alone. The first one that matches counts.
       unused: regular expression of tensor names -> what they are; they may stand in a checkpoint and are not read.
       prediction_layers: layers behind the last one may stand in a checkpoint: they predict further tokens (MTP).
+      refuses: what its configs may say and is refused, for the list of families.
     """
 
     model_type: str
@@ -45,3 +46,4 @@ class Family:
     renames: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, str] = field(default_factory=dict)
     prediction_layers: bool = False
+    refuses: str = ""

@@ -93,4 +93,5 @@ FAMILY = Family(
         "q_norm": ("self_attn.query_layernorm.weight",),
         "k_norm": ("self_attn.key_layernorm.weight",),
     },
+    refuses="keys and values that layers share (CLA), experts per token by layer",
 )

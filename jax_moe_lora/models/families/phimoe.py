@@ -100,4 +100,5 @@ FAMILY = Family(
         "down": ("w2.weight",),
     },
     per_expert_path="block_sparse_moe.experts",
+    refuses="a factor of LongRoPE that differs for long requests",
 )

@@ -30,4 +30,4 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     return read_model(fields, generation, layers, model_type="qwen2_moe")
 
 
-FAMILY = Family("qwen2_moe", read_config)
+FAMILY = Family("qwen2_moe", read_config, refuses="windows")

@@ -26,4 +26,4 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     return read_model(fields, generation, read_qwen_layers(fields, attention, norm), model_type="qwen3_moe")
 
 
-FAMILY = Family("qwen3_moe", read_config)
+FAMILY = Family("qwen3_moe", read_config, refuses="windows")

@@ -4,41 +4,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_moe_lora.errors import ConfigError
+from jax_moe_lora.models.families.lacks import LACKS
 
 _SOFTMAX = 'router="softmax_topk"'
 _CHOSEN_SOFTMAX = 'router="topk_softmax"'
 _SIGMOID = 'router="sigmoid_bias"'
 # Routers that limit the choice to groups of experts, or that have no kind here.
 _OWN_ROUTER = "the experts that the model's own router chose"
-# The router's weights multiply what goes into the experts, not what comes out of them.
-_NOT_THE_LAYER = ""
 
 LAYER_SETTINGS: Mapping[str, str] = {
-    "afmoe": _OWN_ROUTER,
     "bailing_moe": _SOFTMAX,
     "dbrx": f"{_SOFTMAX}, renormalize=True",
     "deepseek_v32": _OWN_ROUTER,
     "deepseek_v4": _OWN_ROUTER,
-    "dots1": _OWN_ROUTER,
-    "ernie4_5_moe": _OWN_ROUTER,
-    "flex_olmo": _SOFTMAX,
     "glm4_moe": _OWN_ROUTER,
     "gpt_oss": f'{_CHOSEN_SOFTMAX}, activation="clamped_swiglu", expert_bias=True',
-    "granitemoe": _CHOSEN_SOFTMAX,
     "granitemoehybrid": _CHOSEN_SOFTMAX,
-    "granitemoeshared": _CHOSEN_SOFTMAX,
-    "hunyuan_v1_moe": f"{_SOFTMAX}, renormalize=True",
     "jamba": _SOFTMAX,
     "kimi_linear": _OWN_ROUTER,
     "lfm2_moe": _SIGMOID,
-    "llama4": _NOT_THE_LAYER,
-    "llama4_text": _NOT_THE_LAYER,
     "longcat_flash": _OWN_ROUTER,
     "minimax": f"{_SOFTMAX}, renormalize=True",
     "minimax_m2": f"{_SIGMOID}, renormalize=True",
-    "phimoe": _OWN_ROUTER,
 }
-"""Known families of Mixture-of-Experts that are not supported as models -> how their routed experts alone run."""
+"""Families that are not supported as models (`LACKS`) -> how their routed experts alone run, where they do."""
 
 # Fields that hold the number of routed experts, whichever family wrote the config.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
@@ -63,8 +52,11 @@ def unsupported(model_type: Any, raw: Mapping[str, Any], source: str, supported:
     begin = f"{source}: model_type is {model_type!r}"
     if text is not None:
         message = f"{begin}, a multimodal model, which is not supported. {_text_part(text, supported)}"
-    elif isinstance(model_type, str) and model_type in LAYER_SETTINGS:
-        message = f"{begin}, a Mixture-of-Experts family that is not supported as a whole.{_experts_alone(model_type)}"
+    elif isinstance(model_type, str) and model_type in LACKS:
+        message = (
+            f"{begin}, a Mixture-of-Experts family that is not supported as a whole: it needs {LACKS[model_type]}."
+            f"{_experts_alone(model_type)}"
+        )
     elif isinstance(model_type, str) and not any(raw.get(name) for name in _EXPERTS):
         message = f"{begin}, a dense model by its fields: it names no number of experts ({', '.join(_EXPERTS[:3])})."
     else:
@@ -91,15 +83,15 @@ def _text_part(text: Mapping[str, Any], supported: Sequence[str]) -> str:
             f"Its text part is {inner!r}, which is supported: save that part alone, as a causal language model of "
             "transformers, and give the new folder."
         )
-    if isinstance(inner, str) and inner in LAYER_SETTINGS:
-        return f"Its text part, {inner!r}, is not supported either.{_experts_alone(inner)}"
+    if isinstance(inner, str) and inner in LACKS:
+        return f"Its text part, {inner!r}, is not supported either: it needs {LACKS[inner]}.{_experts_alone(inner)}"
     dense = "" if any(text.get(name) for name in _EXPERTS) else ", which is dense by its fields"
     return f"Its text part is {inner!r}{dense}."
 
 
 def _experts_alone(model_type: str) -> str:
-    settings = LAYER_SETTINGS[model_type]
-    if settings == _NOT_THE_LAYER:
+    settings = LAYER_SETTINGS.get(model_type)
+    if settings is None:
         return ""
     if settings == _OWN_ROUTER:
         return f" Its routed experts alone run through jax_moe_lora.routed_experts, given {settings}."

@@ -24,7 +24,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"model_type": "longcat_flash", "n_routed_experts": 256},
         ("Mixture-of-Experts family", "experts alone", "routed_experts", "own router"),
     ),
-    "weights on the experts' input": ({"model_type": "llama4_text"}, ("not supported as a whole. Supported",)),
+    "weights on the experts' input": (
+        {"model_type": "llama4_text"},
+        ("not supported as a whole: it needs experts whose inputs",),
+    ),
     "a text part that is supported": (
         {"model_type": "internvl_chat", "llm_config": {"model_type": "qwen3_moe", "num_experts": 128}},
         ("multimodal", "text part is 'qwen3_moe', which is supported", "save that part"),
