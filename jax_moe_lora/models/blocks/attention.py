@@ -169,26 +169,50 @@ def _attend(
     return _sink_attend(tuple(sorted(static.items())), q, k, v, sinks, mask, query_lengths, key_lengths)
 
 
-def _with_sinks(static, q, k, v, sinks, mask, query_lengths, key_lengths) -> Array:
-    """Each head's sink s takes part in the softmax: the result without it, times `sigmoid(logsumexp - s)`."""
+def _with_sinks(static, q, k, v, sinks, mask, query_lengths, key_lengths) -> tuple[Array, Array]:
+    """The result, and the logsumexp of the scores without sinks.
+
+    Each head's sink s takes part in the softmax: the result without it, times `sigmoid(logsumexp - s)`.
+    """
     y, total = _softmax_attend(q, k, v, mask, query_lengths, key_lengths, return_residual=True, **dict(static))
-    share = jax.nn.sigmoid(total.astype(jnp.float32) - sinks.astype(jnp.float32)[None, None])
-    return (y.astype(jnp.float32) * share[..., None]).astype(q.dtype)
+    total = total.astype(jnp.float32)
+    share = jax.nn.sigmoid(total - sinks.astype(jnp.float32)[None, None])
+    return (y.astype(jnp.float32) * share[..., None]).astype(q.dtype), total
 
 
-_sink_attend = jax.custom_vjp(_with_sinks, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sink_attend(static, *operands) -> Array:
+    return _with_sinks(static, *operands)[0]
 
 
 def _sink_forward(static, *operands):
-    return _sink_attend(static, *operands), operands
+    y, total = _with_sinks(static, *operands)
+    return y, (operands, total)
 
 
-def _sink_backward(static, operands, dy):
-    """Through XLA: cuDNN has no gradient for the logsumexp that it returns."""
-    q, k, v, sinks, *masks = operands
-    plain = tuple(sorted((dict(static) | {"backend": "xla"}).items()))
-    _, pullback = jax.vjp(lambda *some: _with_sinks(plain, *some, *masks), q, k, v, sinks)
-    return *pullback(dy), None, None, None
+def _sink_backward(static, saved, dy):
+    """The share of what is no sink depends on the scores too, through the logsumexp, for which jax has no gradient.
+
+    With p the softmax without sinks and t the logsumexp's cotangent, q's further gradient is `scale * t * (p @ k)`, and
+    that of k is what `p @ v` gives v for the cotangent `scale * t * q`.
+    """
+    (q, k, v, sinks, *masks), total = saved
+    options = dict(static)
+    scale = q.shape[-1] ** -0.5 if options["scale"] is None else options["scale"]
+
+    def attend(q, k, v):
+        return _softmax_attend(q, k, v, *masks, return_residual=False, **options)
+
+    y, pullback = jax.vjp(attend, q, k, v)
+    share, wide = jax.nn.sigmoid(total - sinks.astype(jnp.float32)[None, None]), dy.astype(jnp.float32)
+    dq, dk, dv = pullback((wide * share[..., None]).astype(dy.dtype))
+    dtotal = (wide * y.astype(jnp.float32)).sum(axis=-1) * share * (1 - share)
+    mean_key, to_keys = jax.vjp(lambda keys: attend(q, k, keys), k)
+    factor = scale * dtotal[..., None]
+    (more_dk,) = to_keys((factor * q.astype(jnp.float32)).astype(q.dtype))
+    dq = (dq.astype(jnp.float32) + factor * mean_key.astype(jnp.float32)).astype(q.dtype)
+    dsinks = -dtotal.sum(axis=(0, 1)).astype(sinks.dtype)
+    return dq, dk + more_dk, dv, dsinks, None, None, None
 
 
 _sink_attend.defvjp(_sink_forward, _sink_backward)
