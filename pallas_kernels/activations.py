@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.constants import Activation
+from pallas_kernels.constants import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 from pallas_kernels.errors import InputError
 
 Factor = Float[Array, "*rows width"]
-SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
 def _silu(gate: Array, up: Array) -> Array:

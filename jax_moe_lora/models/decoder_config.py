@@ -8,7 +8,7 @@ from jax_moe_lora.models.fields import QUANTISED, Fields
 from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.rope_config import read_rope
 from jax_moe_lora.models.specs.gqa import GQA
-from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig
+from jax_moe_lora.models.specs.model import Layer, ModelConfig
 from jax_moe_lora.models.specs.parameter import Norm
 from pallas_kernels.constants import Activation
 
@@ -35,7 +35,7 @@ def open_fields(
 def read_model(
     fields: Fields,
     generation: Mapping[str, Any] | None,
-    layers: Sequence[LayerSpec],
+    layers: Sequence[Layer],
     **others: Any,
 ) -> ModelConfig:
     """A family's config: what all families have is read here.
@@ -50,14 +50,17 @@ def read_model(
       ConfigError: a field that is missing, malformed, not supported, or read by nobody, by name; the checkpoint is
         quantised.
     """
+    common: dict[str, Any] = {
+        "norm": layers[0].norm,
+        "tie_embeddings": fields.flag("tie_word_embeddings", False),
+    }
     config = ModelConfig(
         vocab_size=fields.size("vocab_size"),
         hidden_size=fields.size("hidden_size"),
         layers=tuple(layers),
-        tie_embeddings=fields.flag("tie_word_embeddings", False),
         max_positions=fields.size("max_position_embeddings"),
         eos_token_ids=fields.token_ids("eos_token_id", generation),
-        **({"norm": layers[0].norm} | others),
+        **(common | others),
     )
     fields.refuse_unknown()
     fields.refuse_quantised()
@@ -118,6 +121,8 @@ def read_moe(
       top_k_name: the field that holds K.
       others: further fields of `MoEConfig`.
     """
+    if "activation" not in others:
+        others["activation"] = read_activation(fields)
     experts, top_k = _read_experts(fields, experts_names, top_k_name)
     return MoEConfig(
         hidden_size=fields.size("hidden_size"),
@@ -125,7 +130,7 @@ def read_moe(
         num_experts=experts,
         top_k=top_k,
         renormalize=renormalize,
-        **({"activation": read_activation(fields)} | others),
+        **others,
     )
 
 
@@ -140,6 +145,26 @@ def read_layers(fields: Fields) -> int:
     if layers > MOST:
         raise fields.error(f"num_hidden_layers is {layers}, at most {MOST} are supported")
     return layers
+
+
+def read_layer_types(fields: Fields, pattern: Sequence[str]) -> tuple[str, ...]:
+    """`layer_types`, the kind of attention of each layer.
+
+    Args:
+      fields: the config's.
+      pattern: the kinds that the family has, in the order in which layers take them where a config says nothing.
+
+    Raises:
+      ConfigError: another number of layers, or another kind, by name.
+    """
+    count = read_layers(fields)
+    types = fields.get("layer_types")
+    if types is None:
+        return tuple(pattern[layer % len(pattern)] for layer in range(count))
+    known = dict.fromkeys(pattern)
+    if not isinstance(types, list) or len(types) != count or any(kind not in known for kind in types):
+        raise fields.error(f"layer_types is {types!r}, {count} of {', '.join(known)} were expected", "layer_types")
+    return tuple(types)
 
 
 def read_sparse_layers(fields: Fields) -> tuple[bool, ...]:

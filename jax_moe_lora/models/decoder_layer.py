@@ -13,17 +13,17 @@ from jax_moe_lora.models.blocks import dense_mlp, routed_mlp
 from jax_moe_lora.models.blocks.cache_places import LayerCache
 from jax_moe_lora.models.blocks.context import Routing, StepContext
 from jax_moe_lora.models.blocks.norm import norm_named
-from jax_moe_lora.models.blocks.registry import ATTENTION
+from jax_moe_lora.models.blocks.registry import ATTENTION, LAYERS
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.mlp import DenseMLP
-from jax_moe_lora.models.specs.model import LayerSpec
+from jax_moe_lora.models.specs.model import Layer, LayerSpec
 from pallas_kernels.ops import LayerPages
 from pallas_kernels.pages import NO_ADAPTERS
 
 
 @partial(jax.jit, static_argnames="spec")
 def run_layer(
-    spec: LayerSpec,
+    spec: Layer,
     layer: LayerParams,
     adapters: LayerPages | None,
     hidden: Float[Array, "B T D"],
@@ -47,6 +47,9 @@ def run_layer(
       (None in a layer without a router).
     """
     adapters = NO_ADAPTERS if adapters is None else adapters
+    if not isinstance(spec, LayerSpec):
+        hidden, cache, routing = LAYERS[type(spec)].forward(spec, layer, adapters, hidden, step, cache, chosen)
+        return hidden, cache, routing if step.keep_routing else None
     mixed, cache = ATTENTION[type(spec.attention)].forward(
         spec.attention, layer, adapters, _before(spec, layer, "attention", hidden), step, cache
     )

@@ -95,7 +95,7 @@ class Fields:
         if self.get(name) not in allowed:
             raise self.error(f"{name} is {self.get(name)!r}: {why}", name)
 
-    def expect_all(self, name: str, wanted: str, count: int) -> None:
+    def expect_all(self, name: str, wanted: Any, count: int) -> None:
         value = self.get(name)
         if value is not None and value != [wanted] * count:
             raise self.error(f"{name} is {value!r}, only {wanted!r} in all {count} layers is supported", name)

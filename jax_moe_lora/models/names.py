@@ -7,12 +7,12 @@ from functools import lru_cache
 
 from jax_moe_lora.adapters.formats.names import TEXT, AdapterNames, without_prefix
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig, layer_parameters
+from jax_moe_lora.models.specs.model import Layer, ModelConfig, layer_parameters
 from jax_moe_lora.models.specs.parameter import Parameter
 
 
 @lru_cache(maxsize=512)
-def _table(layer: LayerSpec, hidden_size: int, model_type: str) -> tuple[Parameter, ...]:
+def _table(layer: Layer, hidden_size: int, model_type: str) -> tuple[Parameter, ...]:
     paths = family(model_type).paths
     rows = layer_parameters(layer, hidden_size)
     return tuple(replace(row, paths=paths[row.name]) if row.name in paths else row for row in rows)
@@ -36,11 +36,15 @@ def adapter_names(config: ModelConfig) -> AdapterNames:
     """
     of = family(config.model_type)
     dense: dict[str, str] = {}
+    variants: dict[str, tuple[str, ...]] = {}
     experts: dict[str, str] = {}
     for spec in dict.fromkeys(config.layers):
         for row in _table(spec, config.hidden_size, config.model_type):
-            if row.projection:
-                (experts if row.experts else dense).update(dict.fromkeys(row.modules, row.name))
+            if row.projection and row.experts:
+                experts.update(dict.fromkeys(row.modules, row.name))
+            for path in row.modules if row.projection and not row.experts else ():
+                if row.name not in (dense.setdefault(path, row.name), *variants.get(path, ())):
+                    variants[path] = (*variants.get(path, ()), row.name)
     return AdapterNames(
         dense=dense,
         experts=experts,
@@ -49,6 +53,7 @@ def adapter_names(config: ModelConfig) -> AdapterNames:
         interleaved=of.interleaved,
         stored_in_out=of.stored_in_out,
         prefixes=(*of.prefixes, TEXT) if config.wrapped else (TEXT, *of.prefixes),
+        variants=variants,
     )
 
 

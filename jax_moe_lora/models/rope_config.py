@@ -36,7 +36,6 @@ def read_rope(
         raise fields.error("rope_scaling and rope_parameters differ, and readers disagree on which one holds")
     raw = {**(_object(fields, "rope_scaling", scaling)), **(_object(fields, "rope_parameters", parameters))}
     inner = Fields(raw, fields.source + ", rope", any_value=_OF_IMAGES)
-    rotary_dim = None if head_dim is None else _rotary_dim(fields, inner, head_dim, default_factor)
     kind = inner.get("rope_type", inner.get("type", "default"))
     inner.get("type")
     if kind not in _KINDS:
@@ -48,42 +47,58 @@ def read_rope(
         raise inner.error(f"rope_theta is {base}, but {theta!r} beside it")
     if base <= 1:
         raise inner.error(f"rope_theta is {base}, more than 1 was expected")
+    rotary_dim = None
+    if head_dim is not None:
+        rotary_dim = read_rotary_dim(inner, head_dim, fields.number("partial_rotary_factor", default_factor))
+    scaled = _scaling(inner, kind, max_positions)
+    inner.refuse_unknown()
+    return RopeConfig(theta=base, kind=kind, rotary_dim=rotary_dim, **scaled)
+
+
+def read_rotary_dim(fields: Fields, head_dim: int, default_factor: float) -> int | None:
+    """How many of a head's dimensions are turned; None for all of them.
+
+    Args:
+      fields: where `partial_rotary_factor` stands.
+      head_dim: hd.
+      default_factor: where it does not.
+
+    Raises:
+      ConfigError: the part has no even number from 2 to hd.
+    """
+    part = fields.number("partial_rotary_factor", default_factor)
+    turned = int(head_dim * part)
+    if not 0 < turned <= head_dim or turned % 2:
+        problem = f"{part:g}, which turns {turned} of a head's {head_dim} dimensions; an even number was expected"
+        raise fields.error(f"partial_rotary_factor is {problem}", "partial_rotary_factor")
+    return None if turned == head_dim else turned
+
+
+def _scaling(inner: Fields, kind: str, max_positions: int) -> dict[str, Any]:
+    """What `RopeConfig` has of a scaling, by its kind."""
     if kind == "default":
         inner.get("factor")
-        inner.refuse_unknown()
-        return RopeConfig(theta=base, rotary_dim=rotary_dim)
+        return {}
     original = inner.optional_size("original_max_position_embeddings")
     factor = inner.number("factor")
     if factor < 1:
         raise inner.error(f"factor is {factor}, at least 1 was expected")
-    config = RopeConfig(base, kind, factor, original or max_positions, rotary_dim=rotary_dim)
-    extra: dict[str, Any] = {}
+    scaled: dict[str, Any] = {"factor": factor, "original_max_positions": original or max_positions}
     if kind == "yarn":
-        extra = {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
-        if min(extra.values()) <= 0:
-            raise inner.error(f"beta_fast and beta_slow are {list(extra.values())}, positive numbers were expected")
-        extra["truncate"] = inner.flag("truncate", True)
+        betas = {"beta_fast": inner.number("beta_fast", 32.0), "beta_slow": inner.number("beta_slow", 1.0)}
+        if min(betas.values()) <= 0:
+            raise inner.error(f"beta_fast and beta_slow are {list(betas.values())}, positive numbers were expected")
+        scaled |= betas | {"truncate": inner.flag("truncate", True)}
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            extra[name] = None if inner.get(name) is None else inner.number(name)
+            scaled[name] = None if inner.get(name) is None else inner.number(name)
     if kind == "llama3":
-        extra = {name: inner.number(name) for name in ("low_freq_factor", "high_freq_factor")}
-        if not 0 < extra["low_freq_factor"] < extra["high_freq_factor"]:
+        bounds = {name: inner.number(name) for name in ("low_freq_factor", "high_freq_factor")}
+        if not 0 < bounds["low_freq_factor"] < bounds["high_freq_factor"]:
             raise inner.error(
-                f"low_freq_factor and high_freq_factor are {list(extra.values())}, 0 < low < high was expected"
+                f"low_freq_factor and high_freq_factor are {list(bounds.values())}, 0 < low < high was expected"
             )
-    inner.refuse_unknown()
-    return RopeConfig(**{**config.__dict__, **extra})
-
-
-def _rotary_dim(fields: Fields, inner: Fields, head_dim: int, default: float) -> int | None:
-    """Turned columns of a head; None for all of them."""
-    outer = fields.positive("partial_rotary_factor", default)
-    factor = inner.positive("partial_rotary_factor", outer)
-    width = int(head_dim * factor)
-    if factor > 1 or width % 2 or not width:
-        problem = f"{factor} of a head's {head_dim} columns, an even number of them was expected"
-        raise fields.error(f"partial_rotary_factor turns {problem}", "partial_rotary_factor")
-    return None if width == head_dim else width
+        scaled |= bounds
+    return scaled
 
 
 def _object(fields: Fields, name: str, value: Any) -> dict[str, Any]:

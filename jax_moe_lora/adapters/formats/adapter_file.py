@@ -195,6 +195,12 @@ class AdapterFile:
             raise self.error(pair, problem, pair.path, "a projection of the model")
         return site
 
+    def dense_module(self, pair: Pair) -> str:
+        """The projection that a path means in the pair's layer."""
+        modules = self.names.modules(pair.path)
+        here = (module for module in modules if module in self.sites and pair.layer in self.sites[module].layers)
+        return next(here, modules[0])
+
     def outer_site(self, pair: Pair, module: str) -> Site:
         """The site of a module outside of the layers.
 

@@ -179,7 +179,7 @@ def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, l
 
 
 def _add_dense(file: AdapterFile, weights: Weights, pair: Pair) -> None:
-    module = file.names.dense[pair.path]
+    module = file.dense_module(pair)
     if (pair.layer, module) in weights:
         raise file.duplicate(pair, module)
     if file.two_dimensional(pair):

@@ -1,7 +1,7 @@
 """Where projections stand in adapter files: a family's names, and the names that servers give to experts."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -81,6 +81,8 @@ class AdapterNames:
       interleaved: rows of `gate_up_proj` alternate between gate and up; else all of gate come first.
       stored_in_out: 3-D parameters are `(E, in, out)`, which PEFT never wrote transposed.
       prefixes: what the names of the text model's modules begin with; the first where adapters are written.
+      variants: path -> further modules that it means in layers where the one of `dense` is not: projections of other
+        widths there (Gemma 4).
     """
 
     dense: Mapping[str, str]
@@ -90,6 +92,17 @@ class AdapterNames:
     interleaved: bool = False
     stored_in_out: bool = False
     prefixes: tuple[str, ...] = (TEXT,)
+    variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def modules(self, path: str) -> tuple[str, ...]:
+        """The modules that a path of `dense` means; which one it is depends on the layer."""
+        return (self.dense[path], *self.variants.get(path, ()))
+
+    def dense_modules(self) -> Iterator[tuple[str, str]]:
+        """(path, module) of all projections with one matrix."""
+        for path in self.dense:
+            for module in self.modules(path):
+                yield path, module
 
     def split(self, path: str) -> tuple[str, str] | None:
         """The experts' path and what follows it; None for a path outside of the experts."""
@@ -127,7 +140,7 @@ class AdapterNames:
         Returns:
           The path below `model.layers.L.`, or in full for one that stands outside of the layers.
         """
-        paths = [path for path, named in self.dense.items() if named == module]
+        paths = [path for path, named in self.dense_modules() if named == module]
         if not paths:
             return next(path for path, named in OUTER_PATHS.items() if named == module)
         return paths[-1 if in_checkpoints else 0]

@@ -28,7 +28,7 @@ def read_dense(file: AdapterFile, pair: Pair) -> LoRAWeights:
       file: what the readers share.
       pair: A and B, which are two-dimensional.
     """
-    site = file.site(pair, file.names.dense[pair.path])
+    site = file.site(pair, file.dense_module(pair))
     # transformers 5 holds the router as a bare parameter, so a config may name either.
     rank, parameter = pair.shape("A")[0], f"{pair.path}.weight"
     if file.config.targets_parameter(file.full_name(pair, parameter)):

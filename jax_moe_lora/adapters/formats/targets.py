@@ -53,7 +53,7 @@ def dense_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[st
       names: where projections stand in adapter files.
       sites: the model's projections.
     """
-    for path, module in names.dense.items():
+    for path, module in names.dense_modules():
         for layer in sites[module].layers if module in sites else ():
             yield f"model.layers.{layer}.{path}"
 

@@ -47,7 +47,7 @@ def _read_stack(file: AdapterFile, pair: Pair, modules: Sequence[str], weights: 
         if (pair.layer, module) in weights:
             raise file.duplicate(pair, module)
         names = [f"{experts}.{spelling}" for spelling in (part, *file.names.spellings(module))]
-        names += [path for path, dense in file.names.dense.items() if dense == module]
+        names += [path for path, dense in file.names.dense_modules() if dense == module]
         scale = file.scale(pair, rank, file.config.targets, *names)
         weights[pair.layer, module] = uniform(a, half, scale, site.num_experts)
 

@@ -67,7 +67,7 @@ def forward(
       `[B, T, D]`, and the cache with the step's tokens in it.
     """
     q, gate = _queries(spec, weights, adapters, x, step)
-    k = _heads(spec, "k", spec.num_kv_heads, weights, linear("k", weights, adapters, x, step), step)
+    k = split_heads(spec, "k", spec.num_kv_heads, weights, linear("k", weights, adapters, x, step), step)
     v = linear("v", weights, adapters, x, step)
     v = _clip(spec, v).reshape(*x.shape[:2], spec.num_kv_heads, spec.head_dim)
     mixed, cache = attend(spec, q, k, v, weights.get("sinks"), step, cache)
@@ -154,16 +154,25 @@ def _queries(
     """The queries, and what each head's second half says of the gate where q holds both."""
     y = linear("q", weights, adapters, x, step)
     if spec.gate != "q":
-        return _heads(spec, "q", spec.num_heads, weights, y, step), None
+        return split_heads(spec, "q", spec.num_heads, weights, y, step), None
     y, gate = jnp.split(y.reshape(*x.shape[:2], spec.num_heads, 2 * spec.head_dim), 2, axis=-1)
     y, gate = (half.reshape(*x.shape[:2], -1) for half in (y, gate))
-    return _heads(spec, "q", spec.num_heads, weights, y, step), gate
+    return split_heads(spec, "q", spec.num_heads, weights, y, step), gate
 
 
-def _heads(
+def split_heads(
     spec: GQA, module: str, count: int, weights: LayerParams, y: Float[Array, "B T width"], step: StepContext
 ) -> Float[Array, "B T heads hd"]:
-    """A projection's heads: normed, clipped and turned."""
+    """A projection's heads: normed, clipped and turned.
+
+    Args:
+      spec: norms, clipping and rotary embedding.
+      module: `q` or `k`, whose norm it is.
+      count: of its heads.
+      weights: the layer's arrays.
+      y: the projection's rows.
+      step: what every layer reads.
+    """
     shape = (*y.shape[:2], count, spec.head_dim)
 
     def normed(y: Array) -> Array:

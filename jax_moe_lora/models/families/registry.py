@@ -11,12 +11,16 @@ from jax_moe_lora.models.families import (
     ernie4_5_moe,
     exaone_moe,
     flex_olmo,
+    gemma4,
+    glm4_moe,
     glm4_moe_lite,
+    gpt_oss,
     granitemoe,
     granitemoeshared,
     hunyuan_v1_moe,
     kimi_k2,
     kimi_k25,
+    minimax_m2,
     mistral4,
     mixtral,
     olmoe,
@@ -58,12 +62,18 @@ FAMILIES: Mapping[str, Family] = {
         exaone_moe,
         solar_open,
         afmoe,
+        gpt_oss,
+        glm4_moe,
+        minimax_m2,
+        gemma4,
     )
 }
 # What a wrapper says of its other parts, and of the tokens that stand for their data.
 _OF_WRAPPERS = (
     *("vision_config", "audio_config", "image_token_id", "video_token_id", "audio_token_id"),
     *("vision_start_token_id", "vision_end_token_id", "language_model_only"),
+    *("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"),
+    "vision_soft_tokens_per_image",
 )
 _WRAPPED = {wrapper: family for family in FAMILIES.values() for wrapper in family.wrappers}
 

@@ -17,15 +17,12 @@ LAYER_SETTINGS: Mapping[str, str] = {
     "dbrx": f"{_SOFTMAX}, renormalize=True",
     "deepseek_v32": _OWN_ROUTER,
     "deepseek_v4": _OWN_ROUTER,
-    "glm4_moe": _OWN_ROUTER,
-    "gpt_oss": f'{_CHOSEN_SOFTMAX}, activation="clamped_swiglu", expert_bias=True',
     "granitemoehybrid": _CHOSEN_SOFTMAX,
     "jamba": _SOFTMAX,
     "kimi_linear": _OWN_ROUTER,
     "lfm2_moe": _SIGMOID,
     "longcat_flash": _OWN_ROUTER,
     "minimax": f"{_SOFTMAX}, renormalize=True",
-    "minimax_m2": f"{_SIGMOID}, renormalize=True",
 }
 """Families that are not supported as models (`LACKS`) -> how their routed experts alone run, where they do."""
 

@@ -7,12 +7,13 @@ from typing import Literal
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models.specs.delta_net import DeltaNet
+from jax_moe_lora.models.specs.gemma4 import Gemma4Attention, Gemma4Layer
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.mla import MLA
 from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
 from jax_moe_lora.models.specs.parameter import RMS, Norm, Parameter
 
-Attention = GQA | MLA | DeltaNet
+Attention = GQA | MLA | DeltaNet | Gemma4Attention
 """What mixes the tokens of a request."""
 MLP = DenseMLP | RoutedMLP
 """What each token goes through on its own."""
@@ -59,6 +60,10 @@ class LayerSpec:
         return [*norms, *self.attention.parameters(hidden_size), *self.mlp.parameters(hidden_size)]
 
 
+Layer = LayerSpec | Gemma4Layer
+"""A decoder layer, arranged as most are or in a way of its own."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with routed experts.
@@ -82,7 +87,7 @@ class ModelConfig:
     model_type: str
     vocab_size: int
     hidden_size: int
-    layers: tuple[LayerSpec, ...]
+    layers: tuple[Layer, ...]
     norm: Norm = RMS
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
@@ -110,7 +115,7 @@ class ModelConfig:
 
 
 @lru_cache(maxsize=512)
-def layer_parameters(layer: LayerSpec, hidden_size: int) -> tuple[Parameter, ...]:
+def layer_parameters(layer: Layer, hidden_size: int) -> tuple[Parameter, ...]:
     """The table of a layer, made once for all layers of its kind.
 
     Args:

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_moe_lora.config import RopeConfig
+from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.fields import Fields
-from jax_moe_lora.models.rope import frequencies
+from jax_moe_lora.models.rope import frequencies, rotate
 from jax_moe_lora.models.rope_config import read_rope
 
 pytestmark = pytest.mark.parity
@@ -44,3 +47,46 @@ def test_frequencies_and_attention_factor_are_those_of_transformers(scaling, the
     assert factor == pytest.approx(expected_factor, rel=1e-6)
     plain = 1 / theta ** (np.arange(0, 32, 2) / 32)
     assert not np.allclose(actual, plain, rtol=1e-3), "the scaling changes nothing"
+
+
+@pytest.mark.parametrize(("share", "turned"), [(0.5, 16), (0.25, 8), (1.0, None)])
+def test_a_share_of_a_head_is_turned_and_the_rest_passes(share, turned):
+    fields = Fields({"rope_theta": 1e4, "partial_rotary_factor": share}, "config.json")
+    config = read_rope(fields, 256, default_theta=1e6, head_dim=32)
+    assert config.rotary_dim == turned
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 32)), jnp.float32)
+    positions = jnp.arange(5, dtype=jnp.int32)[None]
+    y, width = rotate(x, positions, config), turned or 32
+    assert (y[..., width:] == x[..., width:]).all()
+    np.testing.assert_array_equal(y[..., :width], rotate(x[..., :width], positions, RopeConfig(theta=1e4)))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.0, 1.5])
+def test_a_share_that_turns_no_even_number_of_dimensions_is_refused(share):
+    with pytest.raises(ConfigError, match="partial_rotary_factor"):
+        read_rope(Fields({"partial_rotary_factor": share}, "config.json"), 256, 1e4, head_dim=10)
+
+
+def test_a_share_in_a_family_that_turns_whole_heads_is_refused():
+    fields = Fields({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}}, "config.json")
+    with pytest.raises(ConfigError, match="partial_rotary_factor"):
+        read_rope(fields, 256, 1e4)
+
+
+def test_interleaved_pairs_are_the_halves_of_a_permuted_head():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 16)), jnp.float32)
+    positions, order = jnp.arange(5, dtype=jnp.int32)[None], np.r_[0:16:2, 1:16:2]
+    y = rotate(x, positions, RopeConfig(interleaved=True))
+    np.testing.assert_array_equal(y[..., order], rotate(x[..., order], positions, RopeConfig()))
+
+
+def test_proportional_frequencies_are_those_of_transformers():
+    from transformers import Gemma4TextConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theirs = Gemma4TextConfig(head_dim=16, global_head_dim=32, hidden_size_per_layer_input=0)
+    expected, _ = ROPE_INIT_FUNCTIONS["proportional"](theirs, "cpu", layer_type="full_attention")
+    actual, factor = frequencies(RopeConfig(theta=1e6, kind="proportional", rotary_dim=8), 32)
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=1e-6)
+    assert factor == 1.0
+    assert (actual > 0).sum() == 4

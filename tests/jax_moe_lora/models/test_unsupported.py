@@ -17,8 +17,8 @@ from jax_moe_lora.models.families.unsupported import LAYER_SETTINGS
 SUPPORTED = f"Supported are {', '.join(FAMILIES)}."
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "experts alone, by moe_lora": (
-        {"model_type": "gpt_oss", "num_local_experts": 32},
-        ("Mixture-of-Experts family", "experts alone", "moe_lora", "clamped_swiglu", "expert_bias=True"),
+        {"model_type": "minimax", "num_local_experts": 32},
+        ("Mixture-of-Experts family", "experts alone", "moe_lora", "softmax_topk", "renormalize=True"),
     ),
     "experts alone, by its own router": (
         {"model_type": "longcat_flash", "n_routed_experts": 256},

@@ -1,0 +1,59 @@
+"""Gemma 4's attention (`specs/gemma4.py`): forward pass. Its cache is that of grouped-query attention."""
+
+import jax
+from jaxtyping import Array, Float
+
+from jax_moe_lora.models.blocks import gqa
+from jax_moe_lora.models.blocks.cache_places import LayerCache
+from jax_moe_lora.models.blocks.context import StepContext, linear
+from jax_moe_lora.models.blocks.norm import rms_norm
+from jax_moe_lora.models.params import LayerParams
+from jax_moe_lora.models.specs.gemma4 import Gemma4Attention
+from pallas_kernels.ops import LayerPages
+
+
+def init_cache(spec: Gemma4Attention, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> LayerCache:
+    """An empty cache, as of `gqa`; values that are keys stand in it too, since keys are turned and normed.
+
+    Args:
+      spec: the block's.
+      batch: B.
+      max_length: M.
+      dtype: of keys and values.
+    """
+    return gqa.init_cache(spec.heads, batch, max_length, dtype)
+
+
+def forward(
+    spec: Gemma4Attention,
+    weights: LayerParams,
+    adapters: LayerPages,
+    x: Float[Array, "B T D"],
+    step: StepContext,
+    cache: LayerCache | None,
+) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    """Mixes the tokens of each request.
+
+    Args:
+      spec: the block's.
+      weights: the layer's arrays.
+      adapters: the layer's pages.
+      x: `[B, T, D]`.
+      step: what every layer reads.
+      cache: the layer's, or None to keep none.
+
+    Returns:
+      `[B, T, D]`, and the cache with the step's tokens in it.
+    """
+
+    def project(module: str, rows: Array) -> Array:
+        return linear(f"{spec.modules}{module}", weights, adapters, rows, step)
+
+    heads = spec.heads
+    q, k = project("q", x), project("k", x)
+    v = k if spec.keys_are_values else project("v", x)
+    q = gqa.split_heads(heads, "q", heads.num_heads, weights, q, step)
+    k = gqa.split_heads(heads, "k", heads.num_kv_heads, weights, k, step)
+    v = rms_norm(v.reshape(k.shape), None, heads.norm.eps)
+    mixed, cache = gqa.attend(heads, q, k, v, None, step, cache)
+    return project("o", mixed.reshape(*x.shape[:2], -1)), cache
