@@ -22,13 +22,12 @@ from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig
 NEUTRAL: Values = {
     "route_norm": (True,),
     "score_func": ("sigmoid",),
-    "num_expert_groups": (1,),
-    "num_limited_groups": (1,),
     **dict.fromkeys(QK_NORM, (True,)),
     **dict.fromkeys(QKV_BIAS, (False,)),
 }
-# A loss of training, and how experts are run.
-ANY_VALUE = ("load_balance_coeff", "use_grouped_mm")
+# A loss of training, how experts are run, and groups of experts, which the class has fields for and does not make.
+_GROUPS = ("n_group", "topk_group", "num_expert_groups", "num_limited_groups")
+ANY_VALUE = ("load_balance_coeff", "use_grouped_mm", *_GROUPS)
 
 
 def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, source: str) -> ModelConfig:
@@ -84,5 +83,4 @@ FAMILY = Family(
         "mlp_norm": ("pre_mlp_layernorm.weight",),
         "mlp_post_norm": ("post_mlp_layernorm.weight",),
     },
-    refuses="groups of experts",
 )

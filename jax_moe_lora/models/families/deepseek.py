@@ -91,18 +91,22 @@ def read_experts(fields: Fields, renormalize: bool, **others: Any) -> MoEConfig:
     )
 
 
-def read_groups(fields: Fields, default: tuple[int, int]) -> dict[str, int]:
+def read_groups(
+    fields: Fields, default: tuple[int, int], experts_names: tuple[str, ...] = ("n_routed_experts",)
+) -> dict[str, int]:
     """`num_groups` and `top_groups` of `MoEConfig`.
 
     Args:
       fields: the config's.
       default: what the family's class has for a config that says none.
+      experts_names: the fields that may hold E.
 
     Raises:
       ConfigError: groups that the experts do not fill, or that leave a token too few of them.
     """
     groups, kept = fields.size("n_group", default[0]), fields.size("topk_group", default[1])
-    experts, top_k = fields.get("n_routed_experts"), fields.get("num_experts_per_tok")
+    experts = next(filter(None, map(fields.get, experts_names)), None)
+    top_k = fields.get("num_experts_per_tok")
     if isinstance(experts, int) and experts % groups:
         raise fields.error(f"n_group is {groups}, no divisor of the {experts} experts", "n_group")
     if kept > groups:

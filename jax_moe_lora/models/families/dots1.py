@@ -43,4 +43,4 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     return read_model(fields, generation, layers, model_type="dots1")
 
 
-FAMILY = Family("dots1", read_config, refuses="groups of experts")
+FAMILY = Family("dots1", read_config)

@@ -88,5 +88,4 @@ FAMILY = Family(
     read_config,
     paths={"choice_bias": ("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias")},
     unused={r"(model\.)?mtp\..*": "a layer that predicts further tokens (MTP)"},
-    refuses="groups of experts",
 )

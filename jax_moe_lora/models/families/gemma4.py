@@ -64,4 +64,5 @@ FAMILY = Family(
         r"model\.(vision_tower|embed_vision)\..*": "the vision tower",
         r"model\.(audio_tower|embed_audio)\..*": "the audio tower",
     },
+    refuses="inputs by layer, keys and values that layers share, models without experts",
 )

@@ -74,4 +74,5 @@ FAMILY = Family(
     paths={"router": ("mlp.router.weight",), "router_bias": ("mlp.router.bias",)},
     interleaved=True,
     stored_in_out=True,
+    refuses="another limit or factor of the clamped SwiGLU",
 )

@@ -73,4 +73,4 @@ def _attention(fields: Fields, positions: Fields) -> MLA:
     return replace(attention, query_growth=(positions.number("llama_4_scaling_beta"), rope.original_max_positions))
 
 
-FAMILY = Family("mistral4", read_config, wrappers=("mistral3",))
+FAMILY = Family("mistral4", read_config)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from jax_moe_lora.models.decoder_config import read_activation, read_moe
+from jax_moe_lora.models.families.deepseek import RENORMALIZE_EPS, read_groups
 from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
@@ -15,8 +16,6 @@ def read_sigmoid_routed(
     fields: Fields, experts_names: tuple[str, ...], shared_name: str, *, renormalize: bool, scaling: float
 ) -> RoutedMLP:
     """Routed experts and the shared ones, which are one of their joint width.
-
-    Groups of experts are not read here: fields that say more than one are refused as not understood.
 
     Args:
       fields: the config's.
@@ -31,8 +30,12 @@ def read_sigmoid_routed(
     router: dict[str, Any] = {
         "router": "sigmoid_bias",
         "scaling": fields.positive("routed_scaling_factor", scaling),
+        "group_score": "top2_sum",
+        **read_groups(fields, (1, 1), experts_names),
     }
     renormalize = fields.flag("norm_topk_prob", renormalize)
+    if renormalize:
+        router["renormalize_eps"] = RENORMALIZE_EPS
     moe = read_moe(fields, "moe_intermediate_size", renormalize, experts_names, **router)
     width = moe.expert_width * fields.size(shared_name)
     shared = DenseMLP(width, read_activation(fields), "shared", "mlp.shared_experts")

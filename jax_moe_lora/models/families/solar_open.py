@@ -33,4 +33,4 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     return read_model(fields, generation, [LayerSpec(attention, routed, norm)] * count, model_type="solar_open")
 
 
-FAMILY = Family("solar_open", read_config, refuses="groups of experts")
+FAMILY = Family("solar_open", read_config)

@@ -9,6 +9,7 @@ from jax_moe_lora.models.families.examples import example
 from jax_moe_lora.models.families.family import Family
 from jax_moe_lora.models.families.registry import FAMILIES
 from jax_moe_lora.models.names import adapter_names
+from jax_moe_lora.models.specs.gemma4 import Gemma4Layer
 from jax_moe_lora.models.specs.mlp import RoutedMLP
 from jax_moe_lora.models.specs.model import ModelConfig
 
@@ -19,7 +20,12 @@ _ROUTERS = {
     "softmax_bias": "softmax",
     "sparsemixer": "SparseMixer",
 }
-_KINDS = {"GQA": "grouped-query"}
+_KINDS = {
+    "GQA": "grouped-query",
+    "MLA": "latent (MLA)",
+    "DeltaNet": "gated delta-net",
+    "Gemma4Attention": "grouped-query, values normed",
+}
 _NORMS = {"after": "norms behind the blocks", "both": "norms before and behind the blocks"}
 
 
@@ -72,7 +78,8 @@ def summary(of: Family) -> FamilySummary:
 def _attention(spec: Any) -> str:
     """The kind of a layer's attention, and what of it not all have."""
     kind = _KINDS.get(type(spec).__name__) or (type(spec).__doc__ or "").splitlines()[0].rstrip(".")
-    rope = getattr(spec, "rope", None)
+    spec = getattr(spec, "heads", spec)
+    rope, biases = getattr(spec, "rope", None), getattr(spec, "biases", "")
     words = {
         "window": getattr(spec, "window", None) is not None,
         "no positions": hasattr(spec, "rope") and rope is None,
@@ -81,7 +88,7 @@ def _attention(spec: Any) -> str:
         "sinks": bool(getattr(spec, "sinks", False)),
         "output gate": bool(getattr(spec, "gate", None)),
         f"norm of q and k by {getattr(spec, 'qk_norm', '')}": bool(getattr(spec, "qk_norm", None)),
-        f"biases of {', '.join(getattr(spec, 'biases', ''))}": bool(getattr(spec, "biases", "")),
+        f"biases of {', '.join(biases)}" if isinstance(biases, str) else "biases": bool(biases),
     }
     return ": ".join(part for part in (kind, ", ".join(word for word, here in words.items() if here)) if part)
 
@@ -102,6 +109,9 @@ def _others(config: ModelConfig) -> Iterable[str]:
             yield "dense layers"
         elif layer.mlp.shared is not None:
             yield "shared expert with a gate" if layer.mlp.shared_gate else "shared expert"
+        if isinstance(layer, Gemma4Layer):
+            yield "a dense MLP beside the experts"
+            continue
         if layer.norms in _NORMS:
             yield _NORMS[layer.norms]
         if layer.norm.kind == "layer":

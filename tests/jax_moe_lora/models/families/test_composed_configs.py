@@ -360,7 +360,7 @@ def test_what_fields_say_reaches_the_layers() -> None:
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "groups of experts": ("dots.llm1", {"n_group": 2}, "n_group = 2 is not supported, only 1 is"),
+    "groups of experts": ("dots.llm1", {"n_group": 3}, "n_group is 3, no divisor of the"),
     "a layer type of another family": (
         "Trinity-Nano",
         {"layer_types": ["linear_attention"] * 56},
