@@ -34,7 +34,10 @@ def check_targets(file: AdapterFile, layout: FileLayout | None, stacks: Collecti
     names = [with_prefix(name, file.prefix) for name in names]
     possible = ends(name for name in names if config.targets_module(name))
     present = ends(file.present if file.problems.found else file.used)
-    for target in [t for t in listed if t in possible] + list(config.target_parameters):
+    # PEFT itself writes `gate.weight` for a router of another name (Hunyuan's `gate.wg`): no module could match it.
+    routers = ends(f"{name}.weight" for name in dense_modules(file.names, file.sites))
+    parameters = [t for t in config.target_parameters if t != "gate.weight" or t in routers]
+    for target in [t for t in listed if t in possible] + parameters:
         with file.problems:
             if target not in present:
                 why = f"{config.file} targets {target!r}, and {file.path.name} holds no weights for it."
