@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.adapters.bank_sizes import check_replacements, check_sites, matrix_bytes, page_bytes, pool_sizes
 from jax_moe_lora.adapters.lora import TRACED, LoRAAdapter, Site
-from jax_moe_lora.adapters.packing import pack
+from jax_moe_lora.adapters.packing import bank_nbytes
+from jax_moe_lora.adapters.replacements import Replacements, create_replacements
 from jax_moe_lora.adapters.updates import compile_updates, permute, set_slot
-from jax_moe_lora.adapters.validation.bank_rules import check_adapter
+from jax_moe_lora.adapters.validation.bank_rules import Room, check_adapter
 from jax_moe_lora.arguments import is_traced, whole
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
@@ -42,6 +44,7 @@ class AdapterBank:
       widths: static: the row width of each pool.
       sites: static: the model's projections.
       max_rank: static: the largest rank that fits.
+      replacements: whole matrices in place of the model's embedding and head; None without room for any.
     """
 
     pools: tuple[Float[Array, "_N 16 _width"], ...]
@@ -51,6 +54,7 @@ class AdapterBank:
     widths: tuple[int, ...] = field(metadata={"static": True})
     sites: tuple[tuple[str, Site], ...] = field(metadata={"static": True})
     max_rank: int = field(metadata={"static": True})
+    replacements: Replacements | None = None
 
     @property
     def pages(self) -> dict[int, Float[Array, "_N 16 _width"]]:
@@ -89,16 +93,21 @@ class AdapterBank:
         )
 
     def nbytes_of(self, adapter: LoRAAdapter) -> int:
-        """Bytes of the pages that an adapter will hold: what its matrices need, each in whole pages.
+        """Bytes that an adapter will hold: what its matrices need, each in whole pages, and its whole matrices.
 
         Raises:
           AdapterFormatError: it does not fit the sites.
         """
-        check_adapter(adapter, dict(self.sites), self.max_rank, self.dtype)
-        return pack(adapter, dict(self.sites)).nbytes(self.dtype)
+        check_adapter(adapter, dict(self.sites), self.max_rank, self.dtype, self.room)
+        return bank_nbytes(adapter, dict(self.sites), self.dtype)
+
+    @property
+    def room(self) -> Room:
+        """The whole matrices that an adapter may bring."""
+        return Room() if self.replacements is None else Room(self.replacements.shape, len(self.replacements.matrices))
 
     def slot_nbytes(self, slot: int) -> int:
-        """Bytes of the pages that a slot holds.
+        """Bytes of the pages, and of the whole matrices, that a slot holds.
 
         Args:
           slot: its number.
@@ -107,7 +116,8 @@ class AdapterBank:
           InputError: it is out of range.
         """
         check_slot(self, slot)
-        return sum(
+        whole_matrices = 0 if self.replacements is None else self.replacements.slot_nbytes(slot)
+        return whole_matrices + sum(
             int((np.asarray(ids) == slot).sum()) * page_bytes(width, self.dtype) for width, ids in self.owner.items()
         )
 
@@ -118,6 +128,8 @@ def create_bank(
     max_rank: int,
     memory: int | None = None,
     dtype: jax.typing.DTypeLike = "bfloat16",
+    max_replacements: int = 0,
+    vocabulary: tuple[int, int] | None = None,
 ) -> AdapterBank:
     """An empty bank. Compiles what loading and unloading run, so that they compile nothing.
 
@@ -125,13 +137,17 @@ def create_bank(
       sites: the projections that adapters may target.
       num_slots: S, adapters that can be loaded at once.
       max_rank: the largest rank accepted.
-      memory: byte budget of the pages; None takes what S per-expert adapters of `max_rank` on every site need, and no
-        budget makes the bank larger than that. It is shared out as a per-expert adapter on every site would use it.
+      memory: byte budget of pages and whole matrices; None takes what S per-expert adapters of `max_rank` on every
+        site need, and no budget makes the bank larger than that. It is shared out as a per-expert adapter on every site
+        would use it.
       dtype: of the pages: float32, bfloat16 or float16.
+      max_replacements: C, whole matrices in place of the model's embedding or head that loaded adapters may bring, all
+        of them together. They come off the budget first.
+      vocabulary: V and D, the shape of these matrices.
 
     Raises:
       InputError: a size that is not a positive whole number, invalid sites, a dtype that adapters are not served in, or
-        a budget below one page per pool.
+        a budget below one page per pool and the whole matrices.
       DeviceError: jax has no device.
     """
     require_device()
@@ -141,8 +157,11 @@ def create_bank(
     dtype = np.dtype(jnp.dtype(dtype))
     if dtype not in SAFETENSORS_NAMES:
         raise InputError(f"dtype is {dtype.name}; expected one of {', '.join(NAMES)}.")
-    _check_sites(sites)
-    sizes = _pool_sizes(sites, num_slots * -(-max_rank // RANK_PAGE), memory, dtype)
+    check_sites(sites)
+    count, shape = check_replacements(max_replacements, vocabulary, memory, dtype)
+    if memory is not None:
+        memory -= count * matrix_bytes(shape, dtype)
+    sizes = pool_sizes(sites, num_slots * -(-max_rank // RANK_PAGE), memory, dtype)
     bank = AdapterBank(
         pools=tuple(jnp.zeros((1 + n, RANK_PAGE, width), dtype) for width, n in sizes.items()),
         owners=tuple(jnp.full(1 + n, FREE, jnp.int32).at[0].set(RESERVED) for n in sizes.values()),
@@ -151,53 +170,10 @@ def create_bank(
         widths=tuple(sizes),
         sites=tuple(sites.items()),
         max_rank=max_rank,
+        replacements=create_replacements(count, shape, num_slots, dtype),
     )
     compile_updates(bank.pools, bank.tables, bank.scales, *empty_slot(bank))
     return bank
-
-
-def _pool_sizes(sites: Mapping[str, Site], most: int, memory: int | None, dtype: np.dtype) -> dict[int, int]:
-    """The size of each pool.
-
-    Args:
-      sites: the projections that adapters may target.
-      most: pages that all slots need of each matrix.
-      memory: byte budget of all pools; None for no limit.
-      dtype: of the pages.
-
-    Returns:
-      Width -> pages, page 0 not counted.
-    """
-    matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, per expert
-    for site in sites.values():
-        for width in (site.in_width, site.out_width):
-            matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
-    per_rank_page = sum(count * page_bytes(width, dtype) for width, count in matrices.items())
-    share = most if memory is None else min(most, memory / per_rank_page)
-    sizes = {width: int(count * share) for width, count in matrices.items()}
-    if min(sizes.values()) < 1:
-        least = max(
-            page_bytes(width, dtype) * per_rank_page // (page_bytes(width, dtype) * count)
-            for width, count in matrices.items()
-        )
-        raise InputError(
-            f"A bank of {memory} bytes has no room for a page of each kind; give adapter_memory at least {least} bytes."
-        )
-    return sizes
-
-
-def _check_sites(sites: Mapping[str, Site]) -> None:
-    if not isinstance(sites, Mapping) or not sites:
-        raise InputError(f"sites are {sites!r}; expected module -> Site, for at least one module.")
-    for module, site in sites.items():
-        if not isinstance(module, str) or not isinstance(site, Site):
-            raise InputError(f"sites have {site!r} under {module!r}; expected a Site under a module's name.")
-        for name in ("in_width", "out_width", "num_experts"):
-            whole(f"{name} of {module}", getattr(site, name), 1)
-        if not isinstance(site.layers, tuple) or not site.layers or len({*site.layers}) < len(site.layers):
-            raise InputError(f"layers of {module} are {site.layers!r}; expected a tuple of different layers.")
-        for layer in site.layers:
-            whole(f"a layer of {module}", layer, 0)
 
 
 def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
@@ -216,7 +192,8 @@ def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
     tables, scales = empty_slot(bank)
     owners = tuple(jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for ids in map(np.asarray, bank.owners))
     new_tables, new_scales = set_slot(*writable((bank.tables, bank.scales), donate), int(slot), tables, scales)
-    return replace(bank, owners=owners, tables=new_tables, scales=new_scales)
+    replacements = None if bank.replacements is None else bank.replacements.clear(int(slot))
+    return replace(bank, owners=owners, tables=new_tables, scales=new_scales, replacements=replacements)
 
 
 def compact(bank: AdapterBank) -> AdapterBank:
@@ -277,13 +254,3 @@ def check_whole(bank: AdapterBank) -> None:
         raise InputError(f"bank is of type {type(bank).__name__}; expected an AdapterBank.")
     if any(map(is_traced, jax.tree.leaves(bank))):
         raise InputError(f"bank {TRACED}")
-
-
-def page_bytes(width: int, dtype: np.dtype) -> int:
-    """Bytes of one page.
-
-    Args:
-      width: of its rows.
-      dtype: of its values.
-    """
-    return RANK_PAGE * width * np.dtype(dtype).itemsize

@@ -44,7 +44,8 @@ def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
                     matrices[key] = _matrices(bank.pages[width], first, ranks)
                 sides.append(matrices[key])
             weights[layer, module] = LoRAWeights(sides[0], sides[1].swapaxes(1, 2), ranks, scales[row])
-    return LoRAAdapter(name, weights)
+    replaced = {} if bank.replacements is None else bank.replacements.read(int(slot))
+    return LoRAAdapter(name, weights, replacements=replaced)
 
 
 def _matrices(pool: Float[Array, "N 16 width"], first: np.ndarray, ranks: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ Until `publish` the slot is empty, whatever has been written.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from jax_moe_lora.adapters.bank import (
 )
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.packing import PackedAdapter, allocate, chunks, pack, page_ids, pages_of
+from jax_moe_lora.adapters.replacements import matrix_chunks
 from jax_moe_lora.adapters.updates import chunk_rows, scatter, scatter_columns, set_slot
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.errors import BankFullError, InputError
@@ -56,6 +57,8 @@ def insert(bank: AdapterBank, slot: int, adapter: LoRAAdapter, donate: bool = Fa
     moved = any(new is not old for new, old in zip(placed.pools, bank.pools, strict=True))
     pools, tables, scales = writable((placed.pools, placed.tables, placed.scales), donate or moved)
     placed = replace(placed, pools=pools, tables=tables, scales=scales)
+    if insertion.replaced:  # no compaction moves these
+        placed = replace(placed, replacements=writable(placed.replacements, donate))
     for chunk in insertion.chunks():
         placed = write(placed, chunk)
     return insertion.publish(placed, donate=True)
@@ -89,25 +92,27 @@ def prepare(bank: AdapterBank, adapter: LoRAAdapter) -> Prepared:
         raise InputError(f"adapter is of type {type(adapter).__name__}; expected a LoRAAdapter.")
     check_whole(bank)
     sites = dict(bank.sites)
-    check_adapter(adapter, sites, bank.max_rank, bank.dtype)
+    check_adapter(adapter, sites, bank.max_rank, bank.dtype, bank.room)
     return Prepared(adapter, pack(adapter, sites))
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of one pool, on the device.
+    """Rows of one pool, or of one whole matrix, on the device.
 
     Attributes:
       width: of the pool's rows.
       rows: int32 `[n]`, rows of the pool's pages; what is past the end is dropped.
       values: `[n, width]`, or `[width, n]` where they are `columns`, in the order in which a file has them.
       columns: whether the values are columns.
+      matrix: the whole matrix that the rows are of; None for rows of a pool.
     """
 
     width: int
     rows: Int[Array, "n"]
     values: Float[Array, "_n _width"]
     columns: bool
+    matrix: int | None = None
 
     def arrived(self) -> "Chunk":
         """The chunk once its copy to the device is complete, so that no step waits for it behind a write."""
@@ -116,12 +121,14 @@ class Chunk:
 
 
 def write(bank: AdapterBank, chunk: Chunk) -> AdapterBank:
-    """A bank with the chunk's rows written. The pool of its width is donated.
+    """A bank with the chunk's rows written. The pool of its width, or the whole matrix, is donated.
 
     Args:
-      bank: that pool of it must not be used again.
+      bank: that pool or matrix of it must not be used again.
       chunk: what to write.
     """
+    if chunk.matrix is not None and bank.replacements is not None:
+        return replace(bank, replacements=bank.replacements.write(chunk.matrix, chunk.rows, chunk.values))
     update = scatter_columns if chunk.columns else scatter
     pools = list(bank.pools)
     index = bank.widths.index(chunk.width)
@@ -140,6 +147,7 @@ class Insertion:
       rows: width -> rows that one chunk holds.
       pool_rows: width -> rows of the pool.
       dtype: the bank's.
+      replaced: embedding or head -> the whole matrix that it gets.
     """
 
     slot: int
@@ -148,18 +156,27 @@ class Insertion:
     rows: Mapping[int, int]
     pool_rows: Mapping[int, int]
     dtype: np.dtype
+    replaced: Mapping[str, int] = field(default_factory=dict)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Everything that goes into pages. While one chunk is written the next one is on its way to the device."""
+        """Everything that goes into the bank. While one chunk is written the next one is on its way to the device."""
         before: Chunk | None = None
-        for width in self.prepared.packed.widths:
-            for rows, values, columns in self._host_chunks(width):
-                sent_rows, sent_values = jax.device_put((rows, values))
-                if before is not None:
-                    yield before.arrived()
-                before = Chunk(width, sent_rows, sent_values, columns)
+        for width, rows, values, columns, matrix in self._all_host_chunks():
+            sent_rows, sent_values = jax.device_put((rows, values))
+            if before is not None:
+                yield before.arrived()
+            before = Chunk(width, sent_rows, sent_values, columns, matrix)
         if before is not None:
             yield before.arrived()
+
+    def _all_host_chunks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, bool, int | None]]:
+        for width in self.prepared.packed.widths:
+            for rows, values, columns in self._host_chunks(width):
+                yield width, rows, values, columns, None
+        matrices = self.prepared.adapter.replacements
+        for place, module in {place: module for module, place in self.replaced.items()}.items():
+            for rows, values in matrix_chunks(matrices[module], self.dtype):
+                yield values.shape[1], rows, values, False, place
 
     def _host_chunks(self, width: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
         """Rows in chunks of one static size, so that adapters of any size and layout share two programs."""
@@ -196,11 +213,16 @@ class Insertion:
             tables[module][row, :, 3] = ranks
             scales[module][row] = np.where(live, weights[layer, module].scale, 0)
         new_tables, new_scales = set_slot(*writable((bank.tables, bank.scales), donate), int(self.slot), tables, scales)
-        return replace(bank, tables=new_tables, scales=new_scales)
+        bank = replace(bank, tables=new_tables, scales=new_scales)
+        if bank.replacements is None or not self.replaced:
+            return bank
+        return replace(bank, replacements=bank.replacements.publish(int(self.slot), self.replaced))
 
 
 def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank, Insertion]:
-    """A bank in which the adapter's pages are the slot's. It is compacted first if free pages are too scattered.
+    """A bank in which the adapter's pages and whole matrices are the slot's.
+
+    It is compacted first if free pages are too scattered.
 
     Args:
       bank: it is not changed.
@@ -209,11 +231,11 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
 
     Raises:
       InputError: the slot is out of range or taken.
-      BankFullError: not enough free pages.
+      BankFullError: not enough free pages, or whole matrices.
     """
     check_slot(bank, slot)
     owner = {width: np.array(ids) for width, ids in bank.owner.items()}
-    if any((ids == slot).any() for ids in owner.values()):
+    if bank.slot_nbytes(slot):
         raise InputError(f"Slot {slot} is taken; remove its adapter first.")
     first: dict[int, np.ndarray] = {}
     for width, stack in prepared.packed.widths.items():
@@ -225,7 +247,10 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
             return place(compact(bank), slot, prepared)
         first[width] = first_pages
         owner[width][page_ids(first_pages, runs)] = slot
-    pools = bank.pages
+    pools, replacements = bank.pages, bank.replacements
+    replaced: dict[str, int] = {}
+    if replacements is not None and (matrices := prepared.adapter.replacements):
+        replacements, replaced = replacements.place(prepared.adapter.name, slot, matrices)
     insertion = Insertion(
         slot,
         prepared,
@@ -233,8 +258,9 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
         rows={width: chunk_rows(pools[width]) for width in first},
         pool_rows={width: pools[width].shape[0] * RANK_PAGE for width in first},
         dtype=bank.dtype,
+        replaced=replaced,
     )
-    return replace(bank, owners=tuple(map(jnp.asarray, owner.values()))), insertion
+    return replace(bank, owners=tuple(map(jnp.asarray, owner.values())), replacements=replacements), insertion
 
 
 def _full(bank: AdapterBank, prepared: Prepared, owner: Mapping[int, np.ndarray]) -> str:

@@ -15,6 +15,8 @@ EXPERT_MODULES = ("gate", "up", "down")
 """The projections of the routed experts."""
 SHARED_OUTER: Mapping[str, Side] = {"gate": "a", "up": "a", "down": "b"}
 """Module -> the side that touches the hidden width, of which the shared-outer layout has one matrix for all experts."""
+REPLACEABLE = ("embedding", "head")
+"""The modules that an adapter may replace as a whole."""
 TRACED = (
     "is traced by jax's jit or grad, but adapters are put into a bank on the host, outside of both; to train them, "
     "differentiate the bank's pages: the LoRAParam of jax_moe_lora.nn.MoELoRA, or use jax_moe_lora.training."
@@ -99,12 +101,15 @@ class LoRAAdapter:
         `shared_expert_gate`).
       source: what the adapter's own config said, kept for inspection and for writing it back.
       layout: the on-disk layout that it was read from; empty where it was made in memory.
+      replacements: `embedding` or `head` -> the whole matrix `[V, D]` that stands in place of the model's. Where both
+        hold the same array it is one matrix in a bank.
     """
 
     name: str
     weights: Mapping[tuple[int, str], LoRAWeights]
     source: Mapping[str, Any] = field(default_factory=dict)
     layout: str = ""
+    replacements: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         for key, weights in self.weights.items():
@@ -113,6 +118,11 @@ class LoRAAdapter:
                     f"Adapter {self.name!r} has {type(weights).__name__} under {key!r}; expected LoRAWeights under "
                     "(layer, module)."
                 )
+        matrices = {
+            module: _host_array(f"the {module}", matrix, "floating point", "a replacement")
+            for module, matrix in self.replacements.items()
+        }
+        object.__setattr__(self, "replacements", matrices)
 
     @property
     def max_rank(self) -> int:
@@ -120,6 +130,7 @@ class LoRAAdapter:
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """Those that it changes by LoRA."""
         return tuple(sorted({module for _, module in self.weights}))
 
     @property
@@ -148,22 +159,20 @@ def memory_of(values: np.ndarray) -> tuple[Any, ...]:
     return values.__array_interface__["data"][0], values.shape, values.strides, values.dtype, which
 
 
-def _host_array(name: str, values: Any, expected: str) -> np.ndarray:
+def _host_array(name: str, values: Any, expected: str, of: str = "LoRA weights") -> np.ndarray:
     """numpy's view of what came: of one array always the same object, so that aliases are still seen."""
     if is_traced(values):
-        raise InputError(f"{name} of LoRA weights {TRACED}")
+        raise InputError(f"{name} of {of} {TRACED}")
     if not isinstance(values, np.ndarray):
         try:
             # An array of jax keeps its view; `np.asarray` would go by its buffer and make a new one.
             values = host_array(values.__array__() if hasattr(values, "__array__") and not is_torch(values) else values)
         except (RuntimeError, TypeError, ValueError) as error:  # such as rows of different lengths
             found = type(values).__name__
-            raise InputError(
-                f"{name} of LoRA weights is of type {found}, which numpy cannot read; give an array."
-            ) from error
+            raise InputError(f"{name} of {of} is of type {found}, which numpy cannot read; give an array.") from error
     floating, whole = "float" in values.dtype.name, values.dtype.kind in "iu"
     if not {"floating point": floating, "integers": whole, "real numbers": floating or whole}[expected]:
-        raise InputError(f"{name} of LoRA weights has dtype {values.dtype}; expected {expected}.")
+        raise InputError(f"{name} of {of} has dtype {values.dtype}; expected {expected}.")
     return values
 
 

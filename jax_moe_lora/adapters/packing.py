@@ -125,6 +125,18 @@ def pack(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> PackedAdapter:
     return PackedAdapter(widths, entries)
 
 
+def bank_nbytes(adapter: LoRAAdapter, sites: Mapping[str, Site], dtype: np.dtype) -> int:
+    """Bytes of a bank that an adapter which fits takes: its pages, and its whole matrices.
+
+    Args:
+      adapter: the adapter.
+      sites: the bank's projections.
+      dtype: the bank's.
+    """
+    matrices = {memory_of(matrix): matrix.size for matrix in adapter.replacements.values()}
+    return pack(adapter, sites).nbytes(dtype) + sum(matrices.values()) * dtype.itemsize
+
+
 def _pack_side(weights: LoRAWeights, side: str, packed: Packed) -> np.ndarray:
     """Adds one side's matrices to `packed`; returns the run of each expert `[E]`."""
     ranks = weights.ranks

@@ -17,18 +17,28 @@ def chunk_rows(pool: Float[Array, "N 16 width"]) -> int:
     return max(RANK_PAGE, min(pool.shape[0] * RANK_PAGE, CHUNK_BYTES // (pool.shape[2] * pool.dtype.itemsize)))
 
 
-@partial(jax.jit, donate_argnums=0)
-def scatter(
-    pool: Float[Array, "N 16 width"], rows: Int[Array, "n"], values: Float[Array, "n width"]
-) -> Float[Array, "N 16 width"]:
-    """Writes rows of pages. Donates `pool`.
+def matrix_chunk_rows(shape: tuple[int, int], itemsize: int) -> int:
+    """Rows of a whole matrix that one chunk holds.
 
     Args:
-      pool: the pages.
+      shape: of the matrix.
+      itemsize: bytes of a value.
+    """
+    return max(1, min(shape[0], CHUNK_BYTES // (shape[1] * itemsize)))
+
+
+@partial(jax.jit, donate_argnums=0)
+def scatter(
+    pool: Float[Array, "*_N width"], rows: Int[Array, "n"], values: Float[Array, "n width"]
+) -> Float[Array, "*_N width"]:
+    """Writes rows of pages, or of one matrix. Donates `pool`.
+
+    Args:
+      pool: the pages, or the matrix.
       rows: which rows; those past the end are dropped.
       values: theirs.
     """
-    return pool.reshape(-1, pool.shape[2]).at[rows].set(values, mode="drop").reshape(pool.shape)
+    return pool.reshape(-1, pool.shape[-1]).at[rows].set(values, mode="drop").reshape(pool.shape)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -178,7 +178,7 @@ def load_model(
     lora_b_layouts: Sequence[str] = (),
 ) -> "Model":
     """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before loading."""
-    from jax_moe_lora.adapters.formats.detect import adapts_vocabulary
+    from jax_moe_lora.adapters.formats.detect import adapts_vocabulary, whole_matrices
     from jax_moe_lora.files.hub import local_folder
     from jax_moe_lora.serving.model import Model
 
@@ -195,6 +195,7 @@ def load_model(
         max_rank=max_rank,
         adapter_memory=adapter_memory,
         adapter_targets="all" if any(adapts_vocabulary(local_folder(folder)) for folder in folders.values()) else None,
+        max_replacements=sum(whole_matrices(local_folder(folder)) for folder in folders.values()),
     )
     for name, folder in folders.items():
         served.load_adapter(folder, adapter_name=name, lora_b_layout=layouts[name])

@@ -9,6 +9,7 @@ from typing import Any
 from jax_moe_lora.adapters.formats.adapter_file import DENSE_ONLY, OUTER_KEY, OUTSIDE, TOKENS_KEY
 from jax_moe_lora.adapters.formats.config_reading import describe_peft_config
 from jax_moe_lora.adapters.formats.detect import layout_of
+from jax_moe_lora.adapters.formats.embedding_copies import saved_keys
 from jax_moe_lora.adapters.formats.look_around import adapters_below
 from jax_moe_lora.adapters.formats.names import any_prefix, plain_key
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
@@ -67,8 +68,8 @@ class ModuleSummary:
     Attributes:
       module: the module's name, with `*` for the number of an expert.
       form: how the file stores A and B: `2-D`; `2-D per expert`; `3-D parameter`, with rank * E rows in A and columns
-        in B; `stack`, with A `[E or 1, rank, in]` and B `[E or 1, out, rank]`; or `trained tokens`, with a row of the
-        embeddings for each token in place of B.
+        in B; `stack`, with A `[E or 1, rank, in]` and B `[E or 1, out, rank]`; `trained tokens`, with a row of the
+        embeddings for each token in place of B; or `whole matrix`, which replaces the model's and stands in place of B.
       layers: the layers that the adapter changes, ascending; empty for head and embedding, which are in none.
       shape_a: the shape of one A in the file; empty if there is none.
       shape_b: the shape of one B in the file; empty if there is none.
@@ -217,6 +218,8 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         key: match for key in infos if (match := TOKENS_KEY.fullmatch(plain_key(key))) and len(infos[key].shape) == 2
     }
     modules += [_tokens(match["path"], infos[key]) for key, match in tokens.items()]
+    saved = {keys[0]: path for path, keys in saved_keys(infos, config.saved_modules).items()}
+    modules += [_whole(path, infos[key]) for key, path in saved.items()]
     return AdapterSummary(
         kind="adapter",
         layout=_layout({path for _, path in paths}),
@@ -227,7 +230,7 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         rank_stabilised=config.rank_stabilised,
         layers=sorted({layer for module in modules for layer in module.layers}),
         modules=modules,
-        other_keys=[key for key in infos if key not in {*keys, *outer, *tokens}],
+        other_keys=[key for key in infos if key not in {*keys, *outer, *tokens, *saved}],
         nbytes=sum(info.nbytes for info in infos.values()),
     )
 
@@ -296,3 +299,8 @@ def _module(name: str, group: list[_Matrix]) -> ModuleSummary:
 def _tokens(path: str, info: TensorInfo) -> ModuleSummary:
     """Rows that replace some of the base model's; each takes a rank in a bank."""
     return ModuleSummary(path, "trained tokens", [], [], list(info.shape), [info.shape[0]], "", info.nbytes)
+
+
+def _whole(path: str, info: TensorInfo) -> ModuleSummary:
+    """A whole matrix in place of the model's (`modules_to_save`)."""
+    return ModuleSummary(path, "whole matrix", [], [], list(info.shape), [], "", info.nbytes)

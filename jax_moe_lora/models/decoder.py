@@ -10,6 +10,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.adapters.replacements import Replacements
 from jax_moe_lora.layer.checks import check_array
 from jax_moe_lora.models.blocks.cache_places import LayerCache
 from jax_moe_lora.models.blocks.context import Bank, Routing, StepContext
@@ -294,7 +295,7 @@ def _layers(
     chosen: Int[Array, "B T L K"] | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...], tuple[Routing, ...]]:
     """Embedding, all layers and the last norm; the cache's layers with the step's tokens; what the routers decided."""
-    hidden = embed(params, _outer_adapters(bank, config), tokens, step.slots, config)
+    hidden = embed(params, _outer_adapters(bank, config), tokens, step.slots, config, _replacements(bank))
     given: dict[int, Array] = {}
     if chosen is not None:
         check_array("chosen", chosen, (*tokens.shape, len(config.routed_layers), config.moe.top_k), "integers")
@@ -314,7 +315,7 @@ def _layers(
 def _logits(
     params: ModelParams, bank: Bank | None, hidden: Float[Array, "B T D"], slots: Int[Array, "N"], config: ModelConfig
 ) -> Float[Array, "B T V"]:
-    return head(params, hidden, config, _outer_adapters(bank, config), slots)
+    return head(params, hidden, config, _outer_adapters(bank, config), slots, _replacements(bank))
 
 
 def _last_logits(
@@ -328,6 +329,11 @@ def _last_logits(
     """The logits after each row's last token; a row without tokens is a base row."""
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
     return _logits(params, bank, last, jnp.where(lengths > 0, slots, BASE_SLOT), config)[:, 0]
+
+
+def _replacements(bank: Bank | None) -> Replacements | None:
+    """Whole matrices in place of the model's embedding and head."""
+    return None if bank is None else bank.replacements
 
 
 def _outer_adapters(bank: Bank | None, config: ModelConfig) -> LayerPages:

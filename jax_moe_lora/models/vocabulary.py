@@ -6,6 +6,9 @@ slot, c its scale, and A, B its adapter's matrices:
     embed:  W[id] + c * A[s][:, id] @ B[s].T           (as PEFT: A is looked up, not multiplied)
     head:   x @ W.T + c * (x @ A[s].T) @ B[s].T        (W is the embedding where the two are tied)
 
+An adapter may bring a whole matrix in place of W instead (`adapters/replacements.py`): every row has the product with
+the model's W, and the rows of such an adapter take another product's in its place.
+
 An adapter of one changes that one alone, tied or not. A page of the vocabulary's width is large (16 * V), so pages are
 not gathered slot by slot where a product with the whole pool is smaller.
 """
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.adapters.replacements import Replacements
 from jax_moe_lora.layer.linear import lora_linear
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
@@ -31,6 +35,7 @@ def embed(
     tokens: Int[Array, "B T"],
     slots: Int[Array, "N"],
     config: ModelConfig,
+    replacements: Replacements | None = None,
 ) -> Float[Array, "B T D"]:
     """The tokens' hidden rows.
 
@@ -40,11 +45,16 @@ def embed(
       tokens: int `[B, T]`, token ids.
       slots: int32 `[B * T]`, adapter slot of each token, `BASE_SLOT` for none.
       config: the model's, of which the factor on embeddings is used (static).
+      replacements: whole matrices that some slots have in place of the model's; None for none.
 
     Returns:
       `[B, T, D]` in the model's dtype; rows without an adapter have the embedding's own bits.
     """
     rows = params.embedding[tokens]
+    if replacements is not None:
+        of_row = replacements.of_rows(EMBEDDING, slots).reshape(tokens.shape)[..., None]
+        for index, matrix in enumerate(replacements.matrices):
+            rows = jnp.where(of_row == index, matrix[tokens].astype(rows.dtype), rows)
     pages = adapters.get(EMBEDDING)
     if pages is not None:
         rows = _adapted_rows(rows, pages, tokens, slots)
@@ -69,6 +79,7 @@ def head(
     config: ModelConfig,
     adapters: LayerPages | None = None,
     slots: Int[Array, "N"] | None = None,
+    replacements: Replacements | None = None,
 ) -> Float[Array, "B T V"]:
     """Float32 logits over the vocabulary.
 
@@ -77,7 +88,8 @@ def head(
       hidden: `[B, T, D]`, rows after the last norm.
       config: the model's, of which what becomes of logits is used (static).
       adapters: the pages of layer L, or None for the base model's head.
-      slots: int32 `[B * T]`, adapter slot of each row; with `adapters`.
+      slots: int32 `[B * T]`, adapter slot of each row; with `adapters` or `replacements`.
+      replacements: whole matrices that some slots have in place of the model's; None for none.
 
     Returns:
       `[B, T, V]`; rows without an adapter have the bits of the base model's logits.
@@ -86,6 +98,8 @@ def head(
     x = hidden.reshape(-1, hidden.shape[-1])
     pages = None if adapters is None else adapters.get(HEAD)
     y = lora_linear(x, weight, params.head_bias)
+    if replacements is not None and slots is not None:
+        y = _replaced_logits(y, x, replacements, slots, params.head_bias)
     if pages is not None and slots is not None:
         blocks = _Blocks.of(pages, slots)
         ranks = blocks.pages(0).shape[1] * RANK_PAGE
@@ -97,6 +111,23 @@ def head(
         y = y + _times_b(values.reshape(x.shape[0], -1, RANK_PAGE), pages.b, blocks, x.dtype)
         y = lax.optimization_barrier(y)
     return finish_logits(y, config).reshape(*hidden.shape[:-1], -1)
+
+
+def _replaced_logits(
+    y: Float[Array, "N V"],
+    x: Float[Array, "N D"],
+    replacements: Replacements,
+    slots: Int[Array, "N"],
+    bias: Float[Array, "V"] | None,
+) -> Float[Array, "N V"]:
+    """`y`, and the product with its own matrix in each row that has one."""
+    of_row = replacements.of_rows(HEAD, slots)[:, None]
+    for index, matrix in enumerate(replacements.matrices):
+        # One product after the other, and each of another value to XLA, which would merge it with the base one.
+        y, x = lax.optimization_barrier((y, x))
+        whole = lora_linear(x, matrix.astype(x.dtype), bias)
+        y = jnp.where(of_row == index, whole, y)
+    return lax.optimization_barrier(y)
 
 
 def finish_logits(y: Float[Array, "N V"], config: ModelConfig) -> Float[Array, "N V"]:

@@ -47,6 +47,7 @@ class Model(Chat):
         max_rank: int = 64,
         adapter_memory: int | str = "4GiB",
         adapter_targets: Sequence[str] | Literal["all"] | None = None,
+        max_replacements: int = 0,
         implementation: Implementation | None = None,
     ) -> "Model":
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
@@ -61,6 +62,9 @@ class Model(Chat):
           adapter_targets: the modules that adapters may change, such as `["gate", "up", "down"]`. None is all modules
             of the layers. `"all"` adds `embedding` and `head`, whose pages are as wide as the vocabulary and are read
             in every step. The memory is for these modules alone, and an adapter that changes another one is refused.
+          max_replacements: whole matrices in place of the model's embedding or head (`modules_to_save` of PEFT) that
+            loaded adapters may bring, all of them together. Each takes `V * D` values out of `adapter_memory`, and as
+            much to read in every step, whoever uses it.
           implementation: a backend by name, or None for the best that is available.
 
         Raises:
@@ -74,7 +78,8 @@ class Model(Chat):
         folder = local_folder(path)
         config = read_model_config(folder)
         _check_implementation(implementation, config, dtype)
-        bank = create_bank(select_sites(config, adapter_targets), max_adapters, max_rank, memory, dtype)
+        sites, vocabulary = select_sites(config, adapter_targets), (config.vocab_size, config.hidden_size)
+        bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary)
         return cls(config, load_params(folder, config, dtype), bank, folder, implementation)
 
     def __repr__(self) -> str:

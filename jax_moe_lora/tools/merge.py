@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
-from jax_moe_lora.adapters.lora import LoRAAdapter
+from jax_moe_lora.adapters.lora import LoRAAdapter, memory_of
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.errors import AdapterFormatError, CheckpointError, ConfigError
 from jax_moe_lora.files.dtypes import DTYPES, check_dtype
@@ -122,23 +122,29 @@ class _Update:
       part: where the matrix stands in the tensor.
       rows: of the matrix.
       delta: makes the update, float32 `[rows, in]`.
+      replaces: the update is a matrix in place of the tensor's.
     """
 
     part: Part
     rows: int
     delta: Callable[[], np.ndarray]
+    replaces: bool = False
 
 
 def _updates(config: ModelConfig, adapter: LoRAAdapter, checkpoint: Checkpoint) -> dict[str, list[_Update]]:
     """Checkpoint tensor -> the updates of its matrices."""
     tensors, sites = projection_tensors(config), adapter_sites(config)
     updates: dict[str, list[_Update]] = {}
-    outer = {module: name for module, name in outer_tensors(config).items() if module in adapter.modules}
-    if outer and config.tie_embeddings:
+    changed = {*adapter.modules, *adapter.replacements}
+    outer = {module: name for module, name in outer_tensors(config).items() if module in changed}
+    if outer and config.tie_embeddings and not _one_for_both(adapter):
         raise AdapterFormatError(
             f"Adapter {adapter.name!r} changes the {' and the '.join(outer)} alone, and this checkpoint has one tensor "
             "for both (tie_word_embeddings): it cannot be merged; untie the checkpoint first."
         )
+    for module, matrix in adapter.replacements.items():
+        part = checkpoint.parts[outer[module]]
+        updates[outer[module]] = [_Update(part, config.vocab_size, partial(matrix.astype, np.float32), replaces=True)]
     for key, weights in adapter.weights.items():
         if (name := outer.get(key[1])) is not None:
             # An embedding is stored as [V, D], the transpose of what its adapter says.
@@ -152,6 +158,11 @@ def _updates(config: ModelConfig, adapter: LoRAAdapter, checkpoint: Checkpoint) 
     return updates
 
 
+def _one_for_both(adapter: LoRAAdapter) -> bool:
+    """Whether one matrix replaces both embedding and head, as tied weights have it."""
+    return len(adapter.replacements) == 2 and len({*map(memory_of, adapter.replacements.values())}) == 1
+
+
 def _merged(name: str, file: TensorFile, dtype: np.dtype, updates: Sequence[_Update]) -> np.ndarray:
     """A tensor of the base checkpoint, updated and cast."""
     base = file.get_tensor(name)
@@ -159,7 +170,8 @@ def _merged(name: str, file: TensorFile, dtype: np.dtype, updates: Sequence[_Upd
         merged = base.astype(dtype, copy=False)
         for update in updates:
             # `base` and `merged` may be one array: a matrix is read before it is written.
-            matrix = update.part.view(base, update.rows).astype(np.float32) + update.delta()
+            before = 0 if update.replaces else update.part.view(base, update.rows).astype(np.float32)
+            matrix = before + update.delta()
             update.part.view(merged, update.rows)[...] = matrix.astype(dtype)
     if not np.isfinite(merged).all():
         raise CheckpointError(f"{name} of {file.path.parent} with the adapter is not finite in {merged.dtype}.")

@@ -37,6 +37,11 @@ class TrainingBank:
     num_slots: int = field(metadata={"static": True})
     max_rank: int = field(metadata={"static": True})
 
+    @property
+    def replacements(self) -> None:
+        """No whole matrix of embedding or head is trained."""
+        return None
+
     def layer(self, layer: int) -> LayerPages:
         """The pages of one layer; there are none behind the last one, where embedding and head would have theirs."""
         if layer >= len(self.tables):

@@ -6,7 +6,8 @@ from support.peft_files import BOTH, DOWN, EXPERTS, GATE_UP, ONE_GATE, PREFIX, Q
 
 CONFIG_REFUSALS = {
     "dora": {"use_dora": True},
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "modules_to_save": {"modules_to_save": ["model.norm"]},
+    "modules_to_save_text": {"modules_to_save": "lm_head"},
     "lora_bias": {"lora_bias": True},
     "fan_in_fan_out": {"fan_in_fan_out": True},
     "token_indices": {"trainable_token_indices": [1]},

@@ -36,12 +36,12 @@ OUTSIDE = -1
 _KNOWN_BAD = {
     ".visual.": "the vision tower is not served, nor are adapters on it; train the language model's modules alone",
     "lora_magnitude_vector": "DoRA is not supported",
+    ".bias": "biases are not supported",
     "token_adapter": "expected base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
     "lora_embedding_": "expected base_model.model.model.embed_tokens.lora_embedding_A",
     "lm_head": "expected base_model.model.lm_head.lora_A.weight",
     "unembed_tokens": "expected base_model.model.model.unembed_tokens.lora_A.weight",
     "embed_tokens": "expected base_model.model.model.embed_tokens.lora_embedding_A",
-    ".bias": "biases are not supported",
 }
 # What to do about a projection that the model lacks or has in other sizes.
 ANOTHER_MODEL = "; if the adapter was trained for another model, load it into that one"

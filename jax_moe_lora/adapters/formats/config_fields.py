@@ -172,6 +172,19 @@ def token_ids(raw: Mapping[str, Any], name: str) -> dict[str, list[int]]:
     return ids_of
 
 
+def saved_modules(raw: Mapping[str, Any], name: str) -> frozenset[str]:
+    """Paths of embedding and head among the modules that are saved as a whole."""
+    ends = {full.rpartition(".")[2]: full for full in ("model.embed_tokens", "lm_head")}
+    return frozenset(ends[end] for entry in listed_names(raw, name) if (end := entry.rpartition(".")[2]) in ends)
+
+
+def other_saved_modules(raw: Mapping[str, Any]) -> list[str]:
+    """Modules that are saved as a whole and are neither embedding nor head."""
+    entries = raw.get("modules_to_save")
+    listed = entries if isinstance(entries, list) else []
+    return [entry for entry in listed if str(entry).rpartition(".")[2] not in ("embed_tokens", "lm_head")]
+
+
 def b_layout(raw: Mapping[str, Any], name: str) -> str | None:
     """Unsloth's note on the order of B's columns in 3-D parameters; None where there is none."""
     value = raw.get(name) or None

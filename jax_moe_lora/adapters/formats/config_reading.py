@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from jax_moe_lora.adapters.formats import config_fields
 from jax_moe_lora.adapters.formats.config_fields import Malformed, shown
-from jax_moe_lora.adapters.formats.embedding_copies import sizes_of_copies
 from jax_moe_lora.adapters.formats.look_around import missing_config
 from jax_moe_lora.adapters.formats.neutral_fields import PLAIN_INITS, REFUSED, is_neutral, says_nothing
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, TARGETING, PeftConfig
@@ -30,6 +29,7 @@ USED = TARGETING | {
     "bias",
     "init_lora_weights",
     "trainable_token_indices",
+    "modules_to_save",
 }
 
 
@@ -45,7 +45,7 @@ def read_peft_config(folder: Path, problems: Problems | None = None) -> PeftConf
     """
     problems = problems or Problems()
     config = describe_peft_config(folder, problems)
-    _check(config, problems, folder)
+    _check(config, problems)
     return config
 
 
@@ -83,16 +83,21 @@ def peft_config_of(fields: Mapping[str, Any], source: str, problems: Problems) -
     return config
 
 
-def _check(config: PeftConfig, problems: Problems, folder: Path | None = None) -> None:
-    """Refuses what would change the result and is not used; of a folder, with the size of what its file holds."""
+def _check(config: PeftConfig, problems: Problems) -> None:
+    """Refuses what would change the result and is not used."""
     raw = config.raw
     for name, value in raw.items():
         if name not in USED and not is_neutral(name, value):
             why = REFUSED.get(name, "it is not understood and may change the result")
-            if name == "modules_to_save" and folder is not None:
-                why += sizes_of_copies(folder)
             with problems:
                 raise config.error(f"{name} is {shown(value)}: {why}", name, shown(value), "no such setting")
+    with problems:
+        if others := config_fields.other_saved_modules(raw):
+            why = (
+                f"modules_to_save names {shown(others[0])}: of whole modules embed_tokens and lm_head alone are served"
+            )
+            why += "; train LoRA on others (target_modules)"
+            raise config.error(why, "modules_to_save", shown(others[0]), "embed_tokens or lm_head")
     with problems:
         if raw.get("lora_alpha") is None and "lora_alpha" not in config.malformed:
             why = "lora_alpha is missing, and without it the scale is not known"
@@ -136,6 +141,7 @@ def _parse(raw: Mapping[str, Any], file: Path, problems: Problems) -> PeftConfig
         layers=field("layers_to_transform", config_fields.layers, None),
         layers_patterns=field("layers_pattern", config_fields.layer_patterns, []),
         token_ids=field("trainable_token_indices", config_fields.token_ids, {}),
+        saved_modules=field("modules_to_save", config_fields.saved_modules, frozenset()),
         b_layout=field("lora_B_layout", config_fields.b_layout, None),
         b_layouts=field("unsloth_fused_expert_lora", config_fields.b_layouts, {}),
         peft_version=_version(raw.get("peft_version")),

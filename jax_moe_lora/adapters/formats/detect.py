@@ -16,13 +16,14 @@ from jax_moe_lora.adapters.formats.adapter_file import (
 from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.formats.config_fields import B_LAYOUTS
 from jax_moe_lora.adapters.formats.config_reading import read_peft_config
-from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without_copies
+from jax_moe_lora.adapters.formats.embedding_copies import check_copies, saved_keys, without_copies
 from jax_moe_lora.adapters.formats.look_around import WEIGHTS_INDEX
 from jax_moe_lora.adapters.formats.names import BEGIN, TEXT, WRAPPED, AdapterNames, without_prefix
 from jax_moe_lora.adapters.formats.outer import read_outer
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
+from jax_moe_lora.adapters.formats.saved_modules import read_saved_modules
 from jax_moe_lora.adapters.formats.targets import check_targets
 from jax_moe_lora.adapters.formats.tinker import SGLANG, TINKER
 from jax_moe_lora.adapters.formats.trained_tokens import add_trained_tokens, token_rows
@@ -70,10 +71,11 @@ def read_adapter(
     check_b_layout(b_layout)
     with open_adapter(folder, problems) as (config, tensors):
         file = AdapterFile(tensors.path, config, sites, names, tensors, problems, b_layout=b_layout)
-        check_copies(tensors, base, problems)
+        check_copies(tensors, config.saved_modules, base, problems)
         weights = read_weights(file, pair_keys(file.path, without_copies(tensors.infos), problems))
         add_trained_tokens(file, tensors.infos, base, weights)
-    return LoRAAdapter(name or folder.name, weights, config.raw, file.layout)
+        replacements = read_saved_modules(file, tensors, base, weights)
+    return LoRAAdapter(name or folder.name, weights, config.raw, file.layout, replacements)
 
 
 def check_b_layout(b_layout: str | None) -> None:
@@ -107,6 +109,18 @@ def adapts_vocabulary(folder: Path) -> bool:
         pairs = pair_keys(tensors.path, without_copies(tensors.infos), problems)
         return bool(token_rows(tensors.infos)) or any(pair.layer == OUTSIDE for pair in pairs)
     return False
+
+
+def whole_matrices(folder: Path) -> int:
+    """How many whole matrices an adapter brings in place of embedding and head; 0 where its files cannot be read.
+
+    Args:
+      folder: the adapter's.
+    """
+    problems = Problems(keep=True)
+    with problems, open_adapter(folder, problems) as (config, tensors):
+        return len(saved_keys(tensors.files, config.saved_modules))
+    return 0
 
 
 def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:

@@ -24,7 +24,7 @@ NEUTRAL: Mapping[str, tuple[str, ...]] = {
         "unsloth_version",
     ),
     "settings of training, which leave no trace in the arithmetic": (
-        "ensure_weight_tying",  # ties what `modules_to_save` holds, which is refused
+        "ensure_weight_tying",  # read where `modules_to_save` or LoRA names head or embedding
         "eva_config",  # how A was initialised
         "lora_dropout",
         "lora_dtype",  # ms-swift: the dtype that A and B were trained in
@@ -43,8 +43,6 @@ NEUTRAL: Mapping[str, tuple[str, ...]] = {
 
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA is not supported",
-    "modules_to_save": "whole modules saved beside the adapter are not supported; train LoRA on them (target_modules), "
-    "or some tokens' rows of the embeddings (trainable_token_indices)",
     "lora_bias": "biases of LoRA matrices are not supported",
     "fan_in_fan_out": "weights stored transposed (fan_in_fan_out) are not supported",
     "layer_replication": "replicated layers are not supported",

@@ -26,6 +26,9 @@ def read_outer(file: AdapterFile, pairs: Iterable[Pair], weights: Weights) -> No
         with file.problems:
             _check_tying(file, pair)
             module = OUTER_PATHS[pair.path]
+            if module in {OUTER_PATHS[path] for path in file.config.saved_modules}:
+                why = f"modules_to_save replaces the whole {module}, and PEFT puts no LoRA on it then"
+                raise file.error(pair, why, "both", "one of the two")
             (layer,) = file.outer_site(pair, module).layers
             if (layer, module) in weights:
                 raise file.duplicate(pair, module)

@@ -36,6 +36,7 @@ class PeftConfig:
       layers: `layers_to_transform`; None for all of them.
       layers_patterns: `layers_pattern`.
       token_ids: `trainable_token_indices`: path of embedding or head -> the tokens whose rows are replaced.
+      saved_modules: `modules_to_save`: paths of embedding and head that are replaced as a whole.
       b_layout: `lora_B_layout`, Unsloth's note on the columns of a 3-D parameter's B.
       b_layouts: the same by parameter.
       peft_version: the release of PEFT that wrote the file; None where that is not known.
@@ -55,6 +56,7 @@ class PeftConfig:
     layers: frozenset[int] | None
     layers_patterns: Sequence[str]
     token_ids: Mapping[str, Sequence[int]]
+    saved_modules: frozenset[str]
     b_layout: str | None
     b_layouts: Mapping[str, str]
     peft_version: tuple[int, ...] | None
@@ -122,8 +124,10 @@ class PeftConfig:
     def targets_module(self, key: str) -> bool:
         """Whether PEFT would put an adapter on the module of this name (its `check_target_module_exists`).
 
-        A config without targets, as Tinker's may be, excludes nothing.
+        A config without targets, as Tinker's may be, excludes nothing but what it saves as a whole.
         """
+        if key in self.saved_modules:
+            return False
         if isinstance(self.exclude_modules, str):
             if self.exclude_modules and re.fullmatch(self.exclude_modules, key):
                 return False

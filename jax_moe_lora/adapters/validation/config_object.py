@@ -89,7 +89,7 @@ def examine_config(
         _check_ranks(config, targeted, max_rank, problems)
     _check_tokens(config, sites, max_rank, problems)
     return [finding_of(error) for error in problems.found] + [
-        Finding("warning", source, *parts) for parts in _unmatched(config, targeted)
+        Finding("warning", source, *parts) for parts in (*_whole(config, sites), *_unmatched(config, targeted))
     ]
 
 
@@ -125,9 +125,18 @@ def _check_tokens(config: PeftConfig, sites: Mapping[str, Site], max_rank: int, 
                 raise config.error(why, field, f"{len(ids)} tokens", f"at most {max_rank}")
 
 
+def _whole(config: PeftConfig, sites: Mapping[str, Site]) -> Iterator[tuple[str, str, str, str]]:
+    """(key, expected, found, message)"""
+    for path in sorted(config.saved_modules):
+        values = f"{sites['embedding'].in_width} * {sites['embedding'].out_width} values"
+        message = f"{config.file}: modules_to_save makes {path} a whole matrix of {values}, which is served by a model "
+        message += "that is loaded with max_replacements; LoRA on it (target_modules) takes less."
+        yield f"modules_to_save.{path}", "no whole matrix", values, message
+
+
 def _unmatched(config: PeftConfig, targeted: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
     """(key, expected, found, message)"""
-    called = ends(targeted)
+    called = ends([*targeted, *config.saved_modules])
     listed = [] if isinstance(config.target_modules, str) else config.target_modules
     for target in listed if targeted else ():
         if target not in called:

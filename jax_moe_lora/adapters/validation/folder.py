@@ -14,17 +14,19 @@ from jax_moe_lora.adapters.formats.embedding_copies import check_copies, without
 from jax_moe_lora.adapters.formats.names import AdapterNames
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
+from jax_moe_lora.adapters.formats.saved_modules import read_saved_modules
 from jax_moe_lora.adapters.formats.trained_tokens import add_trained_tokens, token_rows
 from jax_moe_lora.adapters.formats.trtllm import SIDECAR, read_sidecar
 from jax_moe_lora.adapters.formats.weights import AdapterTensors
 from jax_moe_lora.adapters.lora import LoRAAdapter, Site
-from jax_moe_lora.adapters.packing import pack
+from jax_moe_lora.adapters.packing import bank_nbytes
 from jax_moe_lora.adapters.validation.bank_rules import violations
 from jax_moe_lora.adapters.validation.finding import Finding, finding_of
 from jax_moe_lora.adapters.validation.grouping import grouped
 from jax_moe_lora.adapters.validation.hints import hints
 from jax_moe_lora.adapters.validation.values import CheckedTensors
 from jax_moe_lora.errors import AdapterFormatError
+from jax_moe_lora.files.sizes import format_bytes
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,13 @@ def _check(
     if target is None:
         return "", None
     if deep:
-        check_copies(tensors, target.base, problems)
-    source = CheckedTensors(tensors, target.dtype, problems, warnings) if deep else Headers(infos)
+        check_copies(tensors, config.saved_modules, target.base, problems)
+    source = CheckedTensors(tensors, target.dtype, problems, warnings) if deep else Headers(tensors.infos)
     file = AdapterFile(path, config, target.sites, target.names, source, problems, deep, target.b_layout)
     weights = read_weights(file, pairs)
     add_trained_tokens(file, tensors.infos, target.base, weights)
-    adapter = LoRAAdapter(folder.name, weights, config.raw, file.layout)
+    replacements = read_saved_modules(file, tensors, target.base, weights)
+    adapter = LoRAAdapter(folder.name, weights, config.raw, file.layout, replacements)
     for bad in violations(adapter, target.sites, target.max_rank):
         with problems:
             key = file.keys[bad.layer, bad.module]
@@ -120,5 +123,9 @@ def _check(
         if pair.layer == OUTSIDE:
             message = f"{path}: {pair.path} is served by a model that is loaded with adapter_targets='all'."
             warnings.append(Finding("warning", str(path), pair.path, "a module of the layers", pair.path, message))
+    for module, matrix in replacements.items():
+        key, size = file.keys[OUTSIDE, module], format_bytes(matrix.size * target.dtype.itemsize)
+        message = f"{path}: {key} is a whole matrix of {size}, served by a model that is loaded with max_replacements."
+        warnings.append(Finding("warning", str(path), key, "no whole matrix", size, message))
     fits = not problems.found
-    return file.layout, pack(adapter, target.sites).nbytes(target.dtype) if fits else None
+    return file.layout, bank_nbytes(adapter, target.sites, target.dtype) if fits else None

@@ -10,7 +10,7 @@ import numpy as np
 from jax_moe_lora.adapters.formats.adapter_file import FileLayout
 from jax_moe_lora.adapters.formats.config_fields import MAX_RANK
 from jax_moe_lora.adapters.formats.look_around import WEIGHTS
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax_moe_lora.adapters.formats.names import AdapterNames, with_prefix
 from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS
 from jax_moe_lora.adapters.formats.peft_config import CONFIG
 from jax_moe_lora.adapters.formats.tinker import TINKER
@@ -156,7 +156,9 @@ def plan_adapter(
     target = LAYOUTS[layout]
     check_adapter(adapter, sites, MAX_RANK, np.dtype(np.float32))
     draft = Draft(adapter, sites, names, target.read_as.name, expand, fold_scale)
-    parts = [replace(part, prefix=names.prefixes[0]) for part in target.parts(draft)]
+    prefix = names.prefixes[0]
+    parts = [replace(part, prefix=prefix) for part in target.parts(draft)]
+    replaced = _whole_matrices(draft, target)
     for part in parts:
         for matrix in (part.a, part.b):
             if matrix.dtype not in DTYPES.values():
@@ -166,4 +168,21 @@ def plan_adapter(
         raise AdapterFormatError(f"Adapter {adapter.name!r} has rank 0 throughout; there is nothing to write.")
     parts, config = settle(draft, parts, target.says, target.all_targets(sites, names))
     tensors = {key: matrix for part in parts for key, matrix in ((part.key("A"), part.a), (part.key("B"), part.b))}
+    tensors |= {f"base_model.model.{with_prefix(path, prefix)}.weight": matrix for path, matrix in replaced.items()}
+    config |= {"modules_to_save": [path.rpartition(".")[2] for path in replaced] or None}
     return Plan(tensors, config, target.sidecar(draft), list(draft.notes))
+
+
+def _whole_matrices(draft: Draft, layout: WrittenLayout) -> dict[str, np.ndarray]:
+    """Path of embedding or head -> the matrix that replaces it."""
+    paths = {draft.names.dense_path(module): matrix for module, matrix in draft.adapter.replacements.items()}
+    for path, matrix in paths.items():
+        problem = ""
+        if layout.read_as not in (WRAPPERS, PER_EXPERT):
+            problem = "this layout has no whole matrices (modules_to_save); PEFT's layouts do"
+        elif matrix.dtype not in DTYPES.values():
+            problem = f"it is {matrix.dtype}; expected float32, float16 or bfloat16"
+        if problem:
+            where = f"Adapter {draft.adapter.name!r} cannot be written as {draft.layout}: {path}"
+            raise AdapterFormatError(f"{where}: {problem}.")
+    return paths

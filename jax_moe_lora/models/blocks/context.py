@@ -8,6 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
+from jax_moe_lora.adapters.replacements import Replacements
 from jax_moe_lora.layer.linear import DensePlan, lora_linear
 from jax_moe_lora.models.params import LayerParams
 from pallas_kernels.ops import Implementation, LayerPages
@@ -20,6 +21,9 @@ class Bank(Protocol):
 
     @property
     def num_slots(self) -> int: ...
+
+    @property
+    def replacements(self) -> Replacements | None: ...
 
     def layer(self, layer: int) -> LayerPages: ...
 

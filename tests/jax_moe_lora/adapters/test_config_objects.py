@@ -59,7 +59,11 @@ def test_a_config_that_can_be_served_has_no_findings(model, case):
 
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "DoRA": (LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora", "DoRA is not supported"),
-    "modules_to_save": (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules_to_save", "whole"),
+    "modules_to_save": (
+        LoraConfig(target_modules=["q_proj"], modules_to_save=["score"]),
+        "modules_to_save",
+        "of whole modules embed_tokens and lm_head alone are served",
+    ),
     "nothing of the model": (["fc1", "fc2"], "target_modules", "match no projection of the model, which has"),
     "no such parameter": (
         LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_proj"]),
@@ -92,6 +96,16 @@ def test_names_and_patterns_that_match_nothing_are_warnings(model):
         ("warning", "target_modules.fc1", "LoraConfig"),
         ("warning", "rank_pattern.k_proj", "LoraConfig"),
     ]
+
+
+def test_whole_embedding_and_head_are_warned_of_with_their_size(model):
+    config = LoraConfig(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head", "model.embed_tokens"])
+    found = validate_config(config, model)
+    assert [(f.severity, f.key) for f in found] == [
+        ("warning", "modules_to_save.lm_head"),
+        ("warning", "modules_to_save.model.embed_tokens"),
+    ]
+    assert all("32 * 16 values" in f.message and "max_replacements" in f.message for f in found)
 
 
 def test_ranks_are_held_against_the_banks(model):

@@ -163,18 +163,3 @@ def test_a_config_is_checked_before_there_is_a_file(base):
     (past,) = validate_config({**fields, "trainable_token_indices": {"lm_head": [32]}}, base[0])
     assert "3 trained tokens, each of which takes a rank" in few.message
     assert "the model has the tokens 0 to 31" in past.message
-
-
-def test_whole_modules_are_refused_with_their_size_and_what_to_train_instead(tmp_path, base):
-    folder, tensors = base
-    head = {"base_model.model.lm_head.weight": tensors["lm_head.weight"] + 1}
-    nbytes = head["base_model.model.lm_head.weight"].nbytes
-    size = (
-        rf"take {nbytes / 1024:.1f} KiB \(32 \* 16 values in F32\) of every slot" if nbytes >= 1024 else "of every slot"
-    )
-    for name, fields in (("named", {"modules_to_save": ["lm_head"]}), ("not named", {})):
-        written = write_adapter(tmp_path / name, {**Q, **head}, **fields)
-        with pytest.raises(AdapterFormatError, match=size) as raised:
-            read_adapter(written, folder)
-        for instead in ("trainable_token_indices", "target_modules"):
-            assert instead in str(raised.value)

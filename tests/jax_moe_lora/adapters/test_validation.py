@@ -206,7 +206,7 @@ def test_everything_that_is_wrong_is_found_at_once(tmp_path, model):
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1"],
         "use_dora": True,
         "bias": "all",
-        "modules_to_save": ["lm_head"],
+        "modules_to_save": ["lm_head", "score"],
         "rank_pattern": {"q_porj": 4},
     }
     folder = write_adapter(tmp_path / "adapter", tensors, **config)
