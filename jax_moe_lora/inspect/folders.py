@@ -218,7 +218,7 @@ def inspect_adapter(folder: Path) -> AdapterSummary:
         key: match for key in infos if (match := TOKENS_KEY.fullmatch(plain_key(key))) and len(infos[key].shape) == 2
     }
     modules += [_tokens(match["path"], infos[key]) for key, match in tokens.items()]
-    saved = {keys[0]: path for path, keys in saved_keys(infos, config.saved_modules).items()}
+    saved = {keys[0]: path for path, keys in saved_keys(infos, config.replaced_modules).items()}
     modules += [_whole(path, infos[key]) for key, path in saved.items()]
     return AdapterSummary(
         kind="adapter",

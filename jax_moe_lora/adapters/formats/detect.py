@@ -71,7 +71,7 @@ def read_adapter(
     check_b_layout(b_layout)
     with open_adapter(folder, problems) as (config, tensors):
         file = AdapterFile(tensors.path, config, sites, names, tensors, problems, b_layout=b_layout)
-        check_copies(tensors, config.saved_modules, base, problems)
+        check_copies(tensors, config.replaced_modules, base, problems)
         weights = read_weights(file, pair_keys(file.path, without_copies(tensors.infos), problems))
         add_trained_tokens(file, tensors.infos, base, weights)
         replacements = read_saved_modules(file, tensors, base, weights)
@@ -119,7 +119,7 @@ def whole_matrices(folder: Path) -> int:
     """
     problems = Problems(keep=True)
     with problems, open_adapter(folder, problems) as (config, tensors):
-        return len(saved_keys(tensors.files, config.saved_modules))
+        return len(saved_keys(tensors.files, config.replaced_modules))
     return 0
 
 

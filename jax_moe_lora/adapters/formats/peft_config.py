@@ -86,6 +86,16 @@ class PeftConfig:
     def says_targets(self) -> bool:
         return not self.malformed & TARGETING
 
+    @property
+    def ties_saved_modules(self) -> bool:
+        """Whether a module that is saved as a whole is embedding and head at once, where the base model ties them."""
+        return bool(self.saved_modules and self.raw.get("ensure_weight_tying"))
+
+    @property
+    def replaced_modules(self) -> frozenset[str]:
+        """Paths of embedding and head of which the file may hold whole matrices that are no copies."""
+        return frozenset(("model.embed_tokens", "lm_head")) if self.ties_saved_modules else self.saved_modules
+
     @cached_property
     def rank_table(self) -> PatternTable:
         return PatternTable(self.rank_patterns)

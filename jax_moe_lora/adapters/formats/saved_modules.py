@@ -40,31 +40,31 @@ def read_saved_modules(
     Raises:
       AdapterFormatError: a module without its tensor, of another shape or dtype, or with LoRA or trained tokens too.
     """
-    pairs = _pairs(file, tensors)
+    pairs = _pairs(file, tensors, base)
     replacements: dict[str, np.ndarray] = {}
     for path, pair in pairs.items():
         with file.problems:
             _check(file, pair, OUTER_PATHS[path], weights)
             if not (file.values and _equals_base(tensors, pair.key, path, base)):
                 replacements[OUTER_PATHS[path]] = file.tensors.get_tensor(pair.key)
-    if file.config.raw.get("ensure_weight_tying") and pairs:
+    if file.config.ties_saved_modules and pairs and (base is None or base.tied):
         with file.problems:
             return _tied(file, pairs, base, replacements)
     return replacements
 
 
-def _pairs(file: AdapterFile, tensors: AdapterTensors) -> dict[str, Pair]:
+def _pairs(file: AdapterFile, tensors: AdapterTensors, base: BaseCheckpoint | None) -> dict[str, Pair]:
     """Module's path -> its tensor; the one tensor stands for both sides of the pair, which errors name."""
     infos, pairs = tensors.infos, dict[str, Pair]()
-    for path, keys in saved_keys(infos, file.config.saved_modules).items():
+    for path, keys in saved_keys(infos, file.config.replaced_modules).items():
         pairs[path] = Pair(OUTSIDE, path, dict.fromkeys("AB", keys[0]), dict.fromkeys("AB", infos[keys[0]]))
         with file.problems:
             if len(keys) > 1:
                 raise file.error(pairs[path], f"{keys[1]} holds the {path} too", "two keys", "one key")
-    tied = bool(file.config.raw.get("ensure_weight_tying"))
+    one_is_enough = bool(file.config.ties_saved_modules and pairs and (base is None or base.tied))
     for path in sorted(file.config.saved_modules - pairs.keys()):
         with file.problems:
-            if not (tied and pairs):
+            if not one_is_enough:
                 why = f"{FIELD} names {path}, and {file.path.name} holds no {path}.weight"
                 raise file.config.error(why, FIELD, "no such tensor", f"base_model.model.{path}.weight")
     return pairs
@@ -92,9 +92,7 @@ def _equals_base(tensors: AdapterTensors, key: str, path: str, base: BaseCheckpo
 def _tied(
     file: AdapterFile, pairs: Mapping[str, Pair], base: BaseCheckpoint | None, replacements: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """One matrix for both modules where the base model ties them; as they are where it does not."""
-    if base is not None and not base.tied:
-        return replacements
+    """One matrix for both modules, which the base model ties, or may tie."""
     pair = pairs.get(_EMBEDDING) or pairs[_HEAD]
     if len(pairs) == 1 and base is None:
         why = "ensure_weight_tying makes it the head's and the embedding's where the base model ties the two, which "
@@ -103,6 +101,8 @@ def _tied(
     if file.values and not _alike(list(replacements.values()), len(pairs)):
         why = "ensure_weight_tying makes it the head's and the embedding's, and the file has other values for the two"
         raise file.error(pair, why, "two matrices", "one")
+    for module in ("embedding", "head"):
+        file.keys.setdefault((OUTSIDE, module), pair.key)
     return dict.fromkeys(("embedding", "head"), next(iter(replacements.values()))) if replacements else {}
 
 

@@ -36,7 +36,7 @@ class AdapterInfo:
       name: that requests use.
       slot: its row in the bank's tables.
       ranks: module -> the ranks that occur in it.
-      nbytes: device memory of its pages.
+      nbytes: device memory of its pages, and of its whole matrices.
     """
 
     name: str

@@ -105,7 +105,7 @@ def _check(
     if target is None:
         return "", None
     if deep:
-        check_copies(tensors, config.saved_modules, target.base, problems)
+        check_copies(tensors, config.replaced_modules, target.base, problems)
     source = CheckedTensors(tensors, target.dtype, problems, warnings) if deep else Headers(tensors.infos)
     file = AdapterFile(path, config, target.sites, target.names, source, problems, deep, target.b_layout)
     weights = read_weights(file, pairs)
@@ -123,8 +123,8 @@ def _check(
         if pair.layer == OUTSIDE:
             message = f"{path}: {pair.path} is served by a model that is loaded with adapter_targets='all'."
             warnings.append(Finding("warning", str(path), pair.path, "a module of the layers", pair.path, message))
-    for module, matrix in replacements.items():
-        key, size = file.keys[OUTSIDE, module], format_bytes(matrix.size * target.dtype.itemsize)
+    for key, matrix in {file.keys[OUTSIDE, module]: matrix for module, matrix in replacements.items()}.items():
+        size = format_bytes(matrix.size * target.dtype.itemsize)
         message = f"{path}: {key} is a whole matrix of {size}, served by a model that is loaded with max_replacements."
         warnings.append(Finding("warning", str(path), key, "no whole matrix", size, message))
     fits = not problems.found
