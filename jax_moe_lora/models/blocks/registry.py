@@ -6,13 +6,11 @@ A layer whose blocks are not arranged as `LayerSpec` says is a kind of its own, 
 from collections.abc import Mapping
 from types import ModuleType
 
-from jax_moe_lora.models.blocks import delta_net, dense_mlp, fused_mlp, gemma4_attention, gemma4_layer, gqa, mla
+from jax_moe_lora.models.blocks import delta_net, gemma4_attention, gemma4_layer, gqa, mla
 from jax_moe_lora.models.specs.delta_net import DeltaNet
-from jax_moe_lora.models.specs.fused_mlp import FusedMLP
 from jax_moe_lora.models.specs.gemma4 import Gemma4Attention, Gemma4Layer
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.mla import MLA
-from jax_moe_lora.models.specs.mlp import DenseMLP
 
 ATTENTION: Mapping[type, ModuleType] = {
     GQA: gqa,
@@ -20,6 +18,4 @@ ATTENTION: Mapping[type, ModuleType] = {
     DeltaNet: delta_net,
     Gemma4Attention: gemma4_attention,
 }
-SHARED: Mapping[type, ModuleType] = {DenseMLP: dense_mlp, FusedMLP: fused_mlp}
-"""What may stand beside routed experts."""
 LAYERS: Mapping[type, ModuleType] = {Gemma4Layer: gemma4_layer}

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.layer.moe import choose_experts, routed_experts, router_scores
 from jax_moe_lora.models.blocks.context import Routing, StepContext, linear
-from jax_moe_lora.models.blocks.registry import SHARED
+from jax_moe_lora.models.blocks.shared import SHARED
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.mlp import RoutedMLP
 from pallas_kernels.ops import LayerPages
