@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe_lora.adapters.formats.config_fields import MIXED
+from jax_moe_lora.adapters.formats.names import WRAPPED, without_prefix
 from jax_moe_lora.adapters.formats.patterns import NameSet, PatternTable
 from jax_moe_lora.errors import AdapterFormatError
 
@@ -136,7 +137,7 @@ class PeftConfig:
 
         A config without targets, as Tinker's may be, excludes nothing but what it saves as a whole.
         """
-        if key in self.saved_modules:
+        if self.saved_modules and without_prefix(key, WRAPPED) in self.saved_modules:
             return False
         if isinstance(self.exclude_modules, str):
             if self.exclude_modules and re.fullmatch(self.exclude_modules, key):

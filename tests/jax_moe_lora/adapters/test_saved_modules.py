@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_moe_lora import AdapterFormatError, InputError, read_adapter, validate
+from jax_moe_lora.adapters.formats.config_reading import read_peft_config
 from jax_moe_lora.adapters.formats.detect import adapts_vocabulary, whole_matrices
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.adapters.writing import write_adapter as write
@@ -70,8 +71,9 @@ def test_the_files_own_matrices_are_read_in_its_dtype(tmp_path, base, dtype):
 )
 def test_the_prefix_of_a_model_with_an_image_part_is_passed_over(tmp_path, base, key):
     modules = (key.removeprefix("base_model.model.").removesuffix(".weight"),)
-    read = read_adapter(adapter(tmp_path, {key: NEW}, modules), base[0])
-    np.testing.assert_array_equal(read.replacements["embedding"], NEW)
+    folder = adapter(tmp_path, {key: NEW}, modules, target_modules=["q_proj", "embed_tokens"])
+    np.testing.assert_array_equal(read_adapter(folder, base[0]).replacements["embedding"], NEW)
+    assert not read_peft_config(folder).targets_module(modules[0])
 
 
 def test_a_matrix_that_equals_the_base_models_takes_no_room(tmp_path, base):
