@@ -194,6 +194,8 @@ FAMILIES |= {
         "mup_enabled": True,
     },
 }
+FIRST = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe")
+"""Families that tests of files and formats walk: others have tests of their own (`models/families`)."""
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -25,7 +25,7 @@ from jax_moe_lora.models.sites import adapter_sites
 from support.adapter_files import CONFIG, GPT_OSS, SIDECAR, TRTLLM, WEIGHTS, WIDTHS, draw, stacks, write
 from support.layers import assert_close
 from support.models import ADAPTER_NAMES
-from support.networks import ATTENTION, EXPERTS, FAMILIES, TINY, peft_logits, save_model, save_random_adapter, tiny
+from support.networks import ATTENTION, EXPERTS, FIRST, TINY, peft_logits, save_model, save_random_adapter, tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("writing")]
 
@@ -443,7 +443,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FIRST)
 def served(request, tmp_path_factory) -> tuple[Path, Model]:
     """A model with an adapter of PEFT's on all that its family has."""
     folder, name = tmp_path_factory.mktemp(request.param), request.param

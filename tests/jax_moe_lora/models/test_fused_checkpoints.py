@@ -16,7 +16,7 @@ from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.models import loading
 from support.checkpoints import SHARDS, TINY, load, write
 from support.memory import traced
-from support.networks import FAMILIES
+from support.networks import FIRST
 
 Tensors = dict[str, np.ndarray]
 INDEX = "model.safetensors.index.json"
@@ -55,7 +55,7 @@ def assert_equal_trees(one: Any, other: Any) -> None:
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", FIRST)
 def test_the_fused_form_of_transformers_5_is_the_same_model(tmp_path: Path, model_type: str) -> None:
     from support.networks import tiny
 

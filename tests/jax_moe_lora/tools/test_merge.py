@@ -28,7 +28,7 @@ from support.memory import peak_memory
 from support.networks import (
     ATTENTION,
     EXPERTS,
-    FAMILIES,
+    FIRST,
     TINY,
     load_peft,
     peft_logits,
@@ -67,7 +67,7 @@ def transformers_logits(folder: Path) -> np.ndarray:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor(TOKENS)).logits.numpy()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FIRST)
 def trained(request, tmp_path_factory) -> tuple[Path, Path]:
     """A checkpoint, and an adapter of PEFT's on all that its family has."""
     folder, name = tmp_path_factory.mktemp(request.param), request.param
