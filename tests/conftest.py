@@ -73,12 +73,14 @@ def seconds_of(item: pytest.Item) -> float:
 def group_of(item: pytest.Item) -> str:
     """Tests of one group run in one worker: those of a file, because what one of them compiles the others have.
 
-    A test that says how many seconds it takes, `slow(60)`, is long enough to be alone.
+    A test that says how many seconds it takes, `slow(60)`, is long enough to be alone; those of a class share what it
+    takes to set them up.
     """
     if group := item.get_closest_marker("xdist_group"):
         return group.args[0]
     slow = item.get_closest_marker("slow")
-    return item.nodeid if slow and slow.args else f"{item.path.parent.name}/{item.path.stem}"
+    alone = slow is not None and slow.args and getattr(item, "cls", None) is None
+    return item.nodeid if alone else f"{item.path.parent.name}/{item.path.stem}"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,7 +16,7 @@ from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import layer_sites
 
-pytestmark = pytest.mark.slow(30)
+pytestmark = [pytest.mark.slow(10), pytest.mark.xdist_group("attention_contracts")]
 ROWS = [None, "one", "two", "three", None]
 STEPS = 3
 
