@@ -23,9 +23,11 @@ _KINDS = {"floating point": jnp.floating, "integers": jnp.integer, "booleans": j
 
 MODULES = (
     *("router", "gate", "up", "down"),
-    *("q", "k", "v", "o", "mlp_gate", "mlp_up", "mlp_down"),
+    *("q", "k", "v", "o", "attention_gate", "global_q", "global_k", "global_v", "global_o"),
     *("q_a", "q_b", "kv_a_with_mqa", "kv_b"),
-    *("shared_gate", "shared_up", "shared_down", "shared_expert_gate"),
+    *("delta_qkvz", "delta_ba", "delta_qkv", "delta_z", "delta_b", "delta_a", "delta_out"),
+    *("mlp_gate", "mlp_up", "mlp_down"),
+    *("shared_gate", "shared_up", "shared_down", "shared_in", "shared_out", "shared_expert_gate"),
 )
 """Every module that one layer's adapters may have: the routed layer's own, and those beside it in a decoder layer."""
 
