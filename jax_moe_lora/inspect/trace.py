@@ -30,8 +30,8 @@ class Trace:
     Attributes:
       scores: float32 `[L, B, T, E]`, the routers' outputs before any softmax, adapters included.
       weights: float32 `[L, B, T, K]`, the weight of each chosen expert, largest first.
-      experts: int32 `[L, B, T, K]`, the chosen experts' ids, in the order of `weights`.
-      real: bool `[B, T]`, False past a request's length, where the other arrays are undefined.
+      experts: int32 `[L, B, T, K]`, the chosen experts' ids, in the order of `weights`; zeros past a request's length.
+      real: bool `[B, T]`, False past a request's length, where scores and weights are undefined.
       layers: the routed layers' numbers in the model.
       token_ids: int32 `[B, T]`, what was read, zeros past a request's length.
       router: the kind of the routers.
@@ -97,6 +97,7 @@ def router_trace(
         traced = _trace(state.params, state.bank, *map(jnp.asarray, rows), **static)
         columns = (np.stack(parts).reshape(len(parts), *tokens.shape, -1) for parts in zip(*traced, strict=True))
         scores, weights, experts = columns
+        experts = np.where(mask[None, ..., None], experts, 0)  # padding goes to no expert
     return Trace(
         scores, weights, experts, mask, model.config.routed_layers, np.where(mask, tokens, 0), model.config.moe.router
     )
