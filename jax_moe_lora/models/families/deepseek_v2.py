@@ -5,8 +5,9 @@ from typing import Any
 
 from jax_moe_lora.models.decoder_config import open_fields, read_model, read_norm
 from jax_moe_lora.models.families import deepseek
-from jax_moe_lora.models.families.deepseek import layer_specs, read_experts, read_first_dense, read_mla, read_routed
+from jax_moe_lora.models.families.deepseek import layer_specs, read_mla
 from jax_moe_lora.models.families.family import Family
+from jax_moe_lora.models.families.routed_experts import read_experts, read_first_dense, read_groups, read_routed
 from jax_moe_lora.models.neutral_fields import Values
 from jax_moe_lora.models.specs.model import ModelConfig
 
@@ -30,7 +31,7 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
     fields.expect("head_dim", (None, attention.rope_dim), "it is another name of qk_rope_head_dim")
     method = fields.get("topk_method", "greedy")
     fields.expect("topk_method", (None, "greedy", "group_limited_greedy"), "the class knows no other choice")
-    groups = deepseek.read_groups(fields, (1, 1))
+    groups = read_groups(fields, (1, 1))
     moe = read_experts(
         fields,
         renormalize=False,

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax_moe_lora.models.decoder_config import open_fields, read_activation, read_gqa, read_model, read_norm
 from jax_moe_lora.models.families.family import Family
-from jax_moe_lora.models.families.sigmoid_router import SIGMOID, read_sigmoid_routed
+from jax_moe_lora.models.families.routed_experts import SIGMOID, read_sigmoid_routed
 from jax_moe_lora.models.families.windows import read_windows
 from jax_moe_lora.models.neutral_fields import QK_NORM, QKV_BIAS, Values
 from jax_moe_lora.models.specs.mlp import DenseMLP

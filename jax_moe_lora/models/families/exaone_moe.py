@@ -13,7 +13,7 @@ from jax_moe_lora.models.decoder_config import (
     read_norm,
 )
 from jax_moe_lora.models.families.family import Family
-from jax_moe_lora.models.families.sigmoid_router import SIGMOID, read_sigmoid_routed
+from jax_moe_lora.models.families.routed_experts import SIGMOID, read_sigmoid_routed
 from jax_moe_lora.models.families.windows import read_windows
 from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.neutral_fields import QK_NORM, QKV_BIAS, Values

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jax_moe_lora.models.decoder_config import open_fields, read_gqa, read_model, read_norm
-from jax_moe_lora.models.families.deepseek import read_experts, read_first_dense, read_groups, read_routed
 from jax_moe_lora.models.families.family import Family
+from jax_moe_lora.models.families.routed_experts import read_experts, read_first_dense, read_groups, read_routed
 from jax_moe_lora.models.neutral_fields import QKV_BIAS, Values
 from jax_moe_lora.models.specs.mlp import DenseMLP
 from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig

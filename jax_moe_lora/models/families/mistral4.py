@@ -6,15 +6,9 @@ from typing import Any
 
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.decoder_config import open_fields, read_model, read_norm
-from jax_moe_lora.models.families.deepseek import (
-    layer_specs,
-    read_experts,
-    read_first_dense,
-    read_groups,
-    read_mla,
-    read_routed,
-)
+from jax_moe_lora.models.families.deepseek import layer_specs, read_mla
 from jax_moe_lora.models.families.family import Family
+from jax_moe_lora.models.families.routed_experts import read_experts, read_first_dense, read_groups, read_routed
 from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.specs.mla import MLA
 from jax_moe_lora.models.specs.model import ModelConfig

@@ -1,20 +1,19 @@
 """The promises of the layer, kept by models of each kind of attention: windows and sinks, latents, delta-net."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_moe_lora import Model, count_compilations
-from jax_moe_lora.adapters.bank import AdapterBank, create_bank
+from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, LoRAAdapter, LoRAWeights, uniform
 from jax_moe_lora.models.families.examples import example
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import layer_sites
+from support.models import prefill_and_decode
 
 pytestmark = [pytest.mark.slow(10), pytest.mark.xdist_group("attention_contracts")]
 ROWS = [None, "one", "two", "three", None]
@@ -62,21 +61,7 @@ def model(request) -> Model:
 @pytest.fixture(scope="module")
 def run(model):
     """Logits `[1 + STEPS, B, V]` of one prefill and some decode steps, whose tokens are the same whatever the slots."""
-    fn = model.functional(batch=len(ROWS), max_length=32)
-    prefill, decode = jax.jit(fn.prefill), jax.jit(fn.decode)
-    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (len(ROWS), 20)).astype(np.int32)
-    lengths = jnp.asarray([14, 20, 18, 1, 5])
-
-    def logits(names: Sequence[str | None], bank: AdapterBank | None = fn.bank) -> np.ndarray:
-        slots = model.slots(names)
-        cache, first = prefill(fn.params, bank, fn.init_cache(), jnp.asarray(tokens), lengths, slots)
-        found = [first]
-        for step in range(STEPS):
-            cache, scores = decode(fn.params, bank, cache, jnp.asarray(tokens[:, step]), slots)
-            found.append(scores)
-        return np.stack(found)
-
-    return logits
+    return prefill_and_decode(model, [14, 20, 18, 1, 5], 32, STEPS)
 
 
 def test_1_base_rows_have_the_bits_of_the_model_without_a_bank(run):

@@ -1,14 +1,12 @@
 """The promises of the layer, kept by whole models: prompts read, tokens decoded, cache reused."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_moe_lora import Model
-from jax_moe_lora.adapters.bank import AdapterBank, create_bank
+from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.demo.run import load_demo
@@ -17,7 +15,7 @@ from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.sampling import greedy
-from support.models import decoder_config
+from support.models import decoder_config, prefill_and_decode
 
 pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
 MIXED = [None, "upper", "reverse", "sort", None]
@@ -52,21 +50,7 @@ def qwen2_moe() -> Model:
 def run(request):
     """Logits `[1 + STEPS, B, V]` of one prefill and some decode steps, whose tokens are the same whatever the slots."""
     model = qwen2_moe() if request.param == "qwen2_moe" else request.getfixturevalue("model")
-    fn = model.functional(batch=len(MIXED), max_length=16)
-    prefill, decode = jax.jit(fn.prefill), jax.jit(fn.decode)
-    tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (len(MIXED), 8)).astype(np.int32)
-    lengths = jnp.asarray([4, 6, 8, 1, 5])
-
-    def logits(names: Sequence[str | None], bank: AdapterBank | None = fn.bank) -> np.ndarray:
-        slots = model.slots(names)
-        cache, first = prefill(fn.params, bank, fn.init_cache(), jnp.asarray(tokens), lengths, slots)
-        found = [first]
-        for step in range(STEPS):
-            cache, scores = decode(fn.params, bank, cache, jnp.asarray(tokens[:, step]), slots)
-            found.append(scores)
-        return np.stack(found)
-
-    return logits
+    return prefill_and_decode(model, [4, 6, 8, 1, 5], 16, STEPS)
 
 
 def test_1_base_rows_have_the_bits_of_the_model_without_a_bank(run):
