@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.benchmark.ceilings import measure_ceilings
-from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, floor_s, make_bank
+from jax_moe_lora.benchmark.model_floor import floor_s
+from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_bank
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, init_params

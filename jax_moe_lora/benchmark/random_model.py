@@ -1,12 +1,11 @@
-"""A whole model and adapters of random numbers, made on the device, and the least time that they need.
+"""A whole model and adapters of random numbers, made on the device.
 
 Weights and pages are drawn piece by piece: the host never holds anything of a model's size, and the device never holds
 more than one matrix twice.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,31 +17,14 @@ from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import RESERVED, AdapterBank
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, Site
-from jax_moe_lora.benchmark.ceilings import Ceilings
-from jax_moe_lora.config import MoEConfig, RopeConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
-from jax_moe_lora.models.specs.gqa import GQA
-from jax_moe_lora.models.specs.mlp import RoutedMLP
-from jax_moe_lora.models.specs.model import LayerSpec, ModelConfig, layer_parameters
+from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import BASE_SLOT, RANK_PAGE
-from pallas_kernels.specs import ADAPTERS, LAYERS, AdapterMix
+from pallas_kernels.specs import ADAPTERS, AdapterMix
 
 DTYPE = "bfloat16"
 FILL_PAGES = 4096  # drawn at a time
-
-
-def _qwen3(shape: str, layers: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int) -> ModelConfig:
-    spec = LAYERS[shape]
-    moe = MoEConfig(spec.hidden_size, spec.expert_width, spec.num_experts, spec.top_k, renormalize=True)
-    attention = GQA(heads, kv_heads, head_dim, RopeConfig(theta=1e6), qk_norm="head")
-    return ModelConfig("qwen3_moe", vocabulary, spec.hidden_size, (LayerSpec(attention, RoutedMLP(moe)),) * layers)
-
-
-MODELS = {
-    "qwen3-30b-a3b": _qwen3("qwen3-30b-a3b", 48, 32, 4, 128, 151_936),
-    "tiny": _qwen3("small", 2, 4, 2, 32, 128),
-}
 
 
 @dataclass(frozen=True)
@@ -67,25 +49,6 @@ class Case:
     def rows(self) -> int:
         """Tokens that go through the layers."""
         return self.batch * (self.length if self.kind == "prefill" else 1)
-
-
-def model_config(name: str, layers: int | None = None) -> ModelConfig:
-    """The config of a named model.
-
-    Args:
-      name: a model in `MODELS`.
-      layers: another number of layers; None keeps the model's.
-
-    Returns:
-      The config.
-
-    Raises:
-      InputError: no model has this name.
-    """
-    if name not in MODELS:
-        raise InputError(f"model is {name!r}; expected one of {', '.join(MODELS)}.")
-    config = MODELS[name]
-    return config if layers is None else replace(config, layers=config.layers[:1] * layers)
 
 
 def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
@@ -178,41 +141,3 @@ def draw_slots(case: Case, num_slots: int) -> Int[Array, "B"]:
     """Each request's slot: the adapters in turn, then one request without an adapter, and so on."""
     turn = np.arange(case.batch) % (num_slots + 1)
     return jnp.asarray(np.where(turn == num_slots, BASE_SLOT, turn), jnp.int32)
-
-
-def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings: Ceilings) -> float:
-    """The least time that the ceilings allow for a case.
-
-    That is reading the weights, pages and cached keys and values in use once, or the multiplications, whichever takes
-    longer. The number of experts and pages in use is the expected one under uniform routing.
-
-    Args:
-      case: what is timed.
-      config: the model.
-      bank: the adapters; None for a case without.
-      ceilings: the device's limits.
-
-    Returns:
-      Seconds.
-    """
-    moe, rows, size = config.moe, case.rows, jnp.dtype(DTYPE).itemsize
-    attentions = [layer.attention for layer in config.layers if isinstance(layer.attention, GQA)]
-    expert = 3 * moe.hidden_size * moe.expert_width
-    rows_of_layer = layer_parameters(config.layers[0], config.hidden_size)
-    dense = sum(math.prod(row.shape) for row in rows_of_layer if row.projection and not row.experts)
-    head, moved, multiplied = config.vocab_size * config.hidden_size, 0.0, 0.0
-    met = 1 - (1 - moe.top_k / moe.num_experts) ** rows  # share of the experts in use
-    moved += config.num_layers * (dense + met * moe.num_experts * expert) + head
-    multiplied += rows * config.num_layers * (dense + moe.top_k * expert) + case.batch * head
-    keys = case.batch * case.length
-    moved += 2 * keys * sum(attention.head_dim * attention.num_kv_heads for attention in attentions)
-    scores = keys * (case.length / 2 if case.kind == "prefill" else 1)
-    multiplied += 2 * scores * sum(attention.head_dim * attention.num_heads for attention in attentions)
-    for _, site in () if bank is None else bank.sites:
-        assert bank is not None
-        rows_each = rows / (bank.num_slots + 1)  # of each adapter; as many are base rows
-        chance = min(1.0, moe.top_k / site.num_experts) if site.num_experts > 1 else 1.0  # of an expert for a row
-        matrix = len(site.layers) * bank.num_slots * bank.max_rank * (site.in_width + site.out_width)
-        moved += matrix * site.num_experts * (1 - (1 - chance) ** rows_each if chance < 1 else min(1.0, rows_each))
-        multiplied += matrix * rows_each * chance * site.num_experts
-    return max(moved * size / ceilings.bytes_per_s, 2 * multiplied / ceilings.flop_per_s)

@@ -13,6 +13,7 @@ import optax
 
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.random_model import DTYPE
+from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.specs.gqa import GQA
@@ -158,13 +159,17 @@ def measure_peft(config: ModelConfig, adapters: int, rank: int, batch: int, leng
 
     Returns:
       Milliseconds per step and peak memory in GB.
+
+    Raises:
+      InputError: a model of another family than Qwen3-MoE.
     """
     import peft
     import torch
     import transformers
 
     attention = config.layers[0].attention
-    assert isinstance(attention, GQA)
+    if config.model_type != "qwen3_moe" or not isinstance(attention, GQA):
+        raise InputError(f"the model's family is {config.model_type}; the peer is timed with qwen3_moe alone.")
     sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import check_implementation, command_line, console, report_progress, write_file
+from jax_moe_lora.cli.options import (
+    check_implementation,
+    command_line,
+    console,
+    report_progress,
+    result_file,
+    write_file,
+)
 from jax_moe_lora.errors import InputError
 from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 
@@ -58,7 +65,7 @@ def bench(
     turns = out.parent if out and keep else None
     with in_turn(turns):  # of what another run may be writing, and of the ceilings
         if keep and out:
-            report.read_earlier(out.with_suffix(".json"))  # refused before the work
+            report.read_earlier(result_file(out, ".json"))  # refused before the work
         head = report.about([])
     names = adapters or ["none", "s8r16"]
     others = find_peers(peer or [], names, lambda line: sys.stderr.write(f"{line}\n"))
@@ -79,7 +86,7 @@ def bench(
     if plot and out is not None:
         alike = [row for row in all_rows if (row["routing"], row["slots"]) == (routing, slots)]
         title = f"{head['device']}, {head['date']}, routing {routing}, slots {slots}"
-        save_roofline(alike, title, out.with_suffix(".png"))
+        save_roofline(alike, title, result_file(out, ".png"))
     if any("error" in row for row in rows):
         raise typer.Exit(1)
 
@@ -89,21 +96,21 @@ def _ceilings(out: Path) -> "Ceilings":
     from jax_moe_lora.benchmark import report
     from jax_moe_lora.benchmark.ceilings import measure_ceilings
 
-    return report.read_earlier(out.with_suffix(".json")).ceilings or measure_ceilings()
+    return report.read_earlier(result_file(out, ".json")).ceilings or measure_ceilings()
 
 
 def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bool) -> list[dict[str, Any]]:
     """OUT.csv and OUT.json with these rows, and with `keep` the others that are there by now; returns all."""
     from jax_moe_lora.benchmark import report
 
-    old, commands, ceilings = report.read_earlier(out.with_suffix(".json")) if keep else ([], [], None)
+    old, commands, ceilings = report.read_earlier(result_file(out, ".json")) if keep else ([], [], None)
     if ceilings:
         head = head | {"ceilings": asdict(ceilings)}
     if len(rows) == 1 or not keep:  # else this run's command is among those that were read
         commands = [*commands, command_line()]
     all_rows = report.merge(old, rows)
-    write_file(out.with_suffix(".csv"), report.write_csv(all_rows))
-    write_file(out.with_suffix(".json"), report.write_json(all_rows, head | {"commands": commands}))
+    write_file(result_file(out, ".csv"), report.write_csv(all_rows))
+    write_file(result_file(out, ".json"), report.write_json(all_rows, head | {"commands": commands}))
     return all_rows
 
 

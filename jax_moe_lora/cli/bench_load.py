@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import command_line, console, write_file
+from jax_moe_lora.cli.options import MODEL_HELP, command_line, console, result_file, write_file
 
 
 def bench_load(
-    model: Annotated[str, typer.Option(help="qwen3-30b-a3b, or tiny.")] = "qwen3-30b-a3b",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "qwen3-30b-a3b",
     layers: Annotated[int | None, typer.Option(help="Fewer or more layers than the model has.", min=1)] = None,
     rank: Annotated[int, typer.Option(help="Of the adapters, which are on the routed experts.", min=1)] = 16,
     batch: Annotated[int, typer.Option(help="Requests that decode meanwhile.", min=1)] = 8,
@@ -20,7 +20,7 @@ def bench_load(
     """Time loading an adapter from host memory: alone, and while a model of random weights decodes."""
     from jax_moe_lora.benchmark import report
     from jax_moe_lora.benchmark.load import METHOD, measure_loads
-    from jax_moe_lora.benchmark.random_model import model_config
+    from jax_moe_lora.benchmark.models import model_config
 
     config = model_config(model, layers)
     head = report.about([command_line()]) | {"method": METHOD}
@@ -28,7 +28,7 @@ def bench_load(
     about = {"model": model, "layers": config.num_layers, "rank": rank, "batch": batch, "context": context}
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_file(out.with_suffix(".json"), report.write_json([about | figures], head))
+        write_file(result_file(out, ".json"), report.write_json([about | figures], head))
     table = Table("", *(column for column in figures["per-expert"]), title=f"{model}, {config.num_layers} layers")
     for name in ("per-expert", "shared-outer"):
         table.add_row(name, *(str(value) for value in figures[name].values()))

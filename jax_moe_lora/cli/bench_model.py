@@ -1,19 +1,34 @@
 """`jax-moe-lora bench-model`: decode steps and prefills of a whole model of random weights."""
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import check_implementation, command_line, console, report_progress, write_file
+from jax_moe_lora.cli.options import (
+    MODEL_HELP,
+    check_implementation,
+    command_line,
+    console,
+    report_progress,
+    result_file,
+    write_file,
+)
 from jax_moe_lora.errors import InputError
 from pallas_kernels.specs import ADAPTERS
 
+if TYPE_CHECKING:
+    from jax_moe_lora.benchmark.random_model import Case
+    from jax_moe_lora.models.specs.model import ModelConfig
+
+PEER = "transformers"
+
 
 def bench_model(
-    model: Annotated[str, typer.Option(help="qwen3-30b-a3b, or tiny.")] = "qwen3-30b-a3b",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "qwen3-30b-a3b",
     layers: Annotated[int | None, typer.Option(help="Fewer or more layers than the model has.", min=1)] = None,
     adapters: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ADAPTERS)}; repeat for more.")] = None,
     targets: Annotated[str, typer.Option(help="What the adapters are on: experts, or all.")] = "experts",
@@ -23,39 +38,74 @@ def bench_model(
     cache_length: Annotated[int, typer.Option(help="Positions of the cache of a decode step.", min=2)] = 1024,
     steps: Annotated[int, typer.Option(help="Decode steps before one block.", min=1)] = 64,
     implementation: Annotated[str | None, typer.Option(help="A backend by name; the best one if not given.")] = None,
+    peer: Annotated[list[str] | None, typer.Option(help=f"Time it too, without adapters: {PEER}.")] = None,
     out: Annotated[Path | None, typer.Option(help="Writes OUT.json, after each case.")] = None,
 ) -> None:
     """Time a whole model, random weights, adapters mixed in the batch: one decode step, and prefill."""
-    from jax_moe_lora.benchmark.model import METHOD, sweep
-    from jax_moe_lora.benchmark.random_model import Case, model_config
+    from jax_moe_lora.benchmark.models import parse, raw_config
 
-    config = model_config(model, layers)
+    raw = raw_config(model, layers)
+    config = parse(raw, model)
     names = adapters or ["none", "s8r16"]
     if unknown := [name for name in names if name not in ADAPTERS]:
         raise InputError(f"adapters is {unknown[0]!r}; expected one of {', '.join(ADAPTERS)}.")
     if targets not in ("experts", "all"):
         raise InputError(f"targets is {targets!r}; expected experts or all.")
+    if unknown := [name for name in peer or [] if name != PEER]:
+        raise InputError(f"peer is {unknown[0]!r}; expected {PEER}.")
     if context + steps > cache_length:
         raise InputError(f"context {context} and steps {steps} do not fit into cache-length {cache_length}.")
     check_implementation(implementation)
-    prompts = [_prompt(text) for text in (["8x1024"] if prefill is None and decode is None else prefill or [])]
-    batches = [8, 32, 128] if prefill is None and decode is None else decode or []
-    cases = [Case("decode", batch, context, cache_length, name) for name in names for batch in batches]
-    cases += [Case("prefill", batch, length, length, name) for name in names for batch, length in prompts]
+    if prefill is None and decode is None:
+        decode, prefill = [8, 32, 128], ["8x1024"]
+    cases = _cases(names, decode or [], [_prompt(text) for text in prefill or []], context, cache_length)
     rows: list[dict[str, Any]] = []
-    for row in sweep(config, cases, targets, implementation, steps):  # type: ignore[arg-type]
+    for row in _measure(raw, config, cases, targets, implementation, steps, bool(peer)):
         rows.append({"model": model} | row)
         report_progress(rows[-1])
         if out is not None:  # after each case: a run that is cut off keeps what it has
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_file(out.with_suffix(".json"), _json(rows, METHOD))
-    columns = ("kind", "batch", "length", "adapters", "ms", "floor_ms", "tokens_per_s", "compile_s", "peak_gb", "error")
-    table = Table(*columns, title=f"{model}, {config.num_layers} layers")
+            write_file(result_file(out, ".json"), _json(rows, bool(peer)))
+    _print(rows, f"{model}, {config.num_layers} layers")
+    if any("error" in row for row in rows):
+        raise typer.Exit(1)
+
+
+def _cases(
+    names: Sequence[str], decode: Sequence[int], prefill: Sequence[tuple[int, int]], context: int, cache_length: int
+) -> "list[Case]":
+    from jax_moe_lora.benchmark.random_model import Case
+
+    cases = [Case("decode", batch, context, cache_length, name) for name in names for batch in decode]
+    return cases + [Case("prefill", batch, length, length, name) for name in names for batch, length in prefill]
+
+
+def _measure(
+    raw: dict[str, Any],
+    config: "ModelConfig",
+    cases: "Sequence[Case]",
+    targets: str,
+    implementation: str | None,
+    steps: int,
+    peer: bool,
+) -> Iterator[dict[str, Any]]:
+    """A row per case. The peer comes first: it gives its memory back, which jax does not."""
+    from jax_moe_lora.benchmark.model import sweep
+    from jax_moe_lora.benchmark.model_peer import sweep_transformers
+
+    if peer:
+        once = {(case.kind, case.batch, case.length): case for case in cases}
+        yield from sweep_transformers(raw, list(once.values()), steps)
+    for row in sweep(config, cases, targets, implementation, steps):  # type: ignore[arg-type]
+        yield {"engine": "jax_moe_lora"} | row
+
+
+def _print(rows: list[dict[str, Any]], title: str) -> None:
+    columns = ("engine", "kind", "batch", "length", "adapters", "ms", "floor_ms", "tokens_per_s", "peak_gb", "error")
+    table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
     console().print(table)
-    if any("error" in row for row in rows):
-        raise typer.Exit(1)
 
 
 def _prompt(text: str) -> tuple[int, int]:
@@ -65,7 +115,12 @@ def _prompt(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _json(rows: list[dict[str, Any]], method: str) -> str:
-    from jax_moe_lora.benchmark import report
+def _json(rows: list[dict[str, Any]], peer: bool) -> str:
+    from jax_moe_lora.benchmark import model_peer, report
+    from jax_moe_lora.benchmark.model import METHOD
 
-    return report.write_json(rows, report.about([command_line()]) | {"method": method})
+    about = report.about([command_line()]) | {"method": METHOD}
+    if peer:
+        about |= {"peer_method": model_peer.METHOD}
+        about["versions"] |= report.versions("torch", "transformers")
+    return report.write_json(rows, about)

@@ -7,14 +7,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import command_line, console, report_progress, write_file
+from jax_moe_lora.cli.options import MODEL_HELP, command_line, console, report_progress, result_file, write_file
 from jax_moe_lora.errors import InputError
 
 PEFT = "transformers_peft"
 
 
 def bench_train(
-    model: Annotated[str, typer.Option(help="qwen3-30b-a3b, or tiny.")] = "qwen3-30b-a3b",
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "qwen3-30b-a3b",
     layers: Annotated[int, typer.Option(help="Layers of the model's width.", min=1)] = 4,
     adapters: Annotated[list[int] | None, typer.Option(help="Adapters trained at once; repeat for more.")] = None,
     rank: Annotated[int, typer.Option(min=1)] = 16,
@@ -27,7 +27,7 @@ def bench_train(
     """Time one training step: forward, backward and update of adapters on the experts, the base frozen."""
     from jax_moe_lora.benchmark import report, train
     from jax_moe_lora.benchmark.ceilings import measure_ceilings
-    from jax_moe_lora.benchmark.random_model import model_config
+    from jax_moe_lora.benchmark.models import model_config
 
     config = model_config(model, layers)
     config = config if vocabulary is None else replace(config, vocab_size=vocabulary)
@@ -56,7 +56,7 @@ def bench_train(
             report_progress(row)
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
-                write_file(out.with_suffix(".json"), report.write_json(rows, head))
+                write_file(result_file(out, ".json"), report.write_json(rows, head))
     columns = ("engine", "adapters", "ms", "floor_ms", "of_floor", "peak_gb", "compile_s", "error")
     table = Table(*columns, title=f"A training step, {model}, {layers} layers, {batch} x {length} tokens, rank {rank}")
     for row in rows:

@@ -15,6 +15,7 @@ from jax_moe_lora.files.folders import whole_file, writing_to
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+MODEL_HELP = "One of qwen3-30b-a3b, gpt-oss-20b, qwen3.5-35b-a3b and tiny, or a folder with a config.json."
 LoraBLayout = Annotated[
     str | None,
     typer.Option(
@@ -22,6 +23,17 @@ LoraBLayout = Annotated[
         "grouped_by_expert (Unsloth before 2026-09-17)."
     ),
 ]
+
+
+def result_file(out: Path, ending: str) -> Path:
+    """A file of results beside others of its name, which may hold dots; an ending of results in it is replaced.
+
+    Args:
+      out: what the option says, such as `results/qwen3.5` or `results/qwen3.5.json`.
+      ending: `.json`, `.csv` or `.png`.
+    """
+    name = out.stem if out.suffix in (".json", ".csv", ".png") else out.name
+    return out.with_name(name + ending)
 
 
 def named_values(option: str, entries: Sequence[str], value: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from jax.experimental import topologies
 
 from jax_moe_lora.benchmark.model import lower_case
-from jax_moe_lora.benchmark.random_model import Case, make_bank, model_config
+from jax_moe_lora.benchmark.models import model_config
+from jax_moe_lora.benchmark.random_model import Case, make_bank
 from support.compile_kernels import target  # sets the environment before jax is imported
 from support.thunks import dump_options, read_thunks
 

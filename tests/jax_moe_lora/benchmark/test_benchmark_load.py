@@ -5,7 +5,8 @@ import json
 import pytest
 
 from jax_moe_lora.benchmark.load import host_adapter
-from jax_moe_lora.benchmark.random_model import model_config, sites_of
+from jax_moe_lora.benchmark.models import model_config
+from jax_moe_lora.benchmark.random_model import sites_of
 from jax_moe_lora.cli.bench_load import bench_load
 
 

@@ -1,6 +1,7 @@
 """The whole model's benchmark on a CPU: what it writes, that its bank is a real one, and what it refuses."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,8 +10,11 @@ import pytest
 from jax_moe_lora import InputError
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.benchmark.ceilings import Ceilings
-from jax_moe_lora.benchmark.random_model import Case, draw_slots, floor_s, model_config, random_bank, sites_of
+from jax_moe_lora.benchmark.model_floor import floor_s
+from jax_moe_lora.benchmark.models import MODELS, model_config
+from jax_moe_lora.benchmark.random_model import Case, draw_slots, random_bank, sites_of
 from jax_moe_lora.cli.bench_model import bench_model
+from jax_moe_lora.cli.options import MODEL_HELP, result_file
 from pallas_kernels.specs import ADAPTERS
 
 H200 = Ceilings(bytes_per_s=4.3e12, flop_per_s=790e12)
@@ -69,6 +73,33 @@ def test_the_floor_is_that_of_the_weights_at_decode_and_of_the_multiplications_a
     assert prompt == pytest.approx(8192 * (2 * 2.72e9 + 48 * 4 * 4096 * 4096) / 790e12, rel=0.03)
 
 
+def test_the_floor_counts_what_each_kind_of_layer_reads():
+    def at(name: str, length: int) -> float:
+        return floor_s(Case("decode", 128, length, length + 1, "none"), model_config(name), None, H200)
+
+    # gpt-oss: half of its layers read a window of 128 and no more; 2 x 8 heads of 64, 2 bytes.
+    grown = at("gpt-oss-20b", 1128) - at("gpt-oss-20b", 128)
+    assert grown == pytest.approx(12 * 128 * 1000 * 2 * 8 * 64 * 2 / 4.3e12, rel=1e-6)
+    # Qwen3.5: three quarters of its layers keep a state, whatever the length is; 2 x 2 heads of 256.
+    grown = at("qwen3.5-35b-a3b", 1128) - at("qwen3.5-35b-a3b", 128)
+    assert grown == pytest.approx(10 * 128 * 1000 * 2 * 2 * 256 * 2 / 4.3e12, rel=1e-6)
+
+
+def test_fewer_layers_are_the_first_ones_and_more_repeat_them():
+    whole = model_config("qwen3.5-35b-a3b")
+    assert model_config("qwen3.5-35b-a3b", 6).layers == whole.layers[:6]
+    assert model_config("gpt-oss-20b", 26).layers == (model_config("gpt-oss-20b").layers * 2)[:26]
+
+
+def test_a_folder_with_a_config_is_a_model_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["tiny"]))
+    assert model_config(str(tmp_path)) == model_config("tiny")
+
+
+def test_the_help_names_every_model():
+    assert all(name in MODEL_HELP for name in MODELS)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -77,9 +108,17 @@ def test_the_floor_is_that_of_the_weights_at_decode_and_of_the_multiplications_a
         ({"targets": "head"}, "targets is 'head'"),
         ({"prefill": ["8"]}, "prefill is '8'; expected REQUESTSxTOKENS"),
         ({"steps": 100}, "do not fit into cache-length 8"),
+        ({"peer": ["vllm"]}, "peer is 'vllm'; expected transformers"),
         ({"implementation": "fast"}, "'fast' is unknown"),
     ],
 )
 def test_bad_options_are_one_sentence(wrong, message):
     with pytest.raises(InputError, match=message):
         bench_model(**TINY | {"targets": "experts", "decode": [1]} | wrong)
+
+
+@pytest.mark.parametrize(
+    ("out", "file"), [("a/qwen3.5-35b", "a/qwen3.5-35b.json"), ("h200.json", "h200.json"), ("h200", "h200.json")]
+)
+def test_a_name_with_dots_is_kept(out, file):
+    assert result_file(Path(out), ".json") == Path(file)

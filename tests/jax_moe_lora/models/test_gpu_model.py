@@ -19,7 +19,8 @@ from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.adapters.lora import LoRAAdapter, uniform
 from jax_moe_lora.adapters.updates import compile_updates
 from jax_moe_lora.benchmark.model import lower_case
-from jax_moe_lora.benchmark.random_model import Case, draw_slots, make_bank, model_config
+from jax_moe_lora.benchmark.models import model_config
+from jax_moe_lora.benchmark.random_model import Case, draw_slots, make_bank
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.blocks.attention import attend_cache, attend_prompt, choose_attention
 from jax_moe_lora.models.params import init_params
@@ -181,7 +182,8 @@ WITH_THE_LIBRARY = """
 import sys
 from dataclasses import replace
 import jax, jax.numpy as jnp, numpy as np
-from jax_moe_lora.benchmark.random_model import make_bank, model_config
+from jax_moe_lora.benchmark.models import model_config
+from jax_moe_lora.benchmark.random_model import make_bank
 from jax_moe_lora.export import decode_arguments, export_decode
 from jax_moe_lora.serving.model import Model
 from jax_moe_lora.models.params import init_params

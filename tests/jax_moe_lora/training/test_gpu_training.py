@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_moe_lora.benchmark.random_model import model_config
+from jax_moe_lora.benchmark.models import model_config
 from jax_moe_lora.models.decoder import layer_sites
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.training import AdapterSpec, Batch, init_state, make_step
