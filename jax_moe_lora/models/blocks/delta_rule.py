@@ -9,10 +9,15 @@ sum of g from the chunk's first token on, the rows of d in one chunk solve a tri
 
     d_i + sum_{j < i} b_i (k_i . k_j) exp(G_i - G_j) d_j = b_i (v_i - exp(G_i) S^T k_i).
 
-Letters: B requests, T tokens of a request, N chunks of C tokens, G key heads, R value heads of a key head, dk and dv
-widths of a key's and a value's head.
+Its right side is linear in S, so d = U - W S, where U and W are made for all chunks at once. From chunk to chunk only
+two products remain, d and the new state; y is again made for all chunks at once, from the states before them. "All" are
+those of a block, so that the memory does not grow with the prompt.
+
+Letters: B requests, T tokens of a request, M blocks of N chunks of C tokens, G key heads, R value heads of a key head,
+dk and dv widths of a key's and a value's head.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -21,6 +26,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 CHUNK = 64
+BLOCK = 16
+UNROLL = 4  # chunks between two turns of the loop, whose own bookkeeping costs as much as a product
 _EXACT = lax.Precision.HIGHEST
 
 State = Float[Array, "B G R dk dv"]
@@ -54,7 +61,8 @@ def one_token(tokens: Tokens, state: State) -> tuple[Float[Array, "B 1 G R dv"],
     Returns:
       y, and the state after the token.
     """
-    q, k, v, g, b = (leaf[:, 0] for leaf in tokens)
+    # Small rows, made once: XLA would make them again for every element of the state.
+    q, k, v, g, b = (leaf[:, 0] for leaf in lax.optimization_barrier(tokens))
     decay = jnp.exp(g)[..., None]
     read = [jnp.sum(state * row[:, :, None, :, None], axis=-2) * decay for row in (q, k)]
     d = b[..., None] * (v - read[1])
@@ -63,9 +71,8 @@ def one_token(tokens: Tokens, state: State) -> tuple[Float[Array, "B 1 G R dv"],
     return y[:, None], state
 
 
-@jax.checkpoint  # its chunks are larger than what it reads, and quickly made again for the gradients
 def chunked(
-    tokens: Tokens, state: State, segments: Int[Array, "B T"] | None = None
+    tokens: Tokens, state: State, segments: Int[Array, "B T"] | None = None, block: int = BLOCK
 ) -> tuple[Float[Array, "B T G R dv"], State]:
     """The rule for all tokens of each request.
 
@@ -74,73 +81,91 @@ def chunked(
       state: before the first token.
       segments: the example of each token where a row holds several, whose tokens lie side by side. Each begins with a
         state of zeros, and `state` must be zeros.
+      block: chunks, at most, whose products are made at once (static).
 
     Returns:
       y, and the state after the last token.
     """
-    count = tokens.q.shape[1]
+    batch, count = tokens.q.shape[:2]
     size = min(CHUNK, 1 << (count - 1).bit_length())
-    q, k, v, g, b = (_split(leaf, size, axis) for leaf, axis in zip(tokens, (-2, -2, -2, -1, -1), strict=True))
-    within, carried = _seen(segments, size)
+    chunks = -(-count // size)
+    blocks = -(-chunks // block)
+    shape = (blocks, -(-chunks // blocks), size)
+    parts = [_split(leaf, shape, axis) for leaf, axis in zip(tokens, (-2, -2, -2, -1, -1), strict=True)]
+    examples = None if segments is None else _examples(_split(segments, shape, -1))
+    state, y = lax.scan(_one_block, state, (Tokens(*parts), examples))
+    y = jnp.moveaxis(y, (2, 5), (0, 3))  # [B, M, N, C, G, R, dv]
+    return y.reshape(batch, -1, *y.shape[4:])[:, :count], state
+
+
+class _Examples(NamedTuple):
+    """Of each token of a chunk: its example, and the one of the token before the chunk (0 for none)."""
+
+    own: Int[Array, "*N B C"]
+    before: Int[Array, "*N B"]
+
+
+@jax.checkpoint  # what it makes is larger than what it reads, and quickly made again for the gradients
+def _one_block(state: State, block: tuple[Tokens, _Examples | None]) -> tuple[State, Float[Array, "N B G R C dv"]]:
+    """The state after some chunks of tokens, and y: the memory that a prompt takes is that of one block."""
+    (q, k, v, g, b), examples = block
+    within, carried = _seen(examples, q.shape[-2])
     decays = _decays(g, within)
     before = jnp.where(carried, jnp.exp(jnp.cumsum(g, axis=-1)), 0.0)
+    seen = before[..., None]
     solve = _unit_lower_inverse(b[..., None] * _products(k, k)[:, :, :, None] * decays)
+    of_values = jnp.matmul(solve, b[..., None] * v, precision=_EXACT)
+    of_state = jnp.matmul(solve, b[..., None] * seen * k[:, :, :, None], precision=_EXACT)
+    added = jnp.swapaxes(decays[..., -1, :, None] * k[:, :, :, None], -1, -2)
+    state, (states, d) = lax.scan(_one_chunk, state, _Chunk(of_values, of_state, added, before[..., -1]), unroll=UNROLL)
     mix = _products(q, k)[:, :, :, None] * decays
-    state, y = lax.scan(_one_chunk, state, _Chunk(q, k, v, b, before, decays[..., -1, :], solve, mix))
-    y = jnp.moveaxis(y, (0, 4), (1, 2))  # [B, N, C, G, R, dv]
-    return y.reshape(y.shape[0], -1, *y.shape[3:])[:, :count], state
+    y = jnp.matmul(seen * q[:, :, :, None], states, precision=_EXACT) + jnp.matmul(mix, d, precision=_EXACT)
+    return state, y
 
 
 class _Chunk(NamedTuple):
     """What one chunk's step reads; under `scan` each has an axis N before these.
 
     Attributes:
-      q: queries.
-      k: keys.
-      v: values.
-      b: sizes of the corrections.
-      before: what each token sees of the state before the chunk.
-      after: what is left of each token's correction after the chunk.
-      solve: the inverse of the system that gives the corrections.
-      mix: what each token sees of the chunk's corrections.
+      of_values: U, the corrections that a state of zeros would give.
+      of_state: W, what the state before the chunk takes from them.
+      added: the keys, turned, each with what is left of its correction after the chunk.
+      after: what is left of the state after the chunk.
     """
 
-    q: Float[Array, "B G C dk"]
-    k: Float[Array, "B G C dk"]
-    v: Float[Array, "B G R C dv"]
-    b: Float[Array, "B G R C"]
-    before: Float[Array, "B G R C"]
-    after: Float[Array, "B G R C"]
-    solve: Float[Array, "B G R C C"]
-    mix: Float[Array, "B G R C C"]
+    of_values: Float[Array, "B G R C dv"]
+    of_state: Float[Array, "B G R C dk"]
+    added: Float[Array, "B G R dk C"]
+    after: Float[Array, "B G R"]
 
 
-def _one_chunk(state: State, chunk: _Chunk) -> tuple[State, Float[Array, "B G R C dv"]]:
-    both = jnp.concatenate((chunk.k, chunk.q), axis=-2)
-    read = jnp.einsum("bgik,bgrkv->bgriv", both, state, precision=_EXACT)
-    of_k, of_q = (half * chunk.before[..., None] for half in jnp.split(read, 2, axis=-2))
-    d = jnp.matmul(chunk.solve, chunk.b[..., None] * (chunk.v - of_k), precision=_EXACT)
-    y = of_q + jnp.matmul(chunk.mix, d, precision=_EXACT)
-    added = jnp.einsum("bgjk,bgrjv->bgrkv", chunk.k, chunk.after[..., None] * d, precision=_EXACT)
-    return state * chunk.before[..., -1, None, None] + added, y
+def _one_chunk(state: State, chunk: _Chunk) -> tuple[State, tuple[State, Float[Array, "B G R C dv"]]]:
+    """The state after a chunk; the state before it, and the chunk's corrections."""
+    d = chunk.of_values - jnp.matmul(chunk.of_state, state, precision=_EXACT)
+    new = state * chunk.after[..., None, None] + jnp.matmul(chunk.added, d, precision=_EXACT)
+    return new, (state, d)
 
 
-def _split(x: Shaped[Array, "B T ..."], size: int, axis: int) -> Shaped[Array, "N B ..."]:
-    """The chunks, zeros behind the last token; their tokens along this axis."""
-    missing = -x.shape[1] % size
+def _split(x: Shaped[Array, "B T ..."], shape: tuple[int, int, int], axis: int) -> Shaped[Array, "M N B ..."]:
+    """M blocks of N chunks, zeros behind the last token; a chunk's tokens along this axis."""
+    missing = math.prod(shape) - x.shape[1]
     x = jnp.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), (1, 2), (0, axis))
+    return jnp.moveaxis(x.reshape(x.shape[0], *shape, *x.shape[2:]), (1, 2, 3), (0, 1, axis))
 
 
-def _seen(segments: Int[Array, "B T"] | None, size: int) -> tuple[Bool[Array, "#N #B 1 1 C C"], Array]:
+def _examples(own: Int[Array, "M N B C"]) -> _Examples:
+    last = own[..., -1].reshape(-1, own.shape[2])
+    before = jnp.concatenate((own[0, :1, :, 0], last[:-1]))  # before the first chunk the state is zeros
+    return _Examples(own, before.reshape(own.shape[:3]))
+
+
+def _seen(examples: _Examples | None, size: int) -> tuple[Bool[Array, "#N #B 1 1 C C"], Bool[Array, "#N #B 1 1 C"]]:
     """Which tokens of its chunk each token sees, and whether it sees the state before the chunk."""
     within = jnp.tril(jnp.ones((size, size), bool))[None, None]
     carried = jnp.ones((1, 1, size), bool)
-    if segments is not None:
-        chunks = _split(segments, size, -1)
-        within = within & (chunks[..., :, None] == chunks[..., None, :])
-        last = jnp.concatenate((chunks[:1, :, 0], chunks[:-1, :, -1]))  # before the first chunk the state is zeros
-        carried = chunks == last[..., None]
+    if examples is not None:
+        within = within & (examples.own[..., :, None] == examples.own[..., None, :])
+        carried = examples.own == examples.before[..., None]
     return within[:, :, None, None], carried[:, :, None, None]
 
 

@@ -1,5 +1,7 @@
 """The gated delta rule's two forms against its definition, token by token in float64."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,11 +36,14 @@ def definition(tokens: Tokens, state: jax.Array) -> tuple[np.ndarray, np.ndarray
     return np.stack(outputs, axis=1), held
 
 
-# Chunks have 64 tokens.
-@pytest.mark.parametrize("count", [1, 2, 37, 63, 64, 65, 128, 150])
-def test_chunks_of_any_number_of_tokens_are_the_rule(count: int) -> None:
+# Chunks have 64 tokens; 300 tokens are 5 chunks, in blocks of 1 or 2 of them.
+@pytest.mark.parametrize(
+    ("count", "block"), [*((count, 16) for count in (1, 2, 37, 63, 64, 65, 128, 150)), (300, 2), (130, 1)]
+)
+def test_chunks_of_any_number_of_tokens_are_the_rule(count: int, block: int) -> None:
     tokens, state = draw(count)
-    for found, expected in zip(jax.jit(chunked)(tokens, state), definition(tokens, state), strict=True):
+    run = jax.jit(partial(chunked, block=block))
+    for found, expected in zip(run(tokens, state), definition(tokens, state), strict=True):
         assert_close(found, expected, LIMIT)
 
 
@@ -64,11 +69,12 @@ def test_the_state_goes_on_where_a_call_ended() -> None:
     assert_close(last, held, LIMIT)
 
 
-def test_each_example_of_a_row_begins_with_a_state_of_zeros() -> None:
+@pytest.mark.parametrize("block", [16, 1])
+def test_each_example_of_a_row_begins_with_a_state_of_zeros(block: int) -> None:
     tokens, state = draw(200)
     lengths, zeros = ([5, 60, 70, 65], [130, 1, 69]), jnp.zeros_like(state)
     segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths])
-    y, _ = jax.jit(chunked)(tokens, zeros, jnp.asarray(segments))
+    y, _ = jax.jit(partial(chunked, block=block))(tokens, zeros, jnp.asarray(segments))
     for row, parts in enumerate(lengths):
         begin = 0
         for length in parts:
