@@ -17,7 +17,7 @@ NO_HANG = pytest.mark.timeout(600 * 30)
 
 @pytest.mark.slow(60)
 @NO_HANG
-@pytest.mark.parametrize("part", ["1/3", "2/3", "3/3"])
+@pytest.mark.parametrize("part", ["1/2", "2/2"])
 def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(part):
     assert compile_all("cuda13", "hopper", "h200", part) > 15
 
@@ -26,19 +26,19 @@ def test_hopper_kernels_compile_without_spills_or_serialized_wgmma(part):
 @NO_HANG
 def test_hopper_kernels_compile_with_the_older_compiler_too():
     """Those that hold the most registers."""
-    assert compile_all("cuda12", "hopper", "h200", "1/1", "matmul", "gated=True") > 5
+    assert compile_all("cuda12", "hopper", "h200", "1/1", "192 .*lora=True") > 2
 
 
 @pytest.mark.slow(20)
 # The other GPUs and the older compiler see a part of the kernels.
 @pytest.mark.parametrize(
-    ("cuda", "gpu", "words", "least"),
-    [("cuda13", "a100", (), 12)]
-    + [("cuda13", gpu, ("64",), 4) for gpu in ("l40s", "h200", "b200", "rtx6000pro")]
-    + [("cuda12", gpu, ("matmul 64", "lora=True"), 1) for gpu in ("a100", "h200")],
+    ("cuda", "gpu", "pattern", "least"),
+    [("cuda13", "a100", "", 12)]
+    + [("cuda13", gpu, "matmul 64 .*lora=True|shrink 64", 2) for gpu in ("l40s", "h200", "b200", "rtx6000pro")]
+    + [("cuda12", "a100", "matmul 64 .*lora=True", 1)],
 )
-def test_portable_kernels_compile_without_spills(cuda, gpu, words, least):
-    assert compile_all(cuda, "portable", gpu, "1/1", *words) > least
+def test_portable_kernels_compile_without_spills(cuda, gpu, pattern, least):
+    assert compile_all(cuda, "portable", gpu, "1/1", pattern) > least
 
 
 def run_script(name: str, *arguments: str, cuda: str = "cuda13") -> list[dict]:
@@ -56,9 +56,9 @@ def run_script(name: str, *arguments: str, cuda: str = "cuda13") -> list[dict]:
     return [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
 
 
-def compile_all(cuda: str, backend: str, gpu: str, part: str, *words: str) -> int:
-    """Compiles kernels of these words in a process of its own and returns how many; each must be free of spills."""
-    lines = run_script("compile_kernels.py", backend, gpu, part, *words, cuda=cuda)
+def compile_all(cuda: str, backend: str, gpu: str, part: str, pattern: str = "") -> int:
+    """Compiles kernels of these names in a process of its own and returns how many; each must be free of spills."""
+    lines = run_script("compile_kernels.py", backend, gpu, part, pattern, cuda=cuda)
     kernels = 0
     for line in lines:
         assert line["error"] is None, line
