@@ -13,12 +13,27 @@ from jax_moe_lora.demo.run import data_folder, load_demo
 from jax_moe_lora.serving.answers import GrowingText
 
 pytestmark = pytest.mark.xdist_group("demo")
-HOT = {"temperature": 10.0, "max_new_tokens": 6}
+FEW = {"pad_to": (4, 16)}  # one shape for all: what a test compiles serves the others
+HOT = {"temperature": 10.0, "max_new_tokens": 6, **FEW}
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
     return load_demo()
+
+
+@pytest.mark.slow
+def test_nothing_compiles_after_a_warm_up(model):
+    """The first test: what others compile would hide what a warm-up forgets."""
+    penalties = SamplingParams(repetition_penalty=2.0)
+    model.compile([4], [16], 8, [SamplingParams(), penalties, SamplingParams(logprobs=0)])
+    prompts, names = ["abcdefghijklmn>", "b>", "c>", "d>"], [None, "upper", "sort", None]
+    with count_compilations() as count:
+        for options in ({}, {"temperature": 0.7, "min_p": 0.2}, {"presence_penalty": 0.2}, {"logprobs": 4}):
+            model.generate(prompts, names, max_new_tokens=8, **options)
+    assert count.compilations == 0
+    with pytest.raises(InputError, match="positions"):
+        model.compile([1], [10**6])
 
 
 def ids(outs) -> list[list[int]]:
@@ -78,9 +93,13 @@ def test_n_answers_to_a_prompt_come_with_the_first(model):
 )
 def test_a_stop_text_ends_the_answer_which_does_not_include_it(model, options, text, reason):
     pieces = []
-    (out,) = model.generate(["abcdef>"], max_new_tokens=10, **options)
+    (out,) = model.generate(["abcdef>"], max_new_tokens=10, **FEW, **options)
     (streamed,) = model.generate(
-        ["abcdef>"], max_new_tokens=10, callback=lambda index, token, piece: pieces.append(piece), **options
+        ["abcdef>"],
+        max_new_tokens=10,
+        callback=lambda index, token, piece: pieces.append(piece),
+        **FEW,
+        **options,
     )
     assert (out.text, out.finish_reason, out.stop_reason) == (text, "stop", reason)
     assert (streamed.text, "".join(pieces)) == (text, text)
@@ -97,19 +116,19 @@ def test_what_may_become_a_stop_text_is_held_back_until_it_is_not():
 
 
 def test_a_stop_text_that_is_a_special_token_is_found_though_no_text_shows_it(model):
-    (out,) = model.generate(["ab>"], max_new_tokens=8, ignore_eos=True, stop="<eos>")
+    (out,) = model.generate(["ab>"], max_new_tokens=8, **FEW, ignore_eos=True, stop="<eos>")
     assert (out.text, out.finish_reason, out.stop_reason) == ("ab", "stop", model.tokenizer.encode("<eos>")[0])
 
 
 @pytest.mark.slow
 def test_stop_tokens_end_the_answer_and_end_tokens_can_be_ignored(model):
     c = model.tokenizer.encode("c")[-1]
-    (out,) = model.generate(["abcdef>"], max_new_tokens=10, stop_token_ids=[c])
+    (out,) = model.generate(["abcdef>"], max_new_tokens=10, **FEW, stop_token_ids=[c])
     assert (out.text, out.finish_reason, out.stop_reason) == ("ab", "stop", c)
-    (out,) = model.generate(["ab>"], max_new_tokens=8, ignore_eos=True)
+    (out,) = model.generate(["ab>"], max_new_tokens=8, **FEW, ignore_eos=True)
     assert (len(out.token_ids), out.finish_reason) == (8, "length")
     assert out.token_ids[2] in model.config.eos_token_ids
-    (out,) = model.generate(["ab>"], max_new_tokens=8, min_new_tokens=5)
+    (out,) = model.generate(["ab>"], max_new_tokens=8, **FEW, min_new_tokens=5)
     assert len(out.token_ids) >= 5
     assert not set(out.token_ids) & set(model.config.eos_token_ids)
 
@@ -120,14 +139,14 @@ def test_an_adapters_folder_says_what_ends_its_answers(model, tmp_path):
     file, c = tmp_path / "own" / "generation_config.json", model.tokenizer.encode("C")[-1]
     file.write_text(json.dumps({"eos_token_id": [c], "stop_strings": ["E"], "temperature": 0.3}))
     model.register_adapter(tmp_path / "own", "own")
-    outs = model.generate(["abcdef>", "bef>", "abcdef>"], ["own", "own", "upper"], max_new_tokens=10)
+    outs = model.generate(["abcdef>", "bef>", "abcdef>"], ["own", "own", "upper"], max_new_tokens=10, **FEW)
     assert [(out.text, out.stop_reason) for out in outs] == [("AB", None), ("B", "E"), ("ABCDEF", None)]
-    (out,) = model.generate(["abcdef>"], ["own"], max_new_tokens=4, ignore_eos=True)
+    (out,) = model.generate(["abcdef>"], ["own"], max_new_tokens=4, **FEW, ignore_eos=True)
     assert out.text == "ABCD"
     file.write_text('{"eos_token_id": "end"}')
     with pytest.raises(AdapterFormatError, match="eos_token_id 'end'; expected 0 to 98"):
         model.generate(["a>"], ["own"])
-    bad, good = model.generate(["a>", "a>"], ["own", "upper"], adapter_errors="return", max_new_tokens=2)
+    bad, good = model.generate(["a>", "a>"], ["own", "upper"], adapter_errors="return", max_new_tokens=2, **FEW)
     assert (type(bad.error), bad.finish_reason, good.text) == (AdapterFormatError, "error", "A")
     model.unload_adapter("own")
 
@@ -135,7 +154,7 @@ def test_an_adapters_folder_says_what_ends_its_answers(model, tmp_path):
 @pytest.mark.slow
 def test_log_probabilities_are_the_models_own(model):
     names, prompts = ["upper", None], ["abc>", "abc>"]
-    options = {"temperature": 2.0, "top_k": 3, "frequency_penalty": 1.0, "seed": [3, 4], "max_new_tokens": 4}
+    options = {"temperature": 2.0, "top_k": 3, "frequency_penalty": 1.0, "seed": [3, 4], "max_new_tokens": 4, **FEW}
     outs = model.generate(prompts, names, logprobs=[5, 0], **options)
     for out, prompt, name, top in zip(outs, prompts, names, (5, 0), strict=True):
         prompt_ids = model.tokenizer.encode(prompt)
@@ -153,8 +172,8 @@ def test_log_probabilities_are_the_models_own(model):
 def test_sampling_params_are_accepted_for_all_prompts_or_one_per_prompt(model):
     prompts = ["abc>", "abcdef>"]
     each = [SamplingParams(max_new_tokens=2), SamplingParams(max_new_tokens=9, stop="d")]
-    assert [out.text for out in model.generate(prompts, sampling_params=each)] == ["ab", "abc"]
-    assert [out.text for out in model.generate(prompts, sampling_params=each[0])] == ["ab", "ab"]
+    assert [out.text for out in model.generate(prompts, sampling_params=each, **FEW)] == ["ab", "abc"]
+    assert [out.text for out in model.generate(prompts, sampling_params=each[0], **FEW)] == ["ab", "ab"]
     with pytest.raises(InputError, match="sampling_params came together with top_k; give one or the other"):
         model.generate(prompts, sampling_params=each, top_k=1)
     with pytest.raises(InputError, match="sampling_params has 1 values for 2 prompts"):
@@ -196,25 +215,12 @@ def test_a_stream_holds_its_adapters_until_it_ends_and_checks_its_arguments_at_o
     with pytest.raises(InputError, match="temperature"):
         model.stream(["a>"], temperature=-1)
     assert list(model.stream([])) == []
-    tokens = model.stream(["abcdef>"], ["sort"], max_new_tokens=6)
+    tokens = model.stream(["abcdef>"], ["sort"], max_new_tokens=6, **FEW)
     next(tokens)
     with pytest.raises(AdapterInUseError, match="'sort' is used by 1"):
         model.unload_adapter("sort")
     tokens.close()
     assert model.adapter_status["sort"].references == 0
-
-
-@pytest.mark.slow
-def test_nothing_compiles_after_a_warm_up(model):
-    penalties = SamplingParams(repetition_penalty=2.0)
-    model.compile([2], [20], 8, [SamplingParams(), penalties, SamplingParams(logprobs=0)])
-    with count_compilations() as count:
-        long = "abcdefghijklmnopqrs>"
-        for options in ({}, {"temperature": 0.7, "min_p": 0.2}, {"presence_penalty": 0.2}, {"logprobs": 4}):
-            model.generate([long, "b>"], [None, "upper"], max_new_tokens=8, **options)
-    assert count.compilations == 0
-    with pytest.raises(InputError, match="positions"):
-        model.compile([1], [10**6])
 
 
 def test_an_unknown_keyword_of_any_method_names_the_nearest_one(model):
