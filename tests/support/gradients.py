@@ -1,6 +1,7 @@
 """The layer's gradients for tests: a loss, and the same in plain jnp, whose autodiff is the definition."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from jax_moe_lora.layer.moe import routed_experts
 from pallas_kernels.ops import LayerPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
-from support.paged import PagedLayer
+from support.paged import PagedLayer, PagedSpec
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 Arguments = tuple[jax.Array, jax.Array, ExpertWeights, dict[int, jax.Array]]
@@ -59,6 +60,32 @@ def plain(layer: PagedLayer, x, gates, experts, pools) -> jax.Array:
 
     y, _ = jax.lax.scan(add, jnp.zeros_like(x), jnp.arange(layer.spec.experts))
     return (y * cotangent(y.shape)).sum()
+
+
+Routing = tuple[jax.Array, jax.Array, LayerPages]
+
+
+def routing(layer: PagedLayer) -> Routing:
+    """What the gradients depend on beside `arguments`."""
+    return layer.chosen, layer.slots, layer.adapters
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def layer_gradients(spec: PagedSpec, implementation: str, remat: bool, routing: Routing, arguments: Arguments):
+    """Gradients of `loss` by all arguments; layers of one shape run one program."""
+    return jax.grad(partial(loss, _with_routing(spec, routing), implementation, remat), (0, 1, 2, 3))(*arguments)
+
+
+@partial(jax.jit, static_argnums=0)
+def plain_gradients(spec: PagedSpec, routing: Routing, arguments: Arguments):
+    """Gradients of `plain` by all arguments."""
+    return jax.grad(partial(plain, _with_routing(spec, routing)), (0, 1, 2, 3))(*arguments)
+
+
+def _with_routing(spec: PagedSpec, routing: Routing) -> PagedLayer:
+    chosen, slots, adapters = routing
+    unused = jnp.zeros(())
+    return PagedLayer(spec, unused, unused, chosen, slots, None, adapters, {})
 
 
 def assert_gradients(found, expected, tolerance: float) -> None:
