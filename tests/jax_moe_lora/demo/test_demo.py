@@ -35,7 +35,7 @@ def test_a_promise_that_does_not_hold_is_said_and_fails_the_command(monkeypatch,
     from jax_moe_lora.demo import run
 
     monkeypatch.setattr(run, "prompt", lambda text: text[::-1] + ">")  # which no adapter was asked for
-    monkeypatch.setattr(sys, "argv", ["jax-moe-lora", "demo", "--strings", "6", "--dtype", "bfloat16"])
+    monkeypatch.setattr(sys, "argv", ["jax-moe-lora", "demo", "--strings", "16", "--dtype", "bfloat16"])
     with pytest.raises(SystemExit, match="1"):
         main()
     said = capsys.readouterr().out
