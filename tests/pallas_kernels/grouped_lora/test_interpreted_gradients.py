@@ -13,8 +13,10 @@ from pallas_kernels.grouped_lora import hopper_gradients
 from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper.tuning import HopperConfig, deepest
 from pallas_kernels.lora_steps.api import Shrunk, make_lora_steps
-from pallas_kernels.ops import LoRAPages, RoutingPlan, input_gradient, make_plan, page_gradients, shrink
+from pallas_kernels.ops import LayerPages, LoRAPages, RoutingPlan, input_gradient, page_gradients, shrink
 from pallas_kernels.pages import NO_ADAPTERS
+from support.interpreted import plan_by_xla
+from support.lora_steps import steps_by_definition
 from support.paged import PagedLayer, PagedSpec, draw_layer
 
 TOLERANCE = 1e-2  # bfloat16
@@ -35,9 +37,15 @@ def layer() -> PagedLayer:
     return draw_layer(SPEC, np.random.default_rng(0))
 
 
-def planned(layer: PagedLayer) -> RoutingPlan:
+def planned(layer: PagedLayer, tile_rows: int | None = None) -> RoutingPlan:
     spec = layer.spec
-    return make_plan(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper")
+    return plan_by_xla(layer.chosen, layer.slots, spec.experts, spec.slots, "hopper", tile_rows)
+
+
+def shrunk_by(layer: PagedLayer, plan: RoutingPlan, dy: jax.Array, pages: LayerPages) -> Shrunk:
+    """What a projection's transposed adapters make of its rows, by lists from their definition."""
+    turned = pages.transposed()
+    return shrink(dy, turned, plan, steps_by_definition(plan, turned, layer.slots))
 
 
 def relative(found: jax.Array, expected: jax.Array) -> float:
@@ -51,20 +59,26 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
                             (("gate", "up"), "128 rows")]
 )  # fmt: skip
 def test_rows_gradient_equals_the_reference_without_races(layer, modules, config):
-    plan, weights = planned(layer), tuple(getattr(layer.experts, module) for module in modules)
+    plan = planned(layer, CONFIGS[config].tile_rows)
+    weights = tuple(getattr(layer.experts, module) for module in modules)
     keys = jax.random.split(jax.random.key(1), len(modules))
     dys = tuple(
         token_rows(jax.random.normal(key, (SPEC.tokens, weight.shape[1]), SPEC.dtype), plan)
         for key, weight in zip(keys, weights, strict=True)
     )
     pages, none = layer.adapters.select(*modules), (None,) * len(modules)
-    run = partial(hopper.input_gradient, dys, weights, plan, shrunk=none, config=CONFIGS[config])
-    found = run(adapters=pages)[plan.position]
+    run = partial(hopper.input_gradient, dys, weights, plan, config=CONFIGS[config])
+    shrunk = none  # made in the call
+    if config != "one warpgroup":
+        shrunk = tuple(
+            shrunk_by(layer, plan, dy, pages.select(module)) for dy, module in zip(dys, modules, strict=True)
+        )
+    found = run(adapters=pages, shrunk=shrunk)[plan.position]
     expected = input_gradient(dys, weights, plan, adapters=pages, implementation="reference")
     assert relative(found, expected[plan.position]) < TOLERANCE
     if config == "24 rows":
         base = np.repeat(np.asarray(layer.slots) < 0, SPEC.top_k)
-        alone = run(adapters=NO_ADAPTERS.select(*modules))[plan.position]
+        alone = run(adapters=NO_ADAPTERS.select(*modules), shrunk=none)[plan.position]
         np.testing.assert_array_equal(np.asarray(found)[base], np.asarray(alone)[base])
 
 
@@ -75,7 +89,7 @@ def test_what_the_forward_pass_shrank_serves_both_projections_backward(layer):
     pages, weights = layer.adapters.select(*modules), tuple(getattr(layer.experts, module) for module in modules)
     x, dy = random_rows(plan, pages["gate"], SPEC.tokens)
     dys = dy, dy[:, ::-1]
-    of_x = shrink(x, pages, plan)
+    of_x = shrink(x, pages, plan, steps_by_definition(plan, pages, layer.slots))
     of_dys = [
         shrink(dy, pages.select(module).transposed(), plan, of_x.steps.transposed(part))
         for part, (dy, module) in enumerate(zip(dys, modules, strict=True))
