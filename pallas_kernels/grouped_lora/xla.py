@@ -2,13 +2,16 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.constants import RANK_PAGE
 from pallas_kernels.grouped_lora.projections import each_projection
 from pallas_kernels.pages import LoRAPages
 from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.varying import varying_as
 from pallas_kernels.xla.dot import batched_matmul_t, matmul_t, outer
 from pallas_kernels.xla.tile_loop import over_tiles, window
@@ -22,12 +25,23 @@ def grouped_lora(
     row_index: Int[Array, "Q"] | None,
 ) -> Float[Array, "Q out"]:
     """What `api.grouped_lora` promises."""
-    tiles = plan.lora_tiles
+    return _add_updates(plan.lora_tiles, y, x, pages, row_index)
+
+
+# Jitted, so that projections of the same shapes share one trace.
+@jax.jit
+def _add_updates(
+    tiles: Tiles,
+    y: Float[Array, "Q out"],
+    x: Float[Array, "M in"],
+    pages: LoRAPages,
+    row_index: Int[Array, "Q"] | None,
+) -> Float[Array, "Q out"]:
+    table, scales = pages.table[tiles.slot, tiles.expert], pages.scale[tiles.slot, tiles.expert]
 
     def tile(index, rows, old):
-        expert, slot = tiles.expert[index], tiles.slot[index]
-        first_a, first_b, count, _ = jnp.moveaxis(pages.table[slot, expert], -1, 0)
-        scale = pages.scale[slot, expert][:, None, None]
+        first_a, first_b, count, _ = jnp.unstack(table[index], axis=-1)
+        scale = scales[index][:, None, None]
         tile_x = x[rows if row_index is None else row_index[rows]]
 
         def add_page(page, total):
@@ -38,6 +52,8 @@ def grouped_lora(
             update = lax.dot_general(hidden, b, (((2,), (1,)), ((0,), (0,))), precision=lax.Precision.HIGHEST)
             return jnp.where(live[:, None, None], total + update, total)
 
+        if pages.max_rank <= RANK_PAGE:  # no loop to compile
+            return add_page(0, old)
         return lax.fori_loop(0, count.max(), add_page, old)
 
     return over_tiles(tiles, y, tile, (x, pages, row_index))

@@ -6,6 +6,7 @@ kernel of its own; `bench.py` compares the two.
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_lora import xla as xla_lora
 from pallas_kernels.grouped_matmul import unfused
 from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.varying import varying_as
 from pallas_kernels.xla.dot import batched_matmul, batched_matmul_t, outer
 from pallas_kernels.xla.tile_loop import over_tiles, window
@@ -27,8 +29,21 @@ def multiply(
     transposed: bool = False,
 ) -> Float[Array, "Q out"]:
     """`unfused.Multiply`."""
-    tiles = plan.tiles
     out = jnp.zeros((plan.order.shape[0], weights.shape[2 if transposed else 1]), jnp.float32)
+    return _multiply(plan.tiles, out, x, weights, row_index, bias, transposed)
+
+
+# Jitted, so that projections of the same shapes share one trace.
+@partial(jax.jit, static_argnames="transposed")
+def _multiply(
+    tiles: Tiles,
+    out: Float[Array, "Q out"],
+    x: Float[Array, "M in"],
+    weights: Float[Array, "E _out _in"],
+    row_index: Int[Array, "Q"] | None,
+    bias: Float[Array, "E out"] | None,
+    transposed: bool,
+) -> Float[Array, "Q out"]:
     matmul = batched_matmul if transposed else batched_matmul_t
 
     def tile(index, rows, old):

@@ -4,6 +4,7 @@ class TestGptOss(FamilyTests, GradientTests): ...
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.training import from_adapter
 from jax_moe_lora.training.loss import token_losses
 from jax_moe_lora.training.training_bank import training_bank
+from support.family_tests import FAST_COMPILE
 from support.layers import assert_close
 from support.networks import load_peft
 
@@ -59,7 +61,7 @@ class GradientTests:
         positions = np.concatenate([np.arange(FIRST), np.arange(SECOND)])[None]
         segments = np.concatenate([np.full(FIRST, 1), np.full(SECOND, 2)])[None]
 
-        @jax.jit
+        @partial(jax.jit, compiler_options=FAST_COMPILE)
         @jax.grad
         def gradients(params):
             bank = training_bank({name: params}, {name: spec}, sites, config.num_layers)
