@@ -12,11 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.bank_sizes import check_replacements, check_sites, matrix_bytes, page_bytes, pool_sizes
-from jax_moe_lora.adapters.lora import TRACED, LoRAAdapter, Site
+from jax_moe_lora.adapters.bank_sizes import (
+    check_replacements,
+    check_sites,
+    matrix_bytes,
+    page_bytes,
+    pool_sizes,
+    regions_of,
+)
+from jax_moe_lora.adapters.lora import TRACED, LoRAAdapter, PoolWidth, Site
 from jax_moe_lora.adapters.packing import bank_nbytes
+from jax_moe_lora.adapters.placement import placed_zeros, pool_spec, tables_spec
 from jax_moe_lora.adapters.replacements import Replacements, create_replacements
-from jax_moe_lora.adapters.updates import compile_updates, permute, set_slot
+from jax_moe_lora.adapters.updates import compile_updates, permute, placement_of, set_slot
 from jax_moe_lora.adapters.validation.bank_rules import Room, check_adapter
 from jax_moe_lora.arguments import is_traced, whole
 from jax_moe_lora.devices import require_device
@@ -34,7 +42,8 @@ class AdapterBank:
     """Pages of adapter matrices, and the tables that find them. Make one with `create_bank`.
 
     Matrices are pooled by the width of their rows, over all layers and modules, so one budget serves adapters of any
-    layout. Page 0 of each pool is all zeros.
+    layout. Page 0 of each pool is all zeros. On a mesh (`placement.py`) pools also differ in how they are split, and
+    each region of a pool begins with a page of zeros.
 
     Attributes:
       pools: the pages of each of `widths`: `[N, 16, width]`.
@@ -51,18 +60,18 @@ class AdapterBank:
     owners: tuple[Int[Array, "_N"], ...]
     tables: dict[str, Int[Array, "_L S _E 4"]]
     scales: dict[str, Float[Array, "_L S _E"]]
-    widths: tuple[int, ...] = field(metadata={"static": True})
+    widths: tuple[PoolWidth, ...] = field(metadata={"static": True})
     sites: tuple[tuple[str, Site], ...] = field(metadata={"static": True})
     max_rank: int = field(metadata={"static": True})
     replacements: Replacements | None = None
 
     @property
-    def pages(self) -> dict[int, Float[Array, "_N 16 _width"]]:
+    def pages(self) -> dict[PoolWidth, Float[Array, "_N 16 _width"]]:
         """Width -> its pool."""
         return dict(zip(self.widths, self.pools, strict=True))
 
     @property
-    def owner(self) -> dict[int, Int[Array, "_N"]]:
+    def owner(self) -> dict[PoolWidth, Int[Array, "_N"]]:
         """Width -> the slot that holds each page of its pool."""
         return dict(zip(self.widths, self.owners, strict=True))
 
@@ -83,12 +92,12 @@ class AdapterBank:
         """One layer's adapters, for `moe_lora` and `lora_linear`; layers with the same modules give one tree form."""
         layer = whole("layer", layer, 0)  # one that adapters have nothing for is a base layer; -1 is a slip
         here = [(module, site, site.layers.index(layer)) for module, site in self.sites if layer in site.layers]
-        widths = {width for _, site, _ in here for width in (site.in_width, site.out_width)}
+        widths = {width for _, site, _ in here for width in site.pools}
         return LayerPages(
             {str(width): pool for width, pool in self.pages.items() if width in widths},
             {module: self.tables[module][row] for module, _, row in here},
             {module: self.scales[module][row] for module, _, row in here},
-            tuple(Place(module, str(site.in_width), str(site.out_width)) for module, site, _ in here),
+            tuple(Place(module, *map(str, site.pools)) for module, site, _ in here),
             self.max_rank,
         )
 
@@ -130,20 +139,22 @@ def create_bank(
     dtype: jax.typing.DTypeLike = "bfloat16",
     max_replacements: int = 0,
     vocabulary: tuple[int, int] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> AdapterBank:
     """An empty bank. Compiles what loading and unloading run, so that they compile nothing.
 
     Args:
-      sites: the projections that adapters may target.
+      sites: the projections that adapters may target; for a mesh as `mesh.rules.split_sites` gives them.
       num_slots: S, adapters that can be loaded at once.
       max_rank: the largest rank accepted.
-      memory: byte budget of pages and whole matrices; None takes what S per-expert adapters of `max_rank` on every
-        site need, and no budget makes the bank larger than that. It is shared out as a per-expert adapter on every site
-        would use it.
+      memory: byte budget of pages and whole matrices, on each device; None takes what S per-expert adapters of
+        `max_rank` on every site need, and no budget makes the bank larger than that. It is shared out as a per-expert
+        adapter on every site would use it.
       dtype: of the pages: float32, bfloat16 or float16.
       max_replacements: C, whole matrices in place of the model's embedding or head that loaded adapters may bring, all
         of them together. They come off the budget first.
       vocabulary: V and D, the shape of these matrices.
+      mesh: the devices that the bank is split over; None for the default device.
 
     Raises:
       InputError: a size that is not a positive whole number, invalid sites, a dtype that adapters are not served in, or
@@ -162,18 +173,40 @@ def create_bank(
     if memory is not None:
         memory -= count * matrix_bytes(shape, dtype)
     sizes = pool_sizes(sites, num_slots * -(-max_rank // RANK_PAGE), memory, dtype)
-    bank = AdapterBank(
-        pools=tuple(jnp.zeros((1 + n, RANK_PAGE, width), dtype) for width, n in sizes.items()),
-        owners=tuple(jnp.full(1 + n, FREE, jnp.int32).at[0].set(RESERVED) for n in sizes.values()),
-        tables={m: jnp.zeros((len(s.layers), num_slots, s.num_experts, 4), jnp.int32) for m, s in sites.items()},
-        scales={m: jnp.zeros((len(s.layers), num_slots, s.num_experts), jnp.float32) for m, s in sites.items()},
+    bank = _empty_bank(sites, num_slots, max_rank, dtype, sizes, mesh)
+    bank = replace(bank, replacements=create_replacements(count, shape, num_slots, dtype))
+    compile_updates(bank.pools, bank.tables, bank.scales, *empty_slot(bank))
+    return bank
+
+
+def _empty_bank(
+    sites: Mapping[str, Site],
+    num_slots: int,
+    max_rank: int,
+    dtype: np.dtype,
+    sizes: Mapping[PoolWidth, int],
+    mesh: jax.sharding.Mesh | None,
+) -> AdapterBank:
+    def pool(width: PoolWidth, pages: int) -> Array:
+        return placed_zeros((regions_of(width) * (1 + pages), RANK_PAGE, int(width)), dtype, mesh, pool_spec(width))
+
+    def owners(width: PoolWidth, pages: int) -> Array:
+        ids = np.full(regions_of(width) * (1 + pages), FREE, np.int32)
+        ids[:: 1 + pages] = RESERVED
+        return jnp.asarray(ids)
+
+    def of_experts(site: Site, columns: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+        return placed_zeros((len(site.layers), num_slots, site.num_experts, *columns), dtype, mesh, tables_spec(site))
+
+    return AdapterBank(
+        pools=tuple(pool(width, pages) for width, pages in sizes.items()),
+        owners=tuple(owners(width, pages) for width, pages in sizes.items()),
+        tables={module: of_experts(site, (4,), jnp.int32) for module, site in sites.items()},
+        scales={module: of_experts(site, (), jnp.float32) for module, site in sites.items()},
         widths=tuple(sizes),
         sites=tuple(sites.items()),
         max_rank=max_rank,
-        replacements=create_replacements(count, shape, num_slots, dtype),
     )
-    compile_updates(bank.pools, bank.tables, bank.scales, *empty_slot(bank))
-    return bank
 
 
 def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
@@ -197,20 +230,22 @@ def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
 
 
 def compact(bank: AdapterBank) -> AdapterBank:
-    """The same adapters with their pages moved together, so that all free pages lie side by side."""
+    """The same adapters with their pages moved together, so that all free pages of a region lie side by side."""
     check_whole(bank)
     pools, owners, new_id = [], [], {}
     for width, pool, ids in zip(bank.widths, bank.pools, map(np.asarray, bank.owners), strict=True):
-        order = np.concatenate((np.flatnonzero(ids != FREE), np.flatnonzero(ids == FREE))).astype(np.int32)
+        regions = regions_of(width)
+        region = np.repeat(np.arange(regions), len(ids) // regions)
+        order = np.lexsort((ids == FREE, region)).astype(np.int32)
         pools.append(permute(pool, order))
         owners.append(jnp.asarray(ids[order]))
         new_id[width] = np.argsort(order).astype(np.int32)
     tables = {}
     for module, site in bank.sites:
         table = np.array(bank.tables[module])
-        for column, width in enumerate((site.in_width, site.out_width)):
+        for column, width in enumerate(site.pools):
             table[..., column] = new_id[width][table[..., column]]
-        tables[module] = jnp.asarray(table)
+        tables[module] = jax.device_put(table, placement_of(bank.tables[module]))
     # Nothing is shared with the old bank, so that the new one can be donated.
     scales = writable(bank.scales, donate=False)
     return replace(bank, pools=tuple(pools), owners=tuple(owners), tables=tables, scales=scales)

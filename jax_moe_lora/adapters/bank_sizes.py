@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jax_moe_lora.adapters.lora import Site
+from jax_moe_lora.adapters.lora import PoolWidth, Site, SplitWidth
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.sizes import format_bytes
@@ -29,30 +29,28 @@ def check_replacements(
     return count, shape
 
 
-def pool_sizes(sites: Mapping[str, Site], most: int, memory: int | None, dtype: np.dtype) -> dict[int, int]:
-    """The size of each pool.
+def pool_sizes(sites: Mapping[str, Site], most: int, memory: int | None, dtype: np.dtype) -> dict[PoolWidth, int]:
+    """The size of each pool, or of each of its regions.
 
     Args:
       sites: the projections that adapters may target.
       most: pages that all slots need of each matrix.
-      memory: byte budget of all pools; None for no limit.
+      memory: byte budget of all pools, on each device; None for no limit.
       dtype: of the pages.
 
     Returns:
       Width -> pages, page 0 not counted.
     """
-    matrices: dict[int, int] = {}  # width -> matrices of one adapter that targets everything, per expert
+    # Width -> matrices of one adapter that targets everything, per expert, in a region.
+    matrices: dict[PoolWidth, int] = {}
     for site in sites.values():
-        for width in (site.in_width, site.out_width):
-            matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts
-    per_rank_page = sum(count * page_bytes(width, dtype) for width, count in matrices.items())
+        for width in site.pools:
+            matrices[width] = matrices.get(width, 0) + len(site.layers) * site.num_experts // site.regions
+    per_rank_page = sum(count * _part_bytes(width, dtype) for width, count in matrices.items())
     share = most if memory is None else min(most, memory / per_rank_page)
     sizes = {width: int(count * share) for width, count in matrices.items()}
     if min(sizes.values()) < 1:
-        least = max(
-            page_bytes(width, dtype) * per_rank_page // (page_bytes(width, dtype) * count)
-            for width, count in matrices.items()
-        )
+        least = max(per_rank_page // count for count in matrices.values())
         raise InputError(
             f"A bank of {memory} bytes has no room for a page of each kind; give adapter_memory at least {least} bytes."
         )
@@ -84,11 +82,21 @@ def matrix_bytes(shape: tuple[int, int], dtype: np.dtype) -> int:
     return shape[0] * shape[1] * dtype.itemsize
 
 
-def page_bytes(width: int, dtype: np.dtype) -> int:
+def page_bytes(width: PoolWidth, dtype: np.dtype) -> int:
     """Bytes of one page.
 
     Args:
       width: of its rows.
       dtype: of its values.
     """
-    return RANK_PAGE * width * np.dtype(dtype).itemsize
+    return RANK_PAGE * int(width) * np.dtype(dtype).itemsize
+
+
+def regions_of(width: PoolWidth) -> int:
+    """Regions of a pool."""
+    return width.regions if isinstance(width, SplitWidth) else 1
+
+
+def _part_bytes(width: PoolWidth, dtype: np.dtype) -> int:
+    """Bytes of a page on one of the devices that have a part of it."""
+    return page_bytes(width, dtype) // (width.parts if isinstance(width, SplitWidth) else 1)

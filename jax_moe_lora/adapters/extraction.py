@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank, check_slot, check_whole
-from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, PoolWidth
 from jax_moe_lora.adapters.updates import chunk_rows
 from pallas_kernels.ops import RANK_PAGE
 
@@ -28,7 +28,7 @@ def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
     """
     check_whole(bank)
     check_slot(bank, slot)
-    matrices: dict[tuple[int, bytes], np.ndarray] = {}
+    matrices: dict[tuple[PoolWidth, bytes], np.ndarray] = {}
     weights: dict[tuple[int, str], LoRAWeights] = {}
     for module, site in bank.sites:
         tables, scales = np.asarray(bank.tables[module][:, slot]), np.asarray(bank.scales[module][:, slot])
@@ -37,7 +37,7 @@ def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
             if not ranks.any():
                 continue
             sides = []
-            for column, width in enumerate((site.in_width, site.out_width)):
+            for column, width in enumerate(site.pools):
                 first = tables[row, :, column]
                 key = width, np.stack((first, ranks)).tobytes()
                 if key not in matrices:

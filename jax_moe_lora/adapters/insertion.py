@@ -26,10 +26,19 @@ from jax_moe_lora.adapters.bank import (
     page_bytes,
     writable,
 )
-from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.packing import PackedAdapter, allocate, chunks, pack, page_ids, pages_of
+from jax_moe_lora.adapters.bank_sizes import regions_of
+from jax_moe_lora.adapters.lora import LoRAAdapter, PoolWidth
+from jax_moe_lora.adapters.packing import (
+    PackedAdapter,
+    allocate_in_regions,
+    chunks,
+    missing_pages,
+    pack,
+    page_ids,
+    pages_of,
+)
 from jax_moe_lora.adapters.replacements import matrix_chunks
-from jax_moe_lora.adapters.updates import chunk_rows, scatter, scatter_columns, set_slot
+from jax_moe_lora.adapters.updates import chunk_placement, chunk_rows, set_slot, write_rows
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.errors import BankFullError, InputError
 from pallas_kernels.ops import RANK_PAGE
@@ -101,14 +110,14 @@ class Chunk:
     """Rows of one pool, or of one whole matrix, on the device.
 
     Attributes:
-      width: of the pool's rows.
+      width: of the pool.
       rows: int32 `[n]`, rows of the pool's pages; what is past the end is dropped.
       values: `[n, width]`, or `[width, n]` where they are `columns`, in the order in which a file has them.
       columns: whether the values are columns.
       matrix: the whole matrix that the rows are of; None for rows of a pool.
     """
 
-    width: int
+    width: PoolWidth
     rows: Int[Array, "n"]
     values: Float[Array, "_n _width"]
     columns: bool
@@ -129,10 +138,9 @@ def write(bank: AdapterBank, chunk: Chunk) -> AdapterBank:
     """
     if chunk.matrix is not None and bank.replacements is not None:
         return replace(bank, replacements=bank.replacements.write(chunk.matrix, chunk.rows, chunk.values))
-    update = scatter_columns if chunk.columns else scatter
     pools = list(bank.pools)
     index = bank.widths.index(chunk.width)
-    pools[index] = update(pools[index], chunk.rows, chunk.values)
+    pools[index] = write_rows(pools[index], chunk.rows, chunk.values, chunk.columns)
     return replace(bank, pools=tuple(pools))
 
 
@@ -146,15 +154,17 @@ class Insertion:
       first: width -> first page of each of the adapter's runs.
       rows: width -> rows that one chunk holds.
       pool_rows: width -> rows of the pool.
+      placements: width -> where the pool is.
       dtype: the bank's.
       replaced: embedding or head -> the whole matrix that it gets.
     """
 
     slot: int
     prepared: Prepared
-    first: Mapping[int, np.ndarray]
-    rows: Mapping[int, int]
-    pool_rows: Mapping[int, int]
+    first: Mapping[PoolWidth, np.ndarray]
+    rows: Mapping[PoolWidth, int]
+    pool_rows: Mapping[PoolWidth, int]
+    placements: Mapping[PoolWidth, jax.sharding.Sharding]
     dtype: np.dtype
     replaced: Mapping[str, int] = field(default_factory=dict)
 
@@ -162,14 +172,15 @@ class Insertion:
         """Everything that goes into the bank. While one chunk is written the next one is on its way to the device."""
         before: Chunk | None = None
         for width, rows, values, columns, matrix in self._all_host_chunks():
-            sent_rows, sent_values = jax.device_put((rows, values))
+            placement = chunk_placement(self.placements.get(width) if matrix is None else None, columns)
+            sent_rows, sent_values = jax.device_put((rows, values), placement)
             if before is not None:
                 yield before.arrived()
             before = Chunk(width, sent_rows, sent_values, columns, matrix)
         if before is not None:
             yield before.arrived()
 
-    def _all_host_chunks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray, bool, int | None]]:
+    def _all_host_chunks(self) -> Iterator[tuple[PoolWidth, np.ndarray, np.ndarray, bool, int | None]]:
         for width in self.prepared.packed.widths:
             for rows, values, columns in self._host_chunks(width):
                 yield width, rows, values, columns, None
@@ -178,7 +189,7 @@ class Insertion:
             for rows, values in matrix_chunks(matrices[module], self.dtype):
                 yield values.shape[1], rows, values, False, place
 
-    def _host_chunks(self, width: int) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
+    def _host_chunks(self, width: PoolWidth) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
         """Rows in chunks of one static size, so that adapters of any size and layout share two programs."""
         packed, size, past_the_end = self.prepared.packed.widths[width], self.rows[width], self.pool_rows[width]
         ids = page_ids(self.first[width], np.concatenate(packed.runs))
@@ -193,7 +204,7 @@ class Insertion:
         for begin in range(0, len(rest), size):
             rows = np.full(size, past_the_end, np.int32)
             rows[: len(rest) - begin] = rest[begin : begin + size]
-            yield rows, np.zeros((size, width), self.dtype), False
+            yield rows, np.zeros((size, int(width)), self.dtype), False
 
     def publish(self, bank: AdapterBank, donate: bool = False) -> AdapterBank:
         """A bank whose slot has the adapter.
@@ -207,8 +218,8 @@ class Insertion:
         for (layer, module), (runs_a, runs_b, ranks) in self.prepared.packed.entries.items():
             site, row = sites[module], sites[module].layers.index(layer)
             live = ranks > 0
-            tables[module][row, live, 0] = self.first[site.in_width][runs_a[live]]
-            tables[module][row, live, 1] = self.first[site.out_width][runs_b[live]]
+            for column, (width, runs) in enumerate(zip(site.pools, (runs_a, runs_b), strict=True)):
+                tables[module][row, live, column] = self.first[width][runs[live]]
             tables[module][row, :, 2] = pages_of(ranks)
             tables[module][row, :, 3] = ranks
             scales[module][row] = np.where(live, weights[layer, module].scale, 0)
@@ -237,16 +248,16 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
     owner = {width: np.array(ids) for width, ids in bank.owner.items()}
     if bank.slot_nbytes(slot):
         raise InputError(f"Slot {slot} is taken; remove its adapter first.")
-    first: dict[int, np.ndarray] = {}
+    first: dict[PoolWidth, np.ndarray] = {}
     for width, stack in prepared.packed.widths.items():
-        runs, free = np.concatenate(stack.runs), owner[width] == FREE
-        if runs.sum() > free.sum():
+        free, regions = owner[width] == FREE, regions_of(width)
+        if missing_pages(free, stack, regions):
             raise BankFullError(_full(bank, prepared, owner))
-        first_pages = allocate(free, runs)
+        first_pages = allocate_in_regions(free, stack, regions)
         if first_pages is None:
             return place(compact(bank), slot, prepared)
         first[width] = first_pages
-        owner[width][page_ids(first_pages, runs)] = slot
+        owner[width][page_ids(first_pages, np.concatenate(stack.runs))] = slot
     pools, replacements = bank.pages, bank.replacements
     replaced: dict[str, int] = {}
     if replacements is not None and (matrices := prepared.adapter.replacements):
@@ -257,18 +268,20 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
         first,
         rows={width: chunk_rows(pools[width]) for width in first},
         pool_rows={width: pools[width].shape[0] * RANK_PAGE for width in first},
+        placements={width: pools[width].sharding for width in first},
         dtype=bank.dtype,
         replaced=replaced,
     )
     return replace(bank, owners=tuple(map(jnp.asarray, owner.values())), replacements=replacements), insertion
 
 
-def _full(bank: AdapterBank, prepared: Prepared, owner: Mapping[int, np.ndarray]) -> str:
+def _full(bank: AdapterBank, prepared: Prepared, owner: Mapping[PoolWidth, np.ndarray]) -> str:
     wanted = free = 0
+    on_devices = ", on the devices of its experts too few" if max(map(regions_of, bank.widths)) > 1 else ""
     for width, stack in prepared.packed.widths.items():
         wanted += sum(int(runs.sum()) for runs in stack.runs) * page_bytes(width, bank.dtype)
         free += int((np.asarray(bank.owner[width]) == FREE).sum()) * page_bytes(width, bank.dtype)
     return (
         f"Adapter {prepared.adapter.name!r} needs {wanted} bytes of pages and the bank has {free} free of the kinds it "
-        "needs; unload an adapter or give a larger adapter_memory."
+        f"needs{on_devices}; unload an adapter or give a larger adapter_memory."
     )

@@ -25,6 +25,37 @@ TRACED = (
 
 
 @dataclass(frozen=True)
+class SplitWidth:
+    """Pages of one width that are split over a mesh of devices in one way, and so lie in a pool of their own.
+
+    Attributes:
+      width: of the whole rows.
+      parts: so many devices have a part of each row.
+      axes: the mesh axes of these devices.
+      regions: the pool is cut into so many regions, each with a page 0 of its own. The pages of an expert lie in the
+        region of the devices that have the expert.
+      region_axes: the mesh axes of the regions.
+    """
+
+    width: int
+    parts: int = 1
+    axes: tuple[str, ...] = ()
+    regions: int = 1
+    region_axes: tuple[str, ...] = ()
+
+    def __int__(self) -> int:
+        return self.width
+
+    def __str__(self) -> str:
+        """The name of its pool."""
+        return f"{self.width}/{'+'.join(self.axes)}/{'+'.join(self.region_axes)}"
+
+
+PoolWidth = int | SplitWidth
+"""What one pool of a bank holds pages of: rows of a width, on one device or split over several."""
+
+
+@dataclass(frozen=True)
 class Site:
     """A projection that adapters may target: one module of a family, over the layers that have it.
 
@@ -33,12 +64,24 @@ class Site:
       out_width: width of the output rows.
       num_experts: E for a projection of the routed experts, 1 for a dense one.
       layers: indices of the layers that have the module.
+      split: the pools of its A and its B where the bank is on a mesh; None where each device has all of them.
     """
 
     in_width: int
     out_width: int
     num_experts: int
     layers: tuple[int, ...]
+    split: tuple[SplitWidth, SplitWidth] | None = None
+
+    @property
+    def pools(self) -> tuple[PoolWidth, PoolWidth]:
+        """The pools of its A and its B."""
+        return self.split or (self.in_width, self.out_width)
+
+    @property
+    def regions(self) -> int:
+        """Regions that its experts are spread over."""
+        return self.split[0].regions if self.split else 1
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16 by it)
 import numpy as np
 
-from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, memory_of
+from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, PoolWidth, Site, memory_of
 from pallas_kernels.constants import RANK_PAGE
 
 
@@ -50,21 +50,24 @@ class Packed:
     Attributes:
       stacks: where the rows of the matrices go in pages.
       runs: for each stack, the pages of each of its matrices.
+      regions: for each stack, the region of the pool that each of its matrices goes to.
       num_runs: matrices so far.
       num_pages: pages so far.
     """
 
     stacks: list[Stack] = field(default_factory=list)
     runs: list[np.ndarray] = field(default_factory=list)
+    regions: list[np.ndarray] = field(default_factory=list)
     num_runs: int = 0
     num_pages: int = 0
 
-    def add(self, matrices: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    def add(self, matrices: np.ndarray, ranks: np.ndarray, regions: np.ndarray) -> np.ndarray:
         """Adds matrices.
 
         Args:
           matrices: `[n, R, width]`.
           ranks: int `[n]`, the rows of each that are used.
+          regions: int `[n]`, where each goes.
 
         Returns:
           int `[n]`: the run of each matrix; -1 for rank 0.
@@ -80,6 +83,7 @@ class Packed:
         present = ranks > 0
         runs = np.where(present, self.num_runs + np.cumsum(present) - 1, -1)
         self.runs.append(counts[present])
+        self.regions.append(regions[present])
         self.num_runs += int(present.sum())
         self.num_pages += int(counts.sum())
         return runs
@@ -94,32 +98,33 @@ class PackedAdapter:
       entries: (layer, module) -> (runs of A [E], runs of B [E], ranks [E]); a run of -1 has no pages.
     """
 
-    widths: Mapping[int, Packed]
+    widths: Mapping[PoolWidth, Packed]
     entries: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
     def nbytes(self, dtype: np.dtype) -> int:
         """Bytes of its pages in a bank of this dtype."""
-        return sum(packed.num_pages * RANK_PAGE * width for width, packed in self.widths.items()) * dtype.itemsize
+        return sum(packed.num_pages * RANK_PAGE * int(width) for width, packed in self.widths.items()) * dtype.itemsize
 
 
 def pack(adapter: LoRAAdapter, sites: Mapping[str, Site]) -> PackedAdapter:
-    """Where an adapter's matrices go. Nothing is copied; a shared or aliased matrix is packed once.
+    """Where an adapter's matrices go. Nothing is copied; a shared or aliased matrix is packed once in each region.
 
     Args:
       adapter: the adapter, which fits the sites.
       sites: the bank's projections.
     """
-    widths: dict[int, Packed] = {}
+    widths: dict[PoolWidth, Packed] = {}
     entries: dict[tuple[int, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     packed_before: dict[tuple[tuple[Any, ...], str, bytes], np.ndarray] = {}
     for (layer, module), weights in adapter.weights.items():
         site = sites[module]
         runs = []
-        for side, width in (("a", site.in_width), ("b", site.out_width)):
+        for side, width in zip(("a", "b"), site.pools, strict=True):
             # Arrays stay alive in the adapter, so their memory names one matrix.
-            identity = (memory_of(getattr(weights, side)), side, weights.ranks.tobytes())
+            identity = ((*memory_of(getattr(weights, side)), width), side, weights.ranks.tobytes())
             if identity not in packed_before:
-                packed_before[identity] = _pack_side(weights, side, widths.setdefault(width, Packed()))
+                packed = widths.setdefault(width, Packed())
+                packed_before[identity] = _pack_side(weights, side, packed, site.regions)
             runs.append(packed_before[identity])
         entries[layer, module] = (runs[0], runs[1], weights.ranks)
     return PackedAdapter(widths, entries)
@@ -137,13 +142,18 @@ def bank_nbytes(adapter: LoRAAdapter, sites: Mapping[str, Site], dtype: np.dtype
     return pack(adapter, sites).nbytes(dtype) + sum(matrices.values()) * dtype.itemsize
 
 
-def _pack_side(weights: LoRAWeights, side: str, packed: Packed) -> np.ndarray:
+def _pack_side(weights: LoRAWeights, side: str, packed: Packed, regions: int) -> np.ndarray:
     """Adds one side's matrices to `packed`; returns the run of each expert `[E]`."""
     ranks = weights.ranks
     matrices = weights.a if side == "a" else weights.b.swapaxes(1, 2)  # [E or 1, R, width]
-    if matrices.shape[0] < len(ranks):
-        return np.where(ranks > 0, packed.add(matrices, ranks.max(initial=0, keepdims=True)), -1)
-    return packed.add(matrices, ranks)
+    of_regions = ranks.reshape(regions, -1)
+    if matrices.shape[0] == len(ranks):
+        return packed.add(matrices, ranks, np.repeat(np.arange(regions), of_regions.shape[1]))
+    shared = [
+        packed.add(matrices, of_region.max(initial=0, keepdims=True), np.array([region]))
+        for region, of_region in enumerate(of_regions)
+    ]
+    return np.where(ranks > 0, np.repeat(np.concatenate(shared), of_regions.shape[1]), -1)
 
 
 def chunks(stacks: list[Stack], columns: bool, size: int, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -200,6 +210,39 @@ def allocate(free: np.ndarray, runs: np.ndarray) -> np.ndarray | None:
         first[wanted] = starts[: len(wanted)]
         free[(first[wanted, None] + np.arange(length)).ravel()] = False
     return first
+
+
+def allocate_in_regions(free: np.ndarray, packed: Packed, regions: int) -> np.ndarray | None:
+    """First page of each run, in the region that it goes to.
+
+    Args:
+      free: bool `[N]`, the pages that are free.
+      packed: the runs.
+      regions: of the pool, of equal size.
+
+    Returns:
+      int `[n]`; None where a run finds no room, though there may be enough pages.
+    """
+    runs, region_of = np.concatenate(packed.runs), np.concatenate(packed.regions)
+    first = np.zeros(len(runs), np.int64)
+    for region, pages in enumerate(free.reshape(regions, -1)):
+        inside = allocate(pages, runs[region_of == region])
+        if inside is None:
+            return None
+        first[region_of == region] = inside + region * len(pages)
+    return first
+
+
+def missing_pages(free: np.ndarray, packed: Packed, regions: int) -> bool:
+    """Whether some region has too few pages, wherever they lie.
+
+    Args:
+      free: bool `[N]`, the pages that are free.
+      packed: the runs.
+      regions: of the pool, of equal size.
+    """
+    wanted = np.bincount(np.concatenate(packed.regions), np.concatenate(packed.runs), regions)
+    return bool((wanted > free.reshape(regions, -1).sum(axis=1)).any())
 
 
 def page_ids(first: np.ndarray, runs: np.ndarray) -> np.ndarray:
