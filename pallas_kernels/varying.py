@@ -23,16 +23,21 @@ def varying_as[T](values: T, *read: Any) -> T:
       values: a pytree of arrays: a loop's carry, or the arguments of a function with a backward pass of its own.
       read: pytrees of what else a loop's body reads.
     """
-    axes = frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves((values, read))))
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves((values, read))))
 
     def mark(leaf: jax.Array) -> jax.Array:
-        missing = axes - _axes(leaf)
+        missing = axes - varying_axes(leaf)
         return lax.pcast(leaf, tuple(missing), to="varying") if missing else leaf
 
     return jax.tree.map(mark, values) if axes else values
 
 
-def _axes(leaf: Any) -> frozenset[str]:
+def varying_axes(leaf: Any) -> frozenset[str]:
+    """The mesh axes that an array varies over; none outside of `jax.shard_map`.
+
+    Args:
+      leaf: an array, traced or not.
+    """
     kind = jax.typeof(leaf)
     manual = getattr(kind, "manual_axis_type", None)
     # Types had the axes themselves before they had a type of their own for all that is manual.

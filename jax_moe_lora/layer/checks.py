@@ -78,8 +78,8 @@ def check_slots(slots: Any, num_slots: int) -> None:
 
 
 def check_layer_input(x: Any, config: MoEConfig) -> int:
-    """Checks rows and the sizes of the router that they go through; returns T."""
-    whole("config.top_k", config.top_k, 1, config.num_experts)
+    """Checks rows, and the number of experts that each goes to; returns T."""
+    whole("config.top_k", config.top_k, 1)
     check_array("x", x, ("T", config.hidden_size), "floating point")
     return x.shape[0]
 

@@ -4,6 +4,7 @@ Letters: B rows of the cache, M positions of a row, N rows that a call names, T 
 A row that is B or more is passed over, so that calls can be padded to a fixed N.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -18,6 +19,8 @@ from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import Implementation
 
+Step = Callable[..., tuple[Cache, Array]]
+
 
 def insert_rows(
     params: ModelParams,
@@ -30,6 +33,7 @@ def insert_rows(
     *,
     config: ModelConfig,
     implementation: Implementation | None = None,
+    read: Step = decoder.prefill,
 ) -> tuple[Cache, Float[Array, "N V"]]:
     """Reads prompts into rows of a cache, whatever the rows held before.
 
@@ -43,6 +47,7 @@ def insert_rows(
       slots: int32 `[N]`, `BASE_SLOT` for the base model.
       config: the model's (static).
       implementation: a backend by name, or None for the best available (static).
+      read: reads the prompts: `decoder.prefill`, or that function over a mesh (static).
 
     Returns:
       The cache, and float32 `[N, V]` logits after each prompt's last token.
@@ -50,9 +55,7 @@ def insert_rows(
     check_array("rows", rows, (tokens.shape[0],), "integers")
     check_width(tokens, cache)
     alone = init_cache(config, tokens.shape[0], tokens.shape[1], params.embedding.dtype)
-    alone, logits = decoder.prefill(
-        params, bank, alone, tokens, lengths, slots, config=config, implementation=implementation
-    )
+    alone, logits = read(params, bank, alone, tokens, lengths, slots, config=config, implementation=implementation)
     return put_rows(cache, rows, alone), logits
 
 
@@ -67,6 +70,7 @@ def append_rows(
     *,
     config: ModelConfig,
     implementation: Implementation | None = None,
+    read: Step = decoder.append,
 ) -> tuple[Cache, Float[Array, "N V"]]:
     """Reads further tokens into rows behind what they hold: the next chunk of a long prompt, or of a conversation.
 
@@ -80,14 +84,14 @@ def append_rows(
       slots: int32 `[N]`, `BASE_SLOT` for the base model.
       config: the model's (static).
       implementation: a backend by name, or None for the best available (static).
+      read: reads the tokens: `decoder.append`, or that function over a mesh (static).
 
     Returns:
       The cache, and float32 `[N, V]` logits after each row's last token.
     """
     check_array("rows", rows, (tokens.shape[0],), "integers")
-    taken, logits = decoder.append(
-        params, bank, take_rows(cache, rows), tokens, lengths, slots, config=config, implementation=implementation
-    )
+    taken = take_rows(cache, rows)
+    taken, logits = read(params, bank, taken, tokens, lengths, slots, config=config, implementation=implementation)
     return put_rows(cache, rows, taken), logits
 
 

@@ -13,6 +13,7 @@ from jax_moe_lora.models.blocks import dense_mlp, routed_mlp
 from jax_moe_lora.models.blocks.cache_places import LayerCache
 from jax_moe_lora.models.blocks.context import Routing, StepContext
 from jax_moe_lora.models.blocks.norm import norm_named
+from jax_moe_lora.models.blocks.partial_sums import total
 from jax_moe_lora.models.blocks.registry import ATTENTION, LAYERS
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.mlp import DenseMLP
@@ -57,7 +58,7 @@ def run_layer(
     x = _before(spec, layer, "mlp", hidden)
     routing = None
     if isinstance(spec.mlp, DenseMLP):
-        y = dense_mlp.forward(spec.mlp, layer, adapters, x, step)
+        y = total(dense_mlp.forward(spec.mlp, layer, adapters, x, step))
     else:
         y, routing = routed_mlp.forward(spec.mlp, layer, adapters, x, step, chosen)
     return hidden + _after(spec, layer, "mlp", y), cache, routing if step.keep_routing else None

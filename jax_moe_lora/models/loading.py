@@ -22,6 +22,7 @@ from jax_moe_lora.models.specs.model import ModelConfig
 # Read, cast and checked at a time.
 PIECE_BYTES = 8 * 2**20
 ALIGNMENT = 64
+Placement = jax.sharding.Sharding | ModelParams | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Checkpoint:
 
 
 def load_params(
-    folder: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, sharding: jax.sharding.Sharding | None = None
+    folder: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, sharding: Placement = None
 ) -> ModelParams:
     """Reads a checkpoint's weights as `dtype`.
 
@@ -52,7 +53,7 @@ def load_params(
       folder: holds the safetensors files.
       config: the model.
       dtype: of the arrays.
-      sharding: where each array is placed; the default device where None.
+      sharding: where arrays are placed: one `Sharding` for all, or a tree of them; the default device where None.
 
     Raises:
       CheckpointError: a missing or surplus tensor, a wrong shape, a dtype that is not float32, float16 or bfloat16,
@@ -63,7 +64,11 @@ def load_params(
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract_params(config, dtype))
     with ExitStack() as opened:
         checkpoint = open_checkpoint(folder, config, opened)
-        arrays = [_place(_read(names[_path_name(path)], leaf, checkpoint), sharding) for path, leaf in leaves]
+        places = jax.tree.leaves(sharding) if isinstance(sharding, ModelParams) else [sharding] * len(leaves)
+        arrays = [
+            _place(_read(names[_path_name(path)], leaf, checkpoint), place)
+            for (path, leaf), place in zip(leaves, places, strict=True)
+        ]
     return jax.tree_util.tree_unflatten(tree, arrays)
 
 

@@ -69,9 +69,12 @@ def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None, sms:
       The program, the names of its arrays, and the number of SMs.
 
     Raises:
-      InputError: `sms` is not a positive whole number, or flatbuffers, which the format needs, is not installed.
+      InputError: the model is on a mesh, `sms` is not a positive whole number, or flatbuffers, which the format needs,
+        is not installed.
     """
     sms = target_sms() if sms is None else whole("sms", sms, 1)
+    if len(fn.params.embedding.sharding.device_set) > 1:
+        raise InputError("This model is split over a mesh; export the step of a model on one device.")
     cache = fn.init_cache()
     batch = cache.lengths.shape[0]
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)

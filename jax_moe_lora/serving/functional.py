@@ -6,12 +6,14 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.arguments import sequence
 from jax_moe_lora.errors import AdapterNameError
 from jax_moe_lora.layer.checks import check_slots
+from jax_moe_lora.mesh.steps import over_mesh, split_cache
 from jax_moe_lora.models import cache_rows, decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
@@ -81,19 +83,24 @@ class Functional(CacheFunctions):
 
 
 @cache
-def functions(config: ModelConfig, implementation: Implementation | None) -> CacheFunctions:
+def functions(config: ModelConfig, implementation: Implementation | None, mesh: Mesh | None = None) -> CacheFunctions:
     """The functions of a config and a backend, always the same objects.
 
     Args:
       config: the model's.
       implementation: a backend by name, or None for the best available.
+      mesh: the devices that the model is split over; None for the default one.
     """
 
     def jitted(step: CacheStep) -> CacheStep:
         return jax.jit(partial(step, config=config, implementation=implementation), donate_argnums=2)
 
-    def of_rows(step: CacheStep) -> CacheStep:
-        run = jitted(step)
+    def of_rows(step: CacheStep, read: CacheStep) -> CacheStep:
+        def changed(*arguments, **static):
+            cache, logits = step(*arguments, read=over_mesh(read, mesh), **static)
+            return split_cache(cache, config, mesh), logits
+
+        run = jitted(changed)
 
         def call(params, bank, cache, rows, tokens, lengths, slots):
             check_cache(cache)
@@ -105,7 +112,7 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Cac
 
         return call
 
-    run_prefill, run_decode = jitted(decoder.prefill), jitted(decoder.decode)
+    run_prefill, run_decode = (jitted(over_mesh(step, mesh)) for step in (decoder.prefill, decoder.decode))
     run_free = jax.jit(cache_rows.free_rows, donate_argnums=0)
 
     def prefill(params, bank, cache, tokens, lengths, slots):
@@ -127,8 +134,8 @@ def functions(config: ModelConfig, implementation: Implementation | None) -> Cac
     return CacheFunctions(
         prefill=prefill,
         decode=decode,
-        insert_rows=of_rows(cache_rows.insert_rows),
-        append_rows=of_rows(cache_rows.append_rows),
+        insert_rows=of_rows(cache_rows.insert_rows, decoder.prefill),
+        append_rows=of_rows(cache_rows.append_rows, decoder.append),
         free_rows=free_rows,
     )
 

@@ -11,7 +11,7 @@ from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.arguments import flag, one_of, sequence, suggest_keywords, whole
 from jax_moe_lora.errors import InputError, JaxMoELoRAError
 from jax_moe_lora.files.messages import ChatPrompt
-from jax_moe_lora.models import decoder
+from jax_moe_lora.mesh.steps import init_cache, row_multiple
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.answers import Answer, Generation, StreamedToken
 from jax_moe_lora.serving.decode_loop import Programs, decode_loop
@@ -74,7 +74,7 @@ class TextGeneration(ProgramRunner):
             raise InputError("callback cannot tell several answers to a prompt apart; use stream where n is above 1.")
         if not requests:
             return []
-        batch = PaddedBatch.make(requests, pad_to)
+        batch = PaddedBatch.make(requests, pad_to, row_multiple(self.mesh))
         answers: dict[tuple[int, int], Generation] = {}
         for token in self._answer(batch, names, adapter_errors, progress, callback is not None):
             if callback is not None and token.token_id is not None and (token.text or not token.is_end):
@@ -117,7 +117,8 @@ class TextGeneration(ProgramRunner):
         requests, names = self._requests(prompts, adapter_names, sampling_params, adapter_errors, options)
         if not requests:
             return iter(())
-        return self._answer(PaddedBatch.make(requests, pad_to), names, adapter_errors, False, True)
+        batch = PaddedBatch.make(requests, pad_to, row_multiple(self.mesh))
+        return self._answer(batch, names, adapter_errors, False, True)
 
     def compile(
         self,
@@ -151,7 +152,8 @@ class TextGeneration(ProgramRunner):
         for size, width, record in product(rows, widths, params_of_prompts(len(records), records, {})):
             params = replace(record, max_new_tokens=limit, min_new_tokens=min(record.min_new_tokens, limit), n=1)
             prompt = Request.make("The prompt to compile for", [0] * width, lambda prompt: [], self.config, params)
-            batch = PaddedBatch.make([prompt], (bucket(size), max(MIN_PROMPT_BUCKET, bucket(width))))
+            sizes = bucket(size), max(MIN_PROMPT_BUCKET, bucket(width))
+            batch = PaddedBatch.make([prompt], sizes, row_multiple(self.mesh))
             with closing(self._answer(batch, [None], "raise", False, False)) as tokens:
                 next(tokens)
 
@@ -180,7 +182,7 @@ class TextGeneration(ProgramRunner):
             outcomes, stops = self._stop_rules(batch, names, outcomes)
             slots, failed = _sort_out(outcomes, adapter_errors)
             answers = [Answer(row, rules, self._decode, streamed) for row, rules in zip(batch.rows, stops, strict=True)]
-            cache = decoder.init_cache(self.config, len(batch.lengths), batch.cache_length, self._dtype)
+            cache = init_cache(self.config, len(batch.lengths), batch.cache_length, self._dtype, self.mesh)
             run = Programs(
                 partial(self._run, programs.start, cache, scored=batch.scored, routed=batch.routed),
                 partial(self._run, programs.advance, scored=batch.scored, routed=batch.routed),

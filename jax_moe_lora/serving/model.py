@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jax_moe_lora.adapters.bank import create_bank
@@ -17,6 +18,8 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import parse_bytes
+from jax_moe_lora.mesh.rules import check_mesh, make_mesh, param_specs, shardings, split_sites
+from jax_moe_lora.mesh.steps import init_cache, over_mesh, row_multiple
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
@@ -29,8 +32,18 @@ from jax_moe_lora.serving.routing import padded_routing
 from pallas_kernels.ops import Implementation, UnsupportedImplementation, choose
 
 TokenIds = Sequence[Sequence[int]] | np.ndarray | Array
-_logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
-_hidden = jax.jit(decoder.hidden, static_argnames=("config", "implementation"))
+
+
+def _reading(step: Callable[..., Array]) -> Callable[..., Array]:
+    """A step that reads whole prompts, as a program."""
+
+    def read(*arguments: Any, mesh: Mesh | None, **static: Any) -> Array:
+        return over_mesh(step, mesh)(*arguments, **static)
+
+    return jax.jit(read, static_argnames=("config", "implementation", "mesh"))
+
+
+_logits, _hidden = _reading(decoder.logits), _reading(decoder.hidden)
 
 
 @suggest_keywords
@@ -49,6 +62,7 @@ class Model(Chat):
         adapter_targets: Sequence[str] | Literal["all"] | None = None,
         max_replacements: int = 0,
         implementation: Implementation | None = None,
+        mesh: str | Mesh | None = None,
     ) -> "Model":
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
 
@@ -57,8 +71,8 @@ class Model(Chat):
           dtype: of weights, cache and adapters: `bfloat16`, `float16` or `float32`.
           max_adapters: adapters that can be loaded at once.
           max_rank: the largest LoRA rank among them.
-          adapter_memory: memory budget of the adapters, in bytes or as text such as `"4GiB"`; no more is taken than
-            they can use.
+          adapter_memory: memory budget of the adapters on each device, in bytes or as text such as `"4GiB"`; no more
+            is taken than they can use.
           adapter_targets: the modules that adapters may change, such as `["gate", "up", "down"]`. None is all modules
             of the layers. `"all"` adds `embedding` and `head`, whose pages are as wide as the vocabulary and are read
             in every step. The memory is for these modules alone, and an adapter that changes another one is refused.
@@ -66,21 +80,32 @@ class Model(Chat):
             loaded adapters may bring, all of them together. Each takes `V * D` values out of `adapter_memory`, and as
             much to read in every step, whoever uses it.
           implementation: a backend by name, or None for the best that is available.
+          mesh: the devices that the model is split over, such as `"data=2,expert=4"` (`mesh.rules.make_mesh`), or a
+            mesh of jax; None for the default device.
 
         Raises:
-          ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument.
+          ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument, or a mesh
+            that does not divide the model.
           DeviceError: jax has no device.
         """
         check_dtype(dtype)
         memory = parse_bytes(adapter_memory)
         max_adapters, max_rank = whole("max_adapters", max_adapters, 1), whole("max_rank", max_rank, 1)
         require_device()
+        devices = make_mesh(mesh)
         folder = local_folder(path)
         config = read_model_config(folder)
         _check_implementation(implementation, config, dtype)
         sites, vocabulary = select_sites(config, adapter_targets), (config.vocab_size, config.hidden_size)
-        bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary)
-        return cls(config, load_params(folder, config, dtype), bank, folder, implementation)
+        placement = None
+        if devices is not None:
+            check_mesh(config, devices)
+            if max_replacements:
+                raise InputError("max_replacements need a model on one device; load it without a mesh, or with 0.")
+            sites = split_sites(config, sites, devices)
+            placement = shardings(param_specs(config, devices), devices)
+        bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary, devices)
+        return cls(config, load_params(folder, config, dtype, placement), bank, folder, implementation, devices)
 
     def __repr__(self) -> str:
         moe, slots = self.config.moe, self._pool.num_slots
@@ -155,12 +180,14 @@ class Model(Chat):
         Raises:
           InputError: a size that is not a whole number, or a length that the model has no positions for.
         """
-        batch = whole("batch", batch, 1)
+        batch, multiple = whole("batch", batch, 1), row_multiple(self.mesh)
+        if batch % multiple:
+            raise InputError(f"batch is {batch}; expected a multiple of {multiple}, the mesh's data axis.")
         max_length = whole("max_length", max_length, 1, self.config.max_positions)
-        steps = functions(self.config, self.implementation)
+        steps = functions(self.config, self.implementation, self.mesh)
         bank, slots = self._pool.lend()
-        init_cache = partial(decoder.init_cache, self.config, batch, max_length, self._dtype)
-        return Functional(params=self.params, bank=bank, init_cache=init_cache, slot_names=slots, **vars(steps))
+        empty = partial(init_cache, self.config, batch, max_length, self._dtype, self.mesh)
+        return Functional(params=self.params, bank=bank, init_cache=empty, slot_names=slots, **vars(steps))
 
     def _read(
         self, program: Callable[..., Array], token_ids: Any, adapter_names: Any, lengths: Any, routing: Any

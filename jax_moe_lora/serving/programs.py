@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import AdapterBank
+from jax_moe_lora.mesh.steps import on_all_devices, over_mesh
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache, Routing
 from jax_moe_lora.models.params import ModelParams
@@ -45,7 +46,7 @@ class DrawnTokens:
     experts: Int[Array, "B T L K"] | None = None
 
 
-@partial(jax.jit, static_argnames=("config", "implementation", "scored", "routed"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("config", "implementation", "mesh", "scored", "routed"), donate_argnames="cache")
 def start(
     params: ModelParams,
     bank: AdapterBank,
@@ -56,19 +57,25 @@ def start(
     sampling: Sampling,
     config: ModelConfig,
     implementation: Implementation | None,
+    mesh: jax.sharding.Mesh | None = None,
     scored: bool = False,
     routed: bool = False,
 ) -> tuple[Cache, DrawnTokens]:
     """Prefill and the first token."""
-    cache, logits, routing = decoder.prefill_routed(
+    cache, logits, routing = over_mesh(decoder.prefill_routed, mesh)(
         params, bank, cache, tokens, lengths, slots, config=config, implementation=implementation, keep_routing=routed
     )
     counts = None if sampling.adjustments is None else count_prompts(tokens, lengths, logits.shape[-1])
     experts = _experts(routing, tokens.shape) if routed else None
-    return cache, _draw(logits, sampling, jnp.zeros_like(lengths), counts, scored, experts)
+    drawn = _draw(logits, sampling, jnp.zeros_like(lengths), counts, scored, experts)
+    return cache, on_all_devices(drawn, mesh)
 
 
-@partial(jax.jit, static_argnames=("config", "implementation", "scored", "routed"), donate_argnames=("cache", "counts"))
+@partial(
+    jax.jit,
+    static_argnames=("config", "implementation", "mesh", "scored", "routed"),
+    donate_argnames=("cache", "counts"),
+)
 def advance(
     params: ModelParams,
     bank: AdapterBank,
@@ -80,15 +87,16 @@ def advance(
     counts: TokenCounts | None,
     config: ModelConfig,
     implementation: Implementation | None,
+    mesh: jax.sharding.Mesh | None = None,
     scored: bool = False,
     routed: bool = False,
 ) -> tuple[Cache, DrawnTokens]:
     """One decode step and the token after it, whose place in each answer is `index`."""
-    cache, logits, routing = decoder.decode_routed(
+    cache, logits, routing = over_mesh(decoder.decode_routed, mesh)(
         params, bank, cache, tokens, slots, config=config, implementation=implementation, keep_routing=routed
     )
     experts = _experts(routing, (*tokens.shape, 1)) if routed else None
-    return cache, _draw(logits, sampling, index, counts, scored, experts)
+    return cache, on_all_devices(_draw(logits, sampling, index, counts, scored, experts), mesh)
 
 
 def _experts(routing: Sequence[Routing], shape: tuple[int, ...]) -> Int[Array, "B T L K"]:

@@ -157,8 +157,10 @@ class PaddedBatch:
     cache_length: int
 
     @classmethod
-    def make(cls, requests: Sequence[Request], pad_to: tuple[int, int] | None = None) -> "PaddedBatch":
-        """The smallest bucket that requests fit into, or the sizes (B, T) of `pad_to`."""
+    def make(
+        cls, requests: Sequence[Request], pad_to: tuple[int, int] | None = None, multiple: int = 1
+    ) -> "PaddedBatch":
+        """The smallest bucket that requests fit into, or the sizes (B, T) of `pad_to`; B rounded up to a multiple."""
         rows, longest = rows_of(requests), max(len(request.token_ids) for request in requests)
         if pad_to is not None and not (isinstance(pad_to, Sequence) and len(pad_to) == 2):
             raise InputError(f"pad_to is {pad_to!r}; expected (batch, prompt tokens).")
@@ -166,6 +168,7 @@ class PaddedBatch:
         size, width = whole("pad_to's batch", size, 1), whole("pad_to's prompt tokens", width, 1)
         if size < len(rows) or width < longest:
             raise InputError(f"pad_to is {pad_to}; {len(rows)} answers to prompts of up to {longest} tokens need more.")
+        size = -(-size // multiple) * multiple
         tokens, lengths = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
         for number, row in enumerate(rows):
             lengths[number] = len(row.request.token_ids)

@@ -31,9 +31,10 @@ class ProgramRunner(ServedAdapters):
         bank: AdapterBank,
         folder: Path | None = None,
         implementation: Implementation | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         super().__init__(config, bank, folder)
-        self.params, self.implementation = params, implementation
+        self.params, self.implementation, self.mesh = params, implementation, mesh
         self._compiled: set[Any] = set()
 
     @cached_property
@@ -65,7 +66,7 @@ class ProgramRunner(ServedAdapters):
         return self._dispatch(function, function, arguments)
 
     def _run(self, program: Callable[..., Result], *arguments: Any, **static: Any) -> Result:
-        call = partial(program, config=self.config, implementation=self.implementation, **static)
+        call = partial(program, config=self.config, implementation=self.implementation, mesh=self.mesh, **static)
         return self._dispatch((program, *static.values()), call, arguments)
 
     def _dispatch(self, key: Any, call: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.adapters.replacements import Replacements
 from jax_moe_lora.layer.linear import DensePlan, lora_linear
+from jax_moe_lora.models.blocks.partial_sums import added_once
 from jax_moe_lora.models.params import LayerParams
 from pallas_kernels.ops import Implementation, LayerPages
 from pallas_kernels.pytrees import pytree
@@ -92,6 +93,7 @@ def linear(
       x: rows.
       step: what every layer reads.
     """
-    bias, pages = weights.get(f"{module}_bias"), adapters.get(module)
-    rows = lora_linear(x.reshape(-1, x.shape[-1]), weights[module], bias, pages, step.plan, step.implementation)
+    weight, pages = weights[module], adapters.get(module)
+    bias = added_once(weights.get(f"{module}_bias"), weight)
+    rows = lora_linear(x.reshape(-1, x.shape[-1]), weight, bias, pages, step.plan, step.implementation)
     return rows.reshape(*x.shape[:-1], -1).astype(x.dtype)

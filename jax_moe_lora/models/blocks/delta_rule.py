@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from pallas_kernels.varying import varying_as
+
 CHUNK = 64
 BLOCK = 16
 UNROLL = 4  # chunks between two turns of the loop, whose own bookkeeping costs as much as a product
@@ -93,7 +95,7 @@ def chunked(
     shape = (blocks, -(-chunks // blocks), size)
     parts = [_split(leaf, shape, axis) for leaf, axis in zip(tokens, (-2, -2, -2, -1, -1), strict=True)]
     examples = None if segments is None else _examples(_split(segments, shape, -1))
-    state, y = lax.scan(_one_block, state, (Tokens(*parts), examples))
+    state, y = lax.scan(_one_block, varying_as(state, parts), (Tokens(*parts), examples))
     y = jnp.moveaxis(y, (2, 5), (0, 3))  # [B, M, N, C, G, R, dv]
     return y.reshape(batch, -1, *y.shape[4:])[:, :count], state
 

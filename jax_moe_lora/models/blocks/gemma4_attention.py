@@ -7,6 +7,7 @@ from jax_moe_lora.models.blocks import gqa
 from jax_moe_lora.models.blocks.cache_places import LayerCache
 from jax_moe_lora.models.blocks.context import StepContext, linear
 from jax_moe_lora.models.blocks.norm import rms_norm
+from jax_moe_lora.models.blocks.partial_sums import total
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.gemma4 import Gemma4Attention
 from pallas_kernels.ops import LayerPages
@@ -52,8 +53,8 @@ def forward(
     heads = spec.heads
     q, k = project("q", x), project("k", x)
     v = k if spec.keys_are_values else project("v", x)
-    q = gqa.split_heads(heads, "q", heads.num_heads, weights, q, step)
-    k = gqa.split_heads(heads, "k", heads.num_kv_heads, weights, k, step)
+    q = gqa.split_heads(heads, "q", weights, q, step)
+    k = gqa.split_heads(heads, "k", weights, k, step)
     v = rms_norm(v.reshape(k.shape), None, heads.norm.eps)
     mixed, cache = gqa.attend(heads, q, k, v, None, step, cache)
-    return project("o", mixed.reshape(*x.shape[:2], -1)), cache
+    return total(project("o", mixed.reshape(*x.shape[:2], -1))), cache

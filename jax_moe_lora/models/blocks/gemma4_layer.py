@@ -6,13 +6,13 @@ Letters: B requests, T tokens of a request, N rows of the step.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jax_moe_lora.adapters.lora import EXPERT_MODULES
-from jax_moe_lora.layer.moe import choose_experts, routed_experts, router_scores
+from jax_moe_lora.layer.moe import choose_experts, router_scores
 from jax_moe_lora.models.blocks import dense_mlp, gemma4_attention
 from jax_moe_lora.models.blocks.cache_places import LayerCache
 from jax_moe_lora.models.blocks.context import Routing, StepContext
 from jax_moe_lora.models.blocks.norm import norm_named, rms_norm
-from jax_moe_lora.models.blocks.routed_mlp import expert_weights
+from jax_moe_lora.models.blocks.partial_sums import total_of_each
+from jax_moe_lora.models.blocks.routed_mlp import run_experts
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.gemma4 import Gemma4Layer
 from pallas_kernels.ops import LayerPages
@@ -51,18 +51,10 @@ def forward(
     hidden = hidden + norm("attention_post_norm", mixed)
     dense = dense_mlp.forward(spec.dense, weights, adapters, norm("mlp_norm", hidden), step)
     routing = _route(spec, weights, adapters, hidden, step, chosen)
-    routed = routed_experts(
-        norm("routed_norm", hidden).reshape(-1, hidden.shape[-1]),
-        routing.weights,
-        routing.experts,
-        expert_weights(weights),
-        spec.mlp.moe,
-        adapters.only(EXPERT_MODULES),
-        step.slots,
-        step.implementation,
-        step.remat,
-    )
-    both = norm("mlp_post_norm", dense) + norm("routed_post_norm", routed.reshape(hidden.shape))
+    rows = norm("routed_norm", hidden).reshape(-1, hidden.shape[-1])
+    routed = run_experts(spec.mlp, weights, adapters, rows, routing, step).reshape(hidden.shape)
+    dense, routed = total_of_each(dense, routed)
+    both = norm("mlp_post_norm", dense) + norm("routed_post_norm", routed)
     hidden = hidden + norm("sum_post_norm", both)
     return hidden * weights["layer_scalar"][None, None], cache, routing
 

@@ -22,6 +22,7 @@ from jax_moe_lora.models.blocks.attention import (
 from jax_moe_lora.models.blocks.cache_places import LayerCache, ring_positions, store, store_ring
 from jax_moe_lora.models.blocks.context import StepContext, linear
 from jax_moe_lora.models.blocks.norm import norm_named
+from jax_moe_lora.models.blocks.partial_sums import total
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.rope import rotate
 from jax_moe_lora.models.specs.gqa import GQA
@@ -67,16 +68,15 @@ def forward(
       `[B, T, D]`, and the cache with the step's tokens in it.
     """
     q, gate = _queries(spec, weights, adapters, x, step)
-    k = split_heads(spec, "k", spec.num_kv_heads, weights, linear("k", weights, adapters, x, step), step)
-    v = linear("v", weights, adapters, x, step)
-    v = _clip(spec, v).reshape(*x.shape[:2], spec.num_kv_heads, spec.head_dim)
+    k = split_heads(spec, "k", weights, linear("k", weights, adapters, x, step), step)
+    v = _clip(spec, linear("v", weights, adapters, x, step)).reshape(k.shape)
     mixed, cache = attend(spec, q, k, v, weights.get("sinks"), step, cache)
-    mixed = mixed.reshape(*x.shape[:2], spec.num_heads * spec.head_dim)
+    mixed = mixed.reshape(*x.shape[:2], -1)
     if spec.gate == "projection":
         gate = linear("attention_gate", weights, adapters, x, step)
     if gate is not None:
         mixed = mixed * jax.nn.sigmoid(gate)
-    return linear("o", weights, adapters, mixed, step), cache
+    return total(linear("o", weights, adapters, mixed, step)), cache
 
 
 def attend(
@@ -154,26 +154,25 @@ def _queries(
     """The queries, and what each head's second half says of the gate where q holds both."""
     y = linear("q", weights, adapters, x, step)
     if spec.gate != "q":
-        return split_heads(spec, "q", spec.num_heads, weights, y, step), None
-    y, gate = jnp.split(y.reshape(*x.shape[:2], spec.num_heads, 2 * spec.head_dim), 2, axis=-1)
+        return split_heads(spec, "q", weights, y, step), None
+    y, gate = jnp.split(y.reshape(*x.shape[:2], -1, 2 * spec.head_dim), 2, axis=-1)
     y, gate = (half.reshape(*x.shape[:2], -1) for half in (y, gate))
-    return split_heads(spec, "q", spec.num_heads, weights, y, step), gate
+    return split_heads(spec, "q", weights, y, step), gate
 
 
 def split_heads(
-    spec: GQA, module: str, count: int, weights: LayerParams, y: Float[Array, "B T width"], step: StepContext
+    spec: GQA, module: str, weights: LayerParams, y: Float[Array, "B T width"], step: StepContext
 ) -> Float[Array, "B T heads hd"]:
     """A projection's heads: normed, clipped and turned.
 
     Args:
       spec: norms, clipping and rotary embedding.
       module: `q` or `k`, whose norm it is.
-      count: of its heads.
       weights: the layer's arrays.
       y: the projection's rows.
       step: what every layer reads.
     """
-    shape = (*y.shape[:2], count, spec.head_dim)
+    shape = (*y.shape[:2], y.shape[2] // spec.head_dim, spec.head_dim)
 
     def normed(y: Array) -> Array:
         if spec.qk_norm == "head":

@@ -16,6 +16,7 @@ from jax_moe_lora.models.blocks.attention import attend_packed, attend_prompt, c
 from jax_moe_lora.models.blocks.cache_places import LayerCache, store
 from jax_moe_lora.models.blocks.context import StepContext, linear
 from jax_moe_lora.models.blocks.norm import norm_named
+from jax_moe_lora.models.blocks.partial_sums import total
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.rope import rotate
 from jax_moe_lora.models.specs.mla import MLA
@@ -71,7 +72,7 @@ def forward(
     else:
         assert cache is not None
         mixed = _attend_absorbed(spec, weights, adapters, (q, turned_q), cache, step)
-    return linear("o", weights, adapters, mixed.reshape(*x.shape[:2], -1), step), cache
+    return total(linear("o", weights, adapters, mixed.reshape(*x.shape[:2], -1), step)), cache
 
 
 def _queries(
@@ -83,7 +84,7 @@ def _queries(
     else:
         low = norm_named(spec.norm, linear("q_a", weights, adapters, x, step), weights, "q_a_norm")
         q = linear("q_b", weights, adapters, low, step)
-    q = q.reshape(*x.shape[:2], spec.num_heads, spec.nope_dim + spec.rope_dim)
+    q = q.reshape(*x.shape[:2], -1, spec.nope_dim + spec.rope_dim)
     plain, turned = jnp.split(q, [spec.nope_dim], axis=-1)
     turned = _turned(spec, turned, step)
     if spec.query_growth is None:
@@ -116,14 +117,14 @@ def _attend_expanded(
 ) -> Float[Array, "B T H v"]:
     """Attention of prompts to themselves, with keys and values for each head."""
     expanded = linear("kv_b", weights, adapters, latent, step)
-    expanded = expanded.reshape(*latent.shape[:2], spec.num_heads, spec.nope_dim + spec.value_dim)
+    expanded = expanded.reshape(*latent.shape[:2], -1, spec.nope_dim + spec.value_dim)
     plain_k, v = jnp.split(expanded, [spec.nope_dim], axis=-1)
     shared = jnp.broadcast_to(key[:, :, None], (*plain_k.shape[:3], spec.rope_dim))
     q, k = jnp.concatenate(queries, axis=-1), jnp.concatenate((plain_k, shared), axis=-1)
     # Kernels want one width for all three; zeros add nothing to scores, and are cut off values.
     width = max(spec.nope_dim + spec.rope_dim, spec.value_dim)
     q, k, v = (jnp.pad(part, [(0, 0)] * 3 + [(0, width - part.shape[-1])]) for part in (q, k, v))
-    heads = {"num_heads": spec.num_heads, "num_kv_heads": spec.num_heads, "head_dim": width}
+    heads = {"num_heads": q.shape[2], "num_kv_heads": q.shape[2], "head_dim": width}
     backend = choose_attention(step.implementation, dtype=q.dtype, **heads).picked
     if step.segments is None:
         mixed = attend_prompt(q, k, v, backend, scale=_scale(spec))
@@ -142,11 +143,11 @@ def _attend_absorbed(
 ) -> Float[Array, "B T H v"]:
     """Attention to the latents of the cache, which hold the step's own tokens already."""
     q, turned_q = queries
-    kv_b = weights["kv_b"].reshape(spec.num_heads, spec.nope_dim + spec.value_dim, spec.kv_rank)
+    kv_b = weights["kv_b"].reshape(-1, spec.nope_dim + spec.value_dim, spec.kv_rank)
     to_key, to_value = jnp.split(kv_b, [spec.nope_dim], axis=1)
     # All tokens of a request have its slot, but for padding.
     slots = step.slots.reshape(q.shape[:2]).max(axis=1)
-    key_pages, value_pages = kv_b_adapters(adapters.get("kv_b"), slots, spec.num_heads, spec.nope_dim, q.dtype)
+    key_pages, value_pages = kv_b_adapters(adapters.get("kv_b"), slots, q.shape[2], spec.nope_dim, q.dtype)
     last = jnp.where(step.row_mask, step.positions, 0)
     seen = jnp.arange(cache["latent"].shape[1])[None, None, :] <= last[:, :, None]
     latent_q = to_latents(q, to_key, key_pages)

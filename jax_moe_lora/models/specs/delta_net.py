@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jax_moe_lora.models.specs.parameter import RMS, Norm, Parameter, projection
+from jax_moe_lora.models.specs.parameter import RMS, Axis, Norm, Parameter, projection
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,25 @@ class DeltaNet:
         Args:
           hidden_size: D.
         """
+        whole: tuple[Axis, ...] = ("whole_heads",)  # `qkv` holds all queries, then all keys, then all values
         widths = {"qkv": self.convolved, "z": self.values, "b": self.num_heads, "a": self.num_heads}
         if self.by_key_head:
             widths = {"qkvz": self.convolved + self.values, "ba": 2 * self.num_heads}
         rows = [
-            projection(f"delta_{part}", width, hidden_size, f"linear_attn.in_proj_{part}", ("heads", "embed"))
+            projection(f"delta_{part}", width, hidden_size, f"linear_attn.in_proj_{part}", ("whole_heads", "embed"))
             for part, width in widths.items()
         ]
         return [
             *rows,
-            projection("delta_out", hidden_size, self.values, "linear_attn.out_proj", ("embed", "heads")),
+            projection("delta_out", hidden_size, self.values, "linear_attn.out_proj", ("embed", "whole_heads")),
             Parameter(
                 "delta_conv",
                 (self.convolved, 1, self.kernel),
                 ("linear_attn.conv1d.weight",),
-                ("heads", "scalar", "scalar"),
+                ("whole_heads", "scalar", "scalar"),
             ),
             # What a state forgets is a product over all tokens: its exponents are not rounded.
-            Parameter("delta_decay", (self.num_heads,), ("linear_attn.A_log",), ("heads",), "zeros", float32=True),
-            Parameter("delta_step", (self.num_heads,), ("linear_attn.dt_bias",), ("heads",), "ones", float32=True),
+            Parameter("delta_decay", (self.num_heads,), ("linear_attn.A_log",), whole, "zeros", float32=True),
+            Parameter("delta_step", (self.num_heads,), ("linear_attn.dt_bias",), whole, "ones", float32=True),
             *self.norm.parameters("delta_norm", self.value_dim, "linear_attn.norm"),
         ]

@@ -26,6 +26,6 @@ class FusedMLP:
           hidden_size: D.
         """
         return [
-            projection("shared_in", 2 * self.width, hidden_size, "shared_mlp.input_linear", ("mlp", "embed")),
-            projection("shared_out", hidden_size, self.width, "shared_mlp.output_linear", ("embed", "mlp")),
+            projection("shared_in", 2 * self.width, hidden_size, "shared_mlp.input_linear", ("whole_mlp", "embed")),
+            projection("shared_out", hidden_size, self.width, "shared_mlp.output_linear", ("embed", "whole_mlp")),
         ]

@@ -76,6 +76,6 @@ class Gemma4Layer:
             *self.dense.parameters(hidden_size),
             *self.mlp.parameters(hidden_size),
             Parameter("router_scale", (hidden_size,), ("router.scale",), ("embed",), "ones"),
-            Parameter("per_expert_scale", (experts,), ("router.per_expert_scale",), ("expert",), "ones"),
+            Parameter("per_expert_scale", (experts,), ("router.per_expert_scale",), ("router",), "ones"),
             Parameter("layer_scalar", (1,), ("layer_scalar",), ("scalar",), "ones"),
         ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jax_moe_lora.config import RopeConfig
-from jax_moe_lora.models.specs.parameter import RMS, Norm, Parameter, bias, projection
+from jax_moe_lora.models.specs.parameter import RMS, Axis, Norm, Parameter, bias, projection
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,16 @@ class GQA:
           hidden_size: D.
         """
         d, queries, keys = hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        heads, kv_heads = self.head_axes
         wide = 2 * queries if self.gate == "q" else queries
         rows = [
-            projection("q", wide, d, "self_attn.q_proj", ("heads", "embed")),
-            projection("k", keys, d, "self_attn.k_proj", ("kv_heads", "embed")),
-            projection("v", keys, d, "self_attn.v_proj", ("kv_heads", "embed")),
-            projection("o", d, queries, "self_attn.o_proj", ("embed", "heads")),
+            projection("q", wide, d, "self_attn.q_proj", (heads, "embed")),
+            projection("k", keys, d, "self_attn.k_proj", (kv_heads, "embed")),
+            projection("v", keys, d, "self_attn.v_proj", (kv_heads, "embed")),
+            projection("o", d, queries, "self_attn.o_proj", ("embed", heads)),
         ]
         if self.gate == "projection":
-            rows.append(projection("attention_gate", queries, d, "self_attn.gate_proj", ("heads", "embed")))
+            rows.append(projection("attention_gate", queries, d, "self_attn.gate_proj", (heads, "embed")))
         by_name = {row.name: row for row in rows}
         for module in self.biases:
             (width, _), (axis, _) = by_name[module].shape, by_name[module].axes
@@ -67,5 +68,17 @@ class GQA:
             width = self.head_dim if self.qk_norm == "head" else by_name[module].shape[0]
             rows += self.norm.parameters(f"{module}_norm", width, f"self_attn.{module}_norm")
         if self.sinks:
-            rows.append(Parameter("sinks", (self.num_heads,), ("self_attn.sinks",), ("heads",)))
+            rows.append(Parameter("sinks", (self.num_heads,), ("self_attn.sinks",), (heads,)))
         return rows
+
+    @property
+    def head_axes(self) -> tuple[Axis, Axis]:
+        """The logical axes of all query heads and of all key/value heads; a norm over all of them keeps them whole."""
+        if self.qk_norm == "projection":
+            return "whole_heads", "whole_heads"
+        return "heads", "kv_heads" if self.num_kv_heads > 1 else "whole_heads"  # a single one belongs to all queries
+
+    @property
+    def cache_axes(self) -> tuple[Axis | None, ...]:
+        """The logical axes of each array of the cache, behind the batch's."""
+        return None, self.head_axes[1], None

@@ -73,18 +73,18 @@ class RoutedMLP:
         """
         d, f, e = hidden_size, self.moe.expert_width, self.moe.num_experts
         rows = [
-            replace(projection("router", e, d, "mlp.gate", ("expert", "embed")), float32=self.router_float32),
+            replace(projection("router", e, d, "mlp.gate", ("router", "embed")), float32=self.router_float32),
             expert_projection("gate", e, f, d, ("expert_mlp", "embed")),
             expert_projection("up", e, f, d, ("expert_mlp", "embed")),
             expert_projection("down", e, d, f, ("embed", "expert_mlp")),
         ]
         if self.router_bias:
-            rows.append(bias("router_bias", e, "mlp.gate", "expert"))
+            rows.append(bias("router_bias", e, "mlp.gate", "router"))
         if self.choice_bias:
             vector = Parameter(
-                "choice_bias", (e,), ("mlp.gate.e_score_correction_bias",), ("expert",), "zeros", float32=True
+                "choice_bias", (e,), ("mlp.gate.e_score_correction_bias",), ("router",), "zeros", float32=True
             )
-            row = replace(vector, shape=(1, e), axes=("scalar", "expert"))
+            row = replace(vector, shape=(1, e), axes=("scalar", "router"))
             rows.append(row if self.choice_bias_row else vector)
         if self.moe.expert_bias:
             widths = {"gate": f, "up": f, "down": d}

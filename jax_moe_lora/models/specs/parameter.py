@@ -5,9 +5,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 Axis = Literal[
-    "embed", "heads", "kv_heads", "mlp", "expert", "expert_mlp", "vocab", "latent", "state", "norm", "scalar"
+    "embed",
+    "heads",
+    "kv_heads",
+    "whole_heads",
+    "mlp",
+    "whole_mlp",
+    "expert",
+    "expert_mlp",
+    "router",
+    "latent",
+    "norm",
+    "scalar",
 ]
-"""Logical names of axes. `embed` is D; `heads` and `kv_heads` are all heads of a projection side by side."""
+"""Logical names of axes: `mesh/rules.py` says which of them a mesh splits.
+
+`embed` is D; `heads` and `kv_heads` are all heads of a projection side by side. `whole_heads` and `whole_mlp` are
+widths that are not split: a norm or another projection needs all of them. `router` has a value for each expert, of
+which every device needs all.
+"""
 Init = Literal["normal", "ones", "zeros"]
 
 
