@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jax_moe_lora.adapters.bank import create_bank
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.arguments import suggest_keywords, whole
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
@@ -20,13 +21,14 @@ from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import select_sites
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.chat import Chat
 from jax_moe_lora.serving.functional import Functional, functions
 from jax_moe_lora.serving.requests import check_tokens
 from jax_moe_lora.serving.routing import padded_routing
-from pallas_kernels.ops import Implementation, UnsupportedImplementation, choose
+from pallas_kernels.ops import Implementation, Quantised, UnsupportedImplementation, choose
 
 TokenIds = Sequence[Sequence[int]] | np.ndarray | Array
 _logits = jax.jit(decoder.logits, static_argnames=("config", "implementation"))
@@ -51,6 +53,8 @@ class Model(Chat):
         implementation: Implementation | None = None,
     ) -> "Model":
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
+
+        Weights that the checkpoint has in 8 or 4 bits stay so: they are dequantised a tile at a time.
 
         Args:
           path: folder with `config.json` and safetensors files, or a hub id.
@@ -80,7 +84,9 @@ class Model(Chat):
         _check_implementation(implementation, config, dtype)
         sites, vocabulary = select_sites(config, adapter_targets), (config.vocab_size, config.hidden_size)
         bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary)
-        return cls(config, load_params(folder, config, dtype), bank, folder, implementation)
+        params = load_params(folder, config, dtype)
+        _check_implementation(implementation, config, dtype, params)
+        return cls(config, params, bank, folder, implementation)
 
     def __repr__(self) -> str:
         moe, slots = self.config.moe, self._pool.num_slots
@@ -171,9 +177,15 @@ class Model(Chat):
             return jax.block_until_ready(self._run(program, jnp.asarray(tokens), jnp.asarray(real), slots, *chosen))
 
 
-def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:
+def _check_implementation(
+    implementation: Implementation | None, config: ModelConfig, dtype: str, params: ModelParams | None = None
+) -> None:
     """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
+    layers = () if params is None else params.layers
+    weights = [layer[name] for layer in layers for name in EXPERT_MODULES if name in layer]
+    formats = {weight.format for weight in weights if isinstance(weight, Quantised)}
+    widths = config.moe.expert_width, config.moe.hidden_size
     try:
-        choose(implementation, dtype=dtype, widths=(config.moe.expert_width, config.moe.hidden_size))
+        choose(implementation, dtype=dtype, widths=widths, operands=tuple(formats))
     except UnsupportedImplementation as error:
         raise InputError(str(error)) from error
