@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_moe_lora.adapters.bank import create_bank
+from jax_moe_lora.adapters.insertion import insert
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora
+from jax_moe_lora.nn import moe_sites
 from pallas_kernels import backend
 from pallas_kernels.errors import NotDifferentiable
 from pallas_kernels.ops import ExpertWeights, Quantised, UnsupportedImplementation, choose, dequantise, quantise
@@ -36,11 +39,11 @@ def dequantised(weights: ExpertWeights, dtype) -> ExpertWeights:
     return ExpertWeights(**arrays)
 
 
-def run(problem, weights, slots=None, bank=True):
+def run(problem, weights, slots=None, bank=True, used=None):
     x, router = (jnp.asarray(w, problem.spec.dtype) for w in (problem.x, problem.router))
     slots = jnp.asarray(problem.slots if slots is None else slots, jnp.int32)
-    used = problem.bank.layer(0) if bank else None
-    return np.asarray(LAYER(x, router, weights, problem.spec.config, used, slots).astype(jnp.float32))
+    pages = (used or problem.bank).layer(0) if bank else None
+    return np.asarray(LAYER(x, router, weights, problem.spec.config, pages, slots).astype(jnp.float32))
 
 
 @pytest.mark.slow
@@ -93,8 +96,18 @@ def test_base_rows_mixed_rows_and_runs_keep_their_bits_over_quantised_experts(pr
 
 
 @pytest.mark.slow
-def test_zero_adapters_and_shared_pages_keep_their_bits_over_quantised_experts(problem):
-    weights, bank = experts(problem, FP8_BLOCK), problem.bank
+def test_shared_matrices_and_zero_adapters_keep_their_bits_over_quantised_experts(problem):
+    weights, bank, spec = experts(problem, FP8_BLOCK), problem.bank, problem.spec
+    shared = problem.adapters[1]
+    apart = {
+        key: replace(w, a=np.repeat(w.a, spec.experts // len(w.a), 0), b=np.repeat(w.b, spec.experts // len(w.b), 0))
+        for key, w in shared.weights.items()
+    }
+    assert any(len(w.a) == 1 or len(w.b) == 1 for w in shared.weights.values())
+    replicated = create_bank(moe_sites(spec.config), spec.slots, spec.max_rank, None, spec.dtype)
+    for slot, adapter in enumerate((problem.adapters[0], replace(shared, weights=apart))):
+        replicated = insert(replicated, slot, adapter)
+    assert (run(problem, weights, used=replicated) == run(problem, weights)).all()
     zeros = replace(bank, pools=tuple(jnp.zeros_like(pool) for pool in bank.pools))
     x, router = (jnp.asarray(w, problem.spec.dtype) for w in (problem.x, problem.router))
     slots = jnp.asarray(problem.slots, jnp.int32)
