@@ -306,7 +306,7 @@ def add_entries(content: dict[str, Any], problem: Problem, pairs: int, best: Can
     content["tiles"] = [e for e in content["tiles"] if {k: e[k] for k in tile_key} != tile_key]
     if rows != heuristic(pairs, experts).tile_rows:
         content["tiles"].append(tile_key | {"tile_rows": rows} | measured)
-    gate, up, down = (dense(w, jnp.bfloat16) for w in (problem.experts.gate, problem.experts.up, problem.experts.down))
+    gate, up, down = (dense(w, "bfloat16") for w in (problem.experts.gate, problem.experts.up, problem.experts.down))
     for weights, config in (((gate, up), best.gate_up), ((down,), best.down)):
         key = vars(MatmulShape.from_weights(weights, pairs))
         content["matmuls"] = [e for e in content["matmuls"] if {k: e[k] for k in key} != key]
