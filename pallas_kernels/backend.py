@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.errors import UnsupportedImplementation
+from pallas_kernels.quantised.format import Format
 
 Implementation = Literal["hopper", "portable", "xla", "reference"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+Operand = jax.typing.DTypeLike | Format
+"""The dtype of weights or pages, or the format of quantised weights."""
 Op = Literal[
     "plan", "dispatch", "lora_steps", "shrink", "grouped_matmul", "input_gradient", "grouped_lora", "page_gradients"
 ]
@@ -34,14 +37,14 @@ class Call:
 
     Attributes:
       dtype: of the rows.
-      operands: dtypes of weights and pages.
+      operands: dtypes of weights and pages, and the formats of quantised weights.
       widths: of the projection's rows, in and out.
       result: dtype of the result.
       slots: adapter slots.
     """
 
     dtype: jnp.dtype
-    operands: tuple[jax.typing.DTypeLike, ...]
+    operands: tuple[Operand, ...]
     widths: tuple[int, ...]
     result: jnp.dtype
     slots: int
@@ -108,7 +111,7 @@ def choose(
     implementation: str | None = None,
     *,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    operands: Sequence[jax.typing.DTypeLike] = (),
+    operands: Sequence[Operand] = (),
     widths: Sequence[int] = (),
     result: jax.typing.DTypeLike | None = None,
     slots: int = 0,
@@ -118,7 +121,7 @@ def choose(
     Args:
       implementation: a backend by name, or None.
       dtype: of the rows.
-      operands: dtypes of weights and pages.
+      operands: dtypes of weights and pages, and the formats of quantised weights.
       widths: of the projection's rows, in and out.
       result: dtype of the result, `dtype` where None.
       slots: adapter slots.
@@ -242,7 +245,11 @@ def _why_not_dtypes(call: Call) -> str:
     """Empty where the tensor cores can multiply these."""
     if call.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its tensor cores multiply bfloat16 and float16, these are {call.dtype} (float32 would become TF32)"
-    others = {str(jnp.dtype(operand)) for operand in call.operands} - {str(call.dtype)}
+    formats = sorted({operand.name for operand in call.operands if isinstance(operand, Format)})
+    if formats:
+        return f"it has no kernels for weights in {', '.join(formats)}, which 'xla' dequantises tile by tile"
+    dtypes = [operand for operand in call.operands if not isinstance(operand, Format)]
+    others = {str(jnp.dtype(dtype)) for dtype in dtypes} - {str(call.dtype)}
     if others:
         return f"rows, weights and pages must have one dtype, these are {call.dtype} and {', '.join(sorted(others))}"
     return "" if call.result == call.dtype else f"it returns {call.dtype}, the call wants {call.result}"

@@ -16,6 +16,9 @@ from pallas_kernels.lora_steps.api import make_lora_steps
 from pallas_kernels.pages import RANK_PAGE, LayerPages, LoRAPages
 from pallas_kernels.plan.api import RoutingPlan, make_plan
 from pallas_kernels.plan.tiles import BASE_SLOT, Tiles
+from pallas_kernels.quantised.api import dequantise, quantise
+from pallas_kernels.quantised.array import Quantised
+from pallas_kernels.quantised.format import Format
 from pallas_kernels.routed_experts.api import routed_experts
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
@@ -26,16 +29,19 @@ __all__ = [
     "Backend",
     "Choice",
     "ExpertWeights",
+    "Format",
     "Implementation",
     "LayerPages",
     "LoRAPages",
     "NotDifferentiable",
+    "Quantised",
     "RoutingPlan",
     "Tiles",
     "UnsupportedImplementation",
     "choose",
     "choose_for",
     "combine",
+    "dequantise",
     "gated_products",
     "grouped_lora",
     "grouped_matmul",
@@ -44,6 +50,7 @@ __all__ = [
     "make_lora_steps",
     "make_plan",
     "page_gradients",
+    "quantise",
     "routed_experts",
     "shrink",
     "token_rows",

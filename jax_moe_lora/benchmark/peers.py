@@ -31,6 +31,7 @@ from jax_moe_lora.benchmark.oracle import relative_error
 from jax_moe_lora.benchmark.problem import Problem
 from jax_moe_lora.errors import InputError
 from pallas_kernels.ops import RANK_PAGE
+from pallas_kernels.quantised.api import dense
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.specs import ADAPTERS
 
@@ -88,7 +89,8 @@ class RaggedDot:
 
 @jax.jit
 def _in_by_out(experts: ExpertWeights) -> tuple[Array, Array]:
-    return jnp.concatenate([experts.gate, experts.up], 1).swapaxes(1, 2), experts.down.swapaxes(1, 2)
+    gate, up, down = (dense(weight, jnp.bfloat16) for weight in (experts.gate, experts.up, experts.down))
+    return jnp.concatenate([gate, up], 1).swapaxes(1, 2), down.swapaxes(1, 2)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def to_torch(array: Array) -> Any:
 def _torch_experts(experts: ExpertWeights) -> tuple[Any, Any]:
     import torch
 
-    return torch.cat([to_torch(experts.gate), to_torch(experts.up)], 1), to_torch(experts.down)
+    gate, up, down = (to_torch(dense(w, jnp.bfloat16)) for w in (experts.gate, experts.up, experts.down))
+    return torch.cat([gate, up], 1), down
 
 
 def grouped_mm(gate_up: Any, down: Any, problem: Problem) -> Callable[..., Any]:

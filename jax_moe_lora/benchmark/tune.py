@@ -27,6 +27,7 @@ from pallas_kernels.hopper import tuned_file
 from pallas_kernels.hopper.tuning import HopperConfig, MatmulShape, bucket, deepest, heuristic, why_not
 from pallas_kernels.ops import choose, combine, make_lora_steps, make_plan
 from pallas_kernels.pages import NO_ADAPTERS
+from pallas_kernels.quantised.api import dense
 from pallas_kernels.specs import ADAPTERS, LAYERS
 
 # Rows per tile that are tried, if near the heuristic's.
@@ -305,8 +306,8 @@ def add_entries(content: dict[str, Any], problem: Problem, pairs: int, best: Can
     content["tiles"] = [e for e in content["tiles"] if {k: e[k] for k in tile_key} != tile_key]
     if rows != heuristic(pairs, experts).tile_rows:
         content["tiles"].append(tile_key | {"tile_rows": rows} | measured)
-    matrices = problem.experts
-    for weights, config in (((matrices.gate, matrices.up), best.gate_up), ((matrices.down,), best.down)):
+    gate, up, down = (dense(w, "bfloat16") for w in (problem.experts.gate, problem.experts.up, problem.experts.down))
+    for weights, config in (((gate, up), best.gate_up), ((down,), best.down)):
         key = vars(MatmulShape.from_weights(weights, pairs))
         content["matmuls"] = [e for e in content["matmuls"] if {k: e[k] for k in key} != key]
         if config != heuristic(pairs, experts, rows):

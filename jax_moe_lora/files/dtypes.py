@@ -8,7 +8,14 @@ import numpy as np
 from jax_moe_lora.errors import InputError
 
 DTYPES = {"F32": np.dtype("<f4"), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype("<f2")}
-"""A dtype's name in safetensors files -> the dtype. Other dtypes of the format are refused when they are read."""
+"""A dtype's name in safetensors files -> the dtype. Others are refused when they are read as numbers."""
+QUANTISED_DTYPES = {
+    "F8_E4M3": np.dtype(np.uint8),  # its bits
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
+"""The same for the tensors that quantised weights are made of."""
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BY_NAME = {dtype.name: dtype for dtype in SAFETENSORS_NAMES}
 NAMES = tuple(_BY_NAME)

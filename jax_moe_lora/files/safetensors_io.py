@@ -8,7 +8,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jax_moe_lora.errors import JaxMoELoRAError
-from jax_moe_lora.files.dtypes import DTYPES
+from jax_moe_lora.files.dtypes import DTYPES, QUANTISED_DTYPES
 from jax_moe_lora.files.safetensors_header import TensorInfo, parse_header
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -66,6 +66,19 @@ class TensorFile:
         with self._reading():
             return self._array(info, shape, begin * (info.nbytes // max(math.prod(info.shape), 1)))
 
+    def get_stored(self, name: str, begin: int, shape: tuple[int, ...]) -> np.ndarray:
+        """As `get_values`, of a tensor that may also be one of those that quantised weights are made of.
+
+        Args:
+          name: the tensor.
+          begin: as there.
+          shape: as there.
+        """
+        info = self.infos[name]
+        with self._reading():
+            offset = begin * (info.nbytes // max(math.prod(info.shape), 1))
+            return self._array(info, shape, offset, DTYPES | QUANTISED_DTYPES)
+
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
@@ -74,10 +87,12 @@ class TensorFile:
             message = f"{self.path} cannot be read as a safetensors file: {problem}; it may be truncated or corrupt."
             raise self._error(message, file=self.path) from problem
 
-    def _array(self, info: TensorInfo, shape: tuple[int, ...], offset: int) -> np.ndarray:
-        if info.dtype not in DTYPES:
-            raise ValueError(f"dtype {info.dtype} is none of {', '.join(DTYPES)}")
-        array = np.empty(shape, DTYPES[info.dtype])
+    def _array(
+        self, info: TensorInfo, shape: tuple[int, ...], offset: int, dtypes: Mapping[str, np.dtype] = DTYPES
+    ) -> np.ndarray:
+        if info.dtype not in dtypes:
+            raise ValueError(f"dtype {info.dtype} is none of {', '.join(dtypes)}")
+        array = np.empty(shape, dtypes[info.dtype])
         self._fill(memoryview(array.reshape(-1).view(np.uint8)), self._data + info.begin + offset)
         return array
 

@@ -16,6 +16,8 @@ from jax_moe_lora.config import GroupScore, MoEConfig
 from jax_moe_lora.errors import InputError
 from pallas_kernels.ops import BASE_SLOT
 from pallas_kernels.pages import RANK_PAGE, LayerPages, LoRAPages
+from pallas_kernels.quantised import api as quantised
+from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 Kind = Literal["floating point", "integers", "booleans"]
@@ -54,6 +56,24 @@ def check_array(name: str, value: Any, shape: Sequence[int | str], kind: Kind) -
         raise InputError(f"{name} has shape {list(value.shape)}; expected {_shown(shape)}.")
 
 
+def check_weight(name: str, value: Any, shape: Sequence[int | str]) -> None:
+    """Refuses what is no weight of this shape: an array of floating point, or a quantised one.
+
+    Args:
+      name: what errors call the weight.
+      value: an array, or a `Quantised`.
+      shape: its sizes; a string stands for any size.
+
+    Raises:
+      InputError: it is another thing.
+    """
+    if not isinstance(value, Quantised):
+        return check_array(name, value, shape, "floating point")
+    if not _fits(value.shape, shape):
+        raise InputError(f"{name} is {value.format.name} of shape {list(value.shape)}; expected {_shown(shape)}.")
+    quantised.check(name, value)
+
+
 def check_slots(slots: Any, num_slots: int) -> None:
     """Refuses slots that a bank does not have, where their values are known: inside `jit` such a row is a base row.
 
@@ -90,7 +110,7 @@ def check_router(router: Any, scores: Any, tokens: int, config: MoEConfig) -> No
         came = "neither router nor scores" if router is None else "router together with scores"
         raise InputError(f"moe_lora got {came}; give the router's weight, or None and the scores that it gave.")
     if router is not None:
-        check_array("router", router, (config.num_experts, config.hidden_size), "floating point")
+        check_weight("router", router, (config.num_experts, config.hidden_size))
     else:
         check_scores(scores, tokens, config)
 
@@ -147,7 +167,7 @@ def check_experts(experts: Any, config: MoEConfig) -> None:
         raise InputError(f"experts are of type {type(experts).__name__}; expected ExpertWeights.")
     e, d, f = config.num_experts, config.hidden_size, config.expert_width
     for name, shape in {"gate": (e, f, d), "up": (e, f, d), "down": (e, d, f)}.items():
-        check_array(name, getattr(experts, name), shape, "floating point")
+        check_weight(name, getattr(experts, name), shape)
     for name, width in {"gate_bias": f, "up_bias": f, "down_bias": d}.items():
         if getattr(experts, name) is not None:
             check_array(name, getattr(experts, name), (e, width), "floating point")
@@ -216,7 +236,7 @@ def check_pages(name: str, pages: Any, in_width: int, out_width: int, num_expert
 
 def check_linear(x: Any, weight: Any, bias: Any) -> None:
     """A dense projection and its rows."""
-    check_array("weight", weight, ("out", "in"), "floating point")
+    check_weight("weight", weight, ("out", "in"))
     check_array("x", x, ("T", weight.shape[1]), "floating point")
     if bias is not None:
         check_array("bias", bias, weight.shape[:1], "floating point")

@@ -40,7 +40,9 @@ from pallas_kernels.ops import (
 )
 from pallas_kernels.pages import Place
 from pallas_kernels.pytrees import pytree
+from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.varying import varying_as
+from pallas_kernels.xla import quantised_dot
 from pallas_kernels.xla.dot import matmul, matmul_t
 
 TILE_LOOP: Implementation = "xla"  # the backend of the loop that is not packed
@@ -81,7 +83,7 @@ def dense_plan(slots: Int[Array, "T"], num_slots: int) -> DensePlan:
 @takes_any_array("implementation")
 def lora_linear(
     x: Float[Array, "T in"],
-    weight: Float[Array, "out in"],
+    weight: Float[Array, "out in"] | Quantised,
     bias: Float[Array, "out"] | None = None,
     pages: LoRAPages | None = None,
     plan: DensePlan | None = None,
@@ -91,7 +93,7 @@ def lora_linear(
 
     Args:
       x: `[T, in]`, the rows.
-      weight: `[out, in]`.
+      weight: `[out, in]`, or quantised: it is dequantised some rows at a time.
       bias: `[out]`, or None.
       pages: the projection's adapters, or None for none.
       plan: `dense_plan` of the rows' slots.
@@ -115,7 +117,8 @@ def lora_linear(
         # apart by copies; behind a barrier x is another value to it.
         x = lax.optimization_barrier(x)
     # The barrier keeps XLA from folding what follows into the matmul, which would round base rows otherwise.
-    y = lax.optimization_barrier(matmul_t(x, weight))
+    product = quantised_dot.matmul_t(x, weight) if isinstance(weight, Quantised) else matmul_t(x, weight)
+    y = lax.optimization_barrier(product)
     if pages is not None and plan is not None:
         if packs(x, pages, implementation):
             y = packed_lora(y, x, pages, plan.slots)

@@ -21,6 +21,7 @@ from pallas_kernels.ops import (
     choose_for,
     make_plan,
 )
+from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from pallas_kernels.varying import varying_as
 
@@ -28,7 +29,7 @@ from pallas_kernels.varying import varying_as
 @takes_any_array("config", "implementation", "remat", check=check_request_lengths)
 def moe_lora(
     x: Float[Array, "T D"],
-    router: Float[Array, "E D"] | None,
+    router: Float[Array, "E D"] | Quantised | None,
     experts: ExpertWeights,
     config: MoEConfig,
     adapters: LayerPages | None = None,
@@ -50,7 +51,7 @@ def moe_lora(
     Args:
       x: `[T, D]`, float32, bfloat16 or float16.
       router: `[E, D]`, the router's weight; None where `scores` are given.
-      experts: all experts' weights.
+      experts: all experts' weights, each an array or quantised.
       config: sizes, router and activation (static).
       adapters: the layer's adapters, from `AdapterBank.layer`; None serves the base model.
       slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none.
@@ -139,7 +140,7 @@ _masked_for_gradients.defvjp(_masked_forward, _masked_backward)
 @takes_any_array("implementation")
 def router_scores(
     x: Float[Array, "T D"],
-    router: Float[Array, "E D"],
+    router: Float[Array, "E D"] | Quantised,
     adapters: LayerPages | None = None,
     slots: Int[Array, "T"] | None = None,
     implementation: Implementation | None = None,

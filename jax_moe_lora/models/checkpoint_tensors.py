@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jax_moe_lora.errors import CheckpointError
-from jax_moe_lora.files.dtypes import DTYPES
+from jax_moe_lora.files.dtypes import DTYPES, QUANTISED_DTYPES
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.names import experts_below, parameter_tensors, table
@@ -76,11 +76,13 @@ class Part:
         start = (self.expert or 0) * rows * width
         whole = self.expert is None or self.transposed
         first, count = (0, rows) if whole else (self.first_row, len(target) * self.step)
-        at_once = max(1, piece_bytes // (width * DTYPES[info.dtype].itemsize) // self.step) * self.step
+        at_once = (
+            max(1, piece_bytes // (width * (DTYPES | QUANTISED_DTYPES)[info.dtype].itemsize) // self.step) * self.step
+        )
         last = first + count - (self.step - 1 if not whole else 0)
         for begin in range(first, last, at_once):
             size = min(at_once, last - begin)
-            values = file.get_values(self.tensor, start + begin * width, (size, width))
+            values = file.get_stored(self.tensor, start + begin * width, (size, width))
             if self.transposed:
                 end = self.first_row + len(target) * self.step
                 yield target[:, begin : begin + size], values[:, self.first_row : end : self.step].T
@@ -120,12 +122,13 @@ class Stack:
     members: Mapping[str, Member]
 
 
-def stacks_of(config: ModelConfig, written: Mapping[str, str]) -> list[Stack]:
+def stacks_of(config: ModelConfig, written: Mapping[str, str], ends: tuple[str, ...] = ("", ".weight")) -> list[Stack]:
     """The stacked tensors that a checkpoint has.
 
     Args:
       config: the model.
       written: the checkpoint's tensors, by the names that they have in one of the text model alone.
+      ends: what may stand behind a stack's name.
     """
     of = family(config.model_type)
     stacks = []
@@ -136,7 +139,7 @@ def stacks_of(config: ModelConfig, written: Mapping[str, str]) -> list[Stack]:
         for stem, modules in _STACKS.items():
             for suffix in ("", "_bias"):
                 of_modules = [rows[f"{module}{suffix}"] for module in modules if f"{module}{suffix}" in rows]
-                spellings = [f"{path}.{stem}{suffix}{end}" for path in paths for end in ("", ".weight")]
+                spellings = [f"{path}.{stem}{suffix}{end}" for path in paths for end in ends]
                 spellings += [f"{below}{path}" for path in of.stacks.get(f"{stem}{suffix}", ())]
                 if of_modules:
                     present = [written[tensor] for tensor in spellings if tensor in written]

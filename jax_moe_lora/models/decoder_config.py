@@ -1,11 +1,13 @@
 """The fields of `config.json` that the families share, in the spellings of the hub and of transformers 5."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models.fields import QUANTISED, Fields
 from jax_moe_lora.models.neutral_fields import Values
+from jax_moe_lora.models.quantised.methods import read_quantisation
 from jax_moe_lora.models.rope_config import read_rope
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.model import Layer, ModelConfig
@@ -18,7 +20,7 @@ MOST = 65_536  # layers and experts: a hostile config must not size the lists th
 def open_fields(
     raw: Mapping[str, Any], source: str, neutral: Values | None = None, any_value: tuple[str, ...] = ()
 ) -> Fields:
-    """The fields of a config. One of a quantised checkpoint is refused when everything else is read (`read_model`).
+    """The fields of a config. How its checkpoint is quantised is read when everything else is (`read_model`).
 
     Args:
       raw: the config.
@@ -47,8 +49,8 @@ def read_model(
       others: further fields of `ModelConfig`.
 
     Raises:
-      ConfigError: a field that is missing, malformed, not supported, or read by nobody, by name; the checkpoint is
-        quantised.
+      ConfigError: a field that is missing, malformed, not supported, or read by nobody, by name; so is a
+        quantisation.
     """
     common: dict[str, Any] = {
         "norm": layers[0].norm,
@@ -63,8 +65,7 @@ def read_model(
         **(common | others),
     )
     fields.refuse_unknown()
-    fields.refuse_quantised()
-    return config
+    return replace(config, quantisation=read_quantisation(fields))
 
 
 def read_gqa(

@@ -100,17 +100,6 @@ class Fields:
         if value is not None and value != [wanted] * count:
             raise self.error(f"{name} is {value!r}, only {wanted!r} in all {count} layers is supported", name)
 
-    def refuse_quantised(self) -> None:
-        for name in QUANTISED:
-            value = self.get(name)
-            if value not in (None, False, {}, ""):
-                settings = value if isinstance(value, dict) else {}
-                methods = [settings.get(key) for key in ("quant_algo", "quant_method", "format", "mode")]
-                method = next(filter(None, methods), "unknown")
-                raise self.error(
-                    f"{name} says {method!r}: quantised checkpoints are not supported, load the bfloat16 one", name
-                )
-
     def token_ids(self, name: str, generation: Mapping[str, Any] | None) -> tuple[int, ...]:
         """An id, a list of ids, or nothing; `generation_config.json` wins."""
         value = self.get(name)

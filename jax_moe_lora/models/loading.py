@@ -1,7 +1,7 @@
 """Checkpoint weights: sharded safetensors, read tensor by tensor into placed arrays."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,11 @@ from jax_moe_lora.models.checkpoint_files import locate
 from jax_moe_lora.models.checkpoint_tensors import Part, stacked_parts, stacks_of
 from jax_moe_lora.models.names import other_names, plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
+from jax_moe_lora.models.quantised.locating import StoredMatrix, activation_scales, quantised_matrices
+from jax_moe_lora.models.quantised.reading import read_quantised
 from jax_moe_lora.models.specs.model import ModelConfig
+from pallas_kernels.quantised.api import dequantise
+from pallas_kernels.quantised.array import Quantised
 
 # Read, cast and checked at a time.
 PIECE_BYTES = 8 * 2**20
@@ -33,17 +37,19 @@ class Checkpoint:
       files: tensor -> the file that holds it; the files in order.
       parts: a matrix or vector of the model, by its name in the per-expert form -> where it stands.
       unused: tensors that are not read -> what they are, such as those of a vision tower.
+      quantised: a matrix of the model that is stored in few bits, by the same name -> where it stands.
     """
 
     files: Mapping[str, TensorFile]
     parts: Mapping[str, Part]
     unused: Mapping[str, str]
+    quantised: Mapping[str, StoredMatrix]
 
 
 def load_params(
     folder: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, sharding: Placement = None
 ) -> ModelParams:
-    """Reads a checkpoint's weights as `dtype`.
+    """Reads a checkpoint's weights as `dtype`, those that are quantised as `Quantised`.
 
     All names, shapes and dtypes are checked from the headers before a tensor is read. Matrices are read one at a time
     into the host array of their leaf, which on a CPU becomes the placed array without a copy: peak host memory is the
@@ -66,7 +72,7 @@ def load_params(
         checkpoint = open_checkpoint(folder, config, opened)
         places = jax.tree.leaves(sharding) if isinstance(sharding, ModelParams) else [sharding] * len(leaves)
         arrays = [
-            _place(_read(names[_path_name(path)], leaf, checkpoint), place)
+            _load(names[_path_name(path)], leaf, checkpoint, np.dtype(dtype), place)
             for (path, leaf), place in zip(leaves, places, strict=True)
         ]
     return jax.tree_util.tree_unflatten(tree, arrays)
@@ -93,14 +99,19 @@ def open_checkpoint(folder: Path, config: ModelConfig, opened: ExitStack) -> Che
     written = {plain_name(config, name): name for name in files if name not in unused}
     stacked = stacked_parts(stacks_of(config, written), files)
     aliases = other_names(config)
+    quantised = quantised_matrices(config, written, files, expected, aliases)
+    if config.quantisation is not None:
+        unused |= activation_scales(files)
 
     def part(name: str) -> Part:
         plain = name if name in written else aliases.get(name, name)
         return Part(written.get(plain, plain))
 
-    parts = {name: stacked.get(name) or part(name) for name in expected}
-    _check(folder, files, expected, parts, stacked, unused)
-    return Checkpoint(files, parts, unused)
+    plain = {name: shape for name, shape in expected.items() if name not in quantised}
+    parts = {name: stacked.get(name) or part(name) for name in plain}
+    tensors = dict.fromkeys(part.tensor for one in quantised.values() for _, part in one.parts)
+    _check(folder, files, plain, parts, stacked, [*unused, *tensors])
+    return Checkpoint(files, parts, unused, quantised)
 
 
 def _path_name(path: tuple[Any, ...]) -> str:
@@ -113,14 +124,14 @@ def _check(
     expected: Mapping[str, tuple[int, ...]],
     parts: Mapping[str, Part],
     stacked: Mapping[str, Part],
-    unused: Mapping[str, str],
+    others: Sequence[str],
 ) -> None:
     _refuse(folder, "lacks", [name for name in expected if parts[name].tensor not in files])
-    used = {part.tensor for part in parts.values()}
+    used = {*others, *(part.tensor for part in parts.values())}
     _refuse(
         folder,
         "holds tensors that the config has no place for:",
-        [name for name in files if name not in used and name not in unused],
+        [name for name in files if name not in used],
     )
     for name, shape in expected.items():
         tensor = parts[name].tensor
@@ -129,7 +140,8 @@ def _check(
             raise CheckpointError(f"{tensor} in {file} has shape {list(info.shape)}; the config expects {list(shape)}.")
         if info.dtype not in DTYPES:
             raise CheckpointError(
-                f"{tensor} in {file} has dtype {info.dtype}; expected {', '.join(DTYPES)}, not a quantised one."
+                f"{tensor} in {file} has dtype {info.dtype}; expected {', '.join(DTYPES)}, or scales beside it, and "
+                "a quantization_config that says which."
             )
 
 
@@ -137,6 +149,28 @@ def _refuse(folder: Path, what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         raise CheckpointError(f"{folder} {what} {', '.join(names[:5])}{more}.")
+
+
+def _load(
+    source: str | list[str],
+    leaf: jax.ShapeDtypeStruct,
+    checkpoint: Checkpoint,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array | Quantised:
+    """One leaf on its device: an array, or a quantised weight where the checkpoint has one."""
+    names = [source] if isinstance(source, str) else source
+    stored = [checkpoint.quantised[name] for name in names if name in checkpoint.quantised]
+    if not stored:
+        return _place(_read(source, leaf, checkpoint), sharding)
+    if len(stored) < len(names):
+        plain = next(name for name in names if name not in checkpoint.quantised)
+        folder = checkpoint.files[checkpoint.parts[plain].tensor].path.parent
+        raise CheckpointError(f"{folder} has {plain} in 16 bits and others of its layer's experts quantised.")
+    host = read_quantised(stored, checkpoint.files, dtype, isinstance(source, list), _aligned, PIECE_BYTES)
+    weight = jax.tree.map(lambda array: _place(array, sharding), host)
+    # Small ones that stay float32 in a model of 16 bits, such as routers: rows in 16 bits would round them.
+    return weight if leaf.dtype == dtype else dequantise(weight, leaf.dtype)
 
 
 def _read(source: str | list[str], leaf: jax.ShapeDtypeStruct, checkpoint: Checkpoint) -> np.ndarray:

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float
 from jax_moe_lora.models.specs.model import ModelConfig, layer_parameters
 from jax_moe_lora.models.specs.parameter import Init
 from pallas_kernels.pytrees import pytree
+from pallas_kernels.quantised.array import Quantised
 
-LayerParams = Mapping[str, Array]
-"""A layer's arrays by the names of its table (`specs.parameter.Parameter`)."""
+LayerParams = Mapping[str, Any]
+"""A layer's arrays by the names of its table (`specs.parameter.Parameter`); projections may be `Quantised`."""
 
 
 @pytree
@@ -23,7 +24,8 @@ class ModelParams:
 
     Attributes:
       embedding: `[V, D]`.
-      layers: each layer's arrays by name, such as `q` `[H*hd, D]` or `gate` `[E, F, D]`.
+      layers: each layer's arrays by name, such as `q` `[H*hd, D]` or `gate` `[E, F, D]`; projections may be
+        quantised.
       norm: `[D]`, the last norm's weight.
       head: `[V, D]`, or None where it is the embedding.
       norm_bias: `[D]`, where the last norm has one.
@@ -33,7 +35,7 @@ class ModelParams:
     embedding: Float[Array, "V D"]
     layers: tuple[LayerParams, ...]
     norm: Float[Array, "D"]
-    head: Float[Array, "V D"] | None
+    head: Float[Array, "V D"] | Quantised | None
     norm_bias: Float[Array, "D"] | None = None
     head_bias: Float[Array, "V"] | None = None
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jax_moe_lora.adapters.bank import create_bank
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.arguments import suggest_keywords, whole
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
@@ -23,13 +24,14 @@ from jax_moe_lora.mesh.steps import init_cache, over_mesh, row_multiple
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.sites import select_sites
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.chat import Chat
 from jax_moe_lora.serving.functional import Functional, functions
 from jax_moe_lora.serving.requests import check_tokens
 from jax_moe_lora.serving.routing import padded_routing
-from pallas_kernels.ops import Implementation, UnsupportedImplementation, choose
+from pallas_kernels.ops import Implementation, Quantised, UnsupportedImplementation, choose
 
 TokenIds = Sequence[Sequence[int]] | np.ndarray | Array
 
@@ -66,6 +68,8 @@ class Model(Chat):
     ) -> "Model":
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
 
+        Weights that the checkpoint has in 8 or 4 bits stay so: they are dequantised a tile at a time.
+
         Args:
           path: folder with `config.json` and safetensors files, or a hub id.
           dtype: of weights, cache and adapters: `bfloat16`, `float16` or `float32`.
@@ -99,13 +103,13 @@ class Model(Chat):
         sites, vocabulary = select_sites(config, adapter_targets), (config.vocab_size, config.hidden_size)
         placement = None
         if devices is not None:
-            check_mesh(config, devices)
-            if max_replacements:
-                raise InputError("max_replacements need a model on one device; load it without a mesh, or with 0.")
+            _check_split(config, devices, max_replacements)
             sites = split_sites(config, sites, devices)
             placement = shardings(param_specs(config, devices), devices)
         bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary, devices)
-        return cls(config, load_params(folder, config, dtype, placement), bank, folder, implementation, devices)
+        params = load_params(folder, config, dtype, placement)
+        _check_implementation(implementation, config, dtype, params)
+        return cls(config, params, bank, folder, implementation, devices)
 
     def __repr__(self) -> str:
         moe, slots = self.config.moe, self._pool.num_slots
@@ -198,9 +202,24 @@ class Model(Chat):
             return jax.block_until_ready(self._run(program, jnp.asarray(tokens), jnp.asarray(real), slots, *chosen))
 
 
-def _check_implementation(implementation: Implementation | None, config: ModelConfig, dtype: str) -> None:
+def _check_split(config: ModelConfig, mesh: Mesh, max_replacements: int) -> None:
+    """Refuses what cannot be split over these devices."""
+    check_mesh(config, mesh)
+    if max_replacements:
+        raise InputError("max_replacements need a model on one device; load it without a mesh, or with 0.")
+    if config.quantisation is not None:
+        raise InputError("The checkpoint is quantised, which needs one device; load it without a mesh.")
+
+
+def _check_implementation(
+    implementation: Implementation | None, config: ModelConfig, dtype: str, params: ModelParams | None = None
+) -> None:
     """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
+    layers = () if params is None else params.layers
+    weights = [layer[name] for layer in layers for name in EXPERT_MODULES if name in layer]
+    formats = {weight.format for weight in weights if isinstance(weight, Quantised)}
+    widths = config.moe.expert_width, config.moe.hidden_size
     try:
-        choose(implementation, dtype=dtype, widths=(config.moe.expert_width, config.moe.hidden_size))
+        choose(implementation, dtype=dtype, widths=widths, operands=tuple(formats))
     except UnsupportedImplementation as error:
         raise InputError(str(error)) from error

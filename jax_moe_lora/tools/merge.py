@@ -72,6 +72,11 @@ def merge_adapter(
     cast_to = None if dtype is None else check_dtype(dtype)
     limit, model = parse_bytes(max_shard_size), Path(model)
     config = read_model_config(model)
+    if config.quantisation is not None:
+        raise CheckpointError(
+            f"{model} is quantised ({config.quantisation.method}): the sum of a weight and an update is not one of its "
+            "numbers, so merging needs the 16-bit checkpoint; or serve the adapter as it is."
+        )
     check_adapter(adapter, adapter_sites(config), MAX_RANK, np.dtype(np.float32))
     with ExitStack() as opened:
         checkpoint = open_checkpoint(model, config, opened)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.backend import Backend, Choice, Implementation, Op, backend_for_plan, choose
+from pallas_kernels.backend import Backend, Choice, Implementation, Op, Operand, backend_for_plan, choose
 from pallas_kernels.errors import InputError, UnsupportedImplementation
 from pallas_kernels.gradients import no_gradient
 from pallas_kernels.grouped_matmul import xla
@@ -15,17 +15,19 @@ from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk
 from pallas_kernels.pages import LayerPages, Place
 from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.quantised.array import Quantised, Weights
 
 ADVICE = (
     "{} has no gradient of its own: differentiate routed_experts, the whole layer, "
     "or call input_gradient, weight_gradient and page_gradients."
 )
+ExpertMatrices = Float[Array, "E _out _in"] | Quantised
 FIRST_ORDER = "{} has no gradient of its own: the layer has first derivatives only."
 
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weights: Float[Array, "E out in"] | tuple[Float[Array, "E out in"], Float[Array, "E out in"]],
+    weights: ExpertMatrices | tuple[ExpertMatrices, ExpertMatrices],
     plan: RoutingPlan,
     *,
     of_tokens: bool = False,
@@ -43,7 +45,7 @@ def grouped_matmul(
 
     Args:
       x: `[Q, in]`, sorted rows; or `[T, in]`, one row per token, with `of_tokens`.
-      weights: `[E, out, in]`, one matrix per expert, of x's dtype; or a pair of these.
+      weights: `[E, out, in]`, one matrix per expert, of x's dtype or quantised; or a pair of these.
       plan: as `make_plan` made it for the backend.
       of_tokens: x has one row per token.
       biases: for each weight its bias, or None; empty for none at all.
@@ -78,7 +80,7 @@ def grouped_matmul(
 
 def gated_products(
     x: Float[Array, "Q in"],
-    weights: tuple[Float[Array, "E out in"], Float[Array, "E out in"]],
+    weights: tuple[ExpertMatrices, ExpertMatrices],
     plan: RoutingPlan,
     *,
     biases: Sequence[Float[Array, "E out"] | None] = (),
@@ -106,7 +108,7 @@ def gated_products(
 
 def input_gradient(
     dys: Sequence[Float[Array, "Q out"]],
-    weights: Sequence[Float[Array, "E out in"]],
+    weights: Sequence[ExpertMatrices],
     plan: RoutingPlan,
     *,
     adapters: LayerPages | None = None,
@@ -165,7 +167,7 @@ def weight_gradient(x: Float[Array, "Q in"], dy: Float[Array, "Q out"], plan: Ro
 def _backend(
     op: Op,
     x: Array,
-    weights: Sequence[Array],
+    weights: Sequence[Weights],
     adapters: LayerPages | None,
     plan: RoutingPlan,
     dtype: jax.typing.DTypeLike,
@@ -188,7 +190,7 @@ def _backend(
 
 
 def _one_per_weight(
-    weights: Sequence[Array], biases: Sequence[Array | None], adapters: LayerPages | None
+    weights: Sequence[Weights], biases: Sequence[Array | None], adapters: LayerPages | None
 ) -> tuple[Biases, LayerPages]:
     """Biases and adapters with a place for each weight."""
     every = tuple(biases) or (None,) * len(weights)
@@ -215,7 +217,7 @@ def _check_slots(plan: RoutingPlan, adapters: LayerPages | None) -> None:
 
 def choose_for(
     x: Float[Array, "M in"],
-    weights: Iterable[Float[Array, "E _out _in"]],
+    weights: Iterable[ExpertMatrices],
     adapters: LayerPages | None,
     dtype: jax.typing.DTypeLike,
     implementation: Implementation | None = None,
@@ -247,9 +249,9 @@ def choose_for(
 
 
 def operands_of(
-    x: Array, weights: Iterable[Array], adapters: LayerPages | None, rounded: bool = False
-) -> list[jax.typing.DTypeLike]:
-    """Dtypes of the weights and of the pages; arguments as in `choose_for`."""
+    x: Array, weights: Iterable[Weights], adapters: LayerPages | None, rounded: bool = False
+) -> list[Operand]:
+    """Dtypes of the weights and of the pages, formats of quantised weights; arguments as in `choose_for`."""
     pools = () if adapters is None else adapters.pools.values()
     of_pages = [pool.dtype for pool in pools if not (rounded and pool.dtype == jnp.float32)]
-    return [*(array.dtype for array in weights), *of_pages]
+    return [*(w.format if isinstance(w, Quantised) else w.dtype for w in weights), *of_pages]

@@ -9,11 +9,13 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.grouped_lora import reference as reference_lora
 from pallas_kernels.grouped_matmul import unfused
 from pallas_kernels.plan.api import RoutingPlan, row_experts
+from pallas_kernels.quantised.api import dense
+from pallas_kernels.quantised.array import Quantised
 
 
 def multiply(
     x: Float[Array, "M in"],
-    weights: Float[Array, "E _out _in"],
+    weights: Float[Array, "E _out _in"] | Quantised,
     plan: RoutingPlan,
     row_index: Int[Array, "Q"] | None,
     bias: Float[Array, "E out"] | None = None,
@@ -25,7 +27,7 @@ def multiply(
     products = jnp.einsum(
         "pi,eio->epo" if transposed else "pi,eoi->epo",
         rows.astype(jnp.float32),
-        weights.astype(jnp.float32),
+        dense(weights, x.dtype).astype(jnp.float32),
         precision=lax.Precision.HIGHEST,
     )
     if bias is not None:

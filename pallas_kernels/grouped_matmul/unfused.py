@@ -10,6 +10,7 @@ from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk
 from pallas_kernels.pages import LayerPages, LoRAPages
 from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.quantised.array import Quantised, Weights
 
 Multiply = Callable[..., Float[Array, "Q out"]]
 """`multiply(x, weights, plan, row_index, bias, transposed)`: `x[row_index[r]] @ W[e].T + b[e]` of each sorted row in
@@ -23,7 +24,7 @@ def grouped_matmul(
     multiply: Multiply,
     add_lora: AddLoRA,
     x: Float[Array, "M in"],
-    weights: tuple[Float[Array, "E out in"], ...],
+    weights: tuple[Float[Array, "E out in"] | Quantised, ...],
     plan: RoutingPlan,
     *,
     of_tokens: bool,
@@ -43,7 +44,7 @@ def gated_products(
     multiply: Multiply,
     add_lora: AddLoRA,
     x: Float[Array, "Q in"],
-    weights: tuple[Float[Array, "E out in"], ...],
+    weights: tuple[Float[Array, "E out in"] | Quantised, ...],
     plan: RoutingPlan,
     *,
     biases: Biases,
@@ -61,7 +62,7 @@ def input_gradient(
     multiply: Multiply,
     add_lora: AddLoRA,
     dys: tuple[Float[Array, "Q out"], ...],
-    weights: tuple[Float[Array, "E out in"], ...],
+    weights: tuple[Float[Array, "E out in"] | Quantised, ...],
     plan: RoutingPlan,
     *,
     adapters: LayerPages,
@@ -82,7 +83,7 @@ def _products(
     multiply: Multiply,
     add_lora: AddLoRA,
     x: Array,
-    weights: tuple[Array, ...],
+    weights: tuple[Weights, ...],
     plan: RoutingPlan,
     biases: Biases,
     adapters: LayerPages,
@@ -90,7 +91,7 @@ def _products(
 ) -> list[Array]:
     """Each projection's rows in float32."""
 
-    def project(weight: Array, bias: Array | None, pages: LoRAPages | None) -> Array:
+    def project(weight: Weights, bias: Array | None, pages: LoRAPages | None) -> Array:
         y = multiply(x, weight, plan, row_index, bias, False)
         return y if pages is None else add_lora(y, x, pages, plan, row_index)
 

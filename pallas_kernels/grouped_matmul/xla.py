@@ -15,6 +15,8 @@ from pallas_kernels.grouped_lora import xla as xla_lora
 from pallas_kernels.grouped_matmul import unfused
 from pallas_kernels.plan.api import RoutingPlan
 from pallas_kernels.plan.tiles import Tiles
+from pallas_kernels.quantised.api import dense
+from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.varying import varying_as
 from pallas_kernels.xla.dot import batched_matmul, batched_matmul_t, outer
 from pallas_kernels.xla.tile_loop import over_tiles, window
@@ -22,7 +24,7 @@ from pallas_kernels.xla.tile_loop import over_tiles, window
 
 def multiply(
     x: Float[Array, "M in"],
-    weights: Float[Array, "E _out _in"],
+    weights: Float[Array, "E _out _in"] | Quantised,
     plan: RoutingPlan,
     row_index: Int[Array, "Q"] | None,
     bias: Float[Array, "E out"] | None = None,
@@ -39,7 +41,7 @@ def _multiply(
     tiles: Tiles,
     out: Float[Array, "Q out"],
     x: Float[Array, "M in"],
-    weights: Float[Array, "E _out _in"],
+    weights: Float[Array, "E _out _in"] | Quantised,
     row_index: Int[Array, "Q"] | None,
     bias: Float[Array, "E out"] | None,
     transposed: bool,
@@ -49,7 +51,7 @@ def _multiply(
     def tile(index, rows, old):
         del old
         tile_x = x[rows if row_index is None else row_index[rows]]
-        y = matmul(tile_x, weights[tiles.expert[index]])
+        y = matmul(tile_x, dense(weights[tiles.expert[index]], x.dtype))
         return y if bias is None else y + bias[tiles.expert[index]].astype(jnp.float32)[:, None]
 
     return over_tiles(tiles, out, tile, (x, weights, row_index, bias))

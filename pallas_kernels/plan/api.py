@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.backend import Implementation, backend_named, choose
+from pallas_kernels.backend import Implementation, Operand, backend_named, choose
 from pallas_kernels.plan.tiles import BASE_SLOT, Pairs, Places, RowLayout, Tiles, cut_segments
 from pallas_kernels.pytrees import pytree
 
@@ -61,7 +61,7 @@ def make_plan(
     rows_per_tile: int | None = None,
     *,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
-    operands: Sequence[jax.typing.DTypeLike] = (),
+    operands: Sequence[Operand] = (),
     widths: Sequence[int] = (),
 ) -> RoutingPlan:
     """Sorts the routed rows and cuts them into tiles.
@@ -75,7 +75,7 @@ def make_plan(
       implementation: the backend that will read the plan; None picks as `choose` does, by what follows.
       rows_per_tile: another tile size than the backend's.
       dtype: of the rows that the plan is for.
-      operands: dtypes of weights and pages.
+      operands: dtypes of weights and pages, and the formats of quantised weights.
       widths: of the rows, in and out.
 
     Returns:

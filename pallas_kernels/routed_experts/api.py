@@ -21,11 +21,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation, gated_unit
 from pallas_kernels.dispatch.api import combine, routed, token_rows
+from pallas_kernels.errors import NotDifferentiable
 from pallas_kernels.grouped_lora.api import page_gradients
 from pallas_kernels.grouped_matmul.api import grouped_matmul, weight_gradient
 from pallas_kernels.lora_steps.api import Shrunk
 from pallas_kernels.pages import NO_ADAPTERS, LayerPages
 from pallas_kernels.plan.api import RoutingPlan, row_experts
+from pallas_kernels.quantised.array import Quantised, Weights
 from pallas_kernels.routed_experts.projections import (
     IN,
     OUT,
@@ -54,7 +56,7 @@ def routed_experts(
     """Each token through its experts with its own adapter, weighted and summed: a layer after its router.
 
     Differentiable with respect to x, the router's weights, the experts and the adapters' pages. Gradients that nobody
-    asks for are not computed. An adapter's scale is a constant.
+    asks for are not computed. An adapter's scale is a constant, and so are quantised experts.
 
     Args:
       x: `[T, D]`, one row per token.
@@ -111,7 +113,7 @@ def _forward(call: LayerCall, *traced: Any) -> tuple[Array, tuple[Any, ...]]:
     asked_x, _, asked_experts, asked_pages, _ = traced
     wanted = _WantedGradients(
         asked_x.perturbed,
-        frozenset(name for name, leaf in vars(asked_experts).items() if leaf is not None and leaf.perturbed),
+        _perturbed(asked_experts),
         frozenset(name for name, leaf in asked_pages.pools.items() if leaf.perturbed),
     )
     products = None
@@ -124,6 +126,15 @@ def _forward(call: LayerCall, *traced: Any) -> tuple[Array, tuple[Any, ...]]:
         down = down_projection(gated, experts, adapters, plan, products.shrunk_out)
         y = combine(down, weights, plan).astype(x.dtype)
     return y, (values, products, wanted)
+
+
+def _perturbed(experts: ExpertWeights) -> frozenset[str]:
+    """The arrays that are differentiated."""
+    arrays = {name: leaf for name, leaf in vars(experts).items() if leaf is not None}
+    frozen = [leaf for leaf in arrays.values() if isinstance(leaf, Quantised)]
+    if any(leaf.perturbed for leaf in jax.tree.leaves(frozen, is_leaf=_is_primal)):
+        raise NotDifferentiable("Quantised experts have no gradient: differentiate by adapters, or dequantise them.")
+    return frozenset(name for name, leaf in arrays.items() if not isinstance(leaf, Quantised) and leaf.perturbed)
 
 
 def _is_primal(leaf: Any) -> bool:
@@ -182,11 +193,13 @@ Ends = dict[str, tuple[Rows, Rows, Array | None]]  # of each projection its rows
 
 
 def _expert_gradients(wanted: frozenset[str], experts: ExpertWeights, ends: Ends, plan: RoutingPlan) -> ExpertWeights:
-    """Of the arrays that are asked for, zeros for the others."""
+    """Of the arrays that are asked for, zeros for the others, None for quantised ones."""
 
-    def gradient(name: str, value: Array | None) -> Array | None:
-        if value is None or name not in wanted:
-            return None if value is None else jnp.zeros_like(value)
+    def gradient(name: str, value: Weights | None) -> Array | None:
+        if value is None or isinstance(value, Quantised):
+            return None
+        if name not in wanted:
+            return jnp.zeros_like(value)
         rows, dy, share = ends[name.removesuffix("_bias")]
         if name.endswith("_bias"):
             rows = jnp.ones((dy.shape[0], 1), dy.dtype)

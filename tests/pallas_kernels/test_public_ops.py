@@ -11,7 +11,15 @@ from pallas_kernels import ops
 from pallas_kernels.backend import NUM_SMS, target_sms
 from support.paged import PagedSpec, draw_layer
 
-WITHOUT_ARRAYS_TO_DIFFERENTIATE = {"choose", "choose_for", "make_plan", "make_lora_steps", "shrink"}
+WITHOUT_ARRAYS_TO_DIFFERENTIATE = {
+    "choose",
+    "choose_for",
+    "make_plan",
+    "make_lora_steps",
+    "shrink",
+    "quantise",
+    "dequantise",
+}
 DIFFERENTIABLE = {"combine", "routed_experts"}
 LAYER = draw_layer(PagedSpec(7, 64, 64, 3, 2, ranks=(4,), dtype="float32"), np.random.default_rng(0))
 PLAN = ops.make_plan(LAYER.chosen, LAYER.slots, 3, 4)

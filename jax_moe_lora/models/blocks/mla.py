@@ -21,6 +21,7 @@ from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.rope import rotate
 from jax_moe_lora.models.specs.mla import MLA
 from pallas_kernels.ops import LayerPages
+from pallas_kernels.quantised.api import dense
 
 
 def init_cache(spec: MLA, batch: int, max_length: int, dtype: jax.typing.DTypeLike) -> LayerCache:
@@ -143,7 +144,8 @@ def _attend_absorbed(
 ) -> Float[Array, "B T H v"]:
     """Attention to the latents of the cache, which hold the step's own tokens already."""
     q, turned_q = queries
-    kv_b = weights["kv_b"].reshape(-1, spec.nope_dim + spec.value_dim, spec.kv_rank)
+    # One layer's in 16 bits for as long as the step needs it: the einsums below take it head by head.
+    kv_b = dense(weights["kv_b"], q.dtype).reshape(-1, spec.nope_dim + spec.value_dim, spec.kv_rank)
     to_key, to_value = jnp.split(kv_b, [spec.nope_dim], axis=1)
     # All tokens of a request have its slot, but for padding.
     slots = step.slots.reshape(q.shape[:2]).max(axis=1)

@@ -8,7 +8,9 @@ else where the block is whole on each device, or where there is no mesh.
 
 from functools import reduce
 from operator import add
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -45,14 +47,14 @@ def total_of_each(*parts: Float[Array, "*rows D"]) -> tuple[Float[Array, "*rows 
     return tuple(sums[index] for index in range(len(parts)))
 
 
-def added_once[Bias: Array | None](bias: Bias, weight: Array) -> Bias:
+def added_once[Bias: Array | None](bias: Bias, weight: Any) -> Bias:
     """A projection's bias, zero on all devices but one of those whose results are summed.
 
     Args:
       bias: the bias, or None.
-      weight: the projection's.
+      weight: the projection's, quantised or not.
     """
-    return bias if bias is None else _on_first(bias, _model_axes(weight))  # type: ignore[return-value]
+    return bias if bias is None else _on_first(bias, _model_axes(*jax.tree.leaves(weight)))  # type: ignore[return-value]
 
 
 def _model_axes(*parts: Array) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ class FamilySummary:
       router: how experts are chosen and weighted.
       others: what stands beside attention and routed experts.
       targets: modules that adapters may target, as in PEFT's files below a layer; `{q,k}_proj` stands for two.
-      refuses: what its configs may say and is refused; unknown fields and quantised checkpoints are refused everywhere.
+      refuses: what its configs may say and is refused; unknown fields are refused everywhere.
     """
 
     model_type: str

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Literal
 
 from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.models.quantised.settings import Quantisation
 from jax_moe_lora.models.specs.delta_net import DeltaNet
 from jax_moe_lora.models.specs.gemma4 import Gemma4Attention, Gemma4Layer
 from jax_moe_lora.models.specs.gqa import GQA
@@ -82,6 +83,7 @@ class ModelConfig:
       max_positions: the longest request that the checkpoint was made for.
       eos_token_ids: generation stops at any of these.
       wrapped: the checkpoint is that of a multimodal model, of which this is the text part.
+      quantisation: how the checkpoint's matrices are quantised; None where they are not.
     """
 
     model_type: str
@@ -97,6 +99,7 @@ class ModelConfig:
     max_positions: int = 32_768
     eos_token_ids: tuple[int, ...] = ()
     wrapped: bool = False
+    quantisation: Quantisation | None = None
 
     @property
     def num_layers(self) -> int:

@@ -221,7 +221,7 @@ def test_expert_weights_are_renormalised_where_the_config_says_so(model_type: st
         ("mixtral", {"norm_topk_prob": False}, ("norm_topk_prob", "False")),
         ("mixtral", {"attention_bias": True}, ("attention_bias",)),
         ("mixtral", {"num_experts": 4}, ("num_experts", "num_local_experts")),
-        ("mixtral", {"quantization_config": {"quant_method": "awq"}}, ("quantization_config", "awq")),
+        ("mixtral", {"quantization_config": {"quant_method": "hqq"}}, ("quantization_config", "hqq")),
         ("olmoe", {"clip_qkv": 0.0}, ("clip_qkv", "0.0")),
         ("olmoe", {"clip_qkv": "8"}, ("clip_qkv", "8")),
         ("olmoe", {"sliding_window": 128}, ("sliding_window", "128")),

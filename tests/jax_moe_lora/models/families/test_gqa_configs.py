@@ -130,7 +130,7 @@ def test_gemma_has_other_widths_in_its_global_layers_in_either_spelling() -> Non
 @pytest.mark.parametrize(
     ("name", "changes", "named"),
     [
-        ("gpt-oss-20b", {"quantization_config": {"quant_method": "mxfp4"}}, ("quantization_config", "mxfp4")),
+        ("gpt-oss-20b", {"quantization_config": {"quant_method": "hqq"}}, ("quantization_config", "hqq")),
         ("gpt-oss-20b", {"swiglu_limit": 9.0}, ("swiglu_limit", "9.0", "7.0")),
         ("gpt-oss-20b", {"layer_types": ["chunked_attention"] * 24}, ("layer_types", "chunked_attention")),
         ("gpt-oss-20b", {"attention_sinks": 4}, ("attention_sinks",)),

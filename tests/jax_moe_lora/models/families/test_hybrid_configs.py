@@ -289,7 +289,7 @@ def test_weights_are_renormalised_where_the_family_heeds_the_field(tmp_path: Pat
         ("qwen3_next", {"partial_rotary_factor": 1.5}, ("partial_rotary_factor", "1.5")),
         ("qwen3_5_moe", {"norm_topk_prob": False}, ("norm_topk_prob",)),
         ("qwen3_5_moe", {"sliding_window": 128}, ("sliding_window",)),
-        ("qwen3_5_moe", {"quantization_config": {"quant_method": "fp8"}}, ("quantization_config", "fp8")),
+        ("qwen3_5_moe", {"quantization_config": {"quant_method": "hqq"}}, ("quantization_config", "hqq")),
         ("qwen3_vl_moe", {"norm_topk_prob": False}, ("norm_topk_prob",)),
         ("qwen3_vl_moe", {"shared_expert_intermediate_size": 64}, ("shared_expert_intermediate_size",)),
     ],
@@ -302,7 +302,7 @@ def test_a_field_that_cannot_be_served_is_refused_by_name(
     assert all(word in str(caught.value) for word in ("config.json", *named)), caught.value
 
 
-@pytest.mark.parametrize("changes", [{"quantization_config": {"quant_method": "fp8"}}, {"fusion_layers": [3]}])
+@pytest.mark.parametrize("changes", [{"quantization_config": {"quant_method": "hqq"}}, {"fusion_layers": [3]}])
 def test_a_field_of_the_wrapper_is_refused_by_name(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(changes))):
         read(tmp_path, "qwen3_5_moe", **changes)

@@ -12,6 +12,7 @@ from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.families.registry import family
 from jax_moe_lora.models.names import parameter_tensors, plain_name, table, tensor_names, unused_tensors
+from jax_moe_lora.models.quantised.settings import Quantisation
 from jax_moe_lora.models.specs.mla import MLA
 from jax_moe_lora.models.specs.mlp import DenseMLP, RoutedMLP
 from jax_moe_lora.models.specs.model import ModelConfig
@@ -430,9 +431,11 @@ def test_layers_that_predict_further_tokens_are_named_as_not_used() -> None:
 
 
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Kimi-K2.5"])
-def test_a_quantised_checkpoint_is_refused_once_all_else_is_read(name):
-    with pytest.raises(ConfigError, match="quantization_config says 'fp8'"):
-        read(name, quantization_config=FP8)
+def test_a_quantisation_is_read_once_all_else_is(name):
+    quantisation = read(name, quantization_config=FP8).quantisation
+    assert quantisation == Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128))
+    with pytest.raises(ConfigError, match="quantization_config says 'bitsandbytes'"):
+        read(name, quantization_config={"quant_method": "bitsandbytes"})
     inner = {"text_config": PUBLISHED[name]["text_config"] | {"mystery": 2}} if name == "Kimi-K2.5" else {"mystery": 2}
     with pytest.raises(ConfigError, match="mystery"):
         read(name, quantization_config=FP8, **inner)

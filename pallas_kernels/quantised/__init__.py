@@ -1,0 +1,1 @@
+"""Quantised weights: what they are, and how they are dequantised."""

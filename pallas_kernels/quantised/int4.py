@@ -1,0 +1,47 @@
+"""int4: codes 0 to 15, and for each group of a row's columns a scale, and the code that means zero or 8 for it."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantised import fp4
+from pallas_kernels.quantised.array import Quantised
+from pallas_kernels.quantised.codec import Codec, blocks, largest, spread
+from pallas_kernels.quantised.format import Format
+
+MIDDLE, LAST = 8, 15
+
+
+def values(weight: Quantised) -> Float[Array, "*lead out in"]:
+    """Codes as float32, counted from the one that means zero."""
+    codes = fp4.nibbles(weight.values).astype(jnp.float32)
+    if weight.zero_points is None:
+        return codes - MIDDLE
+    return codes - spread(weight.zero_points.astype(jnp.float32), weight.format.block, codes.shape)
+
+
+def quantise(array: Float[Array, "*lead out in"], format: Format) -> Quantised:
+    """The largest value of a group becomes 7, the others are rounded to the nearest, ties to even."""
+    most = largest(array, format.block)
+    scales = jnp.where(most > 0, most / (LAST - MIDDLE), 1.0)
+    codes = jnp.round(array / spread(scales, format.block, array.shape)) + MIDDLE
+    return Quantised(fp4.pack(jnp.clip(codes, 0, LAST).astype(jnp.uint8)), scales, format)
+
+
+def quantise_zero(array: Float[Array, "*lead out in"], format: Format) -> Quantised:
+    """A group's smallest value becomes 0 and its largest 15, or zero where that lies outside of them."""
+    cut = blocks(array, format.block)
+    least, most = jnp.minimum(cut.min(axis=(-3, -1)), 0.0), jnp.maximum(cut.max(axis=(-3, -1)), 0.0)
+    scales = jnp.where(most > least, (most - least) / LAST, 1.0)
+    zero_points = jnp.clip(jnp.round(-least / scales), 0, LAST)
+    codes = jnp.round(array / spread(scales, format.block, array.shape))
+    codes = jnp.clip(codes + spread(zero_points, format.block, array.shape), 0, LAST)
+    return Quantised(fp4.pack(codes.astype(jnp.uint8)), scales, format, zero_points=zero_points.astype(jnp.uint8))
+
+
+def scales(weight: Quantised) -> Float[Array, "*lead rows columns"]:
+    """Scales as float32."""
+    return weight.scales.astype(jnp.float32)
+
+
+INT4 = Codec(values=values, scales=scales, quantise=quantise, scales_dtype=None)
+INT4_ZERO = Codec(values=values, scales=scales, quantise=quantise_zero, scales_dtype=None, zero_points=True)

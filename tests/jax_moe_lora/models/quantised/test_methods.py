@@ -1,0 +1,132 @@
+"""What published configs say of their quantisation is read, and what would change weights is refused by name."""
+
+from typing import Any
+
+import pytest
+
+from jax_moe_lora.errors import ConfigError
+from jax_moe_lora.models.fields import Fields
+from jax_moe_lora.models.quantised.methods import read_quantisation
+from jax_moe_lora.models.quantised.settings import Quantisation
+
+DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+MINIMAX = DEEPSEEK | {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
+GPT_OSS = {
+    "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    "quant_method": "mxfp4",
+}
+WEIGHTS = {
+    "actorder": None,
+    "block_structure": None,
+    "dynamic": False,
+    "group_size": 32,
+    "num_bits": 4,
+    "observer": "minmax",
+    "observer_kwargs": {},
+    "strategy": "group",
+    "symmetric": True,
+    "type": "int",
+}
+GROUP = {"input_activations": None, "output_activations": None, "targets": ["Linear"], "weights": WEIGHTS}
+KIMI = {
+    "config_groups": {"group_0": GROUP},
+    "format": "pack-quantized",
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+NVFP4 = {
+    "config_groups": {
+        "group_0": {"weights": {"num_bits": 4, "type": "float", "group_size": 16}, "targets": ["Linear"]}
+    },
+    "ignore": ["lm_head"],
+    "quant_algo": "NVFP4",
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+    "quant_method": "modelopt",
+}
+AWQ = {
+    "bits": 4,
+    "group_size": 128,
+    "modules_to_not_convert": ["gate"],
+    "quant_method": "awq",
+    "version": "gemm",
+    "zero_point": True,
+}
+GPTQ = {
+    "bits": 4,
+    "checkpoint_format": "gptq",
+    "damp_percent": 0.1,
+    "desc_act": False,
+    "group_size": 128,
+    "quant_method": "gptq",
+    "sym": True,
+    "true_sequential": True,
+}
+
+
+def read(settings: Any, **others: Any) -> Quantisation | None:
+    return read_quantisation(Fields({"quantization_config": settings, **others}, "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (DEEPSEEK, Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128))),
+        (
+            MINIMAX,
+            Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128), ignored=(*MINIMAX["modules_to_not_convert"],)),
+        ),
+        (GPT_OSS, Quantisation("mxfp4", ("mxfp4",), ignored=(*GPT_OSS["modules_to_not_convert"],))),
+        (KIMI, Quantisation("compressed-tensors", ("int4_packed_zero", "int4_packed"), ignored=(*KIMI["ignore"],))),
+        (NVFP4, Quantisation("modelopt", ("nvfp4",), ignored=("lm_head",))),
+        (AWQ, Quantisation("awq", ("awq",), group=128, ignored=("gate",))),
+        (GPTQ, Quantisation("gptq", ("gptq",), group=128)),
+        (GPTQ | {"group_size": -1}, Quantisation("gptq", ("gptq",), group=0)),
+        (None, None),
+        ({}, None),
+    ],
+)
+def test_a_published_config_is_read(settings: Any, expected: Quantisation | None) -> None:
+    assert read(settings) == expected
+
+
+def with_weights(**changes: Any) -> dict[str, Any]:
+    return KIMI | {"config_groups": {"group_0": GROUP | {"weights": WEIGHTS | changes}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ("fp8", "says"),
+        ({"quant_method": "hqq"}, "says 'hqq'; supported are fp8, mxfp4"),
+        ({"quant_method": 3}, "supported are fp8, mxfp4"),
+        (DEEPSEEK | {"fmt": "e5m2"}, "fmt is 'e5m2'"),
+        (DEEPSEEK | {"weight_block_size": [0, 128]}, r"weight_block_size is \[0, 128\]"),
+        (DEEPSEEK | {"expert_dtype": "fp4"}, "expert_dtype is 'fp4'"),
+        (DEEPSEEK | {"mystery": 3}, "mystery = 3"),
+        (DEEPSEEK | {"modules_to_not_convert": "gate"}, "modules_to_not_convert is 'gate'"),
+        (with_weights(num_bits=2), "num_bits 2, supported are"),
+        (with_weights(actorder="group"), "actorder is 'group'.*act-order"),
+        (with_weights(dynamic=True), "dynamic is True"),
+        (with_weights(strategy="block", block_structure="8x1"), "block_structure is '8x1'"),
+        (KIMI | {"format": "marlin-24"}, "format is 'marlin-24'"),
+        (KIMI | {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+        (KIMI | {"sparsity_config": {"format": "sparse-24"}}, "sparsity_config"),
+        (KIMI | {"config_groups": {}}, "config_groups is {}"),
+        (NVFP4 | {"quant_algo": "W4A8"}, "quant_algo is 'W4A8'"),
+        (AWQ | {"version": "gemv"}, "version is 'gemv'"),
+        (AWQ | {"bits": 8}, "bits is 8"),
+        (GPTQ | {"desc_act": True}, "desc_act is True.*act-order"),
+        (GPTQ | {"group_size": 0}, "group_size is 0"),
+        (GPTQ | {"dynamic": {"-:.*gate": {}}}, "dynamic is"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(settings: Any, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        read(settings)
+
+
+def test_two_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match="quantization_config says 'fp8'"):
+        read(DEEPSEEK, compression_config=KIMI)

@@ -1,0 +1,212 @@
+"""Quantised checkpoints in each published form are read as the numbers that the form says, or refused by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_moe_lora.errors import CheckpointError
+from jax_moe_lora.models import loading
+from jax_moe_lora.models.params import leaf_name
+from pallas_kernels.ops import Quantised, dequantise
+from support import quantised_files as files
+from support.checkpoints import TINY, expected_shapes, load
+from support.memory import traced
+
+RAW = TINY | {"hidden_size": 64, "moe_intermediate_size": 48, "intermediate_size": 96, "head_dim": 16}
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True, "dynamic": False}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+
+
+def compressed(weights: dict[str, Any], format: str) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A form: what the config says, who writes a matrix, and the format that it is read as."""
+
+    settings: dict[str, Any]
+    writer: Callable[[np.ndarray], files.Written]
+    format: str
+
+
+def zeros(matrix: np.ndarray) -> files.Written:
+    return files.int4_packed(matrix, zeros=True)
+
+
+def gptq_v2(matrix: np.ndarray) -> files.Written:
+    return files.gptq(matrix, first_format=False)
+
+
+BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": False}
+CASES = {
+    "fp8": Case(BLOCKS, files.fp8_block, "fp8_block"),
+    "fp8 channel": Case(compressed(FP8, "float-quantized"), files.fp8_channel, "fp8_channel"),
+    "fp8 tensor": Case(compressed(FP8 | {"strategy": "tensor"}, "float-quantized"), files.fp8_tensor, "fp8_tensor"),
+    "int4": Case(compressed(INT4, "pack-quantized"), files.int4_packed, "int4"),
+    "int4 zero points": Case(compressed(INT4 | {"symmetric": False}, "pack-quantized"), zeros, "int4_zero"),
+    "nvfp4": Case(compressed(FP4, "nvfp4-pack-quantized"), files.nvfp4_packed, "nvfp4"),
+    "modelopt fp8": Case({"quant_method": "modelopt", "quant_algo": "FP8"}, files.fp8_tensor, "fp8_tensor"),
+    "modelopt nvfp4": Case({"quant_method": "modelopt", "quant_algo": "NVFP4"}, files.nvfp4_modelopt, "nvfp4"),
+    "awq": Case({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}, files.awq, "int4_zero"),
+    "gptq": Case(GPTQ, files.gptq, "int4_zero"),
+    "gptq v2": Case(GPTQ | {"checkpoint_format": "gptq_v2"}, gptq_v2, "int4_zero"),
+}
+
+
+def draw(raw: dict[str, Any] = RAW) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in expected_shapes(raw).items()}
+
+
+def leaves(params: Any) -> dict[str, Any]:
+    pairs, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantised))
+    return {".".join(map(leaf_name, path)): leaf for path, leaf in pairs}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_form_is_read_as_its_numbers(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    quantised, wide = files.write(tmp_path, RAW, draw(), case.settings, case.writer)
+    found, expected = leaves(load(quantised)), leaves(load(wide))
+    in_few_bits = {path for path, leaf in found.items() if isinstance(leaf, Quantised)}
+    assert {path.rsplit(".", 1)[1] for path in in_few_bits} == {*"qkvo", "gate", "up", "down", "mlp_gate"} | {
+        "mlp_up",
+        "mlp_down",
+    }
+    for path, leaf in found.items():
+        if path not in in_few_bits:
+            assert (leaf == expected[path]).all()
+            continue
+        assert leaf.format.name == case.format
+        assert leaf.shape == expected[path].shape
+        np.testing.assert_allclose(dequantise(leaf, jnp.float32), expected[path], rtol=3e-7, atol=1e-30)
+
+
+def test_pieces_are_read_like_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fp8", "int4 zero points", "awq", "gptq"):
+        case = CASES[name]
+        quantised, _ = files.write(tmp_path / name, RAW, draw(), case.settings, case.writer)
+        whole = load(quantised)
+        monkeypatch.setattr(loading, "PIECE_BYTES", 700)
+        pieces = load(quantised)
+        monkeypatch.undo()
+        for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(pieces), strict=True):
+            assert (one == other).all()
+
+
+def test_a_head_may_be_quantised_and_modules_may_stay(tmp_path: Path) -> None:
+    which = r"lm_head\.weight|.*experts.*\.weight"
+    quantised, wide = files.write(tmp_path, RAW, draw(), BLOCKS, files.fp8_block, which)
+    found, expected = load(quantised), load(wide)
+    assert isinstance(found.head, Quantised)
+    assert (dequantise(found.head, jnp.float32) == expected.head).all()
+    assert (found.layers[0]["q"] == expected.layers[0]["q"]).all()
+
+
+@pytest.mark.parametrize("name", ["fp8", "awq", "int4"])
+def test_peak_memory_is_the_arrays_and_a_few_pieces(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = RAW | {"hidden_size": 256, "moe_intermediate_size": 1024, "num_hidden_layers": 1, "mlp_only_layers": []}
+    case = CASES[name]
+    quantised, _ = files.write(tmp_path, raw, draw(raw), case.settings, case.writer)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 2**15)
+    load(quantised)  # what is imported and kept
+    params, peak, _ = traced(lambda: load(quantised))
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert peak < arrays + 16 * 2**15 + 300_000, f"{peak} bytes at once for {arrays} of arrays"
+
+
+Change = Callable[[dict[str, files.Tensor]], Any]
+EXPERT = "model.layers.0.mlp.experts.1.up_proj"
+SCALE, VALUES = f"{EXPERT}.weight_scale_inv", f"{EXPERT}.weight"
+
+
+def put(name: str, dtype: str, array: np.ndarray) -> Change:
+    return lambda tensors: tensors.update({name: (dtype, array)})
+
+
+def edit(name: str, place: Any, value: Any) -> Change:
+    def change(tensors: dict[str, files.Tensor]) -> None:
+        tensors[name][1][place] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (put(SCALE, "F32", np.ones((2, 3), np.float32)), rf"{SCALE}.*shape \[2, 3\]; expected \[2, 2\]"),
+        (put(SCALE, "F8_E4M3", np.ones((2, 2), np.uint8)), rf"{SCALE}.*dtype F8_E4M3; expected F32"),
+        (put(VALUES, "F8_E4M3", np.ones((48, 32), np.uint8)), rf"{VALUES}.*shape \[48, 32\]; expected \[48, 64\]"),
+        (put(VALUES, "F32", np.ones((48, 64), np.float32)), rf"{VALUES}.*dtype F32; expected F8_E4M3"),
+        (edit(SCALE, (0, 1), np.nan), f"{SCALE} .*not finite"),
+        (edit(SCALE, (0, 1), np.inf), f"{SCALE} .*not finite"),
+        (edit(SCALE, (0, 1), 1e37), rf"{SCALE} .*a scale of 1e\+37.*not finite in float32"),
+        (edit(VALUES, (3, 5), 0x7F), f"{VALUES} .*not finite"),
+        (edit(VALUES, (3, 5), 0xFF), f"{VALUES} .*not finite"),
+        (lambda tensors: tensors.pop(SCALE), f"{VALUES} .*dtype F8_E4M3"),
+        (lambda tensors: tensors.pop(VALUES), rf"{SCALE}, and {VALUES} is missing"),
+        (put("model.layers.0.mlp.odd_scale", "F32", np.ones(1, np.float32)), "no place for: .*odd_scale"),
+    ],
+)
+def test_fp8_that_does_not_fit_is_refused_by_name(change: Change, named: str, tmp_path: Path) -> None:
+    refused(tmp_path, "fp8", change, named)
+
+
+def refused(folder: Path, name: str, change: Change, named: str) -> None:
+    case = CASES[name]
+    quantised, _ = files.write(folder, RAW, draw(), case.settings, case.writer, change=change)
+    with pytest.raises(CheckpointError, match=named):
+        load(quantised)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("int4", put(f"{EXPERT}.weight_shape", "I64", np.array([48, 72])), r"weight_shape .*says \[48, 72\]"),
+        ("int4", put(f"{EXPERT}.weight_packed", "I32", np.ones((48, 7), np.int32)), r"expected \[48, 8\]"),
+        ("int4", put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 9), np.float16)), r"weight_scale.*\[48, 9\]"),
+        ("int4", put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 4), np.float16)), "formats that differ"),
+        ("int4", put(f"{EXPERT}.weight_g_idx", "I32", np.ones(64, np.int32)), "no place for: .*weight_g_idx"),
+        ("nvfp4", put(f"{EXPERT}.weight_global_scale", "F32", np.zeros(1, np.float32)), "global_scale .*divides"),
+        ("nvfp4", edit(f"{EXPERT}.weight_scale", (0, 0), 0x7F), "weight_scale .*not finite"),
+        ("nvfp4", put(f"{EXPERT}.weight_global_scale", "F32", np.full(1, 1e-38, np.float32)), "not finite in float32"),
+        ("modelopt fp8", put(f"{EXPERT}.weight_scale", "F32", np.ones(3, np.float32)), r"weight_scale.*\[3\]"),
+        ("awq", put(f"{EXPERT}.qzeros", "I32", np.ones((8, 5), np.int32)), r"qzeros.*expected \[8, 6\]"),
+        ("awq", lambda tensors: tensors.pop(f"{EXPERT}.qzeros"), "qzeros is missing"),
+        ("gptq", put(f"{EXPERT}.g_idx", "I32", np.arange(64, dtype=np.int32)[::-1] // 8), "g_idx .*act-order"),
+        ("gptq", put(f"{EXPERT}.qzeros", "I32", np.full((8, 6), -1, np.int32)), "zero points of 15"),
+    ],
+)
+def test_other_forms_that_do_not_fit_are_refused_by_name(name: str, change: Change, named: str, tmp_path: Path) -> None:
+    refused(tmp_path, name, change, named)
+
+
+def test_a_module_that_the_config_calls_not_quantised_is_refused_where_it_is(tmp_path: Path) -> None:
+    settings = BLOCKS | {"modules_to_not_convert": ["lm_head", EXPERT]}
+    quantised, _ = files.write(tmp_path, RAW, draw(), settings, files.fp8_block)
+    with pytest.raises(CheckpointError, match=f"{SCALE}, and the config says that {EXPERT} is not quantised"):
+        load(quantised)
+
+
+def test_experts_of_both_kinds_in_one_layer_are_refused(tmp_path: Path) -> None:
+    which = r".*experts\.[12].*\.weight"
+    quantised, _ = files.write(tmp_path, RAW, draw(), BLOCKS, files.fp8_block, which)
+    with pytest.raises(CheckpointError, match=r"experts.0.\w+.weight in 16 bits and others"):
+        load(quantised)
