@@ -149,12 +149,13 @@ def _updates(config: ModelConfig, adapter: LoRAAdapter, checkpoint: Checkpoint) 
         )
     for module, matrix in adapter.replacements.items():
         part = checkpoint.parts[outer[module]]
-        updates[outer[module]] = [_Update(part, config.vocab_size, partial(matrix.astype, np.float32), replaces=True)]
+        updates[part.tensor] = [_Update(part, config.vocab_size, partial(matrix.astype, np.float32), replaces=True)]
     for key, weights in adapter.weights.items():
         if (name := outer.get(key[1])) is not None:
             # An embedding is stored as [V, D], the transpose of what its adapter says.
             delta = (lambda w=weights: w.delta(0).T) if key[1] == "embedding" else partial(weights.delta, 0)
-            updates.setdefault(name, []).append(_Update(checkpoint.parts[name], config.vocab_size, delta))
+            part = checkpoint.parts[name]
+            updates.setdefault(part.tensor, []).append(_Update(part, config.vocab_size, delta))
             continue
         for expert in map(int, np.flatnonzero(weights.ranks)):
             part = checkpoint.parts[tensors[key][expert]]

@@ -19,6 +19,8 @@ from jax_moe_lora.models.loading import load_params, open_checkpoint
 from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.tools.merge import merge_adapter
+from support.layers import assert_close
 from support.models import ADAPTER_NAMES
 from support.networks import save_model, tiny
 
@@ -188,6 +190,19 @@ def fused(tensors: dict[str, np.ndarray], experts: int) -> dict[str, np.ndarray]
         out[f"{path}.down_proj"] = parts["down_proj"]
         out = {key: value for key, value in out.items() if not key.startswith(path) or value.ndim == 3}
     return out
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+def test_merging_changes_the_embedding_under_the_wrappers_name_for_it(tmp_path):
+    base = saved("qwen3_5_moe", tmp_path)
+    config = read_model_config(base)
+    [(key, weights)] = [item for item in random_adapter(config).weights.items() if item[0][1] == "embedding"]
+    merge_adapter(LoRAAdapter("embedding", {key: weights}), base, tmp_path / "merged")
+    before, after = (
+        np.asarray(load_params(folder, config, "float32").embedding) for folder in (base, tmp_path / "merged")
+    )
+    assert_close(after, before + weights.delta(0).T, 1e-6)
 
 
 @pytest.mark.parity
