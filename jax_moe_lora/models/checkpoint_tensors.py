@@ -1,15 +1,18 @@
-"""Where each matrix of a model stands in a checkpoint: in a tensor of its own, or in one that stacks all experts.
+"""Where each matrix of a model stands in a checkpoint: in a tensor of its own, or as a part of a larger one.
 
 Per-expert form: `<experts>.E.gate_proj.weight`, one `[out, in]` matrix each. Fused form, which transformers 5 writes
 with `save_original_format=False`: `<experts>.gate_up_proj` `[E, 2F, D]`, gate's rows first, and `<experts>.down_proj`
 `[E, D, F]`. Stacks may also be one per projection (`<experts>.gate_proj` `[E, F, D]`), their names may end in
 `.weight`, and they may be stored as `[E, in, out]`. Their shape says which; a square one is read as the others of its
 checkpoint.
+
+Joined form, where a family names it (`Family.joined`): `[out of q + out of k + out of v, in]`, one after the other.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -32,8 +35,8 @@ class Part:
 
     Attributes:
       tensor: the tensor's name.
-      expert: which matrix of a stack; None where the tensor is the matrix.
-      first_row: the first of the matrix's rows, where one tensor holds the rows of two projections.
+      expert: which matrix of a stack; None where the tensor is no stack.
+      first_row: the first of the matrix's rows, where one tensor holds the rows of several projections.
       transposed: the tensor holds `[in, out]`.
       step: from one of the matrix's rows to the next, where the rows of two projections alternate.
     """
@@ -54,9 +57,8 @@ class Part:
         Returns:
           `[rows, in]`, or `[rows]`.
         """
-        if self.expert is None:
-            return tensor
-        matrix = tensor[self.expert].T if self.transposed else tensor[self.expert]
+        matrix = tensor if self.expert is None else tensor[self.expert]
+        matrix = matrix.T if self.transposed else matrix
         return matrix[self.first_row : self.first_row + rows * self.step : self.step]
 
     def pieces(self, file: TensorFile, target: np.ndarray, piece_bytes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -74,12 +76,11 @@ class Part:
         rows, *columns = info.shape if self.expert is None else info.shape[1:]
         width = math.prod(columns)
         start = (self.expert or 0) * rows * width
-        whole = self.expert is None or self.transposed
-        first, count = (0, rows) if whole else (self.first_row, len(target) * self.step)
+        first, count = (0, rows) if self.transposed else (self.first_row, len(target) * self.step)
         at_once = (
             max(1, piece_bytes // (width * (DTYPES | QUANTISED_DTYPES)[info.dtype].itemsize) // self.step) * self.step
         )
-        last = first + count - (self.step - 1 if not whole else 0)
+        last = first + count - (0 if self.transposed else self.step - 1)
         for begin in range(first, last, at_once):
             size = min(at_once, last - begin)
             values = file.get_stored(self.tensor, start + begin * width, (size, width))
@@ -87,9 +88,8 @@ class Part:
                 end = self.first_row + len(target) * self.step
                 yield target[:, begin : begin + size], values[:, self.first_row : end : self.step].T
             else:
-                step = 1 if self.expert is None else self.step
-                part = target[(begin - first) // step :][: -(-size // step)]
-                yield part, values[::step].reshape(part.shape)
+                part = target[(begin - first) // self.step :][: -(-size // self.step)]
+                yield part, values[:: self.step].reshape(part.shape)
 
 
 @dataclass(frozen=True)
@@ -97,24 +97,24 @@ class Member:
     """A matrix or vector of a stack.
 
     Attributes:
-      expert: its own.
+      expert: its own; None in a tensor that only joins projections.
       first_row: the first of its rows.
       step: from one of its rows to the next.
     """
 
-    expert: int
+    expert: int | None
     first_row: int
     step: int
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One tensor of a projection, or of two, for all experts of a layer.
+    """One tensor of a projection, or of two, for all experts of a layer; or one of several projections without experts.
 
     Attributes:
       tensor: its name in the checkpoint.
-      shape: its shape if it is stored as `[E, out, in]`.
-      members: the per-expert name of each matrix -> where it stands in the stack.
+      shape: its shape if it is stored as `[E, out, in]`, or `[out, in]` without experts.
+      members: the own name of each matrix -> where it stands in the stack.
     """
 
     tensor: str
@@ -147,6 +147,29 @@ def stacks_of(config: ModelConfig, written: Mapping[str, str], ends: tuple[str, 
     return stacks
 
 
+def joined_of(config: ModelConfig, written: Mapping[str, str]) -> list[Stack]:
+    """The tensors of a checkpoint that hold the rows of several projections, one after the other.
+
+    Args:
+      config: the model.
+      written: the checkpoint's tensors, by the names that they have in one of the text model alone.
+    """
+    stacks = []
+    for path, names in family(config.model_type).joined.items():
+        for layer in range(config.num_layers):
+            rows = {row.name: row for row in table(config, layer)}
+            tensor = written.get(f"model.layers.{layer}.{path}")
+            if tensor is not None and rows.keys() >= {*names}:
+                parts = [rows[name] for name in names]
+                ends = [*accumulate(part.shape[0] for part in parts)]
+                members = {
+                    f"model.layers.{layer}.{part.paths[-1]}": Member(None, end - part.shape[0], 1)
+                    for part, end in zip(parts, ends, strict=True)
+                }
+                stacks.append(Stack(tensor, (ends[-1], *parts[0].shape[1:]), members))
+    return stacks
+
+
 def _stack(config: ModelConfig, layer: int, tensor: str, rows: Sequence[Parameter], interleaved: bool) -> Stack:
     """One tensor that holds these parameters of all experts."""
     experts, height, *columns = rows[0].shape
@@ -160,10 +183,10 @@ def _stack(config: ModelConfig, layer: int, tensor: str, rows: Sequence[Paramete
 
 
 def stacked_parts(stacks: Sequence[Stack], files: Mapping[str, TensorFile]) -> dict[str, Part]:
-    """The part of each expert's matrix that stands in a stack, by its per-expert name.
+    """Where each matrix that is in a stack stands there, by its own name.
 
     Args:
-      stacks: from `stacks_of`.
+      stacks: from `stacks_of` and `joined_of`.
       files: tensor -> its file.
 
     Raises:
@@ -174,9 +197,10 @@ def stacked_parts(stacks: Sequence[Stack], files: Mapping[str, TensorFile]) -> d
     for stack in stacks:
         shape, turned = shapes[stack.tensor], _turned(stack.shape)
         if shape not in (stack.shape, turned):
+            either = f", or {list(turned)} for matrices stored as [in, out]" if turned != stack.shape else ""
             raise CheckpointError(
                 f"{stack.tensor} in {files[stack.tensor].path} has shape {list(shape)}; the config expects "
-                f"{list(stack.shape)}, or {list(turned)} for matrices stored as [in, out]."
+                f"{list(stack.shape)}{either}."
             )
     square = [stack for stack in stacks if len(stack.shape) == 3 and stack.shape == _turned(stack.shape)]
     ways = {shapes[stack.tensor] != stack.shape for stack in stacks if len(stack.shape) == 3 and stack not in square}

@@ -14,7 +14,7 @@ from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import DTYPES
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_files import locate
-from jax_moe_lora.models.checkpoint_tensors import Part, stacked_parts, stacks_of
+from jax_moe_lora.models.checkpoint_tensors import Part, joined_of, stacked_parts, stacks_of
 from jax_moe_lora.models.names import other_names, plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
 from jax_moe_lora.models.quantised.locating import StoredMatrix, activation_scales, quantised_matrices
@@ -97,7 +97,7 @@ def open_checkpoint(folder: Path, config: ModelConfig, opened: ExitStack) -> Che
     files = locate(folder, opened)
     unused = unused_tensors(config, files)
     written = {plain_name(config, name): name for name in files if name not in unused}
-    stacked = stacked_parts(stacks_of(config, written), files)
+    stacked = stacked_parts([*stacks_of(config, written), *joined_of(config, written)], files)
     aliases = other_names(config)
     quantised = quantised_matrices(config, written, files, expected, aliases)
     if config.quantisation is not None:

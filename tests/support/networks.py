@@ -181,6 +181,7 @@ FAMILIES |= {
             "rope_theta": 1e4,
         },
     },
+    "sarvam_moe": {**SHARED, "head_dim": 24, "attention_bias": True, "n_group": 4, "topk_group": 2},
     "afmoe": {
         "intermediate_size": 96,
         "moe_intermediate_size": 24,

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from jax_moe_lora.models.checkpoint_tensors import stacks_of
+from jax_moe_lora.models.checkpoint_tensors import joined_of, stacks_of
 from jax_moe_lora.models.families.registry import family
-from jax_moe_lora.models.names import tensor_names, unused_tensors
+from jax_moe_lora.models.names import plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import abstract_params, leaf_name
 from jax_moe_lora.models.specs.model import ModelConfig
 
@@ -44,7 +44,8 @@ def expected_shapes(config: ModelConfig, saved: Shapes) -> Shapes:
     expected: Shapes = {}
     for path, source in tensor_names(config).items():
         expected |= {source: shapes[path]} if isinstance(source, str) else dict.fromkeys(source, shapes[path][1:])
-    for stack in stacks_of(config, {name: name for name in saved}):
+    written = {name: name for name in saved}
+    for stack in [*stacks_of(config, written), *joined_of(config, written)]:
         for member in stack.members:
             del expected[member]
         expected[stack.tensor] = stack.shape
@@ -54,7 +55,8 @@ def expected_shapes(config: ModelConfig, saved: Shapes) -> Shapes:
 def check_tensors(raw: Mapping[str, Any]) -> int:
     """Names and shapes are those of transformers; the number of parameters."""
     config, saved = read(raw), saved_shapes(raw)
-    saved = {name: shape for name, shape in saved.items() if name not in unused_tensors(config, saved)}
+    unused = unused_tensors(config, saved)
+    saved = {plain_name(config, name): shape for name, shape in saved.items() if name not in unused}
     expected = expected_shapes(config, saved)
     assert not sorted(saved.keys() ^ expected.keys())[:10]
     assert not {name: (shape, saved[name]) for name, shape in expected.items() if shape != saved[name]}

@@ -87,6 +87,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2, "num_experts_per_tok": None},
     "exaone_moe": {"num_experts": 4, "num_shared_experts": 1, "sliding_window": 16, "layer_types": _WINDOWED},
     "solar_open": {"n_routed_experts": 4, "n_shared_experts": 1, "attention_bias": True},
+    "sarvam_moe": {"num_experts": 4, "num_shared_experts": 1},
     "afmoe": {"num_experts": 4, "sliding_window": 16, "mup_enabled": True, "layer_types": _WINDOWED},
 }
 """`model_type` -> its fields beside those that all families have."""

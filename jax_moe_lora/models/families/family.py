@@ -23,6 +23,8 @@ class Family:
       per_expert_path: the experts' path in checkpoints with a tensor per expert; `experts_path` where None.
       stacks: `gate_up_proj`, `down_proj` (and `gate_up_proj_bias`, ...) -> other paths of these fused tensors below a
         layer, such as Granite's `block_sparse_moe.input_linear.weight`.
+      joined: path below a layer of a tensor in published checkpoints -> the parameters whose rows it holds, in order,
+        such as Sarvam's `attention.query_key_value.weight`. In transformers 5 each is a module of its own.
       interleaved: rows of the fused `gate_up_proj` alternate between gate and up; else all of gate come first.
       stored_in_out: fused 3-D parameters are `[E, in, out]`.
       prefixes: what may stand in checkpoints in place of `model.`, for the text part of a wrapper.
@@ -40,6 +42,7 @@ class Family:
     experts_path: str = "mlp.experts"
     per_expert_path: str | None = None
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     interleaved: bool = False
     stored_in_out: bool = False
     prefixes: tuple[str, ...] = ()

@@ -30,6 +30,7 @@ from jax_moe_lora.models.families import (
     qwen3_moe,
     qwen3_next,
     qwen3_vl_moe,
+    sarvam_moe,
     solar_open,
 )
 from jax_moe_lora.models.families.family import Family
@@ -61,6 +62,7 @@ FAMILIES: Mapping[str, Family] = {
         hunyuan_v1_moe,
         exaone_moe,
         solar_open,
+        sarvam_moe,
         afmoe,
         gpt_oss,
         glm4_moe,

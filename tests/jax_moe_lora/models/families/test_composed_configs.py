@@ -269,6 +269,47 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "vocab_size": 196608,
     },
+    # the fields of the published configuration class, with the sizes of sarvamai/sarvam-30b; values are reconstructed
+    "Sarvam-30B": {
+        "architectures": ["SarvamMoEForCausalLM"],
+        "attention_dropout": 0.0,
+        "embedding_dropout": 0.0,
+        "eos_token_id": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.006,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 19,
+        "model_type": "sarvam_moe",
+        "moe_intermediate_size": 1024,
+        "moe_router_enable_expert_bias": True,
+        "n_group": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 64,
+        "num_experts": 128,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 19,
+        "num_key_value_heads": 4,
+        "num_shared_experts": 1,
+        "output_dropout": 0.0,
+        "output_router_logits": False,
+        "pad_token_id": 0,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 8000000.0,
+        "routed_scaling_factor": 2.5,
+        "score_function": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 1,
+        "use_bias": False,
+        "use_cache": True,
+        "use_qk_norm": True,
+        "use_qkv_bias": False,
+        "vocab_size": 262144,
+    },
     # from neuronx-distributed-inference's test, a copy of arcee-ai/Trinity-Nano-Preview
     "Trinity-Nano": {
         "architectures": ["AfmoeForCausalLM"],
@@ -355,6 +396,10 @@ def test_what_fields_say_reaches_the_layers() -> None:
     ernie = read(PUBLISHED["ERNIE-4.5-21B-A3B"])
     assert ernie.tie_embeddings
     assert ernie.routed_layers == tuple(range(1, 28))
+    sarvam = read({name: value for name, value in PUBLISHED["Sarvam-30B"].items() if name != "head_dim"})
+    assert sarvam == read(PUBLISHED["Sarvam-30B"]), "the class' own width of a head"
+    assert (sarvam.layers[0].attention.rope, sarvam.moe.scaling) == (RopeConfig(8e6), 2.5)
+    assert read(PUBLISHED["Sarvam-30B"] | {"use_qkv_bias": True}).layers[0].attention.biases == "qkv"
     phi = read(PUBLISHED["Phi-3.5-MoE"]).layers[0].attention
     assert replace(phi.rope, divisors=()) == RopeConfig(1e4, "longrope", attention_factor=1.243163121016122)
 
@@ -399,6 +444,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"shared_intermediate_size": -1},
         "shared_intermediate_size is",
     ),
+    "two values of one field": (
+        "Sarvam-30B",
+        {"attention_bias": True},
+        "use_qkv_bias is False, but attention_bias is True",
+    ),
+    "biases in the MLPs": ("Sarvam-30B", {"use_bias": True}, "use_bias = True is not supported"),
+    "no bias for the choice": ("Sarvam-30B", {"moe_router_enable_expert_bias": False}, "enable_expert_bias = False"),
+    "a softmax router": ("Sarvam-30B", {"score_function": "softmax"}, "score_function = 'softmax'"),
     "a router of another kind": ("ERNIE-4.5-21B-A3B", {"moe_gate": "top2"}, "moe_gate = 'top2'"),
 }
 
