@@ -73,7 +73,7 @@ def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None, sms:
         is not installed.
     """
     sms = target_sms() if sms is None else whole("sms", sms, 1)
-    if len(fn.params.embedding.sharding.device_set) > 1:
+    if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(fn.params)):
         raise InputError("This model is split over a mesh; export the step of a model on one device.")
     cache = fn.init_cache()
     batch = cache.lengths.shape[0]

@@ -43,7 +43,8 @@ def run(problem, weights, slots=None, bank=True, used=None):
     x, router = (jnp.asarray(w, problem.spec.dtype) for w in (problem.x, problem.router))
     slots = jnp.asarray(problem.slots if slots is None else slots, jnp.int32)
     pages = (used or problem.bank).layer(0) if bank else None
-    return np.asarray(LAYER(x, router, weights, problem.spec.config, pages, slots).astype(jnp.float32))
+    y = LAYER(x, router, weights, problem.spec.config, pages, slots, implementation="xla")
+    return np.asarray(y.astype(jnp.float32))
 
 
 @pytest.mark.slow
@@ -67,7 +68,8 @@ def test_gradients_of_rows_and_adapters_are_those_over_dequantised_experts(probl
     @jax.jit
     def gradients(x, pools, weights):
         def loss(x, pools):
-            y = moe_lora(x, router, weights, problem.spec.config, replace(bank, pools=pools), slots)
+            pages = replace(bank, pools=pools)
+            y = moe_lora(x, router, weights, problem.spec.config, pages, slots, implementation="xla")
             return (y.astype(jnp.float32) ** 2).sum()
 
         return jax.grad(loss, argnums=(0, 1))(x, pools)

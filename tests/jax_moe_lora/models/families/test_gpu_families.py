@@ -27,7 +27,7 @@ EXPERTS = {
 WIDTHS = {
     "vocab_size": 320,
     "hidden_size": 256,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "moe_intermediate_size": 128,
     "shared_expert_intermediate_size": 128,
     "head_dim": 64,
@@ -44,14 +44,19 @@ WIDTHS = {
 OWN: dict[str, dict[str, Any]] = {
     # sinks, windows, biases, clamped SwiGLU
     "gpt_oss": {},
-    # latent attention, sigmoid router, dense first layer, shared experts
-    "deepseek_v3": {},
-    # delta-net, output gates
-    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "full_attention"], "linear_conv_kernel_dim": 4},
-    # windows, heads by layer, keys as values, a dense MLP beside the experts, soft-cap
-    "gemma4_text": {"num_experts_per_tok": None, "hidden_act": None, "hidden_activation": "gelu_pytorch_tanh"},
-    # partial rotary, norms of all heads
-    "minimax_m2": {"rotary_dim": 32},
+    # latent attention, sigmoid router, shared experts
+    "deepseek_v3": {"first_k_dense_replace": 0},
+    # delta-net, shared expert with a gate
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention"], "linear_conv_kernel_dim": 4},
+    # window, a dense MLP beside the experts, soft-cap
+    "gemma4_text": {
+        "layer_types": ["sliding_attention"],
+        "num_experts_per_tok": None,
+        "hidden_act": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    # gated attention, partial rotary
+    "qwen3_next": {"layer_types": ["full_attention"], "linear_conv_kernel_dim": 4},
     # multipliers, fused shared MLP
     "granitemoeshared": {"shared_intermediate_size": 128},
 }
@@ -70,9 +75,12 @@ def config_of(model_type: str):
 
 @cache
 def programs(config, implementation: str | None):
-    """Prefill and decode, compiled once."""
+    """Prefill and decode, compiled once, without timing XLA's choices of small matmuls."""
     return [
-        jax.jit(partial(function, config=config, implementation=implementation))
+        jax.jit(
+            partial(function, config=config, implementation=implementation),
+            compiler_options={"xla_gpu_autotune_level": 0},
+        )
         for function in (decoder.prefill, decoder.decode)
     ]
 
