@@ -11,11 +11,10 @@ from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.random_model import DTYPE, Case
 from jax_moe_lora.models.cache import init_cache
-from jax_moe_lora.models.specs.gemma4 import Gemma4Attention
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.mla import MLA
 from jax_moe_lora.models.specs.mlp import RoutedMLP
-from jax_moe_lora.models.specs.model import Layer, ModelConfig, layer_parameters
+from jax_moe_lora.models.specs.model import Layer, ModelConfig, layer_parameters, sizes_of_attention
 
 
 def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings: Ceilings) -> float:
@@ -67,7 +66,7 @@ def _weights(layer: Layer, config: ModelConfig, rows: int) -> tuple[float, float
 
 def _attention(layer: Layer, case: Case) -> float:
     """Multiplications of scores and of values, of all requests."""
-    attention = layer.attention.heads if isinstance(layer.attention, Gemma4Attention) else layer.attention
+    attention = sizes_of_attention(layer)
     seen = float(case.length)
     if isinstance(attention, GQA):
         width = 2 * attention.num_heads * attention.head_dim

@@ -1,12 +1,12 @@
 """The models that are timed, as the configs of their checkpoints: the library and its peers read the same one."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jax_moe_lora.errors import ConfigError, InputError
 from jax_moe_lora.files.safetensors_io import read_json
-from jax_moe_lora.models.families.registry import family, wrapped
+from jax_moe_lora.models.config_file import parse_model_config
+from jax_moe_lora.models.families.registry import wrapped
 from jax_moe_lora.models.specs.model import ModelConfig
 
 _QWEN3 = {"model_type": "qwen3_moe", "hidden_act": "silu", "norm_topk_prob": True, "rope_theta": 1e6}
@@ -121,9 +121,4 @@ def raw_config(name: str, layers: int | None = None) -> dict[str, Any]:
 
 def model_config(name: str, layers: int | None = None) -> ModelConfig:
     """The config of a named model; see `raw_config`."""
-    return parse(raw_config(name, layers), name)
-
-
-def parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    """The fields as the library reads them."""
-    return family(raw.get("model_type"), source, raw).read_config(raw, None, source)
+    return parse_model_config(raw_config(name, layers), source=name)

@@ -42,10 +42,11 @@ def bench_model(
     out: Annotated[Path | None, typer.Option(help="Writes OUT.json, after each case.")] = None,
 ) -> None:
     """Time a whole model, random weights, adapters mixed in the batch: one decode step, and prefill."""
-    from jax_moe_lora.benchmark.models import parse, raw_config
+    from jax_moe_lora.benchmark.models import raw_config
+    from jax_moe_lora.models.config_file import parse_model_config
 
     raw = raw_config(model, layers)
-    config = parse(raw, model)
+    config = parse_model_config(raw, source=model)
     names = adapters or ["none", "s8r16"]
     if unknown := [name for name in names if name not in ADAPTERS]:
         raise InputError(f"adapters is {unknown[0]!r}; expected one of {', '.join(ADAPTERS)}.")

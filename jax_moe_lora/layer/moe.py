@@ -186,7 +186,7 @@ def routed_experts(
       weights: float32 `[T, K]`, router weights.
       chosen: int32 `[T, K]`, expert ids; one outside `0 .. E-1` is skipped.
       experts: all experts' weights.
-      config: sizes and activation (static).
+      config: sizes and activation (static). E may be less than K, where these are some of the experts.
       adapters: the layer's adapters; float32 pages beside 16-bit rows are rounded to these, and their gradients are
         float32.
       slots: int32 `[T]`, adapter slot of each token, `BASE_SLOT` for none.

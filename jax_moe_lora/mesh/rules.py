@@ -20,7 +20,7 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.models.blocks.partial_sums import EXPERT_AXIS, TENSOR_AXIS
 from jax_moe_lora.models.cache import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
-from jax_moe_lora.models.specs.model import ModelConfig, layer_parameters
+from jax_moe_lora.models.specs.model import ModelConfig, layer_parameters, sizes_of_attention
 from jax_moe_lora.models.specs.parameter import Axis, Parameter
 
 DATA_AXIS = "data"
@@ -115,7 +115,7 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 def _divided(config: ModelConfig) -> Iterator[tuple[int, str, int, tuple[str, ...]]]:
     """What a mesh may divide: layer, name, size and the mesh axes."""
     for index, layer in enumerate(config.layers):
-        attention = getattr(layer.attention, "heads", layer.attention)
+        attention = sizes_of_attention(layer)
         for row in layer_parameters(layer, config.hidden_size):
             for width, axis in zip(row.shape, row.axes, strict=True):
                 if axis in RULES:  # a head is not divided
@@ -174,8 +174,7 @@ def cache_specs(config: ModelConfig, mesh: Mesh, cache: Cache) -> Cache:
     def spec(path: tuple[Any, ...], leaf: Any) -> P:
         if leaf_name(path[0]) != "layers":
             return P(*batch)
-        attention = config.layers[path[1].idx].attention
-        behind = getattr(getattr(attention, "heads", attention), "cache_axes", ())
+        behind = getattr(sizes_of_attention(config.layers[path[1].idx]), "cache_axes", ())
         return P(*batch, *spec_of(behind, mesh))
 
     return jax.tree.map_with_path(spec, cache)

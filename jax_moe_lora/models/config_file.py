@@ -1,8 +1,10 @@
 """The config of a checkpoint folder."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.files.safetensors_io import read_json
@@ -25,7 +27,22 @@ def read_model_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json", ConfigError)
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None
-    source = str(folder / "config.json")
+    return parse_model_config(raw, generation, str(folder / "config.json"))
+
+
+def parse_model_config(
+    raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None, source: str = "config.json"
+) -> ModelConfig:
+    """The model's config, of what its files say.
+
+    Args:
+      raw: `config.json`.
+      generation: `generation_config.json`, where there is one.
+      source: what errors call the first.
+
+    Raises:
+      ConfigError: a field that is missing, malformed, not supported or not understood, by name.
+    """
     text = wrapped(raw, source)
     config = family(text.get("model_type"), source, text).read_config(text, generation, source)
     return config if text is raw else replace(config, wrapped=True)

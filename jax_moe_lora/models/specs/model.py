@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.models.quantised.settings import Quantisation
@@ -63,6 +63,11 @@ class LayerSpec:
 
 Layer = LayerSpec | Gemma4Layer
 """A decoder layer, arranged as most are or in a way of its own."""
+
+
+def sizes_of_attention(layer: Layer) -> Any:
+    """What says the heads of a layer's attention: its spec, or that inside of Gemma 4's."""
+    return getattr(layer.attention, "heads", layer.attention)
 
 
 @dataclass(frozen=True)
