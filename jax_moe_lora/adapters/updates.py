@@ -76,8 +76,9 @@ def write_rows(
 
 
 def placement_of(array: Array) -> NamedSharding | None:
-    """Where an array is on a mesh; None for one on the default device."""
-    return array.sharding if isinstance(array.sharding, NamedSharding) else None
+    """Where an array is on a mesh; None for one on the default device, and inside of a trace."""
+    placement = None if isinstance(array, jax.core.Tracer) else array.sharding
+    return placement if isinstance(placement, NamedSharding) else None
 
 
 def chunk_placement(pool: Sharding | None, columns: bool) -> tuple[NamedSharding, NamedSharding] | None:
