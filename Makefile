@@ -1,7 +1,7 @@
 # Everything installs into .venv of this clone; uv is used, and installed into .uv where it is missing.
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 PYTHON := .venv/bin/python
-EXTRAS := text,chat,plots,export,tensorboard,wandb,test,parity,notebooks,bench,docs
+EXTRAS := text,chat,plots,tensorboard,wandb,test,parity,notebooks,bench,docs
 JAX := $(shell sed -n 's/^jax==//p' constraints.txt)
 INSTALL := $(UV) pip install --quiet --constraint constraints.txt
 # One BLAS thread a test worker: two workers share two cores.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_MOE_LORA_PROGRAMS"] = ""  # tests replace functions, which kept programs would not see
 os.environ.setdefault("NPROC", "16")  # the GPU interpreter needs a thread for each warpgroup; read when jax starts
 
 if os.environ["JAX_PLATFORMS"] == "cpu":

@@ -125,10 +125,11 @@ def write_file(path: Path, text: str) -> None:
 
 
 def keep_compiled_programs() -> None:
-    """Keeps compiled programs for the next run, where nobody has named another folder. Before jax is imported."""
+    """Keeps programs for the next run, where nobody has named another folder. Before jax is imported."""
     with suppress(RuntimeError):  # a user without a home
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "jax_moe_lora"))
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jax_moe_lora"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches))
+        os.environ.setdefault("JAX_MOE_LORA_PROGRAMS", str(caches / "programs"))
 
 
 def command_line() -> str:

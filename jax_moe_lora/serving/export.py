@@ -69,8 +69,7 @@ def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None, sms:
       The program, the names of its arrays, and the number of SMs.
 
     Raises:
-      InputError: the model is on a mesh, `sms` is not a positive whole number, or flatbuffers, which the format needs,
-        is not installed.
+      InputError: the model is on a mesh, or `sms` is not a positive whole number.
     """
     sms = target_sms() if sms is None else whole("sms", sms, 1)
     if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(fn.params)):
@@ -92,11 +91,7 @@ def export_decode(fn: Functional, platforms: tuple[str, ...] | None = None, sms:
     checks = [export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")]
     with lowering_sms(sms):
         exported = export.export(step, platforms=platforms, disabled_checks=checks)(*shapes)
-    try:
-        program = bytes(exported.serialize())
-    except ImportError as error:
-        raise InputError("Exporting needs flatbuffers, which is not installed; install the `export` extra.") from error
-    return Step(program, inputs, (*_names({"cache": cache}), "logits"), sms)
+    return Step(bytes(exported.serialize()), inputs, (*_names({"cache": cache}), "logits"), sms)
 
 
 def _names(trees: dict[str, Any]) -> tuple[str, ...]:

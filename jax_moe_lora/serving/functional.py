@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax_moe_lora.models import cache_rows, decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.serving.kept_programs import keeps, kept
 from jax_moe_lora.serving.loop_checks import check_cache, check_prompts, check_room, check_rows
 from pallas_kernels.ops import BASE_SLOT, Implementation
 
@@ -92,15 +94,25 @@ def functions(config: ModelConfig, implementation: Implementation | None, mesh: 
       mesh: the devices that the model is split over; None for the default one.
     """
 
-    def jitted(step: CacheStep) -> CacheStep:
-        return jax.jit(partial(step, config=config, implementation=implementation), donate_argnums=2)
+    def jitted(step: CacheStep, name: str) -> CacheStep:
+        options = {"config": config, "implementation": implementation}
+        plain = jax.jit(partial(step, **options), donate_argnums=2)
+
+        @partial(jax.jit, donate_argnums=2)
+        def of_a_file(*arrays):
+            return kept(step, name, arrays, mesh=mesh, **options)
+
+        def run(*arrays):
+            return (of_a_file if keeps(mesh) and not _traced(arrays) else plain)(*arrays)
+
+        return run
 
     def of_rows(step: CacheStep, read: CacheStep) -> CacheStep:
         def changed(*arguments, **static):
             cache, logits = step(*arguments, read=over_mesh(read, mesh), **static)
             return split_cache(cache, config, mesh), logits
 
-        run = jitted(changed)
+        run = jitted(changed, step.__name__)
 
         def call(params, bank, cache, rows, tokens, lengths, slots):
             check_cache(cache)
@@ -112,7 +124,9 @@ def functions(config: ModelConfig, implementation: Implementation | None, mesh: 
 
         return call
 
-    run_prefill, run_decode = (jitted(over_mesh(step, mesh)) for step in (decoder.prefill, decoder.decode))
+    run_prefill, run_decode = (
+        jitted(over_mesh(step, mesh), step.__name__) for step in (decoder.prefill, decoder.decode)
+    )
     run_free = jax.jit(cache_rows.free_rows, donate_argnums=0)
 
     def prefill(params, bank, cache, tokens, lengths, slots):
@@ -138,6 +152,11 @@ def functions(config: ModelConfig, implementation: Implementation | None, mesh: 
         append_rows=of_rows(cache_rows.append_rows, decoder.append),
         free_rows=free_rows,
     )
+
+
+def _traced(arrays: Any) -> bool:
+    """Whether the arrays are those of somebody's `jit`, `grad` or `vmap`: a kept program has no gradient."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arrays))
 
 
 def _check(bank: AdapterBank | None, slots: Array) -> None:

@@ -14,6 +14,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache, Routing
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.serving.kept_programs import kept
 from jax_moe_lora.serving.sampling import (
     Sampling,
     TokenCounts,
@@ -62,6 +63,19 @@ def start(
     routed: bool = False,
 ) -> tuple[Cache, DrawnTokens]:
     """Prefill and the first token."""
+    return kept(
+        partial(_start, mesh=mesh),
+        "start",
+        (params, bank, cache, tokens, lengths, slots, sampling),
+        mesh=mesh,
+        config=config,
+        implementation=implementation,
+        scored=scored,
+        routed=routed,
+    )
+
+
+def _start(params, bank, cache, tokens, lengths, slots, sampling, *, config, implementation, mesh, scored, routed):
     cache, logits, routing = over_mesh(decoder.prefill_routed, mesh)(
         params, bank, cache, tokens, lengths, slots, config=config, implementation=implementation, keep_routing=routed
     )
@@ -92,6 +106,21 @@ def advance(
     routed: bool = False,
 ) -> tuple[Cache, DrawnTokens]:
     """One decode step and the token after it, whose place in each answer is `index`."""
+    return kept(
+        partial(_advance, mesh=mesh),
+        "advance",
+        (params, bank, cache, tokens, slots, sampling, index, counts),
+        mesh=mesh,
+        config=config,
+        implementation=implementation,
+        scored=scored,
+        routed=routed,
+    )
+
+
+def _advance(
+    params, bank, cache, tokens, slots, sampling, index, counts, *, config, implementation, mesh, scored, routed
+):
     cache, logits, routing = over_mesh(decoder.decode_routed, mesh)(
         params, bank, cache, tokens, slots, config=config, implementation=implementation, keep_routing=routed
     )

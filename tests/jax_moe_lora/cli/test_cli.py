@@ -282,11 +282,13 @@ def test_no_arguments_show_the_help():
 )
 def test_compiled_programs_are_kept_between_runs_but_for_benchmarks(monkeypatch, tmp_path, command, given, kept):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    if given is not None:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    for variable in ("JAX_COMPILATION_CACHE_DIR", "JAX_MOE_LORA_PROGRAMS"):
+        monkeypatch.delenv(variable, raising=False)
+        if given is not None:
+            monkeypatch.setenv(variable, given)
     monkeypatch.setattr(sys, "argv", ["jax-moe-lora", command, "--no-such-option"])
     with pytest.raises(SystemExit):
         main()
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    assert folder == (kept and kept.replace("CACHES", str(tmp_path)))
+    folder = kept and kept.replace("CACHES", str(tmp_path))
+    assert os.environ.get("JAX_COMPILATION_CACHE_DIR") == folder
+    assert os.environ.get("JAX_MOE_LORA_PROGRAMS") == (folder if given else folder and f"{folder}/programs")
