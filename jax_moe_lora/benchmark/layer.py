@@ -21,7 +21,7 @@ from pallas_kernels.ops import Implementation
 
 LAYERS_A_CALL = 8
 WRONG = 2e-2  # relative error of a wrong result; bfloat16, and peers that round more often, stay below 1e-2
-MOST_CALLS, ENOUGH_S = 16, 10e-3  # calls are queued until they take this long, so that dispatch does not count
+MOST_CALLS, ENOUGH_S = 1024, 60e-3  # calls are queued until they take this long: of 10 ms, starting and waiting counts
 Method = Literal["both", "loop", "queue"]
 ResultRow = dict[str, Any]
 """The figures of one cell by their names, or `error`: a row of the tables that a benchmark writes."""

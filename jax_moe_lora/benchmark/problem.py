@@ -1,5 +1,6 @@
 """A routed layer with adapters for timing: random weights and pages on the device, routing drawn at random."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -75,14 +76,15 @@ class Problem:
         Raises:
           InputError: `routing` or `slots` is unknown.
         """
-        rng = np.random.default_rng(seed)
-        chosen = choose_experts(routing, tokens, self.config.num_experts, self.config.top_k, rng)
-        gates = rng.dirichlet(np.ones(self.config.top_k), tokens).astype(np.float32)
-        of_token = choose_slots(slots, tokens, spec, rng)
+        drawn = draw(self.config.num_experts, self.config.top_k, tokens, routing, spec, slots, seed)
         x = jax.random.normal(jax.random.key(seed), (tokens, self.config.hidden_size), self.x.dtype)
-        return replace(
-            self, x=x, weights=jnp.asarray(gates), chosen=jnp.asarray(chosen, jnp.int32), slots=jnp.asarray(of_token)
-        )
+        weights, chosen, of_token = (jnp.asarray(array) for array in (drawn.weights, drawn.chosen, drawn.slots))
+        return replace(self, x=x, weights=weights, chosen=chosen, slots=of_token)
+
+    @property
+    def draw(self) -> "Draw":
+        """What was drawn, on the host."""
+        return Draw(*(np.asarray(array) for array in (self.chosen, self.slots, self.weights)))
 
     def moved_bytes(self) -> float:
         """Bytes of the weights and pages in use, each counted once."""
@@ -171,6 +173,51 @@ def _adapters(e: int, hidden: int, inner: int, lora: AdapterMix, dtype: str) -> 
         tables[module] = jnp.asarray(table)
         scales[module] = jnp.full((lora.slots, e), 0.5, jnp.float32)
     return LayerPages(pools, tables, scales, tuple(places), int(ranks.max()))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Who goes where, the same for all engines of a cell.
+
+    Attributes:
+      chosen: int32 `[T, K]`, the experts of each token.
+      slots: int32 `[T]`, its adapter slot; -1 for none.
+      weights: float32 `[T, K]`, the router's weights.
+    """
+
+    chosen: np.ndarray
+    slots: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """What two equal draws have in common."""
+        arrays = (np.ascontiguousarray(array).tobytes() for array in (self.chosen, self.slots, self.weights))
+        return hashlib.sha256(b"".join(arrays)).hexdigest()[:12]
+
+
+def draw(experts: int, top_k: int, tokens: int, routing: str, spec: AdapterMix, slots: str, seed: int = 0) -> Draw:
+    """Draws experts, weights and slots, on the host.
+
+    Args:
+      experts: E.
+      top_k: K.
+      tokens: T.
+      routing: how experts are drawn, see `choose_experts`.
+      spec: the adapters that the tokens may use.
+      slots: how slots are drawn, see `choose_slots`.
+      seed: of all that is drawn.
+
+    Returns:
+      The draw.
+
+    Raises:
+      InputError: `routing` or `slots` is unknown.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = choose_experts(routing, tokens, experts, top_k, rng)
+    weights = rng.dirichlet(np.ones(top_k), tokens).astype(np.float32)
+    return Draw(chosen, choose_slots(slots, tokens, spec, rng), weights)
 
 
 def choose_experts(routing: str, tokens: int, experts: int, top_k: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a benchmark writes: a CSV of figures, a JSON that also says where and how, and a comparison with peers."""
+"""What a benchmark writes: a CSV of figures, a JSON that also says where and how, and what was drawn."""
 
 import csv
 import io
@@ -11,17 +11,23 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import METHOD, ResultRow
+from jax_moe_lora.benchmark.problem import draw
 from jax_moe_lora.devices import require_device
 from jax_moe_lora.errors import InputError
 from pallas_kernels.hopper import tuned_file
+from pallas_kernels.specs import ADAPTERS, LAYERS
 
-PEER_COLUMNS = ("shape", "tokens", "adapters", "engine", "layer_us", "floor_us", "rel_err")
-COLUMNS = (*PEER_COLUMNS, "min_us", "max_us", "compile_s", "routing", "slots")
-CELL = ("shape", "tokens", "adapters", "engine", "routing", "slots")
-Peers = dict[tuple[str, int, str], dict[str, float]]
-"""(shape, tokens, adapters) -> engine -> microseconds."""
+MEASURED = ("shape", "tokens", "adapters", "engine", "layer_us", "floor_us", "rel_err", "min_us", "max_us", "compile_s")
+DRAWN = ("routing", "slots", "hit_experts", "draw")
+COMPARED = ("best_peer", "times_as_fast")
+COLUMNS = (*MEASURED, *DRAWN, *COMPARED)
+CELL = ("shape", "tokens", "adapters", "routing", "slots")
+"""What the engines of a table have in common. `draw` says whether they also had the same rows."""
+OURS = "jax_moe_lora"
 
 
 def write_csv(rows: Sequence[ResultRow]) -> str:
@@ -116,52 +122,72 @@ def read_earlier(path: Path) -> EarlierResults:
 
 def merge(old: Sequence[ResultRow], new: Sequence[ResultRow]) -> list[ResultRow]:
     """The old rows without the cells that were measured again, followed by the new rows."""
-    again = {tuple(row.get(name) for name in CELL) for row in new}
-    return [row for row in old if tuple(row.get(name) for name in CELL) not in again] + list(new)
+
+    def place(row: ResultRow) -> tuple[Any, ...]:
+        return (row["engine"], *(row.get(name) for name in CELL))
+
+    again = {place(row) for row in new}
+    return [row for row in old if place(row) not in again] + list(new)
 
 
-def read_peers(path: Path) -> Peers:
-    """Reads the times of other engines.
+def compared(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """The rows; ours say which other engine was fastest on the same draw, and how many times our time it took.
 
     Args:
-      path: a CSV file with the columns of `PEER_COLUMNS`.
+      rows: those of one run, or of runs that one file holds.
 
     Returns:
-      The times.
-
-    Raises:
-      InputError: a column is missing.
+      The rows in their order.
     """
-    peers: Peers = {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if missing := set(PEER_COLUMNS[:5]) - set(reader.fieldnames or ()):
-            raise InputError(f"{path} has no column {', '.join(sorted(missing))}; expected {', '.join(PEER_COLUMNS)}.")
-        for row in reader:
-            key = row["shape"], int(row["tokens"]), row["adapters"]
-            peers.setdefault(key, {})[row["engine"]] = float(row["layer_us"])
-    return peers
+    peers: dict[tuple[Any, ...], list[ResultRow]] = {}
+    for row in rows:
+        if not row["engine"].startswith(OURS) and "error" not in row:
+            peers.setdefault(_drawn(row), []).append(row)
+    return [_beside(row, peers.get(_drawn(row), ())) for row in rows]
 
 
-def peers_of(row: ResultRow, peers: Peers) -> dict[str, float]:
-    """The peers' times for a row's cell; they were measured with uniform routing and slots only."""
-    if (row["routing"], row["slots"]) != ("uniform", "uniform"):
-        return {}
-    return peers.get((row["shape"], row["tokens"], row["adapters"]), {})
+def _drawn(row: ResultRow) -> tuple[Any, ...]:
+    return (row.get("draw"), *(row.get(name) for name in CELL))
 
 
-def summary(rows: Iterable[ResultRow], peers: Peers, engine: str) -> list[str]:
+def _beside(row: ResultRow, peers: Sequence[ResultRow]) -> ResultRow:
+    row = {name: value for name, value in row.items() if name not in COMPARED}
+    if not peers or not row["engine"].startswith(OURS) or "error" in row:
+        return row
+    best = min(peers, key=lambda peer: peer["layer_us"])
+    return row | {"best_peer": best["engine"], "times_as_fast": round(best["layer_us"] / row["layer_us"], 3)}
+
+
+def write_draws(rows: Sequence[ResultRow]) -> bytes:
+    """What was drawn for the rows, as an `.npz` file: for engines that are not of this library.
+
+    Args:
+      rows: their cells. A row whose draw is not what is drawn today is left out.
+
+    Returns:
+      The file: `DRAW.chosen` `[T, K]`, `DRAW.slots` `[T]` and `DRAW.weights` `[T, K]` for each `draw` of the rows.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for row in rows:
+        size = LAYERS[row["shape"]]
+        cell = size.num_experts, size.top_k, row["tokens"], row["routing"], ADAPTERS[row["adapters"]], row["slots"]
+        if f"{row.get('draw')}.chosen" not in arrays and (drawn := draw(*cell)).digest == row.get("draw"):
+            arrays |= {f"{drawn.digest}.{name}": value for name, value in vars(drawn).items()}
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def summary(rows: Iterable[ResultRow]) -> list[str]:
     """Sentences that sum up a sweep.
 
     Args:
-      rows: the rows of the sweep.
-      peers: the times of other engines.
-      engine: the engine to compare with.
+      rows: as `compared` gives them.
 
     Returns:
-      A sentence about the share of the floor's speed, and one about each comparison with `engine`.
+      A sentence about the share of the floor's speed, and one about each comparison with the best peers.
     """
-    measured = [row for row in rows if "error" not in row and row["engine"] == "jax_moe_lora"]
+    measured = [row for row in rows if "error" not in row and row["engine"] == OURS]
     if not measured:
         return []
     reached = _geometric_mean(row["floor_us"] / row["layer_us"] for row in measured)
@@ -170,18 +196,18 @@ def summary(rows: Iterable[ResultRow], peers: Peers, engine: str) -> list[str]:
         f"{reached:.2f} of the floor's speed (geometric mean of {len(measured)} cells); "
         f"least {worst['floor_us'] / worst['layer_us']:.2f}: {_cell(worst)}."
     ]
-    both = [(peers_of(row, peers)[engine] / row["layer_us"], row) for row in measured if engine in peers_of(row, peers)]
+    both = [row for row in measured if "times_as_fast" in row]
     for what, some in (
-        ("without adapters", [pair for pair in both if pair[1]["adapters"] == "none"]),
-        ("with adapters", [pair for pair in both if pair[1]["adapters"] != "none"]),
+        ("without adapters", [row for row in both if row["adapters"] == "none"]),
+        ("with adapters", [row for row in both if row["adapters"] != "none"]),
     ):
         if some:
-            slower = [
-                f"{_cell(row)} ({ratio:.2f})" for ratio, row in sorted(some, key=lambda pair: pair[0]) if ratio < 1
-            ]
+            ordered = sorted(some, key=lambda row: row["times_as_fast"])
+            slower = [f"{_cell(row)} ({row['times_as_fast']:.2f})" for row in ordered if row["times_as_fast"] < 1]
             lines.append(
-                f"{_geometric_mean(ratio for ratio, _ in some):.2f} times as fast as {engine} {what} (geometric mean "
-                f"of {len(some)} cells); slower in {len(slower)}{': ' + ', '.join(slower) if slower else ''}."
+                f"{_geometric_mean(row['times_as_fast'] for row in some):.2f} times as fast as the best peer {what} "
+                f"(geometric mean of {len(some)} cells); slower in {len(slower)}"
+                f"{': ' + ', '.join(slower) if slower else ''}."
             )
     return lines
 

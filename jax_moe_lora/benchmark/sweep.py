@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import numpy as np
 
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import MeasureRow, Method, ResultRow, compile_layer, floor_us, library_layer
@@ -114,6 +115,8 @@ def sweep(
                     for engine in engines:
                         if not engine.why_not(name):
                             cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
+                            cell |= {"routing": cells.routing, "slots": cells.slots}
+                            cell |= {"hit_experts": len(np.unique(drawn.chosen)), "draw": drawn.draw.digest}
                             started.append((cell, partial(floor_us, drawn), pool.submit(engine.prepare, drawn, method)))
             pool.shutdown(wait=True)  # a compilation during a measurement would slow it
             started.reverse()
@@ -122,7 +125,7 @@ def sweep(
                 while started:
                     cell, floor, future = started.pop()  # which frees what it holds once it is measured
                     cell |= {"floor_us": round(floor(limits), 1)}
-                    yield cell | _guarded(future, repeats) | {"routing": cells.routing, "slots": cells.slots}
+                    yield cell | _guarded(future, repeats)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from pallas_kernels.specs import ADAPTERS, LAYERS, TOKENS
 if TYPE_CHECKING:
     from jax_moe_lora.benchmark.ceilings import Ceilings
 
-VLLM = "vllm-0.33.0-triton"  # as the peers' CSV calls it
 PEERS = ("ragged_dot", "tokamax", "torch_grouped_mm", "transformers_peft")
 
 
@@ -37,14 +36,16 @@ def bench(
     peer: Annotated[list[str] | None, typer.Option(help=f"Time it too: of {', '.join(PEERS)}; repeat.")] = None,
     method: Annotated[str, typer.Option(help="loop, queue, or both (twice the compilations): the smaller.")] = "both",
     repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
-    out: Annotated[Path | None, typer.Option(help="Writes OUT.csv and OUT.json, and OUT.png with --plot.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Writes OUT.csv, OUT.json and OUT.npz (what was drawn), and OUT.png with --plot."),
+    ] = None,
     keep: Annotated[
         bool,
         typer.Option(
             "--keep", help="Keep the other cells that OUT.json has. Several runs with one OUT may go together."
         ),
     ] = False,
-    peers: Annotated[Path | None, typer.Option(help="CSV with these columns, to compare with.")] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Needs the plots extra.")] = False,
 ) -> None:
     """Time the layer with adapters: from x, router weights and expert ids to y, beside its floor.
@@ -58,8 +59,7 @@ def bench(
     from jax_moe_lora.benchmark.roofline import save_roofline
     from jax_moe_lora.benchmark.sweep import Cells, ThisLibrary, in_turn, sweep
 
-    _check(out, {"plot": plot, "keep": keep}, method, peers, implementation)
-    known = report.read_peers(peers) if peers else {}
+    _check(out, {"plot": plot, "keep": keep}, method, implementation)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
     turns = out.parent if out and keep else None
@@ -80,8 +80,9 @@ def bench(
         report_progress(row)
         if out is not None:  # after each row: a sweep that is cut off keeps what it has
             all_rows = _write(out, rows, head, keep)
-    table = _table(rows, known)
-    table.caption = "\n".join(report.summary(rows, known, VLLM))
+    rows = report.compared(rows)
+    table = _table(rows)
+    table.caption = "\n".join(report.summary(rows))
     console().print(table)
     if plot and out is not None:
         alike = [row for row in all_rows if (row["routing"], row["slots"]) == (routing, slots)]
@@ -108,30 +109,25 @@ def _write(out: Path, rows: list[dict[str, Any]], head: dict[str, Any], keep: bo
         head = head | {"ceilings": asdict(ceilings)}
     if len(rows) == 1 or not keep:  # else this run's command is among those that were read
         commands = [*commands, command_line()]
-    all_rows = report.merge(old, rows)
+    all_rows = report.compared(report.merge(old, rows))
     write_file(result_file(out, ".csv"), report.write_csv(all_rows))
+    write_file(result_file(out, ".npz"), report.write_draws(all_rows))
     write_file(result_file(out, ".json"), report.write_json(all_rows, head | {"commands": commands}))
     return all_rows
 
 
-def _check(
-    out: Path | None, need_out: dict[str, bool], method: str, peers: Path | None, implementation: str | None
-) -> None:
+def _check(out: Path | None, need_out: dict[str, bool], method: str, implementation: str | None) -> None:
     """Refuses options that cannot be, before the work."""
     for name, given in need_out.items():
         if given and out is None:
             raise InputError(f"--{name} came without --out; give the name that the files start with.")
     if method not in ("both", "loop", "queue"):
         raise InputError(f"--method is {method!r}; expected both, loop or queue.")
-    if peers is not None and not peers.is_file():
-        raise InputError(f"There is no file {peers}; give a CSV with the columns of bench's own.")
     check_implementation(implementation)
 
 
-def _table(rows: list[dict[str, Any]], known: Any) -> Table:
-    """`times as fast`: the best peer's time over ours."""
-    from jax_moe_lora.benchmark.report import peers_of
-
+def _table(rows: list[dict[str, Any]]) -> Table:
+    """`times as fast`: the time of the best peer on the same draw over ours."""
     table = Table(
         "shape",
         "adapters",
@@ -143,7 +139,7 @@ def _table(rows: list[dict[str, Any]], known: Any) -> Table:
         "error",
         title="One layer",
     )
-    for title in ("best peer", "its us", "times as fast"):
+    for title in ("best peer", "times as fast"):
         table.add_column(title)
     for row in rows:
         cells = [row["shape"], row["adapters"], row["tokens"], row["engine"]]
@@ -151,8 +147,7 @@ def _table(rows: list[dict[str, Any]], known: Any) -> Table:
             table.add_row(*map(str, cells), "failed", "", "", row["error"])
             continue
         cells += [row["layer_us"], row["floor_us"], f"{row['floor_us'] / row['layer_us']:.2f}", f"{row['rel_err']:.1e}"]
-        if peers := peers_of(row, known):
-            best = min(peers, key=lambda name: peers[name])
-            cells += [best, peers[best], f"{peers[best] / row['layer_us']:.2f}"]
+        if "best_peer" in row:
+            cells += [row["best_peer"], f"{row['times_as_fast']:.2f}"]
         table.add_row(*map(str, cells))
     return table

@@ -114,14 +114,14 @@ def report_progress(row: Mapping[str, Any]) -> None:
     sys.stderr.write(f"{', '.join(shown)}\n")
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Writes a file that an option names, whole or not at all.
 
     Raises:
       InputError: the system refuses to write.
     """
     with writing_to(path):
-        whole_file(path, text)
+        whole_file(path, content)
 
 
 def keep_compiled_programs() -> None:

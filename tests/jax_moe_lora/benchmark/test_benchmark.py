@@ -77,6 +77,11 @@ def test_bench_writes_the_peers_columns_and_how_it_was_measured(tmp_path):
     assert 0 < float(row["rel_err"]) < WEIGHTS_ARE_BFLOAT16
     about = json.loads((tmp_path / "some" / "cpu.json").read_text())
     assert {"device", "date", "versions", "commands", "method", "ceilings", "tuned", "rows"} <= about.keys()
+    problem = drawn("mixed", 3)
+    assert int(row["hit_experts"]) == len(np.unique(problem.chosen))
+    draws = np.load(tmp_path / "some" / "cpu.npz")
+    for name, array in (("chosen", problem.chosen), ("slots", problem.slots), ("weights", problem.weights)):
+        assert np.array_equal(draws[f"{row['draw']}.{name}"], array)
 
 
 @pytest.mark.slow
@@ -202,12 +207,7 @@ def test_bad_options_are_one_sentence(wrong, message):
         bench(**SMALL | wrong)
 
 
-def test_peers_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"There is no file .*peers.csv"):
-        bench(**SMALL, peers=tmp_path / "peers.csv")
-    (tmp_path / "peers.csv").write_text("shape,tokens\n")
-    with pytest.raises(InputError, match="has no column adapters, engine, layer_us"):
-        bench(**SMALL, peers=tmp_path / "peers.csv")
+def test_results_of_another_command_are_not_added_to(tmp_path):
     (tmp_path / "cpu.json").write_text("{}")
     with pytest.raises(InputError, match="holds no results of this command"):
         bench(**SMALL, out=tmp_path / "cpu", keep=True)
@@ -215,23 +215,29 @@ def test_peers_that_are_not_there_are_named(tmp_path):
 
 def row(adapters: str, tokens: int, reached: float, **more) -> report.ResultRow:
     cell = {"shape": "olmoe", "adapters": adapters, "tokens": tokens, "engine": "jax_moe_lora", "layer_us": reached}
-    return cell | {"floor_us": 50.0, "rel_err": 1e-3, "routing": "uniform", "slots": "uniform"} | more
+    return cell | {"floor_us": 50.0, "rel_err": 1e-3, "routing": "uniform", "slots": "uniform", "draw": "d"} | more
 
 
-def test_the_summary_compares_only_cells_that_both_have(tmp_path):
-    path = tmp_path / "peers.csv"
-    cells = ["olmoe,1,none,vllm,100,50,0", "olmoe,8,none,vllm,50,50,0", "olmoe,8,none,torch,40,50,0"]
-    path.write_text("\n".join([",".join(PEER_COLUMNS), *cells]))
-    peers = report.read_peers(path)
-    rows = [row("none", 1, 50.0), row("none", 8, 100.0), row("none", 9, 1.0), row("none", 1, 9.0, slots="one")]
-    rows.append(row("none", 512, 1.0, error="lost"))
-    floor, against = report.summary(rows[:2], peers, "vllm")
+def test_a_row_is_compared_with_the_best_peer_on_the_same_draw_alone():
+    ours = [row("none", 1, 50.0), row("none", 8, 100.0), row("none", 9, 1.0), row("none", 1, 9.0, slots="one")]
+    peers = [
+        row("none", 1, 100.0, engine="torch"),
+        row("none", 8, 80.0, engine="torch"),
+        row("none", 8, 50.0, engine="vllm"),
+        row("none", 8, 1.0, engine="vllm", error="lost"),
+        row("none", 9, 2.0, engine="torch", draw="another"),
+    ]
+    rows = report.compared([*ours, row("none", 512, 1.0, error="lost"), *peers])
+    assert [(r.get("best_peer"), r.get("times_as_fast")) for r in rows[:2]] == [("torch", 2.0), ("vllm", 0.5)]
+    assert not any("best_peer" in r for r in rows[2:])
+    assert report.compared(rows) == rows
+    floor, against = report.summary(rows[:2])
     assert floor.startswith("0.71 of the floor's speed (geometric mean of 2 cells); least 0.50: olmoe none T=8")
     assert against == (
-        "1.00 times as fast as vllm without adapters (geometric mean of 2 cells); slower in 1: olmoe none T=8 (0.50)."
+        "1.00 times as fast as the best peer without adapters (geometric mean of 2 cells); "
+        "slower in 1: olmoe none T=8 (0.50)."
     )
-    assert report.summary(rows, peers, "vllm")[1] == against
-    assert report.peers_of(rows[1], peers) == {"vllm": 50.0, "torch": 40.0}
+    assert report.summary(rows)[1] == against
 
 
 @pytest.mark.slow
