@@ -17,6 +17,7 @@ from jax_moe_lora.cli.generate import generate
 from jax_moe_lora.cli.inspect import inspect
 from jax_moe_lora.cli.options import keep_compiled_programs
 from jax_moe_lora.cli.parity import parity
+from jax_moe_lora.cli.scaling import scaling
 from jax_moe_lora.cli.train import train
 from jax_moe_lora.cli.tune import tune
 from jax_moe_lora.cli.validate import validate
@@ -60,6 +61,7 @@ for command in (
     generate,
     inspect,
     parity,
+    scaling,
     validate,
 ):
     app.command()(command)

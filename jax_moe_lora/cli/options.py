@@ -15,7 +15,10 @@ from jax_moe_lora.files.folders import whole_file, writing_to
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-MODEL_HELP = "One of qwen3-30b-a3b, gpt-oss-20b, qwen3.5-35b-a3b and tiny, or a folder with a config.json."
+MODEL_HELP = (
+    "One of qwen3-30b-a3b, qwen3-235b-a22b, deepseek-v3, gpt-oss-20b, qwen3.5-35b-a3b and tiny, or a folder with a "
+    "config.json."
+)
 Mesh = Annotated[
     str | None,
     typer.Option(help="Devices to split the model over, such as data=2,expert=4 (also: tensor)."),

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_moe_lora.adapters.lora import Site, SplitWidth
@@ -23,6 +23,8 @@ from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
 from jax_moe_lora.models.specs.model import ModelConfig, layer_parameters, sizes_of_attention
 from jax_moe_lora.models.specs.parameter import Axis, Parameter
 
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or the sizes of its axes alone."""
 DATA_AXIS = "data"
 AXES = (DATA_AXIS, EXPERT_AXIS, TENSOR_AXIS)
 RULES: Mapping[Axis, tuple[str, ...]] = {
@@ -58,7 +60,7 @@ def make_mesh(mesh: str | Mesh | None) -> Mesh | None:
         sizes = dict(mesh.shape)
         _check_axes(sizes, mesh)
         return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(sizes))
-    sizes = _parse(mesh)
+    sizes = parse_mesh(mesh)
     devices, count = jax.devices(), math.prod(sizes.values())
     if count > len(devices):
         raise InputError(f"mesh {mesh!r} needs {count} devices; jax has {len(devices)} here ({devices[0].platform}).")
@@ -67,7 +69,15 @@ def make_mesh(mesh: str | Mesh | None) -> Mesh | None:
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def _parse(text: Any) -> dict[str, int]:
+def parse_mesh(text: Any) -> dict[str, int]:
+    """The sizes that text names, such as `"data=2,expert=4"`.
+
+    Args:
+      text: AXIS=SIZE, several with commas between them.
+
+    Raises:
+      InputError: another form, or an axis that is not known or named twice.
+    """
     if not isinstance(text, str):
         raise InputError(f"mesh is of type {type(text).__name__}; expected text such as 'data=2,expert=4', or a Mesh.")
     sizes: dict[str, int] = {}
@@ -88,12 +98,12 @@ def _check_axes(sizes: Mapping[str, int], mesh: Any) -> None:
             raise InputError(f"mesh {mesh!r} has the axis {axis!r}; expected some of {', '.join(AXES)}.")
 
 
-def parts(mesh: Mesh, axis: str) -> int:
+def parts(mesh: AnyMesh, axis: str) -> int:
     """Parts along an axis of the mesh; 1 where it has no such axis."""
     return mesh.shape.get(axis, 1)
 
 
-def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+def check_mesh(config: ModelConfig, mesh: AnyMesh) -> None:
     """Refuses a mesh that does not divide the model, before anything is allocated.
 
     Args:
@@ -114,8 +124,8 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
 
 def _divided(config: ModelConfig) -> Iterator[tuple[int, str, int, tuple[str, ...]]]:
     """What a mesh may divide: layer, name, size and the mesh axes."""
-    for index, layer in enumerate(config.layers):
-        attention = sizes_of_attention(layer)
+    for layer in config.kinds:
+        index, attention = config.layers.index(layer), sizes_of_attention(layer)
         for row in layer_parameters(layer, config.hidden_size):
             for width, axis in zip(row.shape, row.axes, strict=True):
                 if axis in RULES:  # a head is not divided
@@ -124,7 +134,7 @@ def _divided(config: ModelConfig) -> Iterator[tuple[int, str, int, tuple[str, ..
                     yield index, _NAMES[axis], size, RULES[axis]
 
 
-def spec_of(axes: tuple[Axis | None, ...], mesh: Mesh) -> P:
+def spec_of(axes: tuple[Axis | None, ...], mesh: AnyMesh) -> P:
     """How an array is split.
 
     Args:
@@ -134,7 +144,7 @@ def spec_of(axes: tuple[Axis | None, ...], mesh: Mesh) -> P:
     return P(*(mesh_axes(axis, mesh) or None for axis in axes))
 
 
-def mesh_axes(axis: Axis | None, mesh: Mesh) -> tuple[str, ...]:
+def mesh_axes(axis: Axis | None, mesh: AnyMesh) -> tuple[str, ...]:
     """The axes of the mesh that split a logical axis, those of one part left out."""
     return tuple(name for name in (RULES.get(axis, ()) if axis else ()) if parts(mesh, name) > 1)
 
@@ -180,7 +190,7 @@ def cache_specs(config: ModelConfig, mesh: Mesh, cache: Cache) -> Cache:
     return jax.tree.map_with_path(spec, cache)
 
 
-def split_sites(config: ModelConfig, sites: Mapping[str, Site], mesh: Mesh) -> dict[str, Site]:
+def split_sites(config: ModelConfig, sites: Mapping[str, Site], mesh: AnyMesh) -> dict[str, Site]:
     """Sites that say how a mesh splits the pages of their adapters: as the projection's own rows and columns.
 
     Args:
@@ -189,12 +199,12 @@ def split_sites(config: ModelConfig, sites: Mapping[str, Site], mesh: Mesh) -> d
       mesh: the devices.
     """
     rows: dict[str, Parameter] = {}
-    for layer in config.layers:
+    for layer in config.kinds:
         rows |= {row.name: row for row in layer_parameters(layer, config.hidden_size) if row.projection}
     return {module: _split_site(site, rows.get(module), mesh) for module, site in sites.items()}
 
 
-def _split_site(site: Site, row: Parameter | None, mesh: Mesh) -> Site:
+def _split_site(site: Site, row: Parameter | None, mesh: AnyMesh) -> Site:
     regions = mesh_axes("expert", mesh) if row is not None and row.experts else ()
     of_in, of_out = (None, None) if row is None else row.axes[:-3:-1]  # embedding and head are whole
 
@@ -205,7 +215,7 @@ def _split_site(site: Site, row: Parameter | None, mesh: Mesh) -> Site:
     return replace(site, split=(split(site.in_width, of_in), split(site.out_width, of_out)))
 
 
-def _count(mesh: Mesh, axes: tuple[str, ...]) -> int:
+def _count(mesh: AnyMesh, axes: tuple[str, ...]) -> int:
     return math.prod(parts(mesh, axis) for axis in axes)
 
 

@@ -63,6 +63,7 @@ def test_commands_that_read_files_import_no_jax():
         ("train", "--help"): 0,
         ("bench", "--help"): 0,
         ("parity", "--help"): 0,
+        ("scaling", "--help"): 0,
         ("families",): 0,
         ("families", "--json"): 0,
         ("inspect", MODEL): 0,

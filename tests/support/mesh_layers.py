@@ -9,10 +9,22 @@ import numpy as np
 
 from jax_moe_lora.adapters import bank as banks
 from jax_moe_lora.config import MoEConfig
+from jax_moe_lora.mesh.rules import parts
 from jax_moe_lora.mesh.steps import over_mesh
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.sites import layer_sites
-from support.meshes import LAYOUTS, collectives, make_model, random_adapter, random_params, relative, report, same
+from support.meshes import (
+    LAYOUTS,
+    collectives,
+    make_model,
+    predicted_bytes,
+    random_adapter,
+    random_params,
+    relative,
+    report,
+    same,
+    summed_bytes,
+)
 from support.models import decoder_config
 
 MOE = MoEConfig(32, 32, 8, 2, activation="clamped_swiglu", expert_bias=True)
@@ -37,6 +49,7 @@ class Layer:
         self.lower = partial(step.lower, self.model.params)
         self.program = self.lower(self.bank, TOKENS, LENGTHS, SLOTS, ROUTED).compile()
         self.collectives = collectives(self.program.as_text())
+        self.summed = summed_bytes(self.program.as_text())
 
     def __call__(self, slots: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         rows = (jnp.asarray(x) for x in (TOKENS, LENGTHS, slots, chosen))
@@ -76,5 +89,7 @@ if __name__ == "__main__":
             on_one_expert=relative(got[1], wanted[1]),
             routing_matters=relative(wanted[1], wanted[0]),
             collectives=layer.collectives,
+            summed=layer.summed,
+            predicted=predicted_bytes(CONFIG, name, TOKENS.size // parts(layer.model.mesh, "data")),
             **(contracts(layer, got[0]) if number < 2 else {}),
         )

@@ -4,7 +4,9 @@ Scripts that use it run in processes of their own, which have more than one devi
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,11 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh
 
 from jax_moe_lora import Model
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, Site, uniform
-from jax_moe_lora.mesh.rules import check_mesh, make_mesh, param_specs, shardings, split_sites
+from jax_moe_lora.mesh.rules import check_mesh, make_mesh, param_specs, parse_mesh, shardings, split_sites
+from jax_moe_lora.mesh.scaling.sums import layer_sums
 from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.models.specs.model import ModelConfig
@@ -41,6 +45,22 @@ def run_on_devices(count: int, module: str, *arguments: str) -> list[Any]:
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def summed_bytes(text: str) -> list[int]:
+    """The bytes of each sum of a compiled program, sorted."""
+    shapes = re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)
+    sizes = {"f32": 4, "bf16": 2}
+    arrays = [re.findall(r"(f32|bf16)\[([\d,]*)\]", shape) for shape in shapes]
+    return sorted(sum(sizes[kind] * math.prod(map(int, dims.split(","))) for kind, dims in some) for some in arrays)
+
+
+def predicted_bytes(config: ModelConfig, mesh: str, rows: int) -> list[int]:
+    """What the scaling model says of them, for so many rows in each part of `data`, in float32."""
+    sizes = parse_mesh(mesh)
+    grid = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    sums = [one for layer in config.layers for one in layer_sums(layer, config.hidden_size, rows, 4, grid)]
+    return sorted(one.nbytes for one in sums)
 
 
 def report(**values: Any) -> None:

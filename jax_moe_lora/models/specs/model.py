@@ -1,8 +1,9 @@
 """A decoder as a list of layers, each a static spec of its blocks."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from jax_moe_lora.config import MoEConfig
@@ -110,6 +111,11 @@ class ModelConfig:
     def num_layers(self) -> int:
         """L."""
         return len(self.layers)
+
+    @cached_property
+    def kinds(self) -> Mapping[Layer, int]:
+        """Each different layer, in order, with the number of its kind."""
+        return Counter(self.layers)
 
     @property
     def routed_layers(self) -> tuple[int, ...]:

@@ -42,6 +42,7 @@ def test_one_layer_on_every_mesh_equals_one_device():
         tensor, expert = parts(report["mesh"], "tensor"), parts(report["mesh"], "expert")
         sums = tensor + (tensor or expert)
         assert report["collectives"] == ({"all-reduce": sums} if sums else {}), report
+        assert report["summed"] == report["predicted"], report  # those of the scaling model
     for report in reports[:2]:
         assert report["base_is_exact"], report
         assert report["mixed_is_solo"], report
@@ -55,6 +56,7 @@ def test_layers_of_other_families_equal_one_device():
     assert [report["family"] for report in reports] == FAMILIES
     for report in reports:
         assert report["error"] < 1e-5, report
+        assert report["summed"] == report["predicted"], report
 
 
 @pytest.mark.slow(180)
