@@ -46,6 +46,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 201088,
     },
+    # reconstructed; the sizes are those of github.com/mlc-ai/pith-train, examples/pretrain_lm/gpt-oss-120b/config.json
+    "gpt-oss-120b": {},
     # reconstructed; the sizes are those of github.com/zyzshishui/slime, scripts/models/glm4.5-355B-A32B.sh
     "GLM-4.5": {
         "architectures": ["Glm4MoeForCausalLM"],
@@ -164,4 +166,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vocab_size": 262144,
         "vocab_size_per_layer_input": 262144,
     },
+}
+PUBLISHED["gpt-oss-120b"] = PUBLISHED["gpt-oss-20b"] | {
+    "layer_types": [SLIDING, FULL] * 18,
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
 }

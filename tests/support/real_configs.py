@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jax_moe_lora.models.checkpoint_tensors import joined_of, stacks_of
-from jax_moe_lora.models.families.registry import family
+from jax_moe_lora.models.config_file import parse_model_config
 from jax_moe_lora.models.names import plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import abstract_params, leaf_name
 from jax_moe_lora.models.specs.model import ModelConfig
@@ -16,19 +16,20 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def read(raw: Mapping[str, Any]) -> ModelConfig:
-    """A config, as the library reads it."""
-    return family(raw["model_type"], "config.json", raw).read_config(raw, None, "config.json")
+    """A config, as the library reads it; of a wrapper its text part."""
+    return parse_model_config(raw)
 
 
 def saved_shapes(raw: Mapping[str, Any]) -> Shapes:
     """What `save_pretrained` of transformers writes for a config: its model on the meta device, in the saved form."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config = CONFIG_MAPPING[raw["model_type"]].from_dict(dict(raw))
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    auto = AutoModelForImageTextToText if "text_config" in raw else AutoModelForCausalLM
+    kind = auto._model_mapping[type(config)]
     with torch.device("meta"):
         model = kind(config)
     tensors = dict(model.state_dict())

@@ -1,9 +1,10 @@
-"""Mistral Small 4: latent attention whose queries grow with their position, behind a softmax router."""
+"""Mistral Small 4 (`mistral4`, or within `mistral3`): latent attention whose queries grow with their position."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from jax_moe_lora.adapters.formats.names import WRAPPED
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.models.decoder_config import open_fields, read_model, read_norm
 from jax_moe_lora.models.families.deepseek import layer_specs, read_mla
@@ -67,4 +68,13 @@ def _attention(fields: Fields, positions: Fields) -> MLA:
     return replace(attention, query_growth=(positions.number("llama_4_scaling_beta"), rope.original_max_positions))
 
 
-FAMILY = Family("mistral4", read_config)
+FAMILY = Family(
+    "mistral4",
+    read_config,
+    wrappers=("mistral3",),
+    prefixes=WRAPPED,
+    unused={
+        r"(model\.)?vision_tower\..*": "the vision tower",
+        r"(model\.)?multi_modal_projector\..*": "the vision tower's projector",
+    },
+)

@@ -75,7 +75,8 @@ _OF_WRAPPERS = (
     *("vision_config", "audio_config", "image_token_id", "video_token_id", "audio_token_id"),
     *("vision_start_token_id", "vision_end_token_id", "language_model_only"),
     *("boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index"),
-    "vision_soft_tokens_per_image",
+    *("vision_soft_tokens_per_image", "image_token_index", "vision_feature_layer", "spatial_merge_size"),
+    *("projector_hidden_act", "multimodal_projector_bias"),
 )
 _WRAPPED = {wrapper: family for family in FAMILIES.values() for wrapper in family.wrappers}
 
