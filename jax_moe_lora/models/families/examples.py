@@ -17,6 +17,7 @@ _COMMON: Mapping[str, Any] = {
     "head_dim": 8,
 }
 _WINDOWED = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_GROUPS = {"n_group": 2, "topk_group": 1, "partial_rotary_factor": 0.5, "routed_scaling_factor": 2.5}
 _BY_TURNS = ["sliding_attention", "full_attention"] * 2
 _LATENT: Mapping[str, Any] = {
     "n_routed_experts": 4,
@@ -88,6 +89,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
     "exaone_moe": {"num_experts": 4, "num_shared_experts": 1, "sliding_window": 16, "layer_types": _WINDOWED},
     "solar_open": {"n_routed_experts": 4, "n_shared_experts": 1, "attention_bias": True},
     "sarvam_moe": {"num_experts": 4, "num_shared_experts": 1},
+    "bailing_moe": {**_GROUPS, "num_experts": 4, "num_shared_experts": 1, "moe_router_enable_expert_bias": True},
     "afmoe": {"num_experts": 4, "sliding_window": 16, "mup_enabled": True, "layer_types": _WINDOWED},
 }
 """`model_type` -> its fields beside those that all families have."""

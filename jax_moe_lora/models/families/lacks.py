@@ -16,7 +16,6 @@ LACKS: Mapping[str, str] = {
     "axk1": "a norm of what comes out of the experts of some layers",
     "axk2": f"{_INDEXER}, and norms of low rank with gates",
     "bailing_hybrid": "linear attention with a decay for each channel (KDA)",
-    "bailing_moe": "a file for its checkpoints, with one projection for q, k and v",
     "beam": "residuals that are scaled by their depth, and queries that are scaled by their position",
     "cohere2_moe": "attention and MLP side by side behind one norm",
     "dbrx": "one projection for q, k and v, and experts that are flat matrices",

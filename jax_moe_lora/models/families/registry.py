@@ -5,6 +5,7 @@ from typing import Any
 
 from jax_moe_lora.models.families import (
     afmoe,
+    bailing_moe,
     deepseek_v2,
     deepseek_v3,
     dots1,
@@ -63,6 +64,7 @@ FAMILIES: Mapping[str, Family] = {
         exaone_moe,
         solar_open,
         sarvam_moe,
+        bailing_moe,
         afmoe,
         gpt_oss,
         glm4_moe,

@@ -31,20 +31,38 @@ def read_config(raw: Mapping[str, Any], generation: Mapping[str, Any] | None, so
       ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
     """
     fields = open_fields({"head_dim": HEAD_DIM, **raw}, source, NEUTRAL, ANY_VALUE)
+    return read_decoder(fields, generation, theta=8e6, scaling=2.5, model_type="sarvam_moe")
+
+
+def read_decoder(
+    fields: Fields, generation: Mapping[str, Any] | None, *, theta: float, scaling: float, model_type: str
+) -> ModelConfig:
+    """The model of a family whose checkpoints have these names.
+
+    Args:
+      fields: the config's.
+      generation: `generation_config.json`, or None.
+      theta: base of the rotary embedding, where the config says none.
+      scaling: factor on the experts' weights, likewise.
+      model_type: the family's.
+
+    Raises:
+      ConfigError: a field that is missing, malformed, not supported, or not understood, by name.
+    """
     norm = read_norm(fields, 1e-6)
     attention = read_gqa(
         fields,
-        8e6,
+        theta,
         rotary_factor=1.0,
         norm=norm,
         qk_norm="head" if fields.flag("use_qk_norm", True) else None,
         biases="qkv" if fields.flag(_spelling(fields, "use_qkv_bias", "attention_bias"), False) else "",
     )
     shared_name = _spelling(fields, "num_shared_experts", "n_shared_experts")
-    routed = read_sigmoid_routed(fields, EXPERTS_NAMES, shared_name, renormalize=True, scaling=2.5)
+    routed = read_sigmoid_routed(fields, EXPERTS_NAMES, shared_name, renormalize=True, scaling=scaling)
     dense = DenseMLP(fields.size("intermediate_size"), read_activation(fields))
     layers = [LayerSpec(attention, routed if here else dense, norm) for here in read_first_dense(fields, 1)]
-    return read_model(fields, generation, layers, model_type="sarvam_moe")
+    return read_model(fields, generation, layers, model_type=model_type)
 
 
 def _spelling(fields: Fields, published: str, own: str) -> str:

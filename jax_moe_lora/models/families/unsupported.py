@@ -13,7 +13,6 @@ _SIGMOID = 'router="sigmoid_bias"'
 _OWN_ROUTER = "the experts that the model's own router chose"
 
 LAYER_SETTINGS: Mapping[str, str] = {
-    "bailing_moe": _SOFTMAX,
     "dbrx": f"{_SOFTMAX}, renormalize=True",
     "deepseek_v32": _OWN_ROUTER,
     "deepseek_v4": _OWN_ROUTER,

@@ -15,7 +15,7 @@ from jax_moe_lora.models.families.unsupported import LAYER_SETTINGS
 # Such as num_experts, n_routed_experts, moe_num_experts; not num_experts_per_tok, nor how many are shared.
 NUMBER_OF_EXPERTS = re.compile(r"(moe_)?(num|n)_((local|routed)_)?experts")
 # Known on the hub, by names that transformers has no class for.
-NOT_OF_TRANSFORMERS = {"bailing_moe", "kimi_k2"}
+NOT_OF_TRANSFORMERS = {"kimi_k2"}
 SUPPORTED = {*FAMILIES, *(wrapper for one in FAMILIES.values() for wrapper in one.wrappers)}
 
 

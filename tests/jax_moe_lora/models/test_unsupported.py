@@ -35,9 +35,9 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a text part that is not, inside another part": (
         {
             "model_type": "qwen3_omni_moe",
-            "thinker_config": {"text_config": {"model_type": "bailing_moe", "num_experts": 128}},
+            "thinker_config": {"text_config": {"model_type": "jamba", "num_experts": 128}},
         },
-        ("multimodal", "'bailing_moe'", "experts alone", "softmax_topk"),
+        ("multimodal", "'jamba'", "experts alone", "softmax_topk"),
     ),
     "a dense text part": (
         {"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": 8}},
