@@ -58,6 +58,7 @@ def test_the_table_of_families_is_current():
     )
 
 
+@pytest.mark.slow(5)
 def test_the_tables_of_predictions_are_current():
     page = (DOCS / "scaling.md").read_text()
     assert runpy.run_path(str(DOCS / "list_scaling.py"))["with_tables"](page) == page, "run python docs/list_scaling.py"

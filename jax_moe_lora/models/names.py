@@ -54,6 +54,11 @@ def adapter_names(config: ModelConfig) -> AdapterNames:
         stored_in_out=of.stored_in_out,
         prefixes=(*of.prefixes, TEXT) if config.wrapped else (TEXT, *of.prefixes),
         variants=variants,
+        joined={
+            tensor.removesuffix(".weight"): members
+            for tensor, members in of.joined.items()
+            if tensor.endswith(".weight")
+        },
     )
 
 

@@ -20,7 +20,7 @@ from jax_moe_lora.adapters.formats.embedding_copies import check_copies, saved_k
 from jax_moe_lora.adapters.formats.look_around import WEIGHTS_INDEX
 from jax_moe_lora.adapters.formats.names import BEGIN, TEXT, WRAPPED, AdapterNames, without_prefix
 from jax_moe_lora.adapters.formats.outer import read_outer
-from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense
+from jax_moe_lora.adapters.formats.peft import PER_EXPERT, WRAPPERS, read_dense, read_joined
 from jax_moe_lora.adapters.formats.peft_config import CONFIG, PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
 from jax_moe_lora.adapters.formats.saved_modules import read_saved_modules
@@ -139,7 +139,7 @@ def read_weights(file: AdapterFile, pairs: list[Pair]) -> Weights:
         with file.problems:
             weights = layout.read(file, experts)
     for pair in pairs:
-        if pair.path in file.names.dense:
+        if pair.path in file.names.dense or pair.path in file.names.joined:
             with file.problems:
                 _add_dense(file, weights, pair)
     read_outer(file, outer, weights)
@@ -175,7 +175,7 @@ def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, l
     """The layout of the experts, and their pairs. Two layouts, or two paths, are refused as ambiguous."""
     by_layout: dict[tuple[str, FileLayout], list[Pair]] = {}
     for pair in pairs:
-        if pair.path in file.names.dense:
+        if pair.path in file.names.dense or pair.path in file.names.joined:
             continue
         experts, rest = file.names.split(pair.path) or ("", "")
         layout = layout_of(rest) if experts else None
@@ -193,8 +193,10 @@ def _experts(file: AdapterFile, pairs: list[Pair]) -> tuple[FileLayout | None, l
 
 
 def _add_dense(file: AdapterFile, weights: Weights, pair: Pair) -> None:
-    module = file.dense_module(pair)
-    if (pair.layer, module) in weights:
-        raise file.duplicate(pair, module)
+    modules = file.names.joined.get(pair.path) or (file.dense_module(pair),)
+    for module in modules:
+        if (pair.layer, module) in weights:
+            raise file.duplicate(pair, module)
     if file.two_dimensional(pair):
-        weights[pair.layer, module] = read_dense(file, pair)
+        found = read_joined(file, pair, modules) if len(modules) > 1 else [read_dense(file, pair)]
+        weights.update({(pair.layer, module): one for module, one in zip(modules, found, strict=True)})

@@ -83,6 +83,8 @@ class AdapterNames:
       prefixes: what the names of the text model's modules begin with; the first where adapters are written.
       variants: path -> further modules that it means in layers where the one of `dense` is not: projections of other
         widths there (Gemma 4).
+      joined: path -> the modules whose rows a single projection of published code holds, in order (Ling's
+        `attention.query_key_value`); an adapter on it has one A for all of them.
     """
 
     dense: Mapping[str, str]
@@ -93,6 +95,7 @@ class AdapterNames:
     stored_in_out: bool = False
     prefixes: tuple[str, ...] = (TEXT,)
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def modules(self, path: str) -> tuple[str, ...]:
         """The modules that a path of `dense` means; which one it is depends on the layer."""

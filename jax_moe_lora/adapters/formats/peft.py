@@ -39,6 +39,22 @@ def read_dense(file: AdapterFile, pair: Pair) -> LoRAWeights:
     return uniform(a[None], b[None], scale, 1)
 
 
+def read_joined(file: AdapterFile, pair: Pair, modules: Sequence[str]) -> list[LoRAWeights]:
+    """A projection that is several here: A `[R, in]` for all of them, B `[out of all, R]` with the rows of each.
+
+    Args:
+      file: what the readers share.
+      pair: A and B, which are two-dimensional.
+      modules: the projections, in the order of their rows.
+    """
+    sites = [file.site(pair, module) for module in modules]
+    rank, heights = pair.shape("A")[0], [site.out_width for site in sites]
+    scale = file.scale(pair, rank, file.config.targets_module, pair.path)
+    a, b = file.load(pair, [(rank, sites[0].in_width)], [(sum(heights), rank)])
+    shared = a[None]  # one array, so that a bank stores it once
+    return [uniform(shared, part[None], scale, 1) for part in np.split(b, np.cumsum(heights)[:-1])]
+
+
 def read_per_expert(file: AdapterFile, pairs: Sequence[Pair]) -> Weights:
     """`experts.E.gate_proj` and so on, as under transformers 4: A `[R, in]`, B `[out, R]` for each expert.
 

@@ -25,7 +25,7 @@ def check_targets(file: AdapterFile, layout: FileLayout | None, stacks: Collecti
     listed = [] if isinstance(config.target_modules, str) else config.target_modules
     if not listed and not config.target_parameters:
         return
-    names = list(dense_modules(file.names, file.sites))
+    names = [*dense_modules(file.names, file.sites), *joined_modules(file.names, file.sites)]
     names += outer_modules(file.sites)
     if layout is PER_EXPERT:
         names += expert_modules(file.names, file.sites)
@@ -58,6 +58,18 @@ def dense_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[st
     """
     for path, module in names.dense_modules():
         for layer in sites[module].layers if module in sites else ():
+            yield f"model.layers.{layer}.{path}"
+
+
+def joined_modules(names: AdapterNames, sites: Mapping[str, Site]) -> Iterator[str]:
+    """Full names of the projections that are one in published code and several here.
+
+    Args:
+      names: where projections stand in adapter files.
+      sites: the model's projections.
+    """
+    for path, modules in names.joined.items():
+        for layer in sites[modules[0]].layers if all(module in sites for module in modules) else ():
             yield f"model.layers.{layer}.{path}"
 
 

@@ -9,7 +9,14 @@ from jax_moe_lora.adapters.formats.config_reading import peft_config_of
 from jax_moe_lora.adapters.formats.names import AdapterNames, with_prefix
 from jax_moe_lora.adapters.formats.peft_config import PeftConfig
 from jax_moe_lora.adapters.formats.problems import Problems
-from jax_moe_lora.adapters.formats.targets import dense_modules, ends, expert_modules, outer_modules, parameters
+from jax_moe_lora.adapters.formats.targets import (
+    dense_modules,
+    ends,
+    expert_modules,
+    joined_modules,
+    outer_modules,
+    parameters,
+)
 from jax_moe_lora.adapters.lora import Site
 from jax_moe_lora.adapters.validation.finding import Finding, finding_of
 from jax_moe_lora.errors import InputError
@@ -74,6 +81,7 @@ def examine_config(
     if not config.says_targets:
         return [finding_of(error) for error in problems.found]
     modules = [*dense_modules(names, sites), *expert_modules(names, sites), *outer_modules(sites)]
+    modules += joined_modules(names, sites)
     modules, with_weights = (
         [with_prefix(name, names.prefixes[0]) for name in some] for some in (modules, parameters(names, sites))
     )

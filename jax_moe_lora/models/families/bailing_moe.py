@@ -57,5 +57,5 @@ FAMILY = replace(
     sarvam_moe.FAMILY,
     model_type="bailing_moe",
     read_config=read_config,
-    refuses="Ling 1 (its softmax router), a quantised tensor for q, k and v, adapters on it",
+    refuses="Ling 1 (its softmax router), a quantised tensor for q, k and v",
 )

@@ -24,7 +24,8 @@ class Family:
       stacks: `gate_up_proj`, `down_proj` (and `gate_up_proj_bias`, ...) -> other paths of these fused tensors below a
         layer, such as Granite's `block_sparse_moe.input_linear.weight`.
       joined: path below a layer of a tensor in published checkpoints -> the parameters whose rows it holds, in order,
-        such as Sarvam's `attention.query_key_value.weight`. In transformers 5 each is a module of its own.
+        such as Sarvam's `attention.query_key_value.weight`. In transformers 5 each is a module of its own;
+        adapters may be on either.
       interleaved: rows of the fused `gate_up_proj` alternate between gate and up; else all of gate come first.
       stored_in_out: fused 3-D parameters are `[E, in, out]`.
       prefixes: what may stand in checkpoints in place of `model.`, for the text part of a wrapper.

@@ -10,10 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jax_moe_lora import LoRAAdapter, merge_adapter
-from jax_moe_lora.adapters.lora import uniform
-from jax_moe_lora.errors import CheckpointError
+from jax_moe_lora.adapters.formats.detect import read_adapter
+from jax_moe_lora.adapters.lora import same_matrices, uniform
+from jax_moe_lora.errors import AdapterFormatError, CheckpointError
 from jax_moe_lora.models import loading
 from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
 from support.checkpoints import TINY, load, write
 
@@ -135,3 +137,40 @@ def test_a_joined_tensor_that_is_quantised_is_refused_by_name(tmp_path: Path) ->
     message = refusal(save(tmp_path / "few-bits", tensors | scale, quantization_config=settings))
     assert "no place for" in message
     assert "attention.query_key_value.weight_scale_inv" in message
+
+
+def adapter_folder(folder: Path, tensors: Tensors, targets: list[str]) -> Path:
+    folder.mkdir()
+    at = "base_model.model.model.layers.1."
+    save_file({f"{at}{name}": value for name, value in tensors.items()}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapter_on_the_joined_projection_is_one_on_each_with_one_a(tmp_path):
+    config = read_model_config(save(tmp_path / "model", {}))
+    sites, names = adapter_sites(config), adapter_names(config)
+    random, heights = np.random.default_rng(0), [sites[module].out_width for module in "qkv"]
+    a = random.standard_normal((3, config.hidden_size)).astype(np.float32)
+    b = random.standard_normal((sum(heights), 3)).astype(np.float32)
+    joined = {"attention.query_key_value.lora_A.weight": a, "attention.query_key_value.lora_B.weight": b}
+    apart: Tensors = {}
+    for module, part in zip("qkv", np.split(b, np.cumsum(heights)[:-1]), strict=True):
+        at = f"self_attn.{module}_proj.lora"
+        apart |= {f"{at}_A.weight": a, f"{at}_B.weight": np.ascontiguousarray(part)}
+    one = read_adapter(adapter_folder(tmp_path / "one", joined, ["query_key_value"]), sites, names)
+    three = read_adapter(adapter_folder(tmp_path / "three", apart, ["q_proj", "k_proj", "v_proj"]), sites, names)
+    assert one.weights.keys() == three.weights.keys() == {(1, module) for module in "qkv"}
+    for key, weights in one.weights.items():
+        np.testing.assert_array_equal(weights.delta(0), three.weights[key].delta(0))
+    assert same_matrices(one.weights[1, "q"].a, one.weights[1, "v"].a)
+    both = adapter_folder(tmp_path / "both", joined | apart, ["query_key_value", "q_proj", "k_proj", "v_proj"])
+    with pytest.raises(AdapterFormatError, match="which another key holds too"):
+        read_adapter(both, sites, names)
+    narrow = joined | {"attention.query_key_value.lora_B.weight": np.ascontiguousarray(b[1:])}
+    with pytest.raises(AdapterFormatError, match=rf"the model expects \[{sum(heights)}, 3\]"):
+        read_adapter(adapter_folder(tmp_path / "narrow", narrow, ["query_key_value"]), sites, names)
+    missing = adapter_folder(tmp_path / "missing", apart, ["query_key_value", "q_proj", "k_proj", "v_proj"])
+    with pytest.raises(AdapterFormatError, match="targets 'query_key_value', and"):
+        read_adapter(missing, sites, names)
