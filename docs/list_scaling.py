@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_moe_lora.benchmark.models import model_config
-from jax_moe_lora.mesh.scaling import MEASURED_SUMS, Prediction, Workload, best_prediction, predict, sum_seconds
+from jax_moe_lora.mesh.scaling import MEASURED_SUMS, Prediction, Workload, predict, rank_meshes, sum_seconds
 
 PAGE = Path(__file__).parent / "scaling.md"
 RESULTS = Path(__file__).parent.parent / "pallas_kernels" / "results"
@@ -48,7 +48,7 @@ def predictions() -> Iterator[tuple[str, ...]]:
         for gpus in GPUS:
             for label, (adapters, shared) in ADAPTERS.items():
                 about = {"adapters": adapters, "shared": shared, "weights": weights}
-                best = best_prediction(config, gpus, replace(DECODE, **about))[0]
+                best = rank_meshes(config, gpus, replace(DECODE, **about))[0]
                 yield title, str(gpus), label, *(_cells(config, best, about) if best.fits else _too_large(best))
 
 

@@ -39,7 +39,7 @@ def scaling(
 ) -> None:
     """Predict bytes moved, time and memory of one step on H200s, without having them."""
     from jax_moe_lora.benchmark.models import model_config
-    from jax_moe_lora.mesh.scaling import Workload, best_prediction, predict
+    from jax_moe_lora.mesh.scaling import Workload, predict, rank_meshes
 
     if (mesh is None) == (gpus is None):
         raise InputError("Give either --mesh, such as expert=4,tensor=2, or --gpus.")
@@ -47,7 +47,7 @@ def scaling(
     kind: Any = "prefill" if prefill else "decode"
     work = Workload(kind, batch, context, cache_length, adapters, rank, targets, shared_outer, weights)  # type: ignore[arg-type]
     if gpus is not None:
-        found = best_prediction(config, gpus, work, interconnect)
+        found = rank_meshes(config, gpus, work, interconnect)
     else:
         assert mesh is not None
         found = [predict(config, mesh, work, interconnect)]

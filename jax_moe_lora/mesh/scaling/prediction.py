@@ -4,69 +4,22 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from jax.sharding import AbstractMesh
 
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, Site
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.mesh.rules import AXES, DATA_AXIS, TENSOR_AXIS, check_mesh, parse_mesh, parts, split_sites
-from jax_moe_lora.mesh.scaling.costs import DTYPE, ITEMSIZE, Step, Work, attention_work, pages_work, weights_work
+from jax_moe_lora.mesh.scaling.costs import ITEMSIZE, Step, Work, attention_work, pages_work, weights_work
 from jax_moe_lora.mesh.scaling.hardware import CLUSTERS, Cluster, Device
 from jax_moe_lora.mesh.scaling.memory import Memory, memory_of
 from jax_moe_lora.mesh.scaling.sums import Sum, layer_sums, seconds
+from jax_moe_lora.mesh.scaling.workload import Workload
 from jax_moe_lora.models.sites import select_sites
 from jax_moe_lora.models.specs.mlp import RoutedMLP
 from jax_moe_lora.models.specs.model import Layer, ModelConfig, sizes_of_attention
-from pallas_kernels.quantised.format import FORMATS
 
 KERNEL_WIDTH = 64  # the kernels take expert widths that are multiples of it
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a step does, all devices together.
-
-    Attributes:
-      kind: `decode` or `prefill`.
-      batch: number of requests.
-      length: tokens in the cache before a decode step, or of a prompt.
-      positions: of the cache of each request; 0 for as many as the step needs.
-      adapters: loaded adapters, each request with one of them; 0 for the base model.
-      rank: of each.
-      targets: what they are on: `experts`, or `all` projections of the layers.
-      shared: the experts share the matrices on the hidden width (the shared-outer layout).
-      weights: `bfloat16`, or a format of `pallas_kernels.ops.quantise`.
-    """
-
-    kind: Literal["decode", "prefill"] = "decode"
-    batch: int = 8
-    length: int = 512
-    positions: int = 0
-    adapters: int = 0
-    rank: int = 16
-    targets: Literal["experts", "all"] = "experts"
-    shared: bool = False
-    weights: str = DTYPE
-
-    def __post_init__(self):
-        for name, least in (("batch", 1), ("length", 1), ("positions", 0), ("adapters", 0), ("rank", 1)):
-            if (value := getattr(self, name)) < least:
-                raise InputError(f"{name} is {value}; expected at least {least}.")
-        for name, known in (
-            ("kind", ("decode", "prefill")),
-            ("targets", ("experts", "all")),
-            ("weights", (DTYPE, *FORMATS)),
-        ):
-            if (value := getattr(self, name)) not in known:
-                raise InputError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
-        if self.positions and self.positions < self.needed:
-            raise InputError(f"positions are {self.positions}; this step needs {self.needed} for each request.")
-
-    @property
-    def needed(self) -> int:
-        """Positions that a request has after the step."""
-        return self.length + (self.kind == "decode")
 
 
 @dataclass(frozen=True)
@@ -183,7 +136,7 @@ def meshes_of(config: ModelConfig, devices: int) -> list[str]:
     return found
 
 
-def best_prediction(
+def rank_meshes(
     config: ModelConfig, devices: int, workload: Workload, interconnect: str = "nvlink+infiniband"
 ) -> list[Prediction]:
     """Steps on all meshes of a number of devices: those that fit first, then those with a note, the fastest first.
@@ -231,6 +184,27 @@ def _cluster(name: str) -> Cluster:
     return CLUSTERS[name]
 
 
+@dataclass(frozen=True)
+class _Case:
+    """What all layers of a prediction have in common.
+
+    Attributes:
+      config: the model.
+      mesh: the sizes of the axes.
+      workload: what all devices do together.
+      cluster: the devices.
+      step: what each part of `data` does.
+      sites: the modules with adapters, as the mesh splits them.
+    """
+
+    config: ModelConfig
+    mesh: AbstractMesh
+    workload: Workload
+    cluster: Cluster
+    step: Step
+    sites: dict[str, Site]
+
+
 def _predict(config: ModelConfig, mesh: AbstractMesh, workload: Workload, cluster: Cluster) -> Prediction:
     check_mesh(config, mesh)
     if mesh.size > cluster.node and cluster.between is None:
@@ -238,9 +212,7 @@ def _predict(config: ModelConfig, mesh: AbstractMesh, workload: Workload, cluste
     step = Step(workload.kind, math.ceil(workload.batch / parts(mesh, DATA_AXIS)), workload.length)
     modules = EXPERT_MODULES if workload.targets == "experts" else None
     sites = split_sites(config, select_sites(config, modules), mesh) if workload.adapters else {}
-    layers = tuple(
-        _layer(config, layer, count, step, mesh, workload, sites, cluster) for layer, count in config.kinds.items()
-    )
+    case = _Case(config, mesh, workload, cluster, step, sites)
     memory = memory_of(
         config,
         mesh,
@@ -253,41 +225,38 @@ def _predict(config: ModelConfig, mesh: AbstractMesh, workload: Workload, cluste
         weights=workload.weights,
     )
     tokens = workload.batch * (workload.length if workload.kind == "prefill" else 1)
-    head = _head(config, step, cluster.device)
-    return Prediction(dict(mesh.shape), (*layers, head), memory, cluster.device, tokens, _notes(config, mesh))
+    layers = (*(_layer(case, layer, count) for layer, count in config.kinds.items()), _head(case))
+    return Prediction(dict(mesh.shape), layers, memory, cluster.device, tokens, _notes(config, mesh))
 
 
-def _layer(
-    config: ModelConfig,
-    layer: Layer,
-    count: int,
-    step: Step,
-    mesh: AbstractMesh,
-    workload: Workload,
-    sites: dict[str, Site],
-    cluster: Cluster,
-) -> LayerCost:
+def _layer(case: _Case, layer: Layer, count: int) -> LayerCost:
     """The cost of one of the layers that are equal to this one."""
-    work = weights_work(layer, config.hidden_size, step, mesh, workload.weights) + attention_work(layer, step, mesh)
+    config, mesh, step, device = case.config, case.mesh, case.step, case.cluster.device
+    work = weights_work(layer, config.hidden_size, step, mesh, case.workload.weights)
+    work += attention_work(layer, step, mesh)
     index = config.layers.index(layer)
-    here = {module: site for module, site in sites.items() if index in site.layers}
-    for module, site in here.items():
-        chance = config.moe.top_k / config.moe.num_experts if site.num_experts > 1 else 1.0
-        used = workload.adapters * (1 - (1 - 1 / workload.adapters) ** step.batch)  # each request draws one
-        work += pages_work(module, site, used, step.rows / used, chance, workload.rank, workload.shared)
+    sites = {module: site for module, site in case.sites.items() if index in site.layers}
+    for module, site in sites.items():
+        work += _pages(case, module, site)
     sums = layer_sums(layer, config.hidden_size, step.rows, ITEMSIZE, mesh)
-    device_s = _device_s(work, cluster.device) + cluster.device.layer_s
-    if here:
-        device_s += cluster.device.adapted_layer_s
-    sums_s = math.fsum(seconds(one, mesh, cluster) for one in sums)
+    device_s = _device_s(work, device) + device.layer_s + (device.adapted_layer_s if sites else 0.0)
+    sums_s = math.fsum(seconds(one, mesh, case.cluster) for one in sums)
     return LayerCost(_kind(layer), count, work.read, work.multiplied, sums, device_s, sums_s)
 
 
-def _head(config: ModelConfig, step: Step, device: Device) -> LayerCost:
+def _pages(case: _Case, module: str, site: Site) -> Work:
+    """The pages of a module in one layer; each request has drawn one of the adapters."""
+    moe, workload, step = case.config.moe, case.workload, case.step
+    chance = moe.top_k / moe.num_experts if site.num_experts > 1 else 1.0
+    used = workload.adapters * (1 - (1 - 1 / workload.adapters) ** step.batch)
+    return pages_work(module, site, used, step.rows / used, chance, workload.rank, workload.shared)
+
+
+def _head(case: _Case) -> LayerCost:
     """The head, whole on each device: the last token's row of each request."""
-    matrix = config.vocab_size * config.hidden_size
-    work = Work(ITEMSIZE * matrix, step.batch * matrix)
-    return LayerCost("head", 1, work.read, work.multiplied, (), _device_s(work, device), 0.0)
+    matrix = case.config.vocab_size * case.config.hidden_size
+    work = Work(ITEMSIZE * matrix, case.step.batch * matrix)
+    return LayerCost("head", 1, work.read, work.multiplied, (), _device_s(work, case.cluster.device), 0.0)
 
 
 def _device_s(work: Work, device: Device) -> float:

@@ -21,9 +21,9 @@ from jax_moe_lora.mesh.scaling import (
     CLUSTERS,
     MEASURED_SUMS,
     Workload,
-    best_prediction,
     meshes_of,
     predict,
+    rank_meshes,
     sum_seconds,
 )
 from jax_moe_lora.mesh.scaling.costs import busiest, in_use
@@ -129,11 +129,11 @@ def test_what_a_mesh_splits_and_what_it_does_not():
 
 
 def test_the_fastest_mesh_that_fits_comes_first():
-    found = best_prediction(QWEN, 8, DECODE)
+    found = rank_meshes(QWEN, 8, DECODE)
     assert sorted(one.mesh_text for one in found) == sorted(meshes_of(QWEN, 8))
     assert found[0].step_s == min(one.step_s for one in found if one.fits)
     assert not found[-1].fits
-    assert not any(one.fits for one in best_prediction(DEEPSEEK, 8, DECODE))
+    assert not any(one.fits for one in rank_meshes(DEEPSEEK, 8, DECODE))
     assert "tensor=8" not in meshes_of(QWEN, 8)  # four key/value heads
     assert meshes_of(QWEN, 7) == ["data=7"]
 
