@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jax_moe_lora.cli.options import Dtype, Mesh, named_values, values_by_name, write_file
+from jax_moe_lora.cli.options import Dtype, Mesh, Quantise, named_values, values_by_name, write_file
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.messages import CHAT_FIELDS
@@ -59,6 +59,7 @@ def generate(
     max_rank: Annotated[int, typer.Option(min=1)] = 64,
     adapter_memory: Annotated[str, typer.Option(help="Memory for adapters on each device.")] = "4GiB",
     mesh: Mesh = None,
+    quantise: Quantise = None,
     lora_b_layout: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,7 +88,9 @@ def generate(
         logprobs,
     )
     jobs = read_jobs(requests, prompt or [], use, defaults)
-    served = load_model(model, adapter or [], jobs, dtype, max_rank, adapter_memory, lora_b_layout or [], mesh)
+    served = load_model(
+        model, adapter or [], jobs, dtype, max_rank, adapter_memory, lora_b_layout or [], mesh, quantise
+    )
     answers = list(run_jobs(served, jobs, batch_size, progress=out is not None and sys.stderr.isatty()))
     text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
@@ -178,6 +181,7 @@ def load_model(
     adapter_memory: str,
     lora_b_layouts: Sequence[str] = (),
     mesh: str | None = None,
+    quantise: str | None = None,
 ) -> "Model":
     """The model with its adapters, each given as NAME=DIR; names that jobs use are checked before loading."""
     from jax_moe_lora.adapters.formats.detect import adapts_vocabulary, whole_matrices
@@ -197,6 +201,7 @@ def load_model(
         max_rank=max_rank,
         adapter_memory=adapter_memory,
         mesh=mesh,
+        quantise=quantise,
         adapter_targets="all" if any(adapts_vocabulary(local_folder(folder)) for folder in folders.values()) else None,
         max_replacements=sum(whole_matrices(local_folder(folder)) for folder in folders.values()),
     )

@@ -23,6 +23,10 @@ Mesh = Annotated[
     str | None,
     typer.Option(help="Devices to split the model over, such as data=2,expert=4 (also: tensor)."),
 ]
+Quantise = Annotated[
+    str | None,
+    typer.Option(help="Quantise a 16-bit model while it is loaded, to fp8, mxfp4, int4 or int4_g128."),
+]
 LoraBLayout = Annotated[
     str | None,
     typer.Option(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,10 +19,12 @@ from jax_moe_lora.models.checkpoint_tensors import Part, joined_of, stacked_part
 from jax_moe_lora.models.names import other_names, plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
 from jax_moe_lora.models.quantised.locating import StoredMatrix, activation_scales, quantised_matrices
+from jax_moe_lora.models.quantised.quantising import read_as_quantised
 from jax_moe_lora.models.quantised.reading import read_quantised
 from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.quantised.api import dequantise
 from pallas_kernels.quantised.array import Quantised
+from pallas_kernels.quantised.format import Format
 
 # Read, cast and checked at a time.
 PIECE_BYTES = 8 * 2**20
@@ -47,7 +50,11 @@ class Checkpoint:
 
 
 def load_params(
-    folder: Path, config: ModelConfig, dtype: jax.typing.DTypeLike, sharding: Placement = None
+    folder: Path,
+    config: ModelConfig,
+    dtype: jax.typing.DTypeLike,
+    sharding: Placement = None,
+    quantise: Mapping[str, Format] = MappingProxyType({}),
 ) -> ModelParams:
     """Reads a checkpoint's weights as `dtype`, those that are quantised as `Quantised`.
 
@@ -60,6 +67,8 @@ def load_params(
       config: the model.
       dtype: of the arrays.
       sharding: where arrays are placed: one `Sharding` for all, or a tree of them; the default device where None.
+      quantise: leaves of a 16-bit checkpoint that are quantised while they are read: path -> format
+        (`quantised.schemes.quantised_formats`).
 
     Raises:
       CheckpointError: a missing or surplus tensor, a wrong shape, a dtype that is not float32, float16 or bfloat16,
@@ -72,7 +81,7 @@ def load_params(
         checkpoint = open_checkpoint(folder, config, opened)
         places = jax.tree.leaves(sharding) if isinstance(sharding, ModelParams) else [sharding] * len(leaves)
         arrays = [
-            _load(names[_path_name(path)], leaf, checkpoint, np.dtype(dtype), place)
+            _load(names[_path_name(path)], leaf, checkpoint, np.dtype(dtype), place, quantise.get(_path_name(path)))
             for (path, leaf), place in zip(leaves, places, strict=True)
         ]
     return jax.tree_util.tree_unflatten(tree, arrays)
@@ -157,10 +166,15 @@ def _load(
     checkpoint: Checkpoint,
     dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
+    format: Format | None = None,
 ) -> jax.Array | Quantised:
     """One leaf on its device: an array, or a quantised weight where the checkpoint has one."""
     names = [source] if isinstance(source, str) else source
     stored = [checkpoint.quantised[name] for name in names if name in checkpoint.quantised]
+    if format is not None:
+        parts = [checkpoint.parts[name] for name in names]
+        few = read_as_quantised(parts, leaf.shape, format, checkpoint.files, dtype, _aligned, PIECE_BYTES)
+        return jax.tree.map(lambda array: _place(array, sharding), few)
     if not stored:
         return _place(_read(source, leaf, checkpoint), sharding)
     if len(stored) < len(names):

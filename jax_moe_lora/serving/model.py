@@ -1,6 +1,6 @@
 """The surface that most users touch: a checkpoint, adapters by name, and batches that mix them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,14 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.quantised.schemes import quantised_formats
 from jax_moe_lora.models.sites import select_sites
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.chat import Chat
 from jax_moe_lora.serving.functional import Functional, functions
 from jax_moe_lora.serving.requests import check_tokens
 from jax_moe_lora.serving.routing import padded_routing
-from pallas_kernels.ops import Implementation, Quantised, UnsupportedImplementation, choose
+from pallas_kernels.ops import Format, Implementation, Quantised, UnsupportedImplementation, choose
 
 TokenIds = Sequence[Sequence[int]] | np.ndarray | Array
 
@@ -65,6 +66,7 @@ class Model(Chat):
         max_replacements: int = 0,
         implementation: Implementation | None = None,
         mesh: str | Mesh | None = None,
+        quantise: str | None = None,
     ) -> "Model":
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
 
@@ -86,10 +88,12 @@ class Model(Chat):
           implementation: a backend by name, or None for the best that is available.
           mesh: the devices that the model is split over, such as `"data=2,expert=4"` (`mesh.rules.make_mesh`), or a
             mesh of jax; None for the default device.
+          quantise: of a 16-bit checkpoint, the format that experts, attention and dense MLPs are quantised to while
+            they are read: `fp8`, `mxfp4`, `int4` or `int4_g128`. None reads the weights as they are.
 
         Raises:
-          ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument, or a mesh
-            that does not divide the model.
+          ConfigError, CheckpointError: what is missing or not supported, by name. InputError: a bad argument, a width
+            that the format does not divide, or a mesh that does not divide the model.
           DeviceError: jax has no device.
         """
         check_dtype(dtype)
@@ -99,16 +103,17 @@ class Model(Chat):
         devices = make_mesh(mesh)
         folder = local_folder(path)
         config = read_model_config(folder)
-        _check_implementation(implementation, config, dtype)
+        formats = {} if quantise is None else quantised_formats(config, quantise, folder)
+        _check_implementation(implementation, config, dtype, formats.values())
         sites, vocabulary = select_sites(config, adapter_targets), (config.vocab_size, config.hidden_size)
         placement = None
         if devices is not None:
-            _check_split(config, devices, max_replacements)
+            _check_split(config, devices, max_replacements, quantise)
             sites = split_sites(config, sites, devices)
             placement = shardings(param_specs(config, devices), devices)
         bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary, devices)
-        params = load_params(folder, config, dtype, placement)
-        _check_implementation(implementation, config, dtype, params)
+        params = load_params(folder, config, dtype, placement, formats)
+        _check_implementation(implementation, config, dtype, _expert_formats(params))
         return cls(config, params, bank, folder, implementation, devices)
 
     def __repr__(self) -> str:
@@ -202,24 +207,28 @@ class Model(Chat):
             return jax.block_until_ready(self._run(program, jnp.asarray(tokens), jnp.asarray(real), slots, *chosen))
 
 
-def _check_split(config: ModelConfig, mesh: Mesh, max_replacements: int) -> None:
+def _check_split(config: ModelConfig, mesh: Mesh, max_replacements: int, quantise: str | None) -> None:
     """Refuses what cannot be split over these devices."""
     check_mesh(config, mesh)
     if max_replacements:
         raise InputError("max_replacements need a model on one device; load it without a mesh, or with 0.")
     if config.quantisation is not None:
         raise InputError("The checkpoint is quantised, which needs one device; load it without a mesh.")
+    if quantise is not None:
+        raise InputError(f"quantise is {quantise!r}, and quantised weights need one device; load it without a mesh.")
+
+
+def _expert_formats(params: ModelParams) -> set[Format]:
+    weights = [layer[name] for layer in params.layers for name in EXPERT_MODULES if name in layer]
+    return {weight.format for weight in weights if isinstance(weight, Quantised)}
 
 
 def _check_implementation(
-    implementation: Implementation | None, config: ModelConfig, dtype: str, params: ModelParams | None = None
+    implementation: Implementation | None, config: ModelConfig, dtype: str, formats: Iterable[Format]
 ) -> None:
     """Refuses what the experts' matmuls cannot run now, not when the first batch is traced."""
-    layers = () if params is None else params.layers
-    weights = [layer[name] for layer in layers for name in EXPERT_MODULES if name in layer]
-    formats = {weight.format for weight in weights if isinstance(weight, Quantised)}
     widths = config.moe.expert_width, config.moe.hidden_size
     try:
-        choose(implementation, dtype=dtype, widths=widths, operands=tuple(formats))
+        choose(implementation, dtype=dtype, widths=widths, operands=tuple(dict.fromkeys(formats)))
     except UnsupportedImplementation as error:
         raise InputError(str(error)) from error

@@ -48,7 +48,9 @@ def dense(weight: Weights, dtype: jax.typing.DTypeLike) -> Float[Array, "*lead o
     return dequantise(weight, dtype) if isinstance(weight, Quantised) else weight
 
 
-def quantise(array: Float[Array, "*lead out in"], format: Format | str) -> Quantised:
+def quantise(
+    array: Float[Array, "*lead out in"], format: Format | str, scales_dtype: jax.typing.DTypeLike = jnp.float32
+) -> Quantised:
     """A weight, or a stack of them, in a format: values are rounded to the nearest number that it has, ties to even.
 
     The scale of a block follows from its largest value, which is never cut off: it becomes 448 (fp8), 7 (int4), at most
@@ -57,6 +59,7 @@ def quantise(array: Float[Array, "*lead out in"], format: Format | str) -> Quant
     Args:
       array: `[..., out, in]`, floating point and finite.
       format: the format, or its name.
+      scales_dtype: of int4's scales, which are rounded to it before values are. Other formats have one of their own.
 
     Raises:
       InputError: a format that is not known, or that the array's columns do not fit.
@@ -71,7 +74,7 @@ def quantise(array: Float[Array, "*lead out in"], format: Format | str) -> Quant
     width = format.block[1]
     if format.per_byte == 2 and (array.shape[-1] % 2 or (width and array.shape[-1] % width)):
         raise InputError(f"The weight has {array.shape[-1]} columns; {format.name} takes multiples of {width or 2}.")
-    return codec.quantise(array.astype(jnp.float32), format)
+    return codec.quantise(array.astype(jnp.float32), format, scales_dtype)
 
 
 def check(name: str, weight: Quantised) -> None:

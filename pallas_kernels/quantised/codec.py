@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantised.array import Quantised
@@ -17,7 +19,7 @@ class Codec:
     Attributes:
       values: float32 `[..., out, in]` of a `Quantised`, without their scales.
       scales: float32 scales of it, one per block.
-      quantise: a `Quantised` of a float32 array and a format.
+      quantise: a `Quantised` of a float32 array, a format, and the dtype of scales that may have any.
       scales_dtype: in which scales are stored; None for any floating point.
       zero_points: it has them.
       global_scale: it has one.
@@ -25,7 +27,7 @@ class Codec:
 
     values: Callable[[Quantised], Float[Array, "*lead out in"]]
     scales: Callable[[Quantised], Float[Array, "*lead rows columns"]]
-    quantise: Callable[[Float[Array, "*lead out in"], Format], Quantised]
+    quantise: Callable[[Float[Array, "*lead out in"], Format, jax.typing.DTypeLike], Quantised]
     scales_dtype: str | None
     zero_points: bool = False
     global_scale: bool = False
@@ -53,3 +55,11 @@ def blocks(array: Float[Array, "*lead out in"], block: tuple[int, int]) -> Float
 def largest(array: Float[Array, "*lead out in"], block: tuple[int, int]) -> Float[Array, "*lead rows columns"]:
     """The largest absolute value of each block."""
     return jnp.abs(blocks(array, block)).max(axis=(-3, -1))
+
+
+def per(values: Float[Array, "*shape"], divisor: Array | float) -> Float[Array, "*shape"]:
+    """`values / divisor`, rounded once whatever the shapes are: of a jit, of some rows, of a scalar divisor.
+
+    XLA makes a division by one number a product with its rounded reciprocal, where it sees that it is one number.
+    """
+    return values / lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(divisor, values.dtype), values.shape))

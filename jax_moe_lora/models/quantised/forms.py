@@ -226,7 +226,5 @@ FORMS: Mapping[str, Form] = {
 
 ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 """Scales of rows and of caches, which stay in 16 bits here; what tensor names may end in."""
-LARGEST = {"fp8": 448.0, "mxfp4": 6.0, "nvfp4": 6.0, "int4": 8.0, "int4_zero": 16.0}
-"""The largest value of a codec, before its scale."""
 SCALES = {"fp8": np.dtype(np.float32), "mxfp4": np.dtype(np.uint8)}
 """The dtype of a codec's scales, where it is not the file's."""

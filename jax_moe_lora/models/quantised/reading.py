@@ -4,21 +4,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import DTYPES, QUANTISED_DTYPES
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_tensors import Part
-from jax_moe_lora.models.quantised.forms import LARGEST, SCALES, FileTensor
+from jax_moe_lora.models.quantised.forms import SCALES, FileTensor
 from jax_moe_lora.models.quantised.locating import StoredMatrix
 from jax_moe_lora.models.quantised.packing import Disagreement
+from jax_moe_lora.models.quantised.values import finite, too_large
 from pallas_kernels.quantised.array import Quantised
 
 Allocate = Callable[[tuple[int, ...], np.dtype], np.ndarray]
 _STORED = DTYPES | QUANTISED_DTYPES
-_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64)
 
 
 def read_quantised(
@@ -103,15 +102,7 @@ def _read(tensor: FileTensor, part: Part, file: TensorFile, target: np.ndarray, 
 
 def _check(tensor: FileTensor, piece: np.ndarray, dtype: str) -> None:
     """Refuses what is no number."""
-    if dtype == "F8_E4M3":
-        bad = (piece & 0x7F) == 0x7F
-    elif dtype == "U8" and tensor.part == "scales":
-        bad = piece == 255  # NaN in e8m0
-    elif piece.dtype.kind in "iu":
-        return
-    else:
-        bad = ~np.isfinite(piece)
-    if bad.any():
+    if not finite(piece, dtype, tensor.part == "scales"):
         raise Disagreement("holds values that are not finite, which are never served")
 
 
@@ -119,20 +110,11 @@ def _check_size(
     one: StoredMatrix, targets: Mapping[str, np.ndarray], dtype: np.dtype, files: Mapping[str, TensorFile]
 ) -> None:
     """Refuses scales by which a value may be infinite in the model's dtype."""
-    scales, codec = targets["scales"], one.matrix.format.codec
-    if codec == "mxfp4":
-        largest = 2.0 ** (int(scales.max()) - 127)
-    elif codec == "nvfp4":
-        largest = _E4M3[int((scales & 0x7F).max())]
-    else:
-        largest = float(np.abs(scales).max())
-    if "global_scale" in targets:
-        largest *= abs(float(targets["global_scale"]))
-    most = 65504.0 if dtype == np.float16 else float(np.finfo(np.float32).max)  # bfloat16's lies just below
-    if largest * LARGEST[codec] > most * (1 - 2**-9):
+    scale = too_large(one.matrix.format.codec, targets, dtype)
+    if scale is not None:
         name = next(part.tensor for tensor, part in one.parts if tensor.part == "scales")
         raise CheckpointError(
-            f"{name} in {files[name].path} has a scale of {largest:.3g}, with which values are not finite in {dtype}.",
+            f"{name} in {files[name].path} has a scale of {scale:.3g}, with which values are not finite in {dtype}.",
             file=files[name].path,
             key=name,
         )
