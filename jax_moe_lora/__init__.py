@@ -35,6 +35,7 @@ with _epy.lazy_api_imports(globals()):
     from jax_moe_lora.serving.sampling_params import SamplingParams
     from jax_moe_lora.tools.compilations import count_compilations
     from jax_moe_lora.tools.merge import merge_adapter
+    from jax_moe_lora.tools.quantise import quantise_checkpoint
     from jax_moe_lora.tools.read import read_adapter
     from jax_moe_lora.tools.validate import validate, validate_config
     from pallas_kernels.ops import BASE_SLOT
@@ -76,6 +77,7 @@ __all__ = [
     "lora_linear",
     "merge_adapter",
     "moe_lora",
+    "quantise_checkpoint",
     "read_adapter",
     "remove",
     "routed_experts",

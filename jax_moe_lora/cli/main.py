@@ -17,6 +17,7 @@ from jax_moe_lora.cli.generate import generate
 from jax_moe_lora.cli.inspect import inspect
 from jax_moe_lora.cli.options import keep_compiled_programs
 from jax_moe_lora.cli.parity import parity
+from jax_moe_lora.cli.quantise import quantise
 from jax_moe_lora.cli.scaling import scaling
 from jax_moe_lora.cli.train import train
 from jax_moe_lora.cli.tune import tune
@@ -50,6 +51,7 @@ def options(
 for command in (
     convert,
     merge,
+    quantise,
     train,
     bench,
     bench_load,

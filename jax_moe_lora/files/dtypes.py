@@ -16,6 +16,8 @@ QUANTISED_DTYPES = {
     "I64": np.dtype("<i8"),
 }
 """The same for the tensors that quantised weights are made of."""
+WRITTEN = DTYPES | QUANTISED_DTYPES | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""The same for what is written: each name has a dtype of its own."""
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BY_NAME = {dtype.name: dtype for dtype in SAFETENSORS_NAMES}
 NAMES = tuple(_BY_NAME)

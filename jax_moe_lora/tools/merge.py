@@ -1,8 +1,6 @@
 """An adapter merged into a copy of its base checkpoint, tensor by tensor."""
 
-import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,28 +15,15 @@ from jax_moe_lora.errors import AdapterFormatError, CheckpointError, ConfigError
 from jax_moe_lora.files.dtypes import DTYPES, check_dtype
 from jax_moe_lora.files.folders import whole_folder
 from jax_moe_lora.files.safetensors_io import TensorFile, read_json
-from jax_moe_lora.files.safetensors_writer import Planned, write_tensors
+from jax_moe_lora.files.safetensors_writer import Planned
 from jax_moe_lora.files.sizes import parse_bytes
-from jax_moe_lora.models.checkpoint_files import INDEX, SINGLE
 from jax_moe_lora.models.checkpoint_tensors import Part
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import Checkpoint, open_checkpoint
 from jax_moe_lora.models.names import outer_tensors, projection_tensors
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.models.specs.model import ModelConfig
-
-# Weights in other forms, which would still be those of the base model.
-_OTHER_WEIGHTS = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".bin.index.json",
-    ".pt",
-    ".pth",
-    ".h5",
-    ".gguf",
-    ".onnx",
-)
+from jax_moe_lora.tools.checkpoint_writing import Group, copy_others, write_shards
 
 
 def merge_adapter(
@@ -81,42 +66,18 @@ def merge_adapter(
     with ExitStack() as opened:
         checkpoint = open_checkpoint(model, config, opened)
         files, updates = checkpoint.files, _updates(config, adapter, checkpoint)
-        planned = {
-            name: Planned(cast_to or DTYPES[file.infos[name].dtype], file.infos[name].shape)
-            for name, file in files.items()
-        }
+        groups = [_group(name, file, cast_to, updates.get(name, [])) for name, file in files.items()]
         with whole_folder(out, "config.json", force) as folder:
-            for shard, names in (shards := _shards(planned, limit)).items():
-                write_tensors(
-                    folder / shard,
-                    {name: planned[name] for name in names},
-                    lambda name: _merged(name, files[name], planned[name].dtype, updates.get(name, [])),
-                )
-            if len(shards) > 1:
-                _write_index(folder, shards, sum(tensor.nbytes for tensor in planned.values()))
-            _copy_others(model, folder, dtype)
+            write_shards(folder, groups, limit)
+            copy_others(model, folder, **_dtype_field(model, dtype))
             opened.close()  # refuses a shard that was written to meanwhile, before the folder appears
 
 
-def _write_index(folder: Path, shards: Mapping[str, list[str]], total_size: int) -> None:
-    weight_map = {name: shard for shard, names in shards.items() for name in names}
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(planned: Mapping[str, Planned], limit: int) -> dict[str, list[str]]:
-    """Shard -> its tensors, in the order of the base checkpoint's files, so that each is read once from end to end."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, tensor in planned.items():
-        if not groups or tensor.nbytes > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(name)
-        room -= tensor.nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{n:05}-of-{len(groups):05}.safetensors": names for n, names in enumerate(groups, 1)}
+def _dtype_field(model: Path, dtype: str | None) -> dict[str, str]:
+    """The field of the config by which transformers loads the merged weights."""
+    if dtype is None:
+        return {}
+    return {"torch_dtype" if "torch_dtype" in read_json(model / "config.json", ConfigError) else "dtype": dtype}
 
 
 @dataclass(frozen=True)
@@ -169,6 +130,11 @@ def _one_for_both(adapter: LoRAAdapter) -> bool:
     return len(adapter.replacements) == 2 and len({*map(memory_of, adapter.replacements.values())}) == 1
 
 
+def _group(name: str, file: TensorFile, cast_to: np.dtype | None, updates: "Sequence[_Update]") -> Group:
+    planned = Planned(cast_to or DTYPES[file.infos[name].dtype], file.infos[name].shape)
+    return Group({name: planned}, lambda: [(name, _merged(name, file, planned.dtype, updates))])
+
+
 def _merged(name: str, file: TensorFile, dtype: np.dtype, updates: Sequence[_Update]) -> np.ndarray:
     """A tensor of the base checkpoint, updated and cast."""
     base = file.get_tensor(name)
@@ -182,13 +148,3 @@ def _merged(name: str, file: TensorFile, dtype: np.dtype, updates: Sequence[_Upd
     if not np.isfinite(merged).all():
         raise CheckpointError(f"{name} of {file.path.parent} with the adapter is not finite in {merged.dtype}.")
     return merged
-
-
-def _copy_others(model: Path, partial: Path, dtype: str | None) -> None:
-    for path in sorted(model.iterdir()):
-        if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and not path.name.startswith("."):
-            shutil.copyfile(path, partial / path.name)
-    if dtype is not None:  # by which transformers loads it
-        raw = read_json(model / "config.json", ConfigError)
-        name = "torch_dtype" if "torch_dtype" in raw else "dtype"
-        (partial / "config.json").write_text(json.dumps(raw | {name: dtype}, indent=2) + "\n", encoding="utf-8")

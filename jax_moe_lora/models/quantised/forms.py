@@ -170,6 +170,13 @@ NVFP4_PACKED = Form(
     ),
     lambda settings, rows, columns, scales: None if columns % 16 else formats.NVFP4,
 )
+MXFP4_PACKED = Form(
+    (
+        FileTensor("weight_packed", "values", ("U8",), _halved),
+        FileTensor("weight_scale", "scales", ("U8",), _of_scales),
+    ),
+    lambda settings, rows, columns, scales: None if columns % 32 else formats.MXFP4,
+)
 NVFP4_MODELOPT = Form(
     (
         FileTensor("weight_scale_2", "global_scale", ("F32",), _one),
@@ -217,6 +224,7 @@ FORMS: Mapping[str, Form] = {
     "int4_packed_zero": INT4_PACKED_ZERO,  # before the one whose tensors it has too
     "int4_packed": INT4_PACKED,
     "nvfp4_packed": NVFP4_PACKED,
+    "mxfp4_packed": MXFP4_PACKED,
     "nvfp4": NVFP4_MODELOPT,
     "awq": AWQ,
     "gptq": _gptq(packing.gptq_zeros),

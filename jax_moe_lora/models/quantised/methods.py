@@ -70,8 +70,19 @@ def _modelopt(fields: Fields) -> Quantisation:
     return Quantisation("modelopt", fields.choice("quant_algo", algorithms))
 
 
-_SCHEMES = {("float", 8): ("fp8",), ("int", 4): ("int4_packed_zero", "int4_packed"), ("float", 4): ("nvfp4_packed",)}
-_FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized", "mixed-precision")
+_SCHEMES = {
+    ("float", 8): ("fp8",),
+    ("int", 4): ("int4_packed_zero", "int4_packed"),
+    ("float", 4): ("nvfp4_packed", "mxfp4_packed"),
+}
+_FORMATS = (
+    "float-quantized",
+    "naive-quantized",
+    "pack-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mixed-precision",
+)
 
 
 def _compressed_tensors(fields: Fields) -> Quantisation:

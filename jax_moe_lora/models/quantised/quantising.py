@@ -48,15 +48,29 @@ def read_as_quantised(
     kinds = {DTYPES[files[part.tensor].infos[part.tensor].dtype] for part in parts}
     leaf = empty(shape, format, kinds.pop() if len(kinds) == 1 else np.dtype(np.float32), allocate)
     for index, part in enumerate(parts):
-        file = files[part.tensor]
-        matrix = leaf[index] if len(shape) > 2 else leaf
-        quantise_into(matrix, read_matrix(part, file, shape[-2:], piece_bytes), piece_bytes)
-        if too_large(format.codec, {"scales": np.asarray(matrix.scales)}, dtype) is not None:
-            raise CheckpointError(
-                f"{part.tensor} in {file.path} holds values that are not finite in {dtype} once they are rounded to "
-                f"{format.name}."
-            )
+        quantise_part(leaf[index] if len(shape) > 2 else leaf, part, files[part.tensor], dtype, piece_bytes)
     return leaf
+
+
+def quantise_part(target: Quantised, part: Part, file: TensorFile, dtype: np.dtype, piece_bytes: int) -> None:
+    """Reads one matrix and quantises it.
+
+    Args:
+      target: of numpy arrays, from `empty`.
+      part: where the matrix stands.
+      file: holds the tensor.
+      dtype: in which all numbers must be finite.
+      piece_bytes: what is read and quantised at a time.
+
+    Raises:
+      CheckpointError: as `read_as_quantised`.
+    """
+    quantise_into(target, read_matrix(part, file, target.shape, piece_bytes), piece_bytes)
+    if too_large(target.format.codec, {"scales": np.asarray(target.scales)}, dtype) is not None:
+        raise CheckpointError(
+            f"{part.tensor} in {file.path} holds values that are not finite in {dtype} once they are rounded to "
+            f"{target.format.name}."
+        )
 
 
 def empty(shape: tuple[int, ...], format: Format, scales_dtype: np.dtype, allocate: Allocate = np.empty) -> Quantised:

@@ -1,0 +1,105 @@
+"""A quantised copy of a checkpoint has the arrays of `quantise=`, in a form that others read."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jax_moe_lora import Model
+from jax_moe_lora.cli.main import main
+from jax_moe_lora.errors import CheckpointError, InputError
+from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.models.quantised.schemes import quantised_formats
+from jax_moe_lora.tools.quantise import quantise_checkpoint
+from support.checkpoints import load, write
+from support.layers import assert_close
+from support.networks import save_model, tiny
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "moe_intermediate_size": 64, "intermediate_size": 64, "head_dim": 16} | {
+    "num_key_value_heads": 4
+}
+
+
+def check_same(base: Path, written: Path, scheme: str) -> None:
+    """The written checkpoint has the arrays that the base has with `quantise=`."""
+    config = read_model_config(base)
+    expected = load_params(base, config, "float32", quantise=quantised_formats(config, scheme, base))
+    found = load(written)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        assert (one == other).all()
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4", "int4"])
+def test_a_quantised_copy_has_the_arrays_of_quantising_while_loading(scheme, tmp_path, monkeypatch, capsys) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    write(base, ml_dtypes.bfloat16, **SIZES)
+    (base / "LICENSE").write_text("anyone may")
+    words = ["quantise", str(base), str(out), "--format", scheme, "--max-shard-size", "20KB"]
+    monkeypatch.setattr(sys, "argv", ["jax-moe-lora", *words])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code in (0, None)
+    assert f"out: {scheme}, " in capsys.readouterr().out
+    check_same(base, out, scheme)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert (out / "LICENSE").read_text() == "anyone may"
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    ignored = settings.get("modules_to_not_convert", settings.get("ignore"))
+    assert {"model.layers.0.mlp.gate", "lm_head"} <= {*ignored}
+
+
+def test_what_has_no_published_form_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    write(tmp_path / "narrow")
+    with pytest.raises(InputError, match=r"q of .*narrow has 16 columns, and int4 takes multiples of 32"):
+        quantise_checkpoint(tmp_path / "narrow", tmp_path / "out", "int4")
+    write(tmp_path / "few", quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    with pytest.raises(CheckpointError, match=r"few is quantised already \(fp8\)"):
+        quantise_checkpoint(tmp_path / "few", tmp_path / "out", "fp8")
+    tensors = write(tmp_path / "nan", **SIZES)
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    tensors[name][3, 5] = np.nan
+    for file in (tmp_path / "nan").glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, tmp_path / "nan" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} .*not finite"):
+        quantise_checkpoint(tmp_path / "nan", tmp_path / "out", "fp8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "nan", "narrow"]
+
+
+def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Of a quantised checkpoint that transformers dequantises while it loads it."""
+    import torch
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    settings = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[method](dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=settings)
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+WIDE = {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 128, "num_key_value_heads": 4}
+
+
+@pytest.mark.parity
+@pytest.mark.slow(30)
+@pytest.mark.parametrize(
+    ("model_type", "scheme", "sizes"),
+    [("qwen3_moe", "fp8", WIDE), ("gpt_oss", "mxfp4", {"intermediate_size": 32})],
+)
+def test_transformers_reads_a_quantised_copy_with_the_same_logits(model_type, scheme, sizes, tmp_path: Path) -> None:
+    base = save_model(tiny(model_type, num_hidden_layers=1, **sizes).bfloat16(), tmp_path / "base")
+    quantise_checkpoint(base, tmp_path / "out", scheme)
+    check_same(base, tmp_path / "out", scheme)
+    model = Model.from_pretrained(base, dtype="float32", quantise=scheme, max_adapters=1, adapter_memory=2**20)
+    tokens = np.random.default_rng(0).integers(0, 99, (2, 20))
+    assert_close(np.asarray(model.logits(tokens)), transformers_logits(tmp_path / "out", tokens), 1e-5)
