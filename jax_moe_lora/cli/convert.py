@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.tools.read import read_adapter
+
+if TYPE_CHECKING:
+    from jax_moe_lora.tools.requantise import Requantised
 
 Adapter = Annotated[str, typer.Argument(help="Adapter folder in any layout, or a hub id.")]
 Out = Annotated[Path, typer.Argument(help="The folder to write, which appears whole or not at all.")]
@@ -52,6 +55,10 @@ def merge(
         str | None, typer.Option(help="float32, bfloat16 or float16; each tensor keeps its own if not given.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Of the tensors in one file.")] = "5GB",
+    requantise: Annotated[
+        bool,
+        typer.Option("--requantise", help="Into a quantised base: round the sums again, and say what that costs."),
+    ] = False,
     lora_b_layout: LoraBLayout = None,
     force: Force = False,
 ) -> None:
@@ -60,8 +67,18 @@ def merge(
 
     base = local_folder(model)
     read, _, _ = _read(adapter, base, lora_b_layout)
-    merge_adapter(read, base, out, dtype=dtype, max_shard_size=max_shard_size, force=force)
-    _say(out, "merged")
+    report = merge_adapter(
+        read, base, out, dtype=dtype, max_shard_size=max_shard_size, force=force, requantise=requantise
+    )
+    _say(out, "merged", *map(_rounding, report))
+
+
+def _rounding(row: "Requantised") -> str:
+    """What quantising a module again changed, as a line."""
+    return (
+        f"{row.module}: {row.matrices} matrices quantised again, relative error {row.error:.2g} of the weights and "
+        f"{row.of_update:.2g} of the update, of which {row.kept:.0%} is kept"
+    )
 
 
 def _read(adapter: str, base: Path, lora_b_layout: str | None) -> tuple[LoRAAdapter, Mapping[str, Site], AdapterNames]:

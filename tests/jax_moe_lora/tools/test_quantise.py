@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_moe_lora import Model
+from jax_moe_lora import LoRAAdapter, Model, merge_adapter, quantise_checkpoint
+from jax_moe_lora.adapters.lora import uniform
 from jax_moe_lora.cli.main import main
 from jax_moe_lora.errors import CheckpointError, InputError
-from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.config_file import parse_model_config, read_model_config
+from jax_moe_lora.models.families.examples import example
 from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.models.names import tensor_names
+from jax_moe_lora.models.params import abstract_params, leaf_name
 from jax_moe_lora.models.quantised.schemes import quantised_formats
-from jax_moe_lora.tools.quantise import quantise_checkpoint
+from pallas_kernels.ops import dequantise, quantise
 from support.checkpoints import load, write
 from support.layers import assert_close
 from support.networks import save_model, tiny
@@ -103,3 +108,68 @@ def test_transformers_reads_a_quantised_copy_with_the_same_logits(model_type, sc
     model = Model.from_pretrained(base, dtype="float32", quantise=scheme, max_adapters=1, adapter_memory=2**20)
     tokens = np.random.default_rng(0).integers(0, 99, (2, 20))
     assert_close(np.asarray(model.logits(tokens)), transformers_logits(tmp_path / "out", tokens), 1e-5)
+
+
+def draw(folder: Path, model_type: str) -> None:
+    """A random checkpoint in bfloat16; gpt-oss's experts stand in stacks `[E, in, out]`, gate and up by turns."""
+    if model_type == "qwen3_moe":
+        write(folder, ml_dtypes.bfloat16, **SIZES)
+        return
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 1}
+    raw = {**example("gpt_oss"), **sizes, "layer_types": ["full_attention"]}
+    config = parse_model_config(raw)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_params(config, np.float32))
+    shapes = {".".join(map(leaf_name, path)): leaf.shape for path, leaf in leaves}
+    tensors = {name: shapes[path] for path, name in tensor_names(config).items() if isinstance(name, str)}
+    experts, width, hidden = shapes["layers.0.gate"]
+    at = "model.layers.0.mlp.experts"
+    tensors |= {f"{at}.gate_up_proj": (experts, hidden, 2 * width), f"{at}.gate_up_proj_bias": (experts, 2 * width)}
+    tensors |= {f"{at}.down_proj": (experts, width, hidden), f"{at}.down_proj_bias": (experts, hidden)}
+    random = np.random.default_rng(1)
+    drawn = {name: random.standard_normal(shape).astype(ml_dtypes.bfloat16) for name, shape in tensors.items()}
+    folder.mkdir()
+    save_file(drawn, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(("model_type", "scheme"), [("qwen3_moe", "fp8"), ("qwen3_moe", "int4"), ("gpt_oss", "mxfp4")])
+def test_merging_into_a_quantised_base_rounds_the_sums_again_and_says_what_it_costs(
+    model_type, scheme, tmp_path
+) -> None:
+    base, few, out = tmp_path / "base", tmp_path / "few", tmp_path / "out"
+    draw(base, model_type)
+    quantise_checkpoint(base, few, scheme)
+    config = read_model_config(few)
+    random = np.random.default_rng(0)
+    experts, out_width, in_width = abstract_params(config, np.float32).layers[0]["gate"].shape
+    weights = uniform(
+        0.3 * random.standard_normal((1, 2, in_width), np.float32),
+        0.3 * random.standard_normal((experts, out_width, 2), np.float32),
+        0.5,
+        experts,
+    )
+    weights.ranks[1:] = 0
+    adapter = LoRAAdapter("mine", {(0, "gate"): weights})
+    with pytest.raises(CheckpointError, match=r"few is quantised .*--requantise"):
+        merge_adapter(adapter, few, out)
+    with pytest.raises(InputError, match=r"base is in 16 bits"):
+        merge_adapter(adapter, base, out, requantise=True)
+    (row,) = merge_adapter(adapter, few, out, requantise=True)
+    before, after = load(few), load(out)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    was, now = (np.asarray(dequantise(params.layers[0]["gate"], jnp.float32)) for params in (before, after))
+    wanted = was[0] + weights.delta(0)
+    gate = before.layers[0]["gate"]
+    expected = quantise(jnp.asarray(wanted), gate.format, gate.scales.dtype)
+    assert (now[0] == dequantise(expected, jnp.float32)).all()
+    assert (now[1:] == was[1:]).all()
+    error = np.linalg.norm(now[0] - wanted)
+    assert (row.module, row.matrices) == ("gate", 1)
+    np.testing.assert_allclose(row.error, error / np.linalg.norm(wanted), rtol=1e-3)
+    np.testing.assert_allclose(row.of_update, error / np.linalg.norm(weights.delta(0)), rtol=1e-3)
+    update = weights.delta(0)
+    np.testing.assert_allclose(row.kept, np.vdot(now[0] - was[0], update) / np.vdot(update, update), rtol=1e-3)
+    assert row.kept > (0.9 if scheme == "fp8" else 0.3)  # four bits round part of a small update away
+    for one, other in zip(after.layers[0].items(), before.layers[0].items(), strict=True):
+        same = [(a == b).all() for a, b in zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True)]
+        assert one[0] == "gate" or all(same)

@@ -83,7 +83,7 @@ def test_logits_with_an_adapter_beside_the_base_are_those_of_transformers(name: 
     cache, _ = jax.jit(fn.prefill)(fn.params, fn.bank, fn.init_cache(), jnp.asarray(tokens[:, :19]), lengths, slots)
     _, last = jax.jit(fn.decode)(fn.params, fn.bank, cache, jnp.asarray(tokens[:, 19]), slots)
     assert_close(np.asarray(last), logits[:, -1], LIMIT)
-    with pytest.raises(CheckpointError, match=r"is quantised .*merging needs the 16-bit checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is quantised .*merging needs the 16-bit checkpoint.*--requantise"):
         merge_adapter(LoRAAdapter("own", {}), quantised, tmp_path / "merged")
 
 
