@@ -2,9 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,8 +19,10 @@ from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_ba
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
+from jax_moe_lora.models.quantised.quantising import quantise_leaf
+from jax_moe_lora.models.quantised.schemes import quantised_formats
 from jax_moe_lora.models.specs.model import ModelConfig
-from pallas_kernels.ops import Implementation
+from pallas_kernels.ops import Format, Implementation
 
 REPEATS = 5
 THREADS = 4  # compilations side by side
@@ -46,7 +50,11 @@ class Compiled:
 
 
 def compile_case(
-    case: Case, config: ModelConfig, make: Callable[[], AdapterBank | None], implementation: Implementation | None
+    case: Case,
+    config: ModelConfig,
+    make: Callable[[], AdapterBank | None],
+    implementation: Implementation | None,
+    formats: Mapping[str, Format] = MappingProxyType({}),
 ) -> Compiled:
     """Compiles a case from shapes alone: weights and adapters need not exist yet.
 
@@ -55,12 +63,13 @@ def compile_case(
       config: the model.
       make: makes the bank; only its shapes are used.
       implementation: a backend by name; None picks the best one.
+      formats: of quantised weights, path -> format.
 
     Returns:
       The program.
     """
     began = time.perf_counter()
-    compiled = lower_case(case, config, make, implementation).compile()
+    compiled = lower_case(case, config, make, implementation, formats=formats).compile()
     memory = compiled.memory_analysis()
     return Compiled(compiled, time.perf_counter() - began, getattr(memory, "temp_size_in_bytes", None))
 
@@ -71,6 +80,7 @@ def lower_case(
     make: Callable[[], AdapterBank | None],
     implementation: Implementation | None = None,
     device: jax.Device | None = None,
+    formats: Mapping[str, Format] = MappingProxyType({}),
 ) -> jax.stages.Lowered:
     """Lowers `f(params, bank, cache, *inputs) -> (cache, logits)`; bank and cache are lists of their arrays.
 
@@ -80,6 +90,7 @@ def lower_case(
       make: makes the bank; only its shapes are used.
       implementation: a backend by name; None picks the best one.
       device: the device to compile for, which need not be attached; None is the default device.
+      formats: of quantised weights, path -> format.
 
     Returns:
       The lowered function.
@@ -96,13 +107,20 @@ def lower_case(
     rows = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     prompts = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
     inputs = (rows, rows) if case.kind == "decode" else (prompts, rows, rows)
-    shapes = (abstract_params(config, DTYPE), bank, cache, *inputs)
+    params = abstract_params(config, DTYPE)
+    if formats:
+        params = jax.eval_shape(partial(_random_params, config, formats))
+    shapes = (params, bank, cache, *inputs)
     if device is None:
         return jax.jit(program, donate_argnums=2).lower(*shapes)
     place = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     with jax.default_device(device):
         return jax.jit(program, donate_argnums=2).lower(*placed)
+
+
+def _random_params(config: ModelConfig, formats: Mapping[str, Format]) -> ModelParams:
+    return init_params(config, jax.random.key(0), DTYPE, partial(quantise_leaf, formats))
 
 
 def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
@@ -118,7 +136,13 @@ def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
 
 
 def measure(
-    case: Case, compiled: Compiled, config: ModelConfig, params: ModelParams, bank: AdapterBank | None, steps: int
+    case: Case,
+    compiled: Compiled,
+    config: ModelConfig,
+    params: ModelParams,
+    bank: AdapterBank | None,
+    steps: int,
+    formats: Mapping[str, Format] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Times a compiled case.
 
@@ -129,6 +153,7 @@ def measure(
       params: the model's weights.
       bank: the adapters; None for a case without.
       steps: decode steps per repeat.
+      formats: of quantised weights, path -> format.
 
     Returns:
       Milliseconds per step or per prefill and their spread, tokens per second, the floor, and memory.
@@ -160,7 +185,7 @@ def measure(
         "min_ms": round(min(times[1:]) * 1e3, 3),
         "max_ms": round(max(times[1:]) * 1e3, 3),
         "tokens_per_s": round(case.rows / median, 1),
-        "floor_ms": round(floor_s(case, config, bank, measure_ceilings()) * 1e3, 3),
+        "floor_ms": round(floor_s(case, config, bank, measure_ceilings(), formats) * 1e3, 3),
         "temp_gb": None if compiled.temp_bytes is None else round(compiled.temp_bytes / 1e9, 2),
         "peak_gb": _peak_gb(),
     }
@@ -181,7 +206,12 @@ def _peak_gb() -> float | None:
 
 
 def sweep(
-    config: ModelConfig, cases: Sequence[Case], targets: str, implementation: Implementation | None, steps: int
+    config: ModelConfig,
+    cases: Sequence[Case],
+    targets: str,
+    implementation: Implementation | None,
+    steps: int,
+    quantise: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures every case; one that fails does not stop the others.
 
@@ -194,26 +224,32 @@ def sweep(
       targets: the modules with adapters, see `random_model.sites_of`.
       implementation: a backend by name; None picks the best one.
       steps: decode steps per repeat.
+      quantise: what the random weights are quantised to, a name in `quantised.schemes.SCHEMES`; None keeps them.
 
     Yields:
       A row per case; the row of a failed case has `error` instead of figures.
     """
+    formats = {} if quantise is None else quantised_formats(config, quantise, "The model")
     measure_ceilings()  # while there is memory for it
     params = None
     for name in dict.fromkeys(case.adapters for case in cases):
         group, make = [case for case in cases if case.adapters == name], make_bank(config, name, targets)
         longest_first = sorted(group, key=lambda case: -case.rows)
         with ThreadPoolExecutor(max_workers=THREADS) as pool:
-            work = {case: pool.submit(compile_case, case, config, make, implementation) for case in longest_first}
+            compile_one = partial(
+                compile_case, config=config, make=make, implementation=implementation, formats=formats
+            )
+            work = {case: pool.submit(compile_one, case) for case in longest_first}
         if params is None:  # after the first compilations: they may need memory to time kernels
-            params = jax.block_until_ready(init_params(config, jax.random.key(0), DTYPE))
+            params = jax.block_until_ready(_random_params(config, formats))
         bank = make()
         for case in group:
             row: dict[str, Any] = asdict(case) | {"targets": targets, "layers": config.num_layers}
+            row |= {} if quantise is None else {"quantise": quantise}
             try:
                 compiled = work[case].result()
                 row["compile_s"] = round(compiled.seconds, 1)
-                figures = measure(case, compiled, config, params, bank, steps)
+                figures = measure(case, compiled, config, params, bank, steps, formats)
             except Exception as error:  # such as out of memory
                 figures = {"error": f"{type(error).__name__}: {error}"[:300]}
             yield row | figures

@@ -1,5 +1,9 @@
 """The least time of a whole model's step: every byte in use once, or the multiplications."""
 
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.random_model import Case
@@ -9,13 +13,22 @@ from jax_moe_lora.mesh.scaling.costs import (
     Step,
     Work,
     attention_work,
+    in_use,
     pages_work,
     weights_work,
 )
-from jax_moe_lora.models.specs.model import ModelConfig
+from jax_moe_lora.models.specs.mlp import RoutedMLP
+from jax_moe_lora.models.specs.model import Layer, ModelConfig, layer_parameters
+from pallas_kernels.quantised.format import Format
 
 
-def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings: Ceilings) -> float:
+def floor_s(
+    case: Case,
+    config: ModelConfig,
+    bank: AdapterBank | None,
+    ceilings: Ceilings,
+    formats: Mapping[str, Format] = MappingProxyType({}),
+) -> float:
     """The least time that the ceilings allow for a case.
 
     That is reading the weights, pages and caches in use once, or the multiplications, whichever takes longer. The
@@ -27,6 +40,7 @@ def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings:
       config: the model.
       bank: the adapters; None for a case without.
       ceilings: the device's limits.
+      formats: of quantised weights, path -> format (`quantised.schemes.quantised_formats`); their scales are read too.
 
     Returns:
       Seconds.
@@ -36,10 +50,36 @@ def floor_s(case: Case, config: ModelConfig, bank: AdapterBank | None, ceilings:
     total = Work(ITEMSIZE * head, case.batch * head)
     for layer, count in config.kinds.items():
         one = weights_work(layer, config.hidden_size, step, ONE_DEVICE) + attention_work(layer, step, ONE_DEVICE)
-        total += one.times(count)
+        at = f"layers.{config.layers.index(layer)}."
+        of_layer = {path.removeprefix(at): format for path, format in formats.items() if path.startswith(at)}
+        total += (one + _saved(layer, config, step, of_layer)).times(count)
     if bank is not None:
         total += _pages(step, config, bank)
     return max(total.read / ceilings.bytes_per_s, 2 * total.multiplied / ceilings.flop_per_s)
+
+
+def _saved(layer: Layer, config: ModelConfig, step: Step, formats: Mapping[str, Format]) -> Work:
+    """The bytes that quantised weights of a layer need not be read, as a negative number."""
+    routed = layer.mlp.moe if isinstance(layer.mlp, RoutedMLP) else None
+    share = in_use(routed.top_k / routed.num_experts, step.rows) if routed else 1.0
+    saved = 0.0
+    for row in layer_parameters(layer, config.hidden_size):
+        if row.name in formats:
+            fewer = ITEMSIZE * math.prod(row.shape) - matrix_bytes(row.shape, formats[row.name])
+            saved += fewer * (share if row.experts else 1.0)
+    return Work(-saved)
+
+
+def matrix_bytes(shape: tuple[int, ...], format: Format) -> float:
+    """Bytes of a quantised matrix or a stack of them, scales included.
+
+    Args:
+      shape: `[..., out, in]`.
+      format: what it is quantised to.
+    """
+    scales = {"fp8": 4, "mxfp4": 1}.get(format.codec, ITEMSIZE)  # bytes of one
+    *lead, out, width = shape
+    return math.prod(lead) * (out * width / format.per_byte + scales * math.prod(format.scales_shape(out, width)))
 
 
 def _pages(step: Step, config: ModelConfig, bank: AdapterBank) -> Work:

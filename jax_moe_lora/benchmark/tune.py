@@ -4,6 +4,8 @@ A cell is a shape and a number of tokens. Its layer is timed with many candidate
 which the plan and both matmuls share, then with different stages and warpgroups of each matmul. A config must not
 depend on adapters, so a candidate's score is the geometric mean over several sets of adapters, relative to the
 heuristic.
+
+Weights are bfloat16. Quantised ones run through XLA, which reads no tuned file: their layers have nothing to tune.
 """
 
 import json

@@ -38,6 +38,7 @@ def bench_model(
     cache_length: Annotated[int, typer.Option(help="Positions of the cache of a decode step.", min=2)] = 1024,
     steps: Annotated[int, typer.Option(help="Decode steps before one block.", min=1)] = 64,
     implementation: Annotated[str | None, typer.Option(help="A backend by name; the best one if not given.")] = None,
+    quantise: Annotated[str | None, typer.Option(help="Quantise the weights to fp8, mxfp4, int4 or int4_g128.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help=f"Time it too, without adapters: {PEER}.")] = None,
     out: Annotated[Path | None, typer.Option(help="Writes OUT.json, after each case.")] = None,
 ) -> None:
@@ -61,7 +62,7 @@ def bench_model(
         decode, prefill = [8, 32, 128], ["8x1024"]
     cases = _cases(names, decode or [], [_prompt(text) for text in prefill or []], context, cache_length)
     rows: list[dict[str, Any]] = []
-    for row in _measure(raw, config, cases, targets, implementation, steps, bool(peer)):
+    for row in _measure(raw, config, cases, targets, implementation, steps, bool(peer), quantise):
         rows.append({"model": model} | row)
         report_progress(rows[-1])
         if out is not None:  # after each case: a run that is cut off keeps what it has
@@ -89,6 +90,7 @@ def _measure(
     implementation: str | None,
     steps: int,
     peer: bool,
+    quantise: str | None,
 ) -> Iterator[dict[str, Any]]:
     """A row per case. The peer comes first: it gives its memory back, which jax does not."""
     from jax_moe_lora.benchmark.model import sweep
@@ -97,7 +99,7 @@ def _measure(
     if peer:
         once = {(case.kind, case.batch, case.length): case for case in cases}
         yield from sweep_transformers(raw, list(once.values()), steps)
-    for row in sweep(config, cases, targets, implementation, steps):  # type: ignore[arg-type]
+    for row in sweep(config, cases, targets, implementation, steps, quantise):  # type: ignore[arg-type]
         yield {"engine": "jax_moe_lora"} | row
 
 

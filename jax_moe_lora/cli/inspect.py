@@ -37,8 +37,15 @@ def inspect(
 def _print_model(summary: "ModelSummary") -> None:
     table = Table("what", "value", title=f"{summary.model_type} model")
     for name, value in asdict(summary).items():
-        if name not in ("kind", "model_type", "config"):
+        if name not in ("kind", "model_type", "config", "formats"):
             table.add_row(name.replace("_", " "), format_bytes(value) if name == "nbytes" else str(value))
+    for one in summary.formats:
+        block = " x ".join(str(size or "all") for size in one.block)
+        table.add_row(
+            f"in {one.name}",
+            f"{one.matrices} matrices, {one.bits} bits, a scale per {block}: {one.parameters} values, "
+            f"{format_bytes(one.nbytes)}",
+        )
     console().print(table)
 
 

@@ -19,7 +19,10 @@ def tune(
     repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
     tiles_only: Annotated[bool, typer.Option("--tiles-only", help="Only rows a tile: half the time.")] = False,
 ) -> None:
-    """Find configs of the kernels that are faster on this GPU than the heuristic's; each is checked, then timed."""
+    """Find configs of the kernels that are faster on this GPU than the heuristic's; each is checked, then timed.
+
+    For 16-bit weights: quantised ones run through XLA, which has nothing to tune.
+    """
     from jax_moe_lora.benchmark.tune import tune as tune_cells
 
     table = Table("shape", "tokens", "gate_up, down", "us", "heuristic's", "gain", title="Tuned configs")

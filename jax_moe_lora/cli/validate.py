@@ -15,7 +15,9 @@ from jax_moe_lora.files.sizes import format_bytes
 
 def validate(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
-    model: Annotated[Path, typer.Option(help="Folder of the model that is to serve it; its config alone is read.")],
+    model: Annotated[
+        Path, typer.Option(help="Folder of the model that is to serve it; its config is read, with --deep its scales.")
+    ],
     deep: Annotated[bool, typer.Option("--deep", help="Read the weights too.")] = False,
     max_rank: Annotated[int, typer.Option(min=1, help="Of the bank.")] = 64,
     dtype: Dtype = "bfloat16",

@@ -18,6 +18,7 @@ from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.safetensors_header import TensorInfo
 from jax_moe_lora.files.safetensors_io import tensor_infos
 from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.models.quantised.summary import FormatSummary, summarise_formats
 
 _LORA_KEY = re.compile(
     r"base_model\.model\.(?:model\.)?layers\.(?P<layer>\d{1,9})\.(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight"
@@ -39,10 +40,11 @@ class ModelSummary:
       experts_per_token: experts chosen per token.
       hidden_size: model width.
       expert_width: an expert's intermediate width.
-      parameters: number of values in all tensors.
+      parameters: number of values in all tensors; of quantised ones those that they hold, without scales.
       nbytes: bytes of all tensors.
       dtypes: the tensors' dtypes, as safetensors names them.
       shards: number of safetensors files.
+      formats: the formats of quantised matrices; empty where there are none.
       config: every field of the library's `ModelConfig`.
     """
 
@@ -58,6 +60,7 @@ class ModelSummary:
     nbytes: int
     dtypes: list[str]
     shards: int
+    formats: list[FormatSummary]
     config: dict[str, Any]
 
 
@@ -163,6 +166,8 @@ def inspect_model(folder: Path) -> ModelSummary:
     if not shards:
         raise CheckpointError(f"{folder} has a config.json but no safetensors files.")
     infos = [info for shard in shards for info in tensor_infos(shard, CheckpointError).values()]
+    formats, others = summarise_formats(folder, config)
+    in_few_bits = others + sum(one.parameters for one in formats)
     return ModelSummary(
         kind="model",
         model_type=config.model_type,
@@ -172,10 +177,11 @@ def inspect_model(folder: Path) -> ModelSummary:
         experts_per_token=config.moe.top_k,
         hidden_size=config.hidden_size,
         expert_width=config.moe.expert_width,
-        parameters=sum(math.prod(info.shape) for info in infos),
+        parameters=in_few_bits if formats else sum(math.prod(info.shape) for info in infos),
         nbytes=sum(info.nbytes for info in infos),
         dtypes=sorted({info.dtype for info in infos}),
         shards=len(shards),
+        formats=formats,
         config=asdict(config),
     )
 

@@ -1,6 +1,6 @@
 """The parameter tree of a decoder: one table gives initialisation and checkpoint loading their shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,20 @@ def abstract_params(config: ModelConfig, dtype: jax.typing.DTypeLike) -> ModelPa
     )
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> ModelParams:
-    """Random matrices, normal with deviation 0.02, made on the device leaf by leaf; norms are one, biases zero."""
+def init_params(
+    config: ModelConfig,
+    key: jax.Array,
+    dtype: jax.typing.DTypeLike,
+    finish: Callable[[str, Array], Any] = lambda path, leaf: leaf,
+) -> ModelParams:
+    """Random matrices, normal with deviation 0.02, made on the device leaf by leaf; norms are one, biases zero.
+
+    Args:
+      config: the model.
+      key: of the random numbers.
+      dtype: of the arrays, but for those that stay float32.
+      finish: what a leaf becomes before the next is made, of its path and its array.
+    """
     leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
     inits: dict[str, Init] = {
         row.name: row.init for layer in config.layers for row in layer_parameters(layer, config.hidden_size)
@@ -79,7 +91,11 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike
             return normal(key, leaf.shape, leaf.dtype)
         return (jnp.ones if init == "ones" else jnp.zeros)(leaf.shape, leaf.dtype)
 
-    return jax.tree.unflatten(tree, [make(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)])
+    made = [
+        finish(".".join(map(leaf_name, path)), make(path, leaf, k))
+        for (path, leaf), k in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, made)
 
 
 def leaf_name(key: Any) -> str:

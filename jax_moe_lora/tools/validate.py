@@ -14,6 +14,7 @@ from jax_moe_lora.errors import AdapterFormatError, CheckpointError
 from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.names import adapter_names
+from jax_moe_lora.models.quantised.summary import scale_problems
 from jax_moe_lora.models.sites import adapter_sites
 from jax_moe_lora.tools.read import model_config
 
@@ -37,7 +38,8 @@ def validate(
       adapter_folder: the adapter to check.
       model_folder: the model that would serve it.
       deep: also read the adapter's weights, and report those that are not finite in `dtype`, all zero, or absurdly
-        large; compare copies of the embeddings with the model's.
+        large; compare copies of the embeddings with the model's; and read the scales of a quantised model, and report
+        those that are not finite or make values infinite.
       max_rank: as for `Model.from_pretrained`.
       dtype: as for `Model.from_pretrained`.
       lora_b_layout: as for `read_adapter`.
@@ -76,6 +78,7 @@ def validate_folders(
     bank_dtype, deep = check_dtype(dtype), flag("deep", deep)
     max_rank, adapter, base = whole("max_rank", max_rank, 1), Path(adapter_folder), Path(model_folder)
     target, problems = None, Problems(keep=True)
+    wrong: list[CheckpointError] = []
     with problems:
         if not base.is_dir():
             raise CheckpointError(
@@ -83,6 +86,7 @@ def validate_folders(
             )
         config = read_model_config(base)
         names = adapter_names(config)
+        wrong = list(scale_problems(base, config, bank_dtype)) if deep else []
         target = Target(
             adapter_sites(config),
             names,
@@ -91,6 +95,9 @@ def validate_folders(
             bank_dtype,
             lora_b_layout,
         )
+    for error in wrong:
+        with problems:
+            raise error
     report = Report([])
     with problems:
         if not adapter.is_dir():

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import DTYPES
@@ -126,3 +127,14 @@ def quantise_into(target: Quantised, matrix: np.ndarray, piece_bytes: int) -> No
         for name, start in (("values", begin), ("scales", begin // height)):
             rows = np.asarray(getattr(piece, name))
             getattr(target, name)[start : start + len(rows)] = rows
+
+
+def quantise_leaf(formats: Mapping[str, Format], path: str, leaf: Array) -> Array | Quantised:
+    """An array on its device, quantised there if it has a format.
+
+    Args:
+      formats: path -> format, as `schemes.quantised_formats` gives them.
+      path: of the leaf in the parameter tree.
+      leaf: the array, or a traced one.
+    """
+    return _quantise(leaf, formats[path], leaf.dtype) if path in formats else leaf

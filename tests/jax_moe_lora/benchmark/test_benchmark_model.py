@@ -4,17 +4,21 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jax_moe_lora import InputError
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.benchmark.ceilings import Ceilings
-from jax_moe_lora.benchmark.model_floor import floor_s
+from jax_moe_lora.benchmark.model_floor import floor_s, matrix_bytes
 from jax_moe_lora.benchmark.models import MODELS, model_config
 from jax_moe_lora.benchmark.random_model import Case, draw_slots, random_bank, sites_of
 from jax_moe_lora.cli.bench_model import bench_model
 from jax_moe_lora.cli.options import MODEL_HELP, result_file
+from jax_moe_lora.models.quantised.schemes import quantised_formats
+from pallas_kernels.ops import quantise
+from pallas_kernels.quantised.format import FP8_BLOCK, MXFP4
 from pallas_kernels.specs import ADAPTERS
 
 H200 = Ceilings(bytes_per_s=4.3e12, flop_per_s=790e12)
@@ -23,7 +27,7 @@ TINY = {"model": "tiny", "layers": 1, "adapters": ["s8r16"], "context": 4, "cach
 
 @pytest.mark.slow
 def test_bench_model_writes_a_row_a_case_and_how_it_was_measured(tmp_path):
-    bench_model(**TINY, targets="all", decode=[3], prefill=["2x8"], out=tmp_path / "some" / "cpu")
+    bench_model(**TINY, quantise="fp8", targets="all", decode=[3], prefill=["2x8"], out=tmp_path / "some" / "cpu")
     about = json.loads((tmp_path / "some" / "cpu.json").read_text())
     assert {"device", "date", "versions", "commands", "method", "rows"} <= about.keys()
     assert [(row["kind"], row["batch"], row["length"]) for row in about["rows"]] == [
@@ -34,6 +38,7 @@ def test_bench_model_writes_a_row_a_case_and_how_it_was_measured(tmp_path):
         assert "error" not in row
         assert row["ms"] > 0
         assert row["compile_s"] > 0
+        assert row["quantise"] == "fp8"
 
 
 @pytest.mark.slow
@@ -122,3 +127,20 @@ def test_bad_options_are_one_sentence(wrong, message):
 )
 def test_a_name_with_dots_is_kept(out, file):
     assert result_file(Path(out), ".json") == Path(file)
+
+
+def test_the_floor_counts_the_bytes_of_quantised_weights():
+    config = model_config("qwen3-30b-a3b")
+    case = Case("decode", 128, 1, 2, "none")
+    full = floor_s(case, config, None, H200)
+    ratios = {
+        scheme: floor_s(case, config, None, H200, quantised_formats(config, scheme, "it")) / full
+        for scheme in ("fp8", "int4", "mxfp4")
+    }
+    # A tenth stays in 16 bits: embedding's rows are not read, the head is.
+    assert 0.5 < ratios["fp8"] < 0.52
+    assert 0.27 < ratios["mxfp4"] < 0.29  # 4.25 bits
+    assert 0.28 < ratios["int4"] < 0.31  # 4.5 bits
+    weight = quantise(jnp.ones((3, 160, 96), jnp.bfloat16), FP8_BLOCK)
+    assert matrix_bytes((3, 160, 96), FP8_BLOCK) == weight.nbytes
+    assert matrix_bytes((3, 160, 96), MXFP4) == quantise(jnp.ones((3, 160, 96)), MXFP4).nbytes

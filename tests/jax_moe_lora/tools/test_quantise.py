@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_moe_lora import LoRAAdapter, Model, merge_adapter, quantise_checkpoint
+from jax_moe_lora import LoRAAdapter, Model, merge_adapter, quantise_checkpoint, validate
 from jax_moe_lora.adapters.lora import uniform
 from jax_moe_lora.cli.main import main
 from jax_moe_lora.errors import CheckpointError, InputError
+from jax_moe_lora.inspect.folders import ModelSummary, inspect_folder
 from jax_moe_lora.models.config_file import parse_model_config, read_model_config
 from jax_moe_lora.models.families.examples import example
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.names import tensor_names
 from jax_moe_lora.models.params import abstract_params, leaf_name
 from jax_moe_lora.models.quantised.schemes import quantised_formats
-from pallas_kernels.ops import dequantise, quantise
+from pallas_kernels.ops import Quantised, dequantise, quantise
 from support.checkpoints import load, write
 from support.layers import assert_close
 from support.networks import save_model, tiny
@@ -173,3 +174,40 @@ def test_merging_into_a_quantised_base_rounds_the_sums_again_and_says_what_it_co
     for one, other in zip(after.layers[0].items(), before.layers[0].items(), strict=True):
         same = [(a == b).all() for a, b in zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True)]
         assert one[0] == "gate" or all(same)
+
+
+def test_inspect_and_validate_know_formats_and_find_corrupt_scales(tmp_path: Path) -> None:
+    for model_type, scheme, name, matrices in (("qwen3_moe", "int4", "int4", 20), ("gpt_oss", "mxfp4", "mxfp4", 12)):
+        base, few = tmp_path / model_type, tmp_path / f"{model_type}-few"
+        draw(base, model_type)
+        quantise_checkpoint(base, few, scheme)
+        summary, before = inspect_folder(few), inspect_folder(base)
+        assert isinstance(summary, ModelSummary)
+        assert isinstance(before, ModelSummary)
+        assert summary.parameters == before.parameters
+        assert before.formats == []
+        (row,) = summary.formats
+        assert (row.name, row.bits, row.matrices) == (name, 4, matrices)
+        weights = [leaf for layer in load(few).layers for leaf in layer.values() if isinstance(leaf, Quantised)]
+        extra = 16 * matrices if scheme == "int4" else 0  # `weight_shape`
+        assert row.nbytes == extra + sum(weight.nbytes for weight in weights)
+        adapter = tmp_path / "none"
+        sound = [finding.message for finding in validate(adapter, few, deep=True)]
+        assert not any("scale" in message for message in sound)
+        broken = spoil(few)
+        found = [finding.message for finding in validate(adapter, few, deep=True)]
+        assert any(broken in message and "not finite" in message for message in found)
+        assert [finding.message for finding in validate(adapter, few)] == sound
+
+
+def spoil(folder: Path) -> str:
+    """Makes a scale NaN (bfloat16's, or e8m0's); the tensor's name."""
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    name = next(name for name in header if name.endswith(("weight_scale", "_scales")))
+    begin = 8 + size + header[name]["data_offsets"][0]
+    data[begin : begin + 2] = b"\xff\xff"
+    file.write_bytes(data)
+    return name
