@@ -64,6 +64,11 @@ def test_the_tables_of_predictions_are_current():
     assert runpy.run_path(str(DOCS / "list_scaling.py"))["with_tables"](page) == page, "run python docs/list_scaling.py"
 
 
+def test_the_table_of_formats_is_current():
+    page = (DOCS / "quantised.md").read_text()
+    assert runpy.run_path(str(DOCS / "list_formats.py"))["with_table"](page) == page, "run python docs/list_formats.py"
+
+
 def test_every_room_is_in_the_map_of_the_code():
     rooms = {room.split(".")[1] for room in runpy.run_path(str(DOCS / "draw_imports.py"))["room_imports"]()}
     tables = (DOCS / "contributing.md").read_text().partition("### jax_moe_lora")[2]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from jax_moe_lora import Model
+from jax_moe_lora import LoRAAdapter, Model, count_compilations
+from jax_moe_lora.adapters.lora import uniform
 from jax_moe_lora.errors import CheckpointError, InputError
 from jax_moe_lora.models import loading
 from jax_moe_lora.models.config_file import parse_model_config, read_model_config
@@ -105,3 +106,27 @@ def test_numbers_that_rounding_makes_infinite_are_refused_by_name(tmp_path: Path
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=f"{name} .*{named}"):
             load(tmp_path, "mxfp4", "float16")
+
+
+@pytest.mark.slow
+def test_adapters_come_and_go_over_quantised_weights_without_compiling(tmp_path: Path) -> None:
+    write(tmp_path, ml_dtypes.bfloat16, **SIZES | ONE_LAYER)
+    model = Model.from_pretrained(tmp_path, dtype="float32", quantise="mxfp4", max_adapters=2, max_rank=16)
+    random = np.random.default_rng(0)
+
+    def adapter(name: str) -> LoRAAdapter:
+        a, b = random.standard_normal((3, 4, 128), np.float32), random.standard_normal((3, 128, 4), np.float32)
+        return LoRAAdapter(name, {(0, "gate"): uniform(a, b, 0.5, 3)})
+
+    tokens = random.integers(0, 32, (2, 8))
+    answers = []
+    for turn in range(3):
+        with count_compilations() as count:
+            model.load_adapter(adapter("own"), adapter_name="own")
+            answers.append(np.asarray(model.logits(tokens, [None, "own"])))
+            model.unload_adapter("own")
+        assert turn == 0 or count.compilations == 0
+    first, *others = answers
+    for other in others:
+        assert (other[0] == first[0]).all()
+        assert (other[1] != first[1]).any()
