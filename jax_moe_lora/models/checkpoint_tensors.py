@@ -11,7 +11,7 @@ Joined form, where a family names it (`Family.joined`): `[out of q + out of k + 
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -24,6 +24,8 @@ from jax_moe_lora.models.names import experts_below, parameter_tensors, table
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.models.specs.parameter import Parameter
 
+# A part of a row that is shorter is read with the whole row: files are cached by pages of this size anyway.
+PAGE_BYTES = 4096
 Shape = tuple[int, ...]
 # Stacked tensor -> the projections that it holds, one after the other.
 _STACKS = {"gate_up_proj": ("gate", "up"), "gate_proj": ("gate",), "up_proj": ("up",), "down_proj": ("down",)}
@@ -39,6 +41,7 @@ class Part:
       first_row: the first of the matrix's rows, where one tensor holds the rows of several projections.
       transposed: the tensor holds `[in, out]`.
       step: from one of the matrix's rows to the next, where the rows of two projections alternate.
+      first_column: the first of the columns that are read.
     """
 
     tensor: str
@@ -46,6 +49,7 @@ class Part:
     first_row: int = 0
     transposed: bool = False
     step: int = 1
+    first_column: int = 0
 
     def view(self, tensor: np.ndarray, rows: int) -> np.ndarray:
         """The matrix in the tensor's own memory.
@@ -61,6 +65,15 @@ class Part:
         matrix = matrix.T if self.transposed else matrix
         return matrix[self.first_row : self.first_row + rows * self.step : self.step]
 
+    def at(self, row: int, column: int) -> "Part":
+        """The part whose first row and column these are; `pieces` reads as many as its target has.
+
+        Args:
+          row: of this part.
+          column: of this part.
+        """
+        return replace(self, first_row=self.first_row + row * self.step, first_column=self.first_column + column)
+
     def pieces(self, file: TensorFile, target: np.ndarray, piece_bytes: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Reads the matrix some rows at a time.
 
@@ -73,23 +86,62 @@ class Part:
           A part of `target`, and the values for it.
         """
         info = file.infos[self.tensor]
-        rows, *columns = info.shape if self.expert is None else info.shape[1:]
-        width = math.prod(columns)
-        start = (self.expert or 0) * rows * width
-        first, count = (0, rows) if self.transposed else (self.first_row, len(target) * self.step)
-        at_once = (
-            max(1, piece_bytes // (width * (DTYPES | QUANTISED_DTYPES)[info.dtype].itemsize) // self.step) * self.step
-        )
-        last = first + count - (0 if self.transposed else self.step - 1)
-        for begin in range(first, last, at_once):
-            size = min(at_once, last - begin)
-            values = file.get_stored(self.tensor, start + begin * width, (size, width))
-            if self.transposed:
-                end = self.first_row + len(target) * self.step
-                yield target[:, begin : begin + size], values[:, self.first_row : end : self.step].T
+        height, *others = info.shape if self.expert is None else info.shape[1:]
+        width = math.prod(others)
+        start = (self.expert or 0) * height * width
+        rows = _Run(self.first_row, len(target), self.step)
+        columns = _Run(self.first_column, math.prod(target.shape[1:]))
+        if self.transposed:
+            rows, columns = columns, rows
+        itemsize = (DTYPES | QUANTISED_DTYPES)[info.dtype].itemsize
+        # What lies beside them is not read where that saves something.
+        alone = 2 * columns.span <= width and columns.span * itemsize >= PAGE_BYTES
+        at_once = max(1, piece_bytes // (itemsize * (columns.span if alone else width * rows.step)))
+        for begin in range(0, rows.count, at_once):
+            some = _Run(rows.first + begin * rows.step, min(at_once, rows.count - begin), rows.step)
+            if alone:
+                runs = [start + row * width + columns.first for row in some.places]
+                values = np.concatenate([file.get_stored(self.tensor, run, (1, columns.span)) for run in runs])
+                values = values[:, :: columns.step]
             else:
-                part = target[(begin - first) // self.step :][: -(-size // self.step)]
-                yield part, values[:: self.step].reshape(part.shape)
+                values = file.get_stored(self.tensor, start + some.first * width, (some.span, width))
+                values = values[:: some.step, columns.slice]
+            yield self._filled(target, begin, values)
+
+    def _filled(self, target: np.ndarray, first: int, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The part of a target that values from rows of the file are for, and the values in its order."""
+        if self.transposed:
+            return target[:, first : first + len(values)], values.T
+        part = target[first : first + len(values)]
+        return part, values.reshape(part.shape)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Rows or columns of a tensor.
+
+    Attributes:
+      first: the first of them.
+      count: how many.
+      step: from one to the next.
+    """
+
+    first: int
+    count: int
+    step: int = 1
+
+    @property
+    def span(self) -> int:
+        """From the first to the last, both counted."""
+        return max(self.count - 1, 0) * self.step + 1 if self.count else 0
+
+    @property
+    def places(self) -> range:
+        return range(self.first, self.first + self.span, self.step)
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.first, self.first + self.span, self.step)
 
 
 @dataclass(frozen=True)

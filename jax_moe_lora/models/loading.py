@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +19,7 @@ from jax_moe_lora.models.checkpoint_files import locate
 from jax_moe_lora.models.checkpoint_tensors import Part, joined_of, stacked_parts, stacks_of
 from jax_moe_lora.models.names import other_names, plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
+from jax_moe_lora.models.parts import Box, load_parts, whole_box
 from jax_moe_lora.models.quantised.locating import StoredMatrix, activation_scales, quantised_matrices
 from jax_moe_lora.models.quantised.quantising import read_as_quantised
 from jax_moe_lora.models.quantised.reading import read_quantised
@@ -60,7 +62,8 @@ def load_params(
 
     All names, shapes and dtypes are checked from the headers before a tensor is read. Matrices are read one at a time
     into the host array of their leaf, which on a CPU becomes the placed array without a copy: peak host memory is the
-    arrays, plus a few times `PIECE_BYTES`, also where one tensor stacks all experts. Each shard is opened once.
+    arrays, plus a few times `PIECE_BYTES`, also where one tensor stacks all experts. Each shard is opened once. Of an
+    array that is split over devices only the parts of this process's devices are read (`parts.py`).
 
     Args:
       folder: holds the safetensors files.
@@ -176,7 +179,9 @@ def _load(
         few = read_as_quantised(parts, leaf.shape, format, checkpoint.files, dtype, _aligned, PIECE_BYTES)
         return jax.tree.map(lambda array: _place(array, sharding), few)
     if not stored:
-        return _place(_read(source, leaf, checkpoint), sharding)
+        if sharding is None:
+            return jax.device_put(_read(source, leaf, checkpoint))  # jnp.asarray would copy
+        return load_parts(leaf.shape, sharding, partial(_read, source, leaf, checkpoint))
     if len(stored) < len(names):
         plain = next(name for name in names if name not in checkpoint.quantised)
         folder = checkpoint.files[checkpoint.parts[plain].tensor].path.parent
@@ -187,14 +192,22 @@ def _load(
     return weight if leaf.dtype == dtype else dequantise(weight, leaf.dtype)
 
 
-def _read(source: str | list[str], leaf: jax.ShapeDtypeStruct, checkpoint: Checkpoint) -> np.ndarray:
-    """One leaf in host memory, filled some rows at a time and cast on the way."""
-    out = _aligned(leaf.shape, np.dtype(leaf.dtype))
-    targets = {source: out} if isinstance(source, str) else {name: out[index] for index, name in enumerate(source)}
+def _read(
+    source: str | list[str], leaf: jax.ShapeDtypeStruct, checkpoint: Checkpoint, box: Box | None = None
+) -> np.ndarray:
+    """One leaf, or a box of it, in host memory: filled some rows at a time and cast on the way."""
+    box = whole_box(leaf.shape) if box is None else box
+    out = _aligned(tuple(end - begin for begin, end in box), np.dtype(leaf.dtype))
+    if isinstance(source, str):
+        targets = {source: out}
+    else:
+        (first, last), *box = box
+        targets = {name: out[index] for index, name in enumerate(source[first:last])}
+    row, column = box[0][0], box[-1][0] if len(box) > 1 else 0
     for name, target in targets.items():
         part = checkpoint.parts[name]
         file = checkpoint.files[part.tensor]
-        for rows, values in part.pieces(file, target, PIECE_BYTES):
+        for rows, values in part.at(row, column).pieces(file, target, PIECE_BYTES):
             with np.errstate(over="ignore", invalid="ignore"):
                 rows[...] = values
             if not np.isfinite(rows).all():

@@ -1,7 +1,6 @@
 """A checkpoint with adapters on one device and on meshes: answers, hot loading, a loop of one's own, what is read."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import jax
@@ -10,28 +9,16 @@ import numpy as np
 
 from jax_moe_lora import InputError, Model
 from jax_moe_lora.export import export_decode
-from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.tools.compilations import count_compilations
 from support.checkpoints import write
 from support.meshes import random_adapter, relative, report
+from support.read_parts import count_what_is_read
 
 CHANGES = {"num_experts": 4, "moe_intermediate_size": 16, "intermediate_size": 16, "head_dim": 4, "hidden_size": 32}
 NAMES = [None, "a", "b", "a", None]
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7], [8], [9, 10], [4, 5, 6, 7]]
 TOKENS = np.random.default_rng(1).integers(0, 32, (5, 6)).astype(np.int32)
-read: Counter[str] = Counter()
-
-
-def count_what_is_read() -> None:
-    """Bytes of tensors, whoever asks for them."""
-    plain = TensorFile._fill
-
-    def fill(self: TensorFile, target: memoryview, offset: int) -> None:
-        read[self.path.parent.name] += len(target)
-        plain(self, target, offset)
-
-    TensorFile._fill = fill
 
 
 def load(folder: Path, mesh: str | None) -> Model:
@@ -101,7 +88,7 @@ def parts(model: Model) -> dict[str, float]:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     written = sum(tensor.nbytes for tensor in write(folder, **CHANGES).values())
-    count_what_is_read()
+    read = count_what_is_read()
     one = load(folder, None)
     logits, wanted, loop = one.logits(TOKENS, NAMES), answers(one), own_loop(one)
     for number, mesh in enumerate(sys.argv[2:]):

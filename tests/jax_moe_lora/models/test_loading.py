@@ -1,10 +1,7 @@
 """Checkpoints are read exactly, into no more memory than their arrays take, or refused by the name of what is wrong."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,6 @@ from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.models import loading
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
-from support import ROOT
 from support.checkpoints import SHARDS, TINY, edit_index, load, write
 from support.memory import traced
 
@@ -260,37 +256,6 @@ def test_headers_are_checked_before_a_tensor_is_read(tmp_path: Path, monkeypatch
     edit(tmp_path, lambda tensors: tensors.update({"surplus": np.zeros(2, np.float32)}))
     monkeypatch.setattr(loading, "_read", lambda *_: pytest.fail("a tensor was read"))
     assert "surplus" in refusal(tmp_path)
-
-
-def run_python(code: str, *arguments: object, **environment: str) -> dict[str, Any]:
-    """Runs code in a process of its own and returns the JSON object that it prints last."""
-    root = str(ROOT)
-    env = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu", **environment}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-SPLIT = """
-import json, sys, jax, numpy as np
-from pathlib import Path
-from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.loading import load_params
-folder = Path(sys.argv[1]); config = read_model_config(folder)
-mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-split = load_params(folder, config, "float32", jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
-whole = load_params(folder, config, "float32")
-same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), split, whole)
-halves = [leaf.addressable_shards[0].data.shape[0] * 2 == leaf.shape[0] for leaf in jax.tree.leaves(split)]
-print(json.dumps({"same": all(jax.tree.leaves(same)), "split": all(halves)}))
-"""
-
-
-def test_arrays_split_over_two_devices_hold_the_same(tmp_path: Path) -> None:
-    write(tmp_path, num_experts=4)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    assert run_python(SPLIT, tmp_path, **flags) == {"same": True, "split": True}
 
 
 @pytest.mark.slow
