@@ -25,6 +25,7 @@ with _epy.lazy_api_imports(globals()):
         DeviceError,
         InputError,
         JaxMoELoRAError,
+        ProcessError,
     )
     from jax_moe_lora.layer.linear import lora_linear
     from jax_moe_lora.layer.moe import moe_lora, routed_experts
@@ -65,6 +66,7 @@ __all__ = [
     "MoEConfig",
     "Model",
     "ModelConfig",
+    "ProcessError",
     "RopeConfig",
     "SamplingParams",
     "Site",

@@ -22,6 +22,7 @@ __all__ = [
     "InputError",
     "JaxMoELoRAError",
     "NotDifferentiable",
+    "ProcessError",
     "TrainingDataError",
     "TunedFileError",
     "UnsupportedImplementation",
@@ -69,3 +70,7 @@ class TrainingDataError(InputError):
 
 class DeviceError(JaxMoELoRAError, RuntimeError):
     """jax has no device to run on, such as `JAX_PLATFORMS=cuda` without a GPU."""
+
+
+class ProcessError(JaxMoELoRAError, RuntimeError):
+    """The processes of a job cannot find each other, or do not agree."""

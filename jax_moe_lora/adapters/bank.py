@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.adapters.addressable import copy, fetch, send
 from jax_moe_lora.adapters.bank_sizes import (
     check_replacements,
     check_sites,
@@ -22,7 +23,7 @@ from jax_moe_lora.adapters.bank_sizes import (
 )
 from jax_moe_lora.adapters.lora import TRACED, LoRAAdapter, PoolWidth, Site
 from jax_moe_lora.adapters.packing import bank_nbytes
-from jax_moe_lora.adapters.placement import placed_zeros, pool_spec, tables_spec
+from jax_moe_lora.adapters.placement import like, placed_zeros, pool_spec, tables_spec, whole_array, whole_on
 from jax_moe_lora.adapters.replacements import Replacements, create_replacements
 from jax_moe_lora.adapters.updates import compile_updates, permute, placement_of, set_slot
 from jax_moe_lora.adapters.validation.bank_rules import Room, check_adapter
@@ -193,7 +194,7 @@ def _empty_bank(
     def owners(width: PoolWidth, pages: int) -> Array:
         ids = np.full(regions_of(width) * (1 + pages), FREE, np.int32)
         ids[:: 1 + pages] = RESERVED
-        return jnp.asarray(ids)
+        return whole_array(ids, whole_on(mesh))
 
     def of_experts(site: Site, columns: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
         return placed_zeros((len(site.layers), num_slots, site.num_experts, *columns), dtype, mesh, tables_spec(site))
@@ -223,7 +224,7 @@ def remove(bank: AdapterBank, slot: int, donate: bool = False) -> AdapterBank:
     check_whole(bank)
     check_slot(bank, slot)
     tables, scales = empty_slot(bank)
-    owners = tuple(jnp.asarray(np.where(ids == slot, np.int32(FREE), ids)) for ids in map(np.asarray, bank.owners))
+    owners = like(bank.owners, [np.where(ids == slot, np.int32(FREE), ids) for ids in map(np.asarray, bank.owners)])
     new_tables, new_scales = set_slot(*writable((bank.tables, bank.scales), donate), int(slot), tables, scales)
     replacements = None if bank.replacements is None else bank.replacements.clear(int(slot))
     return replace(bank, owners=owners, tables=new_tables, scales=new_scales, replacements=replacements)
@@ -238,17 +239,17 @@ def compact(bank: AdapterBank) -> AdapterBank:
         region = np.repeat(np.arange(regions), len(ids) // regions)
         order = np.lexsort((ids == FREE, region)).astype(np.int32)
         pools.append(permute(pool, order))
-        owners.append(jnp.asarray(ids[order]))
+        owners.append(ids[order])
         new_id[width] = np.argsort(order).astype(np.int32)
     tables = {}
     for module, site in bank.sites:
-        table = np.array(bank.tables[module])
+        table = np.array(fetch(bank.tables[module]))
         for column, width in enumerate(site.pools):
             table[..., column] = new_id[width][table[..., column]]
-        tables[module] = jax.device_put(table, placement_of(bank.tables[module]))
+        tables[module] = send(table, placement_of(bank.tables[module]))
     # Nothing is shared with the old bank, so that the new one can be donated.
     scales = writable(bank.scales, donate=False)
-    return replace(bank, pools=tuple(pools), owners=tuple(owners), tables=tables, scales=scales)
+    return replace(bank, pools=tuple(pools), owners=like(bank.owners, owners), tables=tables, scales=scales)
 
 
 def writable(arrays, donate: bool):
@@ -261,7 +262,7 @@ def writable(arrays, donate: bool):
     Returns:
       The arrays, or copies of them.
     """
-    return arrays if donate else jax.device_put(arrays, may_alias=False)
+    return arrays if donate else copy(arrays)
 
 
 def empty_slot(bank: AdapterBank) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

@@ -1,10 +1,10 @@
 """Reads an adapter back out of a bank's slot: the inverse of `insertion.py`, in the bank's dtype."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.adapters.addressable import fetch
 from jax_moe_lora.adapters.bank import AdapterBank, check_slot, check_whole
 from jax_moe_lora.adapters.lora import LoRAAdapter, LoRAWeights, PoolWidth
 from jax_moe_lora.adapters.updates import chunk_rows
@@ -31,7 +31,7 @@ def extract(bank: AdapterBank, slot: int, name: str) -> LoRAAdapter:
     matrices: dict[tuple[PoolWidth, bytes], np.ndarray] = {}
     weights: dict[tuple[int, str], LoRAWeights] = {}
     for module, site in bank.sites:
-        tables, scales = np.asarray(bank.tables[module][:, slot]), np.asarray(bank.scales[module][:, slot])
+        tables, scales = fetch(bank.tables[module][:, slot]), fetch(bank.scales[module][:, slot])
         for row, layer in enumerate(site.layers):
             ranks = tables[row, :, 3]
             if not ranks.any():
@@ -67,7 +67,7 @@ def _read_pages(pool: Float[Array, "N 16 width"], pages: np.ndarray) -> np.ndarr
         ids = np.zeros(size, np.int32)
         wanted = pages[begin : begin + size]
         ids[: len(wanted)] = wanted
-        out[begin : begin + size] = np.asarray(_gather(pool, jnp.asarray(ids)))[: len(wanted)]
+        out[begin : begin + size] = fetch(_gather(pool, ids))[: len(wanted)]
     return out
 
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jax_moe_lora.adapters.addressable import send
 from jax_moe_lora.adapters.bank import (
     FREE,
     AdapterBank,
@@ -37,6 +37,7 @@ from jax_moe_lora.adapters.packing import (
     page_ids,
     pages_of,
 )
+from jax_moe_lora.adapters.placement import like
 from jax_moe_lora.adapters.replacements import matrix_chunks
 from jax_moe_lora.adapters.updates import chunk_placement, chunk_rows, set_slot, write_rows
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
@@ -173,7 +174,7 @@ class Insertion:
         before: Chunk | None = None
         for width, rows, values, columns, matrix in self._all_host_chunks():
             placement = chunk_placement(self.placements.get(width) if matrix is None else None, columns)
-            sent_rows, sent_values = jax.device_put((rows, values), placement)
+            sent_rows, sent_values = map(send, (rows, values), placement or (None, None))
             if before is not None:
                 yield before.arrived()
             before = Chunk(width, sent_rows, sent_values, columns, matrix)
@@ -272,7 +273,7 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
         dtype=bank.dtype,
         replaced=replaced,
     )
-    return replace(bank, owners=tuple(map(jnp.asarray, owner.values())), replacements=replacements), insertion
+    return replace(bank, owners=like(bank.owners, owner.values()), replacements=replacements), insertion
 
 
 def _full(bank: AdapterBank, prepared: Prepared, owner: Mapping[PoolWidth, np.ndarray]) -> str:

@@ -5,15 +5,18 @@ device has its columns. So a pool that is split by experts consists of regions, 
 pages over the whole pool, as everywhere else. A device that has one region counts from its beginning (`local_bank`).
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from jax_moe_lora.adapters.addressable import send
 from jax_moe_lora.adapters.lora import PoolWidth, Site, SplitWidth
 
 if TYPE_CHECKING:
@@ -50,6 +53,36 @@ def placed_zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, mesh: Mesh
       spec: how they split it.
     """
     return jnp.zeros(shape, dtype, device=None if mesh is None else NamedSharding(mesh, spec))
+
+
+def whole_on(mesh: Mesh | None) -> NamedSharding | None:
+    """Where small arrays go of which each process has all; None for the default device.
+
+    Args:
+      mesh: the devices; None for the default one.
+    """
+    placement = None if mesh is None else NamedSharding(mesh, P())
+    return None if placement is None or placement.is_fully_addressable else placement
+
+
+def whole_array(values: np.ndarray, placement: Sharding | None) -> jax.Array:
+    """A small array of the host, which each process has.
+
+    Args:
+      values: the array.
+      placement: as `whole_on` gives it.
+    """
+    return send(values, placement) if isinstance(placement, NamedSharding) else jnp.asarray(values)
+
+
+def like(arrays: Iterable[jax.Array], values: Iterable[np.ndarray]) -> tuple[jax.Array, ...]:
+    """Arrays with other values, on the devices where they are.
+
+    Args:
+      arrays: from `whole_array`.
+      values: as many of the host.
+    """
+    return tuple(whole_array(new, old.sharding) for old, new in zip(arrays, values, strict=True))
 
 
 def bank_specs(bank: "AdapterBank") -> Any:

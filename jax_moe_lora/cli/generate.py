@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jax_moe_lora.cli.options import Dtype, Mesh, Quantise, named_values, values_by_name, write_file
+from jax_moe_lora.cli.options import (
+    Distributed,
+    Dtype,
+    Mesh,
+    Quantise,
+    StartSeconds,
+    join_processes,
+    named_values,
+    values_by_name,
+    write_file,
+)
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.folders import check_writable
 from jax_moe_lora.files.messages import CHAT_FIELDS
@@ -60,6 +70,8 @@ def generate(
     adapter_memory: Annotated[str, typer.Option(help="Memory for adapters on each device.")] = "4GiB",
     mesh: Mesh = None,
     quantise: Quantise = None,
+    distributed: Distributed = False,
+    start_seconds: StartSeconds = 20,
     lora_b_layout: Annotated[
         list[str] | None,
         typer.Option(
@@ -69,7 +81,9 @@ def generate(
     ] = None,
 ) -> None:
     """Answer prompts, each with its own adapter, in mixed batches."""
-    check_writable(out)
+    prints = join_processes(distributed, mesh, start_seconds)
+    if prints:
+        check_writable(out)
     defaults = SamplingParams(
         max_new_tokens,
         min_new_tokens,
@@ -91,7 +105,10 @@ def generate(
     served = load_model(
         model, adapter or [], jobs, dtype, max_rank, adapter_memory, lora_b_layout or [], mesh, quantise
     )
-    answers = list(run_jobs(served, jobs, batch_size, progress=out is not None and sys.stderr.isatty()))
+    watched = prints and out is not None and sys.stderr.isatty()
+    answers = list(run_jobs(served, jobs, batch_size, progress=watched))
+    if not prints:
+        return
     text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
         sys.stdout.write(text)

@@ -81,6 +81,9 @@ def main() -> None:
         code = refuse(*str(error).splitlines())
     except JaxMoELoRAError as error:
         code = refuse(str(error))
+    joined = sys.modules.get("jax_moe_lora.mesh.last_words")
+    if code and joined is not None:
+        joined.leave(code)
     sys.exit(code)
 
 

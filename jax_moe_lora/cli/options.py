@@ -27,6 +27,15 @@ Quantise = Annotated[
     str | None,
     typer.Option(help="Quantise a 16-bit model while it is loaded, to fp8, mxfp4, int4 or int4_g128."),
 ]
+Distributed = Annotated[
+    bool,
+    typer.Option(
+        "--distributed",
+        help="This is one of several processes with the same options, of which one prints. Slurm, Kubernetes or MPI "
+        "say who the others are, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.",
+    ),
+]
+StartSeconds = Annotated[int, typer.Option(min=1, help="How long --distributed waits for the other processes.")]
 LoraBLayout = Annotated[
     str | None,
     typer.Option(
@@ -143,6 +152,31 @@ def command_line() -> str:
     """The command that was typed, without the folders of the machine that it was typed on."""
     words = [word.split("=") for word in sys.argv[1:]]
     return " ".join(["jax-moe-lora", *("=".join(Path(p).name if os.sep in p else p for p in word) for word in words)])
+
+
+def join_processes(distributed: bool, mesh: str | None, start_seconds: int) -> bool:
+    """Joins the other processes of a job, where there are any.
+
+    Args:
+      distributed: whether there are.
+      mesh: the devices of all of them.
+      start_seconds: how long they are waited for.
+
+    Returns:
+      Whether this process is the one that prints.
+
+    Raises:
+      InputError: several processes without a mesh.
+      ProcessError: they do not find each other.
+    """
+    if not distributed:
+        return True
+    if mesh is None:
+        raise InputError("--distributed splits a model over processes; say how with --mesh, such as expert=2.")
+    from jax_moe_lora.mesh.processes import initialize, is_first
+
+    initialize(start_seconds=start_seconds)
+    return is_first()
 
 
 def check_implementation(implementation: str | None) -> None:

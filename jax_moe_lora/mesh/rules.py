@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moe_lora.adapters.lora import Site, SplitWidth
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.mesh.processes import check_processes
 from jax_moe_lora.models.blocks.partial_sums import EXPERT_AXIS, TENSOR_AXIS
 from jax_moe_lora.models.cache import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
@@ -59,6 +60,8 @@ def make_mesh(mesh: str | Mesh | None) -> Mesh | None:
     if isinstance(mesh, Mesh):
         sizes = dict(mesh.shape)
         _check_axes(sizes, mesh)
+        if {device.process_index for device in mesh.devices.flat} != {jax.process_index()}:
+            check_processes(mesh)
         return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(sizes))
     sizes = parse_mesh(mesh)
     devices, count = jax.devices(), math.prod(sizes.values())
@@ -66,7 +69,9 @@ def make_mesh(mesh: str | Mesh | None) -> Mesh | None:
         raise InputError(f"mesh {mesh!r} needs {count} devices; jax has {len(devices)} here ({devices[0].platform}).")
     names = tuple(axis for axis in AXES if axis in sizes)
     grid = np.array(devices[:count]).reshape([sizes[axis] for axis in names])
-    return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    made = Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+    check_processes(made)
+    return made
 
 
 def parse_mesh(text: Any) -> dict[str, int]:

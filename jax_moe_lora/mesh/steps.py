@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.placement import bank_specs, local_bank
+from jax_moe_lora.mesh.processes import across
 from jax_moe_lora.mesh.rules import DATA_AXIS, cache_specs, param_specs, parts, rows_spec, shardings
 from jax_moe_lora.models import cache as caches
 from jax_moe_lora.models.cache import Cache
@@ -108,6 +109,16 @@ def split_cache(cache: Cache, config: ModelConfig, mesh: Mesh | None) -> Cache:
 def row_multiple(mesh: Mesh | None) -> int:
     """What the rows of a batch are a multiple of."""
     return 1 if mesh is None else parts(mesh, DATA_AXIS)
+
+
+def reachable[Tree](tree: Tree, mesh: Mesh | None) -> Tree:
+    """Inside of `jit`: results that every process has as a whole, where the mesh has several processes.
+
+    Args:
+      tree: the arrays.
+      mesh: the devices; of one process, or None, the tree stays as it is.
+    """
+    return on_all_devices(tree, mesh) if across(mesh) else tree
 
 
 def on_all_devices[Tree](tree: Tree, mesh: Mesh | None) -> Tree:

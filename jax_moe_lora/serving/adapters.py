@@ -14,6 +14,7 @@ from jax_moe_lora.adapters.formats.base_checkpoint import BaseCheckpoint
 from jax_moe_lora.adapters.formats.detect import check_b_layout, read_adapter
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.pool import AdapterInfo, AdapterPool, AdapterStatus
+from jax_moe_lora.adapters.pool.agreement import Agreement, Alone
 from jax_moe_lora.adapters.writing import write_adapter
 from jax_moe_lora.arguments import array, flag, sequence, suggest_keywords
 from jax_moe_lora.errors import AdapterInUseError, InputError
@@ -27,9 +28,11 @@ from jax_moe_lora.models.specs.model import ModelConfig
 class ServedAdapters:
     """What `Model` does with adapters."""
 
-    def __init__(self, config: ModelConfig, bank: AdapterBank, folder: Path | None = None):
-        self.config, self._folder = config, folder
-        self._pool = AdapterPool(bank, self._read_adapter)
+    def __init__(
+        self, config: ModelConfig, bank: AdapterBank, folder: Path | None = None, agreement: Agreement | None = None
+    ):
+        self.config, self._folder, self._agreement = config, folder, agreement or Alone()
+        self._pool = AdapterPool(bank, self._read_adapter, self._agreement)
 
     @property
     def folder(self) -> Path | None:
@@ -242,10 +245,11 @@ class ServedAdapters:
         return names
 
     def _register(self, adapter: str | Path | LoRAAdapter, name: str, pinned: bool, lora_b_layout: str | None) -> None:
-        check_b_layout(lora_b_layout)
-        if lora_b_layout is not None and isinstance(adapter, LoRAAdapter):
-            raise InputError("lora_b_layout says how a file is read; an adapter in memory has been read already.")
-        source = adapter if isinstance(adapter, LoRAAdapter) else local_folder(adapter)
+        with self._agreement.all_or_none(lambda: (name, pinned, lora_b_layout)):
+            check_b_layout(lora_b_layout)
+            if lora_b_layout is not None and isinstance(adapter, LoRAAdapter):
+                raise InputError("lora_b_layout says how a file is read; an adapter in memory has been read already.")
+            source = adapter if isinstance(adapter, LoRAAdapter) else local_folder(adapter)
         self._pool.register(name, source, pinned, partial(self._read_adapter, lora_b_layout=lora_b_layout))
 
     def _read_adapter(self, folder: Path, name: str, lora_b_layout: str | None = None) -> LoRAAdapter:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 
 import jax
@@ -14,7 +14,8 @@ from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.arguments import sequence
 from jax_moe_lora.errors import AdapterNameError
 from jax_moe_lora.layer.checks import check_slots
-from jax_moe_lora.mesh.steps import over_mesh, split_cache
+from jax_moe_lora.mesh.processes import everywhere
+from jax_moe_lora.mesh.steps import over_mesh, reachable, split_cache
 from jax_moe_lora.models import cache_rows, decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams
@@ -96,13 +97,14 @@ def functions(config: ModelConfig, implementation: Implementation | None, mesh: 
 
     def jitted(step: CacheStep, name: str) -> CacheStep:
         options = {"config": config, "implementation": implementation}
-        plain = jax.jit(partial(step, **options), donate_argnums=2)
+        plain = jax.jit(partial(_with_whole_logits(step, mesh), **options), donate_argnums=2)
 
         @partial(jax.jit, donate_argnums=2)
         def of_a_file(*arrays):
             return kept(step, name, arrays, mesh=mesh, **options)
 
-        def run(*arrays):
+        def run(params, bank, *arguments):
+            arrays = params, bank, *everywhere(arguments, mesh)
             return (of_a_file if keeps(mesh) and not _traced(arrays) else plain)(*arrays)
 
         return run
@@ -127,7 +129,7 @@ def functions(config: ModelConfig, implementation: Implementation | None, mesh: 
     run_prefill, run_decode = (
         jitted(over_mesh(step, mesh), step.__name__) for step in (decoder.prefill, decoder.decode)
     )
-    run_free = jax.jit(cache_rows.free_rows, donate_argnums=0)
+    free = jax.jit(cache_rows.free_rows, donate_argnums=0)
 
     def prefill(params, bank, cache, tokens, lengths, slots):
         check_cache(cache)
@@ -143,7 +145,7 @@ def functions(config: ModelConfig, implementation: Implementation | None, mesh: 
     def free_rows(cache, rows):
         check_cache(cache)
         check_rows(cache, rows)
-        return run_free(cache, rows)
+        return free(cache, everywhere(rows, mesh))
 
     return CacheFunctions(
         prefill=prefill,
@@ -161,3 +163,14 @@ def _traced(arrays: Any) -> bool:
 
 def _check(bank: AdapterBank | None, slots: Array) -> None:
     check_slots(slots, 0 if bank is None else bank.num_slots)
+
+
+def _with_whole_logits(step: CacheStep, mesh: Mesh | None) -> CacheStep:
+    """A step whose logits every process has, where the mesh has several."""
+
+    @wraps(step)
+    def run(*arguments, **static):
+        cache, logits = step(*arguments, **static)
+        return cache, reachable(logits, mesh)
+
+    return run

@@ -161,12 +161,13 @@ class TextGeneration(ProgramRunner):
         self, prompts: Any, adapter_names: Any, sampling_params: Any, adapter_errors: Any, options: Any
     ) -> tuple[list[Request], list[str | None]]:
         """Checked requests, and the adapter of each."""
-        one_of("adapter_errors", adapter_errors, get_args(AdapterErrors))
-        prompts = sequence("prompts", prompts)
-        requests = make_requests(prompts, self._encode, self.config, sampling_params, options)
-        if any(request.params.stop for request in requests) and not self._has_tokenizer:
-            raise InputError("stop holds texts, and this model has no tokenizer; give stop_token_ids.")
-        names = [None if name == "__base__" else name for name in self._names(adapter_names, len(requests))]
+        with self._agreement.all_or_none(lambda: (requests, names, adapter_errors)):
+            one_of("adapter_errors", adapter_errors, get_args(AdapterErrors))
+            prompts = sequence("prompts", prompts)
+            requests = make_requests(prompts, self._encode, self.config, sampling_params, options, self._fresh_seed)
+            if any(request.params.stop for request in requests) and not self._has_tokenizer:
+                raise InputError("stop holds texts, and this model has no tokenizer; give stop_token_ids.")
+            names = [None if name == "__base__" else name for name in self._names(adapter_names, len(requests))]
         return requests, names
 
     def _answer(
@@ -210,9 +211,10 @@ class TextGeneration(ProgramRunner):
         source = self._pool.source(name)
         if source is None or isinstance(source, LoRAAdapter):
             return StopRules(frozenset())
-        rules = read_adapter_stops(source, self.config.vocab_size)
-        if rules.texts and not self._has_tokenizer:
-            raise InputError(f"{source} has stop_strings, and this model has no tokenizer; give stop_token_ids.")
+        with self._agreement.all_or_none(lambda: (sorted(rules.end_tokens), rules.texts)):
+            rules = read_adapter_stops(source, self.config.vocab_size)
+            if rules.texts and not self._has_tokenizer:
+                raise InputError(f"{source} has stop_strings, and this model has no tokenizer; give stop_token_ids.")
         return rules
 
     def _encode(self, prompt: str | ChatPrompt) -> list[int]:

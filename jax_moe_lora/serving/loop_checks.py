@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jax_moe_lora.adapters.addressable import fetch
 from jax_moe_lora.arguments import is_traced
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer.checks import check_array
@@ -72,7 +73,7 @@ def check_room(cache: Cache, rows: Any, lengths: Any, behind: bool) -> None:
         return
     most, batch = cache.max_length, cache.lengths.shape[0]
     real = np.asarray(rows) < batch
-    before = np.asarray(cache.lengths)[np.asarray(rows)[real]] if behind else 0
+    before = fetch(cache.lengths)[np.asarray(rows)[real]] if behind else 0
     after = before + np.asarray(lengths)[real]
     if after.size and after.max() > most:
         raise InputError(

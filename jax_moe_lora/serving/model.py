@@ -19,8 +19,9 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import parse_bytes
+from jax_moe_lora.mesh.processes import across, agreement, connect
 from jax_moe_lora.mesh.rules import check_mesh, make_mesh, param_specs, shardings, split_sites
-from jax_moe_lora.mesh.steps import init_cache, over_mesh, row_multiple
+from jax_moe_lora.mesh.steps import init_cache, over_mesh, reachable, row_multiple
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
@@ -41,7 +42,7 @@ def _reading(step: Callable[..., Array]) -> Callable[..., Array]:
     """A step that reads whole prompts, as a program."""
 
     def read(*arguments: Any, mesh: Mesh | None, **static: Any) -> Array:
-        return over_mesh(step, mesh)(*arguments, **static)
+        return reachable(over_mesh(step, mesh)(*arguments, **static), mesh)
 
     return jax.jit(read, static_argnames=("config", "implementation", "mesh"))
 
@@ -111,9 +112,12 @@ class Model(Chat):
             _check_split(config, devices, max_replacements, quantise)
             sites = split_sites(config, sites, devices)
             placement = shardings(param_specs(config, devices), devices)
-        bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary, devices)
-        params = load_params(folder, config, dtype, placement, formats)
-        _check_implementation(implementation, config, dtype, _expert_formats(params))
+        if devices is not None and across(devices):
+            connect(devices)
+        with agreement(devices).all_or_none(lambda: (config, sites, max_adapters, max_rank, memory, dtype)):
+            bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary, devices)
+            params = load_params(folder, config, dtype, placement, formats)
+            _check_implementation(implementation, config, dtype, _expert_formats(params))
         return cls(config, params, bank, folder, implementation, devices)
 
     def __repr__(self) -> str:
@@ -201,9 +205,11 @@ class Model(Chat):
     def _read(
         self, program: Callable[..., Array], token_ids: Any, adapter_names: Any, lengths: Any, routing: Any
     ) -> Array:
-        tokens, real = check_tokens(token_ids, lengths, self.config)
-        chosen = () if routing is None else (jnp.asarray(padded_routing(routing, tokens.shape, self.config)),)
-        with self.hold(self._names(adapter_names, len(tokens))) as slots:
+        with self._agreement.all_or_none(lambda: (tokens.tolist(), real.tolist(), names, routing is None)):
+            tokens, real = check_tokens(token_ids, lengths, self.config)
+            chosen = () if routing is None else (jnp.asarray(padded_routing(routing, tokens.shape, self.config)),)
+            names = self._names(adapter_names, len(tokens))
+        with self.hold(names) as slots:
             return jax.block_until_ready(self._run(program, jnp.asarray(tokens), jnp.asarray(real), slots, *chosen))
 
 

@@ -1,20 +1,24 @@
 """Requests of one generation: checked, and padded to a bucket."""
 
+import random
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_moe_lora.adapters.pool.agreement import Agreement
 from jax_moe_lora.arguments import array, host_array, is_array, whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.messages import ChatPrompt, is_chat
 from jax_moe_lora.files.text import check_unicode
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.sampling import LogitAdjustments, Sampling
-from jax_moe_lora.serving.sampling_params import SamplingParams, fold_seed, params_of_prompts
+from jax_moe_lora.serving.sampling_params import FreshSeed, SamplingParams, draw_seed, fold_seed, params_of_prompts
 from pallas_kernels.ops import BASE_SLOT
 
 MIN_PROMPT_BUCKET = 16
@@ -89,13 +93,25 @@ def make_requests(
     config: ModelConfig,
     sampling_params: SamplingParams | Sequence[SamplingParams] | None,
     options: Any,
+    fresh: FreshSeed,
 ) -> list[Request]:
     """The requests of prompts; their options as in `params_of_prompts`."""
-    params = params_of_prompts(len(prompts), sampling_params, options)
+    params = params_of_prompts(len(prompts), sampling_params, options, fresh)
     return [
         Request.make(f"Prompt {i}", prompt, encode, config, record)
         for i, (prompt, record) in enumerate(zip(prompts, params, strict=True))
     ]
+
+
+def fresh_seeds(agreement: Agreement) -> FreshSeed:
+    """Draws seeds, in all processes the same ones in the same order.
+
+    Args:
+      agreement: of the processes.
+    """
+    if agreement.alone:
+        return draw_seed
+    return partial(random.Random(agreement.of_first(lambda: str(secrets.randbits(128)))).getrandbits, 32)
 
 
 def check_tokens(token_ids: Any, lengths: Any, config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:

@@ -12,9 +12,11 @@ from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.arguments import suggest_keywords
 from jax_moe_lora.errors import CheckpointError, InputError
 from jax_moe_lora.files.tokenizer import Tokenizer
+from jax_moe_lora.mesh.processes import agreement, everywhere
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.serving.adapters import ServedAdapters
+from jax_moe_lora.serving.requests import fresh_seeds
 from pallas_kernels.ops import Implementation
 
 Result = TypeVar("Result")
@@ -33,8 +35,9 @@ class ProgramRunner(ServedAdapters):
         implementation: Implementation | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ):
-        super().__init__(config, bank, folder)
+        super().__init__(config, bank, folder, agreement(mesh))
         self.params, self.implementation, self.mesh = params, implementation, mesh
+        self._fresh_seed = fresh_seeds(self._agreement)
         self._compiled: set[Any] = set()
 
     @cached_property
@@ -71,6 +74,7 @@ class ProgramRunner(ServedAdapters):
 
     def _dispatch(self, key: Any, call: Callable[..., Result], arguments: tuple[Any, ...]) -> Result:
         """Starts a program with the bank of this moment; while it is compiled, other requests go on."""
+        arguments = everywhere(arguments, self.mesh)
         key = key, jax.tree.structure(arguments), *(np.shape(x) for x in jax.tree.leaves(arguments))
         start = self._pool.using if key in self._compiled else self._pool.pausing_loads
         result = start(lambda bank: call(self.params, bank, *arguments))

@@ -1,7 +1,7 @@
 """How a prompt is answered: one frozen record of options, checked when it is made. Without jax."""
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
@@ -11,6 +11,7 @@ from jax_moe_lora.arguments import INT32, flag, host_array, is_array, number, pe
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.text import check_unicode
 
+FreshSeed = Callable[[], int]
 UINT32 = 2**32 - 1
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 1024
@@ -128,8 +129,16 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+def draw_seed() -> int:
+    """A seed that was not used before."""
+    return secrets.randbits(32)
+
+
 def params_of_prompts(
-    count: int, sampling_params: SamplingParams | Sequence[SamplingParams] | None, options: Mapping[str, Any]
+    count: int,
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+    options: Mapping[str, Any],
+    fresh: FreshSeed = draw_seed,
 ) -> list[SamplingParams]:
     """The options of each prompt, each with a seed.
 
@@ -137,6 +146,7 @@ def params_of_prompts(
       count: prompts.
       sampling_params: one record for all prompts, or one for each; or
       options: fields of `SamplingParams`, as in `SamplingOptions`.
+      fresh: draws a seed for a prompt that comes without one.
 
     Raises:
       InputError: both forms, another number of values than prompts, or a bad value, by its prompt.
@@ -159,7 +169,7 @@ def params_of_prompts(
             for name, value in options.items()
         }
         records = [_record(row, {name: column[row] for name, column in columns.items()}) for row in range(count)]
-    return [_with_seed(record, row if shared else 0) for row, record in enumerate(records)]
+    return [_with_seed(record, row if shared else 0, fresh) for row, record in enumerate(records)]
 
 
 def fold_seed(seed: int, kind: str, index: int) -> int:
@@ -183,8 +193,8 @@ def _record(row: int, options: Mapping[str, Any]) -> SamplingParams:
         raise InputError(f"Prompt {row}: {error}") from error
 
 
-def _with_seed(record: SamplingParams, index: int) -> SamplingParams:
-    seed = secrets.randbits(32) if record.seed is None else fold_seed(record.seed, "prompt", index)
+def _with_seed(record: SamplingParams, index: int, fresh: FreshSeed) -> SamplingParams:
+    seed = fresh() if record.seed is None else fold_seed(record.seed, "prompt", index)
     return replace(record, seed=seed)
 
 

@@ -1,6 +1,7 @@
 """Any number of adapters behind the slots of one bank.
 
 - `registry.py`: names, slots, references and who is evicted, on the host alone.
+- `agreement.py`: what several processes decide together, and on which thread adapters are loaded.
 - `holds.py`: which slots are in use, and from which threads.
 - `content.py`: whether a folder has changed.
 - `shared_bank.py`: the bank that steps read while a loader writes.

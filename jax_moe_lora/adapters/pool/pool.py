@@ -8,8 +8,8 @@ that moment, in which its slot is still empty.
 
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -17,9 +17,10 @@ from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.extraction import extract
 from jax_moe_lora.adapters.insertion import Insertion, Prepared, prepare
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.pool.content import newer_version, read_with_version, stamps
+from jax_moe_lora.adapters.pool.agreement import Agreement, Alone, Beside, InOrder, Loader
+from jax_moe_lora.adapters.pool.content import read_with_version, stamps
 from jax_moe_lora.adapters.pool.holds import Holds
-from jax_moe_lora.adapters.pool.registry import Entry, Read, Registry, Source
+from jax_moe_lora.adapters.pool.registry import CHANGED, Entry, Read, Registry, Source, folder_changes
 from jax_moe_lora.adapters.pool.shared_bank import SharedBank
 from jax_moe_lora.adapters.pool.status import AdapterInfo, AdapterStatus
 from jax_moe_lora.errors import AdapterFormatError, AdapterNameError, BankFullError
@@ -31,21 +32,22 @@ Result = TypeVar("Result")
 class AdapterPool:
     """Registered adapters, and the bank that holds some of them. All methods may be called from any thread."""
 
-    def __init__(self, bank: AdapterBank, read: Read):
+    def __init__(self, bank: AdapterBank, read: Read, agreement: Agreement | None = None):
         """A pool without adapters.
 
         Args:
           bank: where adapters will be; no adapter is in it.
           read: reads an adapter from a folder, under a name.
+          agreement: with the other processes that have parts of the bank; None for one process.
         """
-        self._read = read
+        self._read, self._agreement = read, agreement or Alone()
         self._registry = Registry(bank.num_slots)
         self._holds = Holds(self._registry)
         self._changed = threading.Condition(threading.RLock())  # its lock guards the registry and the bank
         self._bank = SharedBank(bank, self._changed)
         self.using, self.pausing_loads = self._bank.using, self._bank.pausing_loads
         self.num_slots = bank.num_slots
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+        self._loader: Loader = Beside() if self._agreement.alone else InOrder()
 
     def register(self, name: str, source: Source, pinned: bool = False, read: Read | None = None) -> None:
         """Makes a name known; nothing is read yet.
@@ -69,12 +71,13 @@ class AdapterPool:
                 raise slot
 
     def prefetch(self, names: Sequence[str]) -> None:
-        """Begins to load adapters into slots that nobody uses, as many as there are; does not wait."""
+        """Begins to load adapters into slots that nobody uses, as many as there are; one process does not wait."""
         with self._changed:
             entries = self._registry.find_all(names)
             for entry in entries:
                 if entry.slot is None and (slots := self._make_room(1, entries)):
                     self._begin(entry, slots[0])
+        self._loader.finish()
 
     def forget(self, name: str) -> None:
         """Takes an adapter out of slot and registry. Raises AdapterNameError, or AdapterInUseError while it runs."""
@@ -129,8 +132,9 @@ class AdapterPool:
             ready = entry.state == "ready"
         if isinstance(entry.source, LoRAAdapter):
             return entry.source
-        if entry.source.is_dir() or not ready:
-            return entry.read(entry.source, name)
+        source = entry.source
+        if not ready or self._agreement.of_first(lambda: str(source.is_dir())) == "True":
+            return entry.read(source, name)
         with self.hold([name]) as (slot,):
             if isinstance(slot, Exception):
                 raise slot
@@ -183,6 +187,7 @@ class AdapterPool:
             self._holds.begin(slots, thread)
             loading = [None if entry is None else entry.loading for entry in entries]
         try:
+            self._loader.finish()
             errors = [None if future is None else cast(Exception | None, future.exception()) for future in loading]
         except BaseException:  # interrupted
             self._give_back(slots, thread)
@@ -242,15 +247,18 @@ class AdapterPool:
     def _load(self, entry: Entry, slot: int) -> None:
         """The loader's work. Where it fails the slot is empty again, and nothing else has changed."""
         try:
-            if isinstance(entry.source, LoRAAdapter):
-                adapter, content = entry.source, None
-            else:
-                adapter, content = read_with_version(entry.read, entry.source, entry.name)
-            insertion = self._place(slot, prepare(self._bank.value, adapter))
+            with self._agreement.all_or_none(lambda: (slot, adapter.ranks, content and content.digest)):
+                if isinstance(entry.source, LoRAAdapter):
+                    adapter, content = entry.source, None
+                else:
+                    adapter, content = read_with_version(entry.read, entry.source, entry.name)
+                prepared = prepare(self._bank.value, adapter)
+            insertion = self._place(slot, prepared)
             for chunk in insertion.chunks():
                 self._bank.write(chunk)
-            if content is not None and stamps(Path(str(entry.source))) != content.stamps:
-                raise AdapterFormatError(f"{entry.source} changed while it was read; load it when it is complete.")
+            with self._agreement.all_or_none(lambda: None):
+                if content is not None and stamps(Path(str(entry.source))) != content.stamps:
+                    raise AdapterFormatError(f"{entry.source} changed while it was read; load it when it is complete.")
             with self._changed:
                 self._bank.publish(insertion)
                 entry.ranks, entry.version, entry.error, entry.loading = adapter.ranks, content, None, None
@@ -282,16 +290,11 @@ class AdapterPool:
         Requests that run with it keep the old one. The bytes are read only where a file's stamps differ.
         """
         with self._changed:
-            known = [(entry, entry.version) for entry in self._registry.find_all(names) if entry.state == "ready"]
-        for entry, old in known:
-            if old is None or not isinstance(entry.source, Path):
-                continue
-            new = newer_version(entry.source, old)
-            if new is None:  # a folder that is gone is no reason to stop serving either
-                continue
+            entries = [entry for entry in self._registry.find_all(names) if entry.state == "ready"]
+            known = [(entry, entry.version) for entry in entries if entry.version is not None]
+        if not known:
+            return
+        for (entry, old), change in zip(known, self._agreement.of_first(partial(folder_changes, known)), strict=True):
             with self._changed:
-                if entry.version is old and entry.state == "ready":
-                    entry.version = new
-                    if new.digest != old.digest:
-                        slot = self._registry.take(entry)
-                        self._bank.clear(self._registry.abandoned([slot]))
+                if change == CHANGED and entry.version is old and entry.state == "ready":
+                    self._bank.clear(self._registry.abandoned([self._registry.take(entry)]))

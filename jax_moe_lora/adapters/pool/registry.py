@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jax_moe_lora.adapters.lora import LoRAAdapter
-from jax_moe_lora.adapters.pool.content import Version
+from jax_moe_lora.adapters.pool.content import Version, newer_version
 from jax_moe_lora.adapters.pool.status import AdapterStatus, State
 from jax_moe_lora.errors import AdapterInUseError, AdapterNameError, BankFullError
 from pallas_kernels.ops import BASE_SLOT
 
 BASE_NAMES = (None, "__base__")
+CHANGED, SAME = "10"
 Source = Path | LoRAAdapter
 Read = Callable[[Path, str], LoRAAdapter]
 
@@ -224,3 +225,19 @@ class Registry:
         for slot in self.slots:
             if slot.entry is not None and slot.entry.state == "ready":
                 yield slot.entry
+
+
+def folder_changes(known: Sequence[tuple[Entry, Version]]) -> str:
+    """A character for each adapter, `CHANGED` where its folder holds something else than was read, else `SAME`.
+
+    Args:
+      known: adapters, and what was read of them.
+    """
+    changes = ""
+    for entry, old in known:
+        # A folder that is gone is no reason to stop serving.
+        new = newer_version(entry.source, old) if isinstance(entry.source, Path) else None
+        changes += CHANGED if new is not None and new.digest != old.digest else SAME
+        if new is not None and changes[-1] == SAME and entry.version is old:
+            entry.version = new
+    return changes

@@ -4,8 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import jax
-
+from jax_moe_lora.adapters.addressable import copy
 from jax_moe_lora.adapters.bank import AdapterBank, remove
 from jax_moe_lora.adapters.insertion import Chunk, Insertion, Prepared, place, write
 
@@ -52,7 +51,7 @@ class SharedBank:
         with self._changed:
             self._changed.wait_for(lambda: not self._pauses)
             if self._lent:
-                self.value, self._lent = jax.device_put(self.value, may_alias=False), False
+                self.value, self._lent = copy(self.value), False
             self.value = write(self.value, chunk)
 
     def place(self, slot: int, prepared: Prepared) -> Insertion:
