@@ -58,6 +58,7 @@ CHECKED = [
     "models.steps",
     "models.vocabulary",
 ]
+UNOPTIMISED = "jax_disable_most_optimizations"
 _hooked = [f"pallas_kernels.{name}" for name in KERNELS] + [f"jax_moe_lora.{name}" for name in CHECKED]
 _root = Path(__file__).parents[1]
 if _gone := [name for name in _hooked if not [*_root.glob(name.replace(".", "/") + "*")]]:
@@ -100,6 +101,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     from support.gpu import skip_without_gpu  # imports the kernels, whose shapes the hook above must see first
 
     skip_without_gpu(item)
+    compile_for(item)
+
+
+def compile_for(item: pytest.Item) -> None:
+    """Compiles what is compared within a tolerance without LLVM's optimisations: that takes half the time.
+
+    Tests that compare bits have the marker `optimised`. The two kinds share no program that is in memory; on disk, the
+    options are part of a program's key.
+    """
+    unoptimised = os.environ["JAX_PLATFORMS"] == "cpu" and item.get_closest_marker("optimised") is None
+    if jax.config.read(UNOPTIMISED) != unoptimised:
+        jax.config.update(UNOPTIMISED, unoptimised)
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from jax_moe_lora.adapters.packing import allocate
 from jax_moe_lora.nn import moe_sites
 from support.layers import Spec, draw, random_adapter
 
+pytestmark = pytest.mark.optimised
+
 SPEC = Spec(hidden=64, width=48, experts=4, top_k=2)
 SITES = moe_sites(SPEC.config)
 PAGE_D, PAGE_F = 16 * 64 * 4, 16 * 48 * 4

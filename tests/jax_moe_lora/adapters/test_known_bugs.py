@@ -24,7 +24,7 @@ from support.layers import draw as draw_layer
 from support.models import ADAPTER_NAMES
 from support.networks import EXPERTS, TINY, save_model, save_random_adapter, tiny
 
-pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity")]
+pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("parity"), pytest.mark.optimised]
 
 TOKENS = np.random.default_rng(0).integers(0, TINY["vocab_size"], (2, 12))
 

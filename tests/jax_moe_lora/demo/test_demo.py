@@ -8,7 +8,7 @@ import pytest
 from jax_moe_lora.demo.run import NEW_TOKENS, data_folder, load_demo, run_demo
 from jax_moe_lora.demo.tasks import TASKS, heldout_strings, prompt
 
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow, pytest.mark.optimised]
 
 
 @pytest.fixture(scope="module")

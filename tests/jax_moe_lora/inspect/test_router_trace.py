@@ -7,6 +7,8 @@ from jax_moe_lora import AdapterNameError, InputError, Model
 from jax_moe_lora.demo.run import data_folder
 from jax_moe_lora.inspect import router_trace, spectra
 
+pytestmark = pytest.mark.optimised
+
 LENGTHS = [9, 4, 7]
 
 

@@ -27,6 +27,8 @@ from pallas_kernels.ops import LayerPages, LoRAPages
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.unchecked import annotations_unchecked
 
+pytestmark = pytest.mark.optimised
+
 T, D, F, E, K, S = 5, 8, 16, 4, 2, 3
 CONFIG = MoEConfig(D, F, E, K)
 

@@ -28,6 +28,8 @@ from support import ROOT
 from support.layers import LAYER, Problem, Spec, assert_close, draw
 from support.models import ADAPTER_NAMES
 
+pytestmark = pytest.mark.optimised
+
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
 SPECS = {
     "float32": Spec(),

@@ -11,6 +11,8 @@ from jax_moe_lora.layer.linear import MAX_PACKED_RANKS, dense_plan, lora_linear,
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
 from pallas_kernels.xla.dot import matmul_t
 
+pytestmark = pytest.mark.optimised
+
 RANKS = (4, 0, 40, 16, 33)  # of the slots; 0: an empty one
 IN, OUT = 48, 80
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}

@@ -10,6 +10,8 @@ import pytest
 from jax_moe_lora.layer.moe import moe_lora
 from support.layers import Spec, draw
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.mark.parametrize("held", [np.nan, np.inf, 0.0])
 def test_contract_11_a_masked_row_reaches_nothing(held):

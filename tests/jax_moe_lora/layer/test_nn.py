@@ -17,6 +17,8 @@ from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.nn import LoRALinear, MoELoRA, RoutedExperts, Router, linen_variables, load, moe_sites
 
+pytestmark = pytest.mark.optimised
+
 CONFIG = MoEConfig(hidden_size=64, expert_width=32, num_experts=8, top_k=2, renormalize=True)
 SLOTS = jnp.array([1, -1, 0, 1, -1, 2])
 

@@ -9,6 +9,8 @@ from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.moe import moe_lora
 from support.layers import Spec, draw
 
+pytestmark = pytest.mark.optimised
+
 PROBLEM = draw(Spec(tokens=6))
 ARGUMENTS = {
     "x": PROBLEM.x,

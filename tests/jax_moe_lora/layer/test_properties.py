@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from support.layers import LAYOUTS, Spec, assert_close, draw
 from support.pairs import covering_pairs
 
+pytestmark = pytest.mark.optimised
+
 ADAPTER = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from([1, 4, 8, 16, 17, 33]))
 
 

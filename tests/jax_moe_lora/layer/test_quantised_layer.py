@@ -20,6 +20,8 @@ from pallas_kernels.quantised import tiles
 from pallas_kernels.quantised.format import FORMATS, FP8_BLOCK, MXFP4
 from support.layers import LAYER, Spec, assert_close, draw
 
+pytestmark = pytest.mark.optimised
+
 SPEC = Spec(tokens=16, hidden=64, width=64, experts=4, top_k=2, slots=3, max_rank=16)
 ADAPTERS = (("per_expert", 4), ("shared_outer", 8))
 

@@ -9,6 +9,8 @@ from jax_moe_lora import InputError
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.routing import route
 
+pytestmark = pytest.mark.optimised
+
 TOKENS, EXPERTS = 64, 8
 SCORES = np.random.default_rng(0).normal(size=(TOKENS, EXPERTS)).astype(np.float32)
 MIXER = MoEConfig(4, 4, EXPERTS, 2, router="sparsemixer", jitter=0.3)  # wide: several scores count

@@ -23,7 +23,7 @@ from jax_moe_lora.training import from_adapter
 from pallas_kernels.routed_experts.weights import ExpertWeights
 from support.unchecked import annotations_unchecked
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.optimised]
 T, D, F, E, K = 6, 64, 128, 4, 2  # widths that the kernels take too
 CONFIG = MoEConfig(D, F, E, K)
 DTYPES = ("float32", "bfloat16", "float16")

@@ -16,6 +16,8 @@ from jax_moe_lora.nn import LoRALinear, LoRAParam, LoRATable, MoELoRA, load, moe
 from jax_moe_lora.parity import shared_adapter
 from jax_moe_lora.training import AdapterSpec, init_params, to_adapter
 
+pytestmark = pytest.mark.optimised
+
 CONFIG = MoEConfig(16, 8, 4, 2)
 SITES = moe_sites(CONFIG)
 SLOTS = jnp.array([0, 0, 1, 1, -1, 0])

@@ -13,6 +13,8 @@ from jax_moe_lora.models.blocks.attention import (
 )
 from support.layers import assert_close
 
+pytestmark = pytest.mark.optimised
+
 TOKENS = 11
 SEGMENTS = jnp.asarray([[1] * 5 + [2] * 6] * 3)
 HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}

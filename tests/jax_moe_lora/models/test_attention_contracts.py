@@ -15,7 +15,7 @@ from jax_moe_lora.models.params import init_params
 from jax_moe_lora.models.sites import layer_sites
 from support.models import prefill_and_decode
 
-pytestmark = [pytest.mark.slow(10), pytest.mark.xdist_group("attention_contracts")]
+pytestmark = [pytest.mark.slow(10), pytest.mark.xdist_group("attention_contracts"), pytest.mark.optimised]
 ROWS = [None, "one", "two", "three", None]
 STEPS = 3
 

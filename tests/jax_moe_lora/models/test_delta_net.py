@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jax_moe_lora.models.blocks import delta_net
 from jax_moe_lora.models.specs.delta_net import DeltaNet
 from jax_moe_lora.models.steps import make_step
 from pallas_kernels.pages import NO_ADAPTERS
 from support.layers import assert_close
+
+pytestmark = pytest.mark.optimised
 
 SPEC, D = DeltaNet(2, 4, 8, 6, kernel=3), 16
 B, T = 3, 12

@@ -10,6 +10,8 @@ import pytest
 from jax_moe_lora.models.blocks.delta_rule import Tokens, chunked, one_token
 from support.layers import assert_close
 
+pytestmark = pytest.mark.optimised
+
 B, G, R, DK, DV = 2, 2, 3, 8, 5
 LIMIT = 2e-6
 

@@ -17,7 +17,7 @@ from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.sampling import greedy
 from support.models import decoder_config, prefill_and_decode
 
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow]
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.slow, pytest.mark.optimised]
 MIXED = [None, "upper", "reverse", "sort", None]
 STEPS = 3
 

@@ -12,7 +12,7 @@ from jax_moe_lora.models import decoder
 from pallas_kernels.ops import BASE_SLOT
 from support.layers import assert_close
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 NAMES = [None, "reverse", "sort", "reverse", "upper"]
 LENGTHS = [5, 7, 3, 6, 4]
 ROWS = [[0, 1, 2], [3, 4]]  # examples of each row, in order

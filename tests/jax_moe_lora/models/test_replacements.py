@@ -23,6 +23,8 @@ from jax_moe_lora.tools.compilations import count_compilations
 from support.layers import assert_close
 from support.models import decoder_config
 
+pytestmark = pytest.mark.optimised
+
 MOE = MoEConfig(hidden_size=16, expert_width=12, num_experts=3, top_k=2)
 SHAPE = V, D = 37, 16
 TOKENS = np.random.default_rng(0).integers(0, V, (4, 5)).astype(np.int32)

@@ -12,7 +12,7 @@ from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.rope import frequencies, rotate
 from jax_moe_lora.models.rope_config import read_rope
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.optimised]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 3.0},

@@ -20,6 +20,8 @@ from jax_moe_lora.models.specs.model import ModelConfig
 from support.layers import assert_close
 from support.models import decoder_config
 
+pytestmark = pytest.mark.optimised
+
 MOE = MoEConfig(hidden_size=16, expert_width=12, num_experts=3, top_k=2)
 TOKENS = np.random.default_rng(0).integers(0, 37, (4, 5)).astype(np.int32)
 LENGTHS = np.full(4, 5, np.int32)

@@ -96,6 +96,7 @@ def new_cache(case: Case, max_length: int = LENGTH) -> Cache:
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_token_sees_itself_and_those_before_it_that_the_window_holds():
     config, params = windowed(1)
     changed = TOKENS[:1].copy()
@@ -106,6 +107,7 @@ def test_a_token_sees_itself_and_those_before_it_that_the_window_holds():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_a_window_as_long_as_the_prompt_is_none():
     config, params = windowed(1, window=LENGTH)
     whole = replace(config.layers[0], attention=replace(config.layers[0].attention, window=None))

@@ -10,7 +10,7 @@ from jax_moe_lora.adapters.lora import uniform
 from jax_moe_lora.cli.generate import load_model
 from jax_moe_lora.demo.tasks import data_folder
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 FOLDER, ADAPTERS = data_folder() / "model", data_folder() / "adapters"
 
 

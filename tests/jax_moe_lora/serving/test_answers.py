@@ -12,7 +12,7 @@ from jax_moe_lora import AdapterFormatError, AdapterInUseError, InputError, Mode
 from jax_moe_lora.demo.run import data_folder, load_demo
 from jax_moe_lora.serving.answers import GrowingText
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 FEW = {"pad_to": (4, 16)}  # one shape for all: what a test compiles serves the others
 HOT = {"temperature": 10.0, "max_new_tokens": 6, **FEW}
 

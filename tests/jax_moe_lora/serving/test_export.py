@@ -17,7 +17,7 @@ from jax_moe_lora.models.cache import Cache
 from jax_moe_lora.serving.functional import Functional
 from pallas_kernels.backend import target_sms
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 UNUSED: dict[str, Any] = dict.fromkeys(("prefill", "decode", "insert_rows", "append_rows", "free_rows"))
 
 ELSEWHERE = """

@@ -21,6 +21,8 @@ from support.layers import Spec, draw
 from support.models import decoder_config
 from support.unchecked import annotations_unchecked
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(autouse=True)
 def _trees_hold_more_than_arrays():

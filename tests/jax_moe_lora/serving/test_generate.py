@@ -34,7 +34,7 @@ from jax_moe_lora.serving import model as surface
 from jax_moe_lora.serving import programs
 from jax_moe_lora.serving.requests import PaddedBatch, Request
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 NAMES = [None, "upper", "reverse", "sort"]
 PROMPTS = ["abc>", "hello>", "world>", "zyx>"]
 ANSWERS = ["abc", "HELLO", "dlrow", "xyz"]

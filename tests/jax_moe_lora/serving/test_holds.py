@@ -9,7 +9,7 @@ import pytest
 from jax_moe_lora import AdapterInUseError, AdapterNameError, BankFullError, InputError, Model, extract
 from jax_moe_lora.demo.run import data_folder
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 ADAPTERS = data_folder() / "adapters"
 
 

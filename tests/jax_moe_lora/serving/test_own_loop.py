@@ -11,7 +11,7 @@ from jax_moe_lora import InputError, Model, count_compilations
 from jax_moe_lora.demo.run import load_demo
 from support.layers import assert_close
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 ROWS, WIDTH, LENGTH = 4, 16, 32
 
 

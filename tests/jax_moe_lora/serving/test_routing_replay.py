@@ -16,7 +16,7 @@ from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import make_evaluation
 from jax_moe_lora.training.spec import AdapterSpec
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 PROMPTS, NAMES = ["abcdef>", "hi>", "hello world>"], [None, "upper", "reverse"]
 
 

@@ -13,6 +13,8 @@ from jax_moe_lora.serving.sampling import Sampling, adjust, count_prompts, count
 from jax_moe_lora.serving.sampling_params import fold_seed, params_of_prompts
 from jax_moe_lora.serving.stopping import read_adapter_stops
 
+pytestmark = pytest.mark.optimised
+
 VOCABULARY = 24
 PROMPT, ANSWER = [3, 4, 5, 3], [5, 7, 7, 7]
 STOPS = frozenset({1, 9})

@@ -12,7 +12,12 @@ from jax_moe_lora import AdapterFormatError, Model, merge_adapter, read_adapter
 from support.layers import assert_close
 from support.networks import TINY, load_peft, peft_logits, save_model, tiny
 
-pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("vocabulary"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.xdist_group("vocabulary"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.optimised,
+]
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},  # PEFT puts no LoRA on it

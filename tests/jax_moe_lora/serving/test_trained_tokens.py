@@ -11,7 +11,12 @@ from jax_moe_lora import AdapterFormatError, Model, merge_adapter, read_adapter
 from support.layers import assert_close
 from support.networks import TINY, load_peft, peft_logits, save_model, tiny
 
-pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("vocabulary"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.xdist_group("vocabulary"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.optimised,
+]
 
 IDS = [3, 98, 0, 41]
 TOKENS = np.concatenate([np.random.default_rng(0).integers(0, TINY["vocab_size"], (6, 5)), [IDS] * 6], axis=1)

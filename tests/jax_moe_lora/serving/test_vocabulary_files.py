@@ -16,7 +16,12 @@ from jax_moe_lora.training.spec import AdapterSpec
 from support.layers import assert_close
 from support.networks import EXPERTS, TINY, peft_logits, save_model, save_random_adapter, tiny
 
-pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("vocabulary"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.xdist_group("vocabulary"),
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.optimised,
+]
 
 TOKENS = np.random.default_rng(0).integers(0, TINY["vocab_size"], (5, 7))
 TARGETS = {

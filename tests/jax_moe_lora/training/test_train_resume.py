@@ -18,6 +18,8 @@ from jax_moe_lora.training.run_folder import MetricsFile, check_out, run_folder
 from jax_moe_lora.training.step import TrainState
 from support.kill_training import NAMES, command, digests, finish, kill, some_time_after_a_checkpoint, start, write_task
 
+pytestmark = pytest.mark.optimised
+
 STEPS = 12
 
 

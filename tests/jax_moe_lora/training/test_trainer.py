@@ -13,6 +13,8 @@ from jax_moe_lora.training import Recipe, Trainer
 from jax_moe_lora.training.spec import AdapterSpec
 from support.trained import same_bits
 
+pytestmark = pytest.mark.optimised
+
 MODEL, ADAPTERS = data_folder() / "model", data_folder() / "adapters"
 LINES = [{"prompt": f"{text}>", "completion": text.upper()} for text in ("ab", "xyz", "jkl", "mnop", "qq")]
 SIZES = {"sequence_length": 16, "dtype": "float32"}

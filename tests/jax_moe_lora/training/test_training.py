@@ -22,6 +22,8 @@ from support.layers import assert_close
 from support.models import ADAPTER_NAMES
 from support.trained import CONFIG, SITES, SPECS, draw, model, new_params, same_bits, task_batch
 
+pytestmark = pytest.mark.optimised
+
 ROUTED = MoEConfig(hidden_size=64, expert_width=48, num_experts=8, top_k=2)
 ALL = ("q", "k", "v", "o", "router", "gate", "up", "down")
 

@@ -14,6 +14,8 @@ from jax_moe_lora.training import Batch, TrainState, make_evaluation, make_step
 from support.layers import assert_close
 from support.trained import CONFIG, SPECS, arrays, new_params, same_bits, shallow, state_of, task_batch
 
+pytestmark = pytest.mark.optimised
+
 NAMES = list(SPECS)
 # Each has all that could move an absent adapter: momentum, weight decay, a schedule.
 OPTIMIZERS = {

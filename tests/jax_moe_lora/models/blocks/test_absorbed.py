@@ -11,6 +11,8 @@ from jax_moe_lora.models.blocks.absorbed import attend_latents, from_latents, kv
 from pallas_kernels.ops import BASE_SLOT, LoRAPages
 from support.layers import assert_close
 
+pytestmark = pytest.mark.optimised
+
 B, T, H, N, V, C, R, M = 5, 3, 4, 6, 10, 7, 4, 12
 RANKS = (20, 3, 0, 16)  # of the slots: two pages, one, no adapter, one that is full
 SLOTS = [0, 3, BASE_SLOT, 1, 2]

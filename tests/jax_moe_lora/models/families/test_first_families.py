@@ -5,7 +5,7 @@ import pytest
 from support.family_tests import ALL_LINEAR, AttentionTests, Case, FamilyTests, serve
 from support.networks import ATTENTION, EXPERTS
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow(60)]
+pytestmark = [pytest.mark.parity, pytest.mark.slow(60), pytest.mark.optimised]
 
 BOTH = {"r": 5, "use_rslora": True, "target_modules": ATTENTION, "target_parameters": EXPERTS}
 CASES = {

@@ -7,7 +7,7 @@ from support.family_tests import ALL_LINEAR, AttentionTests, Case, FamilyTests, 
 from support.family_writing import WritingTests
 from support.networks import ATTENTION
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow(60)]
+pytestmark = [pytest.mark.parity, pytest.mark.slow(60), pytest.mark.optimised]
 
 BOTH = {
     "r": 5,

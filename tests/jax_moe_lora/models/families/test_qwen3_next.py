@@ -5,7 +5,7 @@ import pytest
 from support.family_tests import ALL_LINEAR, AttentionTests, Case, FamilyTests, serve
 from support.networks import EXPERTS
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow(60)]
+pytestmark = [pytest.mark.parity, pytest.mark.slow(60), pytest.mark.optimised]
 
 EVERYTHING = {"r": 5, "target_modules": "all-linear", "target_parameters": ["mlp.gate.weight", *EXPERTS]}
 CASES = {
