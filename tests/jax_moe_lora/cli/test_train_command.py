@@ -317,6 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_before(tmp_p
 
 
 @pytest.mark.slow(50)
+@pytest.mark.optimised  # hundreds of steps, each of which takes a quarter of the time
 def test_the_demos_tasks_are_learnt_in_one_run(tmp_path):
     names = ("upper", "reverse", "shift")
     data = {name: write_task(tmp_path / f"{name}.jsonl", name, 4_000) for name in names}

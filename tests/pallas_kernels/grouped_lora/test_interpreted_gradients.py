@@ -55,9 +55,9 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("modules", "config"), [(("gate", "up"), "24 rows"), (("gate",), "one warpgroup"), (("down",), "128 rows"),
-                            (("gate", "up"), "128 rows")]
-)  # fmt: skip
+    ("modules", "config"),
+    [(("gate", "up"), "24 rows"), (("down",), "one warpgroup"), (("gate", "up"), "128 rows")],
+)
 def test_rows_gradient_equals_the_reference_without_races(layer, modules, config):
     plan = planned(layer, CONFIGS[config].tile_rows)
     weights = tuple(getattr(layer.experts, module) for module in modules)
