@@ -9,7 +9,7 @@ from jax_moe_lora.demo.run import load_demo
 from jax_moe_lora.models import decoder
 from jax_moe_lora.serving import functional, kept_programs, programs
 
-pytestmark = pytest.mark.xdist_group("demo")
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.optimised]
 PROMPTS, NAMES = ["hello>", "abc>", "b>"], ["upper", None, "sort"]
 
 
