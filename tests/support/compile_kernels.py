@@ -202,8 +202,7 @@ def portable_cases():
 
 
 def hopper_cases():
-    # The tiles of 144 and of 176 rows are widths of the kernel for 192, which comes last.
-    for pairs, experts in ((64, 128), (1024, 128), (4096, 128), (65536, 128)):
+    for pairs, experts in ((64, 128), (1024, 128), (4096, 128), (16384, 128), (32768, 128), (65536, 128)):
         config = heuristic(pairs, experts)
         for gated in (True, False):
             # Without adapters a kernel is a part of the one with: one size is enough.

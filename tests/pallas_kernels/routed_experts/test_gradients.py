@@ -101,6 +101,7 @@ def test_a_loss_on_the_router_alone_gives_the_layer_no_gradient():
 
 
 @pytest.mark.slow
+@pytest.mark.optimised
 def test_float32_pages_beside_16_bit_rows_are_rounded_and_get_float32_gradients():
     layer = draw_layer(SPECS["bfloat16"], np.random.default_rng(0))
     x, gates, experts, pools = arguments(layer)
