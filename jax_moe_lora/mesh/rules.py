@@ -116,8 +116,10 @@ def check_mesh(config: ModelConfig, mesh: AnyMesh) -> None:
       mesh: the devices.
 
     Raises:
-      InputError: what is not divided, with its size.
+      InputError: what is not divided, with its size; or the checkpoint is quantised.
     """
+    if config.quantisation is not None:
+        raise InputError("The checkpoint is quantised, which needs one device; load it without a mesh.")
     for index, what, size, axes in _divided(config):
         count = math.prod(parts(mesh, axis) for axis in axes)
         if size % count:

@@ -2,7 +2,8 @@
 
 The step: `spec.py` says what an adapter trains, and `adapters.py` makes its parameters. `batch.py` has the arrays that
 a step reads. `training_bank.py` turns the parameters of all adapters into pages inside the step. `loss.py`, `head.py`
-and `evaluation.py` compute losses by slot, and `step.py` updates every adapter once.
+and `evaluation.py` compute losses by slot, and `step.py` updates every adapter once. `layout.py` says where its arrays
+lie on a mesh.
 
 The data: `forms.py` knows the forms of lines, and `examples.py` turns lines into token ids. `data.py` and `sources.py`
 read files, and `rows.py` lays examples out in batches.
@@ -15,6 +16,7 @@ schedules), `start.py` (first parameters), `scoring.py` (exact answers), and wha
 from jax_moe_lora.training.adapters import Params, from_adapter, init_params, to_adapter
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import Losses, make_evaluation
+from jax_moe_lora.training.layout import StepLayout, step_layout
 from jax_moe_lora.training.log import Progress
 from jax_moe_lora.training.recipe import Recipe
 from jax_moe_lora.training.scoring import Evaluation
@@ -31,6 +33,7 @@ __all__ = [
     "Params",
     "Progress",
     "Recipe",
+    "StepLayout",
     "TrainState",
     "Trainer",
     "from_adapter",
@@ -38,5 +41,6 @@ __all__ = [
     "init_state",
     "make_evaluation",
     "make_step",
+    "step_layout",
     "to_adapter",
 ]

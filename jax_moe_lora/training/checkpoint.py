@@ -7,6 +7,7 @@ kept. Arrays are restored bit for bit.
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +17,8 @@ import numpy as np
 import orbax.checkpoint as orbax
 
 from jax_moe_lora.errors import CheckpointError, InputError
+from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.step import TrainState
 
 KEPT = 2
@@ -105,6 +108,16 @@ class Checkpoints:
             )
 
 
+def model_settings(config: ModelConfig, params: ModelParams) -> dict[str, Any]:
+    """What tells the frozen model of a run from others.
+
+    Args:
+      config: the model's.
+      params: its weights.
+    """
+    return {"config": asdict(config), "weights": sampled_digest(params), "dtype": str(params.embedding.dtype)}
+
+
 def _by_key(state: TrainState) -> dict[str, jax.Array]:
     """Leaves by their path, such as `params.sql.0.gate_up.a`, whatever classes an optimizer's state has."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
@@ -122,7 +135,13 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def sampled_digest(params: Any) -> str:
     """SHA-256 of some values of every array of a tree, which tells weights apart; reading all would take minutes."""
     sha = hashlib.sha256()
-    sample = jax.jit(lambda leaf: leaf.reshape(-1)[:: max(1, leaf.size // 256)])
     for leaf in jax.tree.leaves(params):
-        sha.update(np.asarray(sample(leaf)).tobytes())
+        sha.update(np.asarray(_sample(leaf)).tobytes())
     return sha.hexdigest()
+
+
+@jax.jit
+def _sample(leaf: jax.Array) -> jax.Array:
+    """Some values, found by an index per axis: no device of a mesh needs the whole array."""
+    flat = np.arange(0, leaf.size, max(1, leaf.size // 256))
+    return leaf[np.unravel_index(flat, leaf.shape)]

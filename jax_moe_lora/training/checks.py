@@ -5,9 +5,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from jax.sharding import Mesh
+
 from jax_moe_lora.arguments import INT32, number, one_of, whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.files.dtypes import TRAINING_NAMES, check_dtype
+from jax_moe_lora.mesh.steps import row_multiple
 from jax_moe_lora.training.forms import ExtraColumns
 from jax_moe_lora.training.run_folder import RESERVED
 
@@ -56,13 +59,22 @@ def check_training_dtype(dtype: str) -> None:
     check_dtype(dtype, TRAINING_NAMES)
 
 
-def check_micro_batches(batch_size: int, micro_batches: int, adapters: int) -> int:
-    """The number of micro-batches, which divide a batch that has a row for every adapter."""
+def check_micro_batches(batch_size: int, micro_batches: int, adapters: int, mesh: Mesh | None) -> int:
+    """The number of micro-batches, which divide a batch that has a row for every adapter, each of so many rows."""
     if batch_size < adapters:
         raise InputError(f"batch_size is {batch_size} for {adapters} adapters; give at least one row per adapter.")
     if batch_size % whole("micro_batches", micro_batches, 1):
         raise InputError(f"batch_size is {batch_size}, which {micro_batches} micro_batches do not divide.")
+    check_rows(batch_size // micro_batches, row_multiple(mesh))
     return micro_batches
+
+
+def check_rows(rows: int, multiple: int) -> None:
+    """Refuses a micro-batch whose rows the `data` axis of a mesh does not divide."""
+    if rows % multiple:
+        raise InputError(
+            f"A micro-batch has {rows} rows, which the mesh's data={multiple} does not divide; give a multiple."
+        )
 
 
 def row_width(sequence_length: int | None, max_positions: int) -> int:

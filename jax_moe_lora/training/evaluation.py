@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jax_moe_lora.errors import InputError
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.head import head_losses
+from jax_moe_lora.training.layout import StepLayout, step_layout
 from jax_moe_lora.training.loss import load_balancing, slot_sums
 from jax_moe_lora.training.spec import AdapterSpec
 from jax_moe_lora.training.training_bank import training_bank
@@ -63,7 +65,10 @@ class Totals:
 
 
 def make_evaluation(
-    config: ModelConfig, specs: Mapping[str, AdapterSpec], implementation: Implementation | None = None
+    config: ModelConfig,
+    specs: Mapping[str, AdapterSpec],
+    implementation: Implementation | None = None,
+    mesh: str | Mesh | None = None,
 ) -> Callable[[Mapping[str, Params], ModelParams, Batch], Losses]:
     """The jitted `evaluate(params, model_params, batch) -> losses`, which changes nothing.
 
@@ -73,11 +78,13 @@ def make_evaluation(
       config: the model's.
       specs: adapter -> what it trains; the first is slot 0.
       implementation: a backend by name, or None for the best that is available.
+      mesh: as in `make_step`.
 
     Raises:
-      InputError: a spec that the model cannot train.
+      InputError: a spec that the model cannot train, or a mesh that does not divide the model.
     """
-    evaluate = losses_of(config, specs, False, implementation)
+    layout = step_layout(config, specs, mesh)
+    evaluate = layout.per_device(losses_of(layout, specs, False, implementation), P())
 
     @jax.jit
     def run(params: Mapping[str, Params], model: ModelParams, batch: Batch) -> Losses:
@@ -88,7 +95,7 @@ def make_evaluation(
 
 
 def losses_of(
-    config: ModelConfig,
+    layout: StepLayout,
     specs: Mapping[str, AdapterSpec],
     keep_scores: bool,
     implementation: Implementation | None,
@@ -97,20 +104,16 @@ def losses_of(
     """`evaluate(params, model_params, part, totals)`: a part's share of the losses of the whole batch.
 
     Args:
-      config: the model's.
+      layout: of the step that it is a part of.
       specs: adapter -> what it trains; the first is slot 0.
       keep_scores: also compute the router's loss.
       implementation: a backend by name, or None for the best that is available.
       remat: compute gate and up again in the backward pass.
     """
-    sites = decoder.layer_sites(config)
-    if not specs:
-        raise InputError("specs are empty; give at least one adapter to train.")
-    for name, spec in specs.items():
-        spec.check(name, sites)
+    config = layout.config
 
     def evaluate(params: Mapping[str, Params], model: ModelParams, part: Batch, totals: Totals) -> Losses:
-        bank = training_bank(params, specs, sites, config.num_layers)
+        bank = training_bank(params, specs, layout.sites, config.num_layers)
         hidden, routing = decoder.packed_hidden(
             model,
             bank,

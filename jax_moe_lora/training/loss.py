@@ -1,8 +1,8 @@
 """Losses of a batch per slot: each adapter is trained on its own tokens only.
 
-A slot's sum first selects its tokens and then adds them. There are no atomics, so the bits are the same each time, and
-a loss that is not finite does not reach other adapters. (Gradients are another matter: kernels multiply the rows of
-other adapters by zero, and zero times NaN is NaN.)
+A slot's sum first selects its tokens and then adds them; on a mesh, those of all devices. There are no atomics, so the
+bits are the same each time, and a loss that is not finite does not reach other adapters. (Gradients are another
+matter: kernels multiply the rows of other adapters by zero, and zero times NaN is NaN.)
 """
 
 import jax
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.layer.routing import expert_probabilities, route
+from jax_moe_lora.models.blocks.partial_sums import total_over_rows
 
 
 def token_losses(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -36,7 +37,8 @@ def slot_sums(values: Float[Array, "*shape"], slots: Int[Array, "*shape"], num_s
       slots: int32 of the same shape; values of a slot outside `0 .. S - 1` are left out.
       num_slots: S.
     """
-    return jnp.where(_of_slot(slots.reshape(-1), num_slots), values.reshape(1, -1), 0.0).sum(axis=1)
+    here = jnp.where(_of_slot(slots.reshape(-1), num_slots), values.reshape(1, -1), 0.0).sum(axis=1)
+    return total_over_rows(here)
 
 
 def load_balancing(
@@ -64,7 +66,9 @@ def load_balancing(
         chosen = jax.nn.one_hot(route(wide, config)[1], experts, dtype=jnp.float32).sum(axis=1)
         chosen_sum = chosen_sum + jnp.where(in_slot, chosen[None], 0.0).sum(axis=1)
         probability_sum = probability_sum + jnp.where(in_slot, probabilities[None], 0.0).sum(axis=1)
-    rows = jnp.maximum(in_slot.sum(axis=(1, 2)), 1).astype(jnp.float32)[:, None] * len(scores)
+    tokens = in_slot.sum(axis=(1, 2)).astype(jnp.float32)
+    chosen_sum, probability_sum, tokens = total_over_rows((chosen_sum, probability_sum, tokens))
+    rows = jnp.maximum(tokens, 1.0)[:, None] * len(scores)
     return experts * (chosen_sum / rows * (probability_sum / rows)).sum(axis=1)
 
 

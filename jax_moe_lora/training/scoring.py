@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from jax_moe_lora.models import decoder
@@ -14,6 +15,7 @@ from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.batch import Batch
 from jax_moe_lora.training.evaluation import masked
+from jax_moe_lora.training.layout import step_layout
 from jax_moe_lora.training.loss import token_losses
 from jax_moe_lora.training.spec import AdapterSpec
 from jax_moe_lora.training.training_bank import training_bank
@@ -39,7 +41,10 @@ class Evaluation:
 
 
 def make_scoring(
-    config: ModelConfig, specs: Mapping[str, AdapterSpec], implementation: Implementation | None = None
+    config: ModelConfig,
+    specs: Mapping[str, AdapterSpec],
+    implementation: Implementation | None = None,
+    mesh: str | Mesh | None = None,
 ) -> Callable[[Mapping[str, Params], ModelParams, Batch], Scores]:
     """The jitted `score(params, model_params, batch) -> (loss of each target, whether it is the most probable token)`.
 
@@ -47,13 +52,13 @@ def make_scoring(
       config: the model's.
       specs: adapter -> what it trains; the first is slot 0.
       implementation: a backend by name, or None for the best that is available.
+      mesh: as in `make_step`.
     """
-    sites = decoder.layer_sites(config)
+    layout = step_layout(config, specs, mesh)
 
-    @jax.jit
     def score(params: Mapping[str, Params], model: ModelParams, batch: Batch) -> Scores:
         batch = masked(batch)
-        bank = training_bank(params, specs, sites, config.num_layers)
+        bank = training_bank(params, specs, layout.sites, config.num_layers)
         rows = batch.tokens, batch.positions, batch.segments, batch.slots
         hidden, _ = decoder.packed_hidden(model, bank, *rows, config=config, implementation=implementation)
 
@@ -63,7 +68,7 @@ def make_scoring(
 
         return lax.map(score_row, (hidden, batch.targets))  # the logits of all rows at once would not fit
 
-    return score
+    return jax.jit(layout.per_device(score, layout.rows))
 
 
 def evaluate(score: Callable[[Batch], Scores], batches: Iterable[Batch], num_slots: int) -> list[Evaluation | None]:

@@ -71,9 +71,14 @@ class AdapterSpec:
 
     def shapes(self, sites: Mapping[str, Site]) -> dict[str, tuple[int, int, int]]:
         """The shape of every matrix by its key `{layer}.{matrix}.{side}`, such as `0.gate_up.a` or `2.q.b`."""
+        places = self.matrices(sites)
+        return {key: self.shape(module, side, sites[module]) for key, (module, side) in places.items()}
+
+    def matrices(self, sites: Mapping[str, Site]) -> dict[str, tuple[str, Side]]:
+        """A module and side of every matrix by its key; one that modules share is there once."""
         layers = sorted({layer for module in self.targets for layer in sites[module].layers})
         return {
-            f"{layer}.{self.matrix(module, side)}": self.shape(module, side, sites[module])
+            f"{layer}.{self.matrix(module, side)}": (module, side)
             for layer in layers
             for module in self.targets
             if layer in sites[module].layers

@@ -16,6 +16,7 @@ from jax_moe_lora.models.names import adapter_names
 from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params, init_params
+from jax_moe_lora.training.layout import Placements
 from jax_moe_lora.training.spec import AdapterSpec
 
 Start = str | Path | LoRAAdapter
@@ -70,7 +71,11 @@ def check_same(name: str, asked: AdapterSpec, start: AdapterSpec, sites: Mapping
 
 
 def first_params(
-    specs: Mapping[str, AdapterSpec], sites: Mapping[str, Site], seed: int, starts: Mapping[str, Params]
+    specs: Mapping[str, AdapterSpec],
+    sites: Mapping[str, Site],
+    seed: int,
+    starts: Mapping[str, Params],
+    placements: Placements | None = None,
 ) -> dict[str, Params]:
     """The params before the first step; those of a new adapter follow from the seed and its name alone.
 
@@ -79,9 +84,13 @@ def first_params(
       sites: the model's.
       seed: of new adapters.
       starts: adapter -> its params, for those that are not new.
+      placements: on a mesh, where they are put, one adapter after the other.
     """
     key = jax.random.key(seed)
     keys = {name: jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode()))) for name in specs}
-    return {
-        name: starts[name] if name in starts else init_params(spec, sites, keys[name]) for name, spec in specs.items()
-    }
+
+    def make(name: str, spec: AdapterSpec) -> Params:
+        params = starts[name] if name in starts else init_params(spec, sites, keys[name])
+        return params if placements is None else jax.device_put(params, placements[name])
+
+    return {name: make(name, spec) for name, spec in specs.items()}

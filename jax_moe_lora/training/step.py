@@ -13,18 +13,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.arguments import number, whole
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.models.blocks.partial_sums import total_over_rows
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.specs.model import ModelConfig
 from jax_moe_lora.training.adapters import Params
 from jax_moe_lora.training.batch import Batch
+from jax_moe_lora.training.checks import check_rows
 from jax_moe_lora.training.evaluation import Losses, Totals, losses_of, masked
+from jax_moe_lora.training.layout import Placements, beside, step_layout
 from jax_moe_lora.training.spec import AdapterSpec
 from pallas_kernels.ops import Implementation
 from pallas_kernels.pytrees import pytree
+from pallas_kernels.varying import varying_as
 
 
 @pytree
@@ -62,19 +68,27 @@ class Metrics:
 TrainStep = Callable[[TrainState, ModelParams, Batch], tuple[TrainState, Metrics]]
 
 
-def init_state(params: Mapping[str, Params], optimizers: Mapping[str, optax.GradientTransformation]) -> TrainState:
+def init_state(
+    params: Mapping[str, Params],
+    optimizers: Mapping[str, optax.GradientTransformation],
+    placements: Placements | None = None,
+) -> TrainState:
     """The state before the first step.
 
     Args:
       params: adapter -> params, as `init_params` or `from_adapter` make them. The first step donates them, so they
         cannot be used afterwards.
       optimizers: adapter -> its optimizer.
+      placements: on a mesh, where the params lie (`step_layout(...).placements`).
     """
-    return TrainState(
+    if placements is not None:
+        params = {name: jax.device_put(dict(adapter), placements[name]) for name, adapter in params.items()}
+    state = TrainState(
         {name: dict(adapter) for name, adapter in params.items()},
         {name: optimizers[name].init(adapter) for name, adapter in params.items()},
         {name: jnp.zeros((), jnp.int32) for name in params},
     )
+    return state if placements is None else jax.device_put(state, beside(state, placements))
 
 
 def make_step(
@@ -87,6 +101,7 @@ def make_step(
     micro_batches: int = 1,
     remat: bool = False,
     implementation: Implementation | None = None,
+    mesh: str | Mesh | None = None,
 ) -> TrainStep:
     """The jitted `step(state, model_params, batch) -> (state, metrics)`, which donates the state.
 
@@ -103,26 +118,34 @@ def make_step(
         whole batch. The router's loss is the mean over parts, weighted by each part's share of the adapter's tokens.
       remat: compute gate and up again in the backward pass: less memory (2 P F per layer), more time.
       implementation: a backend by name, or None for the best that is available.
+      mesh: the devices that the model and the state are split over, as `Model.from_pretrained` takes them; None for the
+        default device. Its `data` axis has some of the rows of each micro-batch in each part.
 
     Raises:
-      InputError: a spec that the model cannot train, optimizers for other adapters, or a number out of range; when a
-        batch is traced, rows that `micro_batches` does not divide.
+      InputError: a spec that the model cannot train, optimizers for other adapters, a number out of range, or a mesh
+        that does not divide the model; when a batch is traced, rows that `micro_batches` and `data` do not divide.
     """
     _check_names(specs, optimizers, clip)
+    layout = step_layout(config, specs, mesh)
     micro_batches = whole("micro_batches", micro_batches, 1)
     router_loss = number("router_loss", router_loss, lambda value: 0 <= value < float("inf"), "zero or more")
     clips = {name: _clipping(clip.get(name) if isinstance(clip, Mapping) else clip) for name in specs}
-    evaluate = losses_of(config, specs, router_loss > 0, implementation, remat)
+    evaluate = losses_of(layout, specs, router_loss > 0, implementation, remat)
 
     def loss(params: Mapping[str, Params], model: ModelParams, part: Batch, whole_batch: Totals):
         losses = evaluate(params, model, part, whole_batch)
         return (losses.loss + router_loss * losses.router).sum(), losses
 
+    several = micro_batches > 1
+    split = (layout.adapters, P())
+    gradients_of = layout.per_device(partial(_gradients, loss, several), split, in_parts=several)
+
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, model: ModelParams, batch: Batch) -> tuple[TrainState, Metrics]:
         batch = masked(batch)
         totals = Totals.of(batch, len(specs))
-        gradients, losses = _gradients(loss, state.params, model, batch, totals, micro_batches)
+        parts = _split(batch, micro_batches, layout.row_multiple)
+        gradients, losses = gradients_of(state.params, model, parts, totals)
         updated = totals.weight > 0
         new = {
             name: _update(
@@ -131,7 +154,7 @@ def make_step(
             for slot, name in enumerate(specs)
         }
         norms = jnp.stack([optax.tree.norm(gradients[name]) for name in specs])
-        return _AdapterState.join(new), Metrics(losses, norms, updated)
+        return layout.keep(_AdapterState.join(new)), Metrics(losses, norms, updated)
 
     return step
 
@@ -145,25 +168,27 @@ def _check_names(specs: Mapping[str, Any], optimizers: Mapping[str, Any], clip: 
 
 def _gradients(
     loss: Callable[..., tuple[Array, Losses]],
+    several: bool,
     params: dict[str, Params],
     model: ModelParams,
     batch: Batch,
     totals: Totals,
-    micro_batches: int,
 ) -> tuple[dict[str, Params], Losses]:
-    """Gradients of the whole batch with respect to the params, and its losses."""
+    """Gradients of the whole batch with respect to the params, and its losses; `several` parts one after the other."""
     gradient_of = jax.grad(loss, has_aux=True)
-
-    if micro_batches == 1:
-        return gradient_of(params, model, batch, totals)
+    # Each device's gradients are those of its own rows until all parts are done: one sum over rows in a step.
+    params = jax.tree.map(lambda matrix: varying_as(matrix, batch.tokens), params)
+    if not several:
+        gradients, losses = gradient_of(params, model, batch, totals)
+        return total_over_rows(gradients), losses
 
     def accumulate(sum_before: dict[str, Params], part: Batch) -> tuple[dict[str, Params], Losses]:
         gradients, losses = gradient_of(params, model, part, totals)
         return jax.tree.map(jnp.add, sum_before, gradients), losses
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    gradients, parts = lax.scan(accumulate, zeros, _split(batch, micro_batches))
-    return gradients, jax.tree.map(lambda part: part.sum(axis=0), parts)
+    zeros = jax.tree.map(lambda matrix: varying_as(jnp.zeros_like(matrix), matrix), params)
+    gradients, parts = lax.scan(accumulate, zeros, batch)
+    return total_over_rows(gradients), jax.tree.map(lambda part: part.sum(axis=0), parts)
 
 
 class _AdapterState(NamedTuple):
@@ -201,11 +226,17 @@ def _update(
     return jax.tree.map(lambda new, old: jnp.where(present, new, old), new, old)
 
 
-def _split(batch: Batch, parts: int) -> Batch:
+def _split(batch: Batch, parts: int, multiple: int) -> Batch:
+    """The parts of a batch, one behind the other; the batch itself where it is one."""
     rows = batch.tokens.shape[0]
     if rows % parts:
         raise InputError(f"A batch has {rows} rows, which {parts} micro_batches do not divide; give a multiple.")
-    return jax.tree.map(lambda values: values.reshape(parts, rows // parts, *values.shape[1:]), batch)
+    check_rows(rows // parts, multiple)
+    return (
+        batch
+        if parts == 1
+        else jax.tree.map(lambda values: values.reshape(parts, rows // parts, *values.shape[1:]), batch)
+    )
 
 
 def _clipping(clip: float | None) -> optax.GradientTransformation:

@@ -5,7 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jax_moe_lora.adapters.formats.names import AdapterNames
+from jax.sharding import Mesh
+
 from jax_moe_lora.adapters.lora import LoRAAdapter
 from jax_moe_lora.adapters.writing import plan_adapter, write_adapter
 from jax_moe_lora.arguments import flag, whole
@@ -13,6 +14,7 @@ from jax_moe_lora.devices import require_device
 from jax_moe_lora.files.folders import writing_to
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.tokenizer import Tokenizer
+from jax_moe_lora.mesh.rules import make_mesh
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params
 from jax_moe_lora.models.names import adapter_names
@@ -20,9 +22,10 @@ from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.training import checks
 from jax_moe_lora.training.adapters import Params, to_adapter
 from jax_moe_lora.training.adapters import from_adapter as params_from
-from jax_moe_lora.training.checkpoint import Checkpoints, sampled_digest
+from jax_moe_lora.training.checkpoint import Checkpoints, model_settings, sampled_digest
 from jax_moe_lora.training.examples import Encoder
 from jax_moe_lora.training.forms import ExtraColumns
+from jax_moe_lora.training.layout import step_layout
 from jax_moe_lora.training.log import Log, Progress
 from jax_moe_lora.training.recipe import Recipe, recipes_of
 from jax_moe_lora.training.rows import whole_batches
@@ -64,9 +67,10 @@ class Trainer:
       extra_columns: `refuse` lines with fields that their form does not have, or `ignore` these fields, whose names
         `data.ignored_columns` has.
       implementation: a backend by name, or None for the best that is available.
+      mesh: the devices that model, adapters, optimizers and rows are split over, as `Model.from_pretrained` takes them.
 
     Raises:
-      InputError: a bad argument.
+      InputError: a bad argument, or a mesh that does not divide the model or the batch.
       TrainingDataError: lines that cannot be trained on, all of them at once.
       AdapterFormatError: an adapter to start from is not understood, or does not fit the model.
       ConfigError: the model's config is not supported.
@@ -94,14 +98,16 @@ class Trainer:
         skip_bad_lines: bool = False,
         extra_columns: ExtraColumns = "refuse",
         implementation: Implementation | None = None,
+        mesh: str | Mesh | None = None,
     ):
         checks.check_names(data, evaluation=evaluation, from_adapter=from_adapter)
         steps, epochs = checks.check_length(steps, epochs)
         self.seed, self.packing = whole("seed", seed, 0), flag("packing", packing)
         self.batch_size = whole("batch_size", batch_size, 1)
-        self.micro_batches = checks.check_micro_batches(self.batch_size, micro_batches, len(data))
         checks.check_training_dtype(dtype)
         require_device()
+        self.mesh = make_mesh(mesh)
+        self.micro_batches = checks.check_micro_batches(self.batch_size, micro_batches, len(data), self.mesh)
         folder = local_folder(model)
         self.config, self._source = read_model_config(folder), str(model)
         self.width = checks.row_width(sequence_length, self.config.max_positions)
@@ -120,9 +126,9 @@ class Trainer:
         )
         self.steps = steps or checks.steps_of(epochs or 0.0, self.data.most_rows, len(data), self.batch_size)
         self._make_programs(router_loss, implementation)
-        self.params = load_params(folder, self.config, dtype)
-        params = first_params(self.specs, self.sites, self.seed, starts)
-        self.state, self.step = init_state(params, self._optimizers), 0
+        self.params = load_params(folder, self.config, dtype, self._layout.model_placement)
+        params = first_params(self.specs, self.sites, self.seed, starts, self._layout.placements)
+        self.state, self.step = init_state(params, self._optimizers, self._layout.placements), 0
 
     def _resolve_specs(self, from_adapter: Mapping[str, Start]) -> dict[str, Params]:
         """Gives every recipe its spec, and checks them; the params of the adapters that start from others."""
@@ -137,6 +143,7 @@ class Trainer:
             self.specs[name] = start or recipe.spec or AdapterSpec()
             self.recipes[name] = replace(recipe, spec=self.specs[name])
             self.recipes[name].check(name, self.sites)
+        self._layout = step_layout(self.config, self.specs, self.mesh)
         self._start_digests = {name: sampled_digest(params) for name, (params, _) in starts.items()}
         return {name: params for name, (params, _) in starts.items()}
 
@@ -153,9 +160,10 @@ class Trainer:
             router_loss=router_loss,
             micro_batches=self.micro_batches,
             implementation=implementation,
+            mesh=self.mesh,
         )
         self._router_loss, self._implementation = router_loss, implementation
-        self._score = make_scoring(self.config, self.specs, implementation)
+        self._score = make_scoring(self.config, self.specs, implementation, self.mesh)
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -166,12 +174,9 @@ class Trainer:
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on; a run is resumed only with the same settings."""
         return {
-            "model": {
-                "config": asdict(self.config),
-                "weights": sampled_digest(self.params),
-                "dtype": str(self.params.embedding.dtype),
-            },
+            "model": model_settings(self.config, self.params),
             "implementation": self._implementation,
+            **({} if self.mesh is None else {"mesh": dict(self.mesh.shape)}),
             "steps": self.steps,
             "batch_size": self.batch_size,
             "micro_batches": self.micro_batches,
@@ -220,9 +225,8 @@ class Trainer:
             ends = {"eos_token_id": sorted(end_tokens)} if end_tokens > {*self.config.eos_token_ids} else None
             form = written_as(spec.layout, write_as)
             adapter, folder = self.adapter(name), Path(out) / name
-            notes = write_adapter(
-                adapter, folder, self.sites, self._adapter_names, **form, force=True, generation_config=ends
-            )
+            names = adapter_names(self.config)
+            notes = write_adapter(adapter, folder, self.sites, names, **form, force=True, generation_config=ends)
             all_notes += [f"{name}: {note}" for note in notes]
         return all_notes
 
@@ -230,11 +234,7 @@ class Trainer:
         """Raises what `write` would raise for ranks, scales and sharing, which training does not change."""
         for name, spec in self.specs.items():
             form = written_as(spec.layout, write_as)
-            plan_adapter(self.adapter(name), self.sites, self._adapter_names, **form)
-
-    @property
-    def _adapter_names(self) -> AdapterNames:
-        return adapter_names(self.config)
+            plan_adapter(self.adapter(name), self.sites, adapter_names(self.config), **form)
 
     def run(
         self,

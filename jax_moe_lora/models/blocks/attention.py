@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.backend import Choice, backend_named, default_device
 from pallas_kernels.ops import Implementation
+from pallas_kernels.varying import varying_as
 
 AttentionBackend = Literal["cudnn", "xla"]
 MIN_CAPABILITY = 8.0  # of cuDNN's flash attention
@@ -166,7 +167,8 @@ def _attend(
 ) -> Array:
     if sinks is None:
         return _softmax_attend(q, k, v, mask, query_lengths, key_lengths, return_residual=False, **static)
-    return _sink_attend(tuple(sorted(static.items())), q, k, v, sinks, mask, query_lengths, key_lengths)
+    operands = varying_as((q, k, v, sinks, mask, query_lengths, key_lengths))
+    return _sink_attend(tuple(sorted(static.items())), *operands)
 
 
 def _with_sinks(static, q, k, v, sinks, mask, query_lengths, key_lengths) -> tuple[Array, Array]:

@@ -57,6 +57,17 @@ def added_once[Bias: Array | None](bias: Bias, weight: Any) -> Bias:
     return bias if bias is None else _on_first(bias, _model_axes(*jax.tree.leaves(weight)))  # type: ignore[return-value]
 
 
+def total_over_rows[Tree](sums: Tree) -> Tree:
+    """Sums over the rows that a device has, added up over the devices that have other rows; by one collective.
+
+    Args:
+      sums: a tree of arrays.
+    """
+    leaves = jax.tree.leaves(sums)
+    axes = frozenset().union(*(varying_axes(leaf) for leaf in leaves)) - {*MODEL_AXES}
+    return lax.psum(sums, tuple(sorted(axes))) if axes else sums
+
+
 def _model_axes(*parts: Array) -> tuple[str, ...]:
     """The axes of the model that some part varies over."""
     varying = frozenset().union(*(varying_axes(part) for part in parts))
