@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from jax_moe_lora.cli.options import console, named_values, values_by_name
+from jax_moe_lora.cli.options import Mesh, console, named_values, values_by_name
 from jax_moe_lora.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def train(
     write_as: Annotated[
         str | None, typer.Option(help="Layout of the folders, as in convert; the closest to --layout if not given.")
     ] = None,
+    mesh: Mesh = None,
 ) -> None:
     """Train adapters together. Bad lines are named before anything runs.
 
@@ -120,6 +121,7 @@ def train(
         dtype=dtype,
         skip_bad_lines=skip_bad_lines,
         extra_columns=check_extra_columns(extra_columns),
+        mesh=mesh,
     )
     _say_what_was_left_out(trainer)
     with ProgressBars(tuple(data), trainer.steps) as bars:
