@@ -23,6 +23,9 @@ from jax_moe_lora.models.cache import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
 from jax_moe_lora.models.specs.model import ModelConfig, layer_parameters, sizes_of_attention
 from jax_moe_lora.models.specs.parameter import Axis, Parameter
+from pallas_kernels.quantised.array import Quantised
+from pallas_kernels.quantised.format import Format
+from pallas_kernels.quantised.split import cut_block, split_specs
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or the sizes of its axes alone."""
@@ -116,10 +119,8 @@ def check_mesh(config: ModelConfig, mesh: AnyMesh) -> None:
       mesh: the devices.
 
     Raises:
-      InputError: what is not divided, with its size; or the checkpoint is quantised.
+      InputError: what is not divided, with its size.
     """
-    if config.quantisation is not None:
-        raise InputError("The checkpoint is quantised, which needs one device; load it without a mesh.")
     for index, what, size, axes in _divided(config):
         count = math.prod(parts(mesh, axis) for axis in axes)
         if size % count:
@@ -161,21 +162,50 @@ def rows_spec(mesh: Mesh) -> P:
     return P(DATA_AXIS) if DATA_AXIS in mesh.shape else P()
 
 
-def param_specs(config: ModelConfig, mesh: Mesh) -> ModelParams:
+def check_blocks(config: ModelConfig, mesh: Mesh, formats: Mapping[str, Format]) -> None:
+    """Refuses a mesh that would cut through the blocks of a quantised matrix that share a scale.
+
+    Args:
+      config: the model's.
+      mesh: the devices.
+      formats: of the matrices that are quantised (`models.loading.stored_formats`).
+
+    Raises:
+      InputError: the matrix, the mesh's axes and the block.
+    """
+    for index, layer in enumerate(config.layers):
+        for row in layer_parameters(layer, config.hidden_size):
+            format = formats.get(f"layers.{index}.{row.name}")
+            if format is None:
+                continue
+            axes = [mesh_axes(axis, mesh) for axis in row.axes[-2:]]
+            rows, columns = row.shape[-2:]
+            if cut := cut_block(format, rows, columns, (_count(mesh, axes[0]), _count(mesh, axes[1]))):
+                sizes = " x ".join(f"{axis}={parts(mesh, axis)}" for axis in dict.fromkeys((*axes[0], *axes[1])))
+                raise InputError(
+                    f"The mesh's {sizes} cuts through {cut} of layers.{index}.{row.name} [{rows}, {columns}], which "
+                    f"share a scale in {format.name}; choose a smaller divisor."
+                )
+
+
+def param_specs(config: ModelConfig, mesh: Mesh, params: ModelParams | None = None) -> ModelParams:
     """How each parameter is split: a tree of the form of `ModelParams`.
 
     Args:
       config: the model's.
       mesh: the devices.
+      params: the parameters, or their shapes, where some of them are quantised.
     """
 
-    def spec(path: tuple[Any, ...], _: Any) -> P:
-        if leaf_name(path[0]) != "layers":
-            return P()
-        rows = layer_parameters(config.layers[path[1].idx], config.hidden_size)
-        return spec_of(next(row.axes for row in rows if row.name == leaf_name(path[2])), mesh)
+    def spec(path: tuple[Any, ...], leaf: Any) -> Any:
+        of_matrix = P()
+        if leaf_name(path[0]) == "layers":
+            rows = layer_parameters(config.layers[path[1].idx], config.hidden_size)
+            of_matrix = spec_of(next(row.axes for row in rows if row.name == leaf_name(path[2])), mesh)
+        return split_specs(leaf, of_matrix) if isinstance(leaf, Quantised) else of_matrix
 
-    return jax.tree.map_with_path(spec, abstract_params(config, np.float32))
+    tree = abstract_params(config, np.float32) if params is None else params
+    return jax.tree.map_with_path(spec, tree, is_leaf=lambda leaf: isinstance(leaf, Quantised))
 
 
 def cache_specs(config: ModelConfig, mesh: Mesh, cache: Cache) -> Cache:

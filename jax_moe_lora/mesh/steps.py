@@ -41,7 +41,7 @@ def over_mesh(step: Step, mesh: Mesh | None) -> Step:
         rows = rows_spec(mesh)
         of_cache = rows if cache is None else cache_specs(config, mesh, cache)
         in_specs = (
-            param_specs(config, mesh),
+            param_specs(config, mesh, params),
             P() if bank is None else bank_specs(bank),
             *(of_cache if array is cache else rows for array in arrays),
         )

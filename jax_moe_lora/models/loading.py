@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.dtypes import DTYPES
@@ -27,6 +28,7 @@ from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.quantised.api import dequantise
 from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.quantised.format import Format
+from pallas_kernels.quantised.split import split_specs
 
 # Read, cast and checked at a time.
 PIECE_BYTES = 8 * 2**20
@@ -88,6 +90,22 @@ def load_params(
             for (path, leaf), place in zip(leaves, places, strict=True)
         ]
     return jax.tree_util.tree_unflatten(tree, arrays)
+
+
+def stored_formats(folder: Path, config: ModelConfig) -> dict[str, Format]:
+    """The format of each matrix that a checkpoint holds quantised, from its headers: `layers.0.gate` -> format.
+
+    Args:
+      folder: holds the safetensors files.
+      config: the model.
+
+    Raises:
+      CheckpointError: what `load_params` finds wrong in headers.
+    """
+    with ExitStack() as opened:
+        quantised = open_checkpoint(folder, config, opened).quantised
+    firsts = {path: source if isinstance(source, str) else source[0] for path, source in tensor_names(config).items()}
+    return {path: quantised[first].matrix.format for path, first in firsts.items() if first in quantised}
 
 
 def open_checkpoint(folder: Path, config: ModelConfig, opened: ExitStack) -> Checkpoint:
@@ -177,7 +195,7 @@ def _load(
     if format is not None:
         parts = [checkpoint.parts[name] for name in names]
         few = read_as_quantised(parts, leaf.shape, format, checkpoint.files, dtype, _aligned, PIECE_BYTES)
-        return jax.tree.map(lambda array: _place(array, sharding), few)
+        return _place_quantised(few, sharding)
     if not stored:
         if sharding is None:
             return jax.device_put(_read(source, leaf, checkpoint))  # jnp.asarray would copy
@@ -187,7 +205,7 @@ def _load(
         folder = checkpoint.files[checkpoint.parts[plain].tensor].path.parent
         raise CheckpointError(f"{folder} has {plain} in 16 bits and others of its layer's experts quantised.")
     host = read_quantised(stored, checkpoint.files, dtype, isinstance(source, list), _aligned, PIECE_BYTES)
-    weight = jax.tree.map(lambda array: _place(array, sharding), host)
+    weight = _place_quantised(host, sharding)
     # Small ones that stay float32 in a model of 16 bits, such as routers: rows in 16 bits would round them.
     return weight if leaf.dtype == dtype else dequantise(weight, leaf.dtype)
 
@@ -224,6 +242,13 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + ALIGNMENT, np.uint8)
     skip = -raw.ctypes.data % ALIGNMENT
     return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
+def _place_quantised(host: Quantised, sharding: jax.sharding.Sharding | None) -> Quantised:
+    if not isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda array: _place(array, sharding), host)
+    specs = split_specs(host, sharding.spec)
+    return jax.tree.map(lambda array, spec: _place(array, NamedSharding(sharding.mesh, spec)), host, specs)
 
 
 def _place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -20,11 +20,11 @@ from jax_moe_lora.files.dtypes import check_dtype
 from jax_moe_lora.files.hub import local_folder
 from jax_moe_lora.files.sizes import parse_bytes
 from jax_moe_lora.mesh.processes import across, agreement, connect
-from jax_moe_lora.mesh.rules import check_mesh, make_mesh, param_specs, shardings, split_sites
+from jax_moe_lora.mesh.rules import check_blocks, check_mesh, make_mesh, param_specs, shardings, split_sites
 from jax_moe_lora.mesh.steps import init_cache, over_mesh, reachable, row_multiple
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
-from jax_moe_lora.models.loading import load_params
+from jax_moe_lora.models.loading import load_params, stored_formats
 from jax_moe_lora.models.params import ModelParams
 from jax_moe_lora.models.quantised.schemes import quantised_formats
 from jax_moe_lora.models.sites import select_sites
@@ -109,7 +109,8 @@ class Model(Chat):
         sites, vocabulary = select_sites(config, adapter_targets), (config.vocab_size, config.hidden_size)
         placement = None
         if devices is not None:
-            _check_split(config, devices, max_replacements, quantise)
+            _check_split(config, devices, max_replacements)
+            check_blocks(config, devices, stored_formats(folder, config) if config.quantisation else formats)
             sites = split_sites(config, sites, devices)
             placement = shardings(param_specs(config, devices), devices)
         if devices is not None and across(devices):
@@ -213,15 +214,11 @@ class Model(Chat):
             return jax.block_until_ready(self._run(program, jnp.asarray(tokens), jnp.asarray(real), slots, *chosen))
 
 
-def _check_split(config: ModelConfig, mesh: Mesh, max_replacements: int, quantise: str | None) -> None:
+def _check_split(config: ModelConfig, mesh: Mesh, max_replacements: int) -> None:
     """Refuses what cannot be split over these devices."""
     check_mesh(config, mesh)
     if max_replacements:
         raise InputError("max_replacements need a model on one device; load it without a mesh, or with 0.")
-    if config.quantisation is not None:
-        raise InputError("The checkpoint is quantised, which needs one device; load it without a mesh.")
-    if quantise is not None:
-        raise InputError(f"quantise is {quantise!r}, and quantised weights need one device; load it without a mesh.")
 
 
 def _expert_formats(params: ModelParams) -> set[Format]:

@@ -7,6 +7,7 @@ moments lie where their matrices do. Each part of the `data` axis has some of a 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moe_lora.adapters.lora import SIDES, Side, Site, SplitWidth
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.mesh.rules import check_mesh, make_mesh, param_specs, rows_spec, shardings, split_sites
+from jax_moe_lora.mesh.rules import check_blocks, check_mesh, make_mesh, param_specs, rows_spec, shardings, split_sites
 from jax_moe_lora.mesh.steps import row_multiple
+from jax_moe_lora.models.loading import stored_formats
 from jax_moe_lora.models.params import leaf_name
 from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.models.specs.model import ModelConfig
@@ -61,10 +63,15 @@ class StepLayout:
         rows = P(None, *rows_spec(mesh)) if in_parts else rows_spec(mesh)
 
         def call(params: Any, model: Any, batch: Any, *whole: Any) -> Any:
-            specs = self.adapters, param_specs(self.config, mesh), rows, *(P() for _ in whole)
+            specs = self.adapters, param_specs(self.config, mesh, model), rows, *(P() for _ in whole)
             return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)(params, model, batch, *whole)
 
         return call
+
+    def check_blocks(self, folder: Path) -> None:
+        """Refuses a mesh that would cut through blocks of a quantised checkpoint, from its headers."""
+        if self.mesh is not None and self.config.quantisation is not None:
+            check_blocks(self.config, self.mesh, stored_formats(folder, self.config))
 
     @property
     def rows(self) -> P:

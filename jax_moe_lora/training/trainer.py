@@ -110,8 +110,7 @@ class Trainer:
         self.micro_batches = checks.check_micro_batches(self.batch_size, micro_batches, len(data), self.mesh)
         folder = local_folder(model)
         self.config, self._source = read_model_config(folder), str(model)
-        self.width = checks.row_width(sequence_length, self.config.max_positions)
-        self.sites = layer_sites(self.config)
+        self.sites, self.width = layer_sites(self.config), checks.row_width(sequence_length, self.config.max_positions)
         self.recipes = recipes_of(recipe, data)
         starts = self._resolve_specs(from_adapter)
         extra_columns = checks.check_extra_columns(extra_columns)
@@ -125,6 +124,7 @@ class Trainer:
             skip_bad_lines=flag("skip_bad_lines", skip_bad_lines),
         )
         self.steps = steps or checks.steps_of(epochs or 0.0, self.data.most_rows, len(data), self.batch_size)
+        self._layout.check_blocks(folder)
         self._make_programs(router_loss, implementation)
         self.params = load_params(folder, self.config, dtype, self._layout.model_placement)
         params = first_params(self.specs, self.sites, self.seed, starts, self._layout.placements)
