@@ -5,17 +5,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_moe_lora.adapters.bank import AdapterBank
+from jax_moe_lora.adapters.placement import bank_specs
 from jax_moe_lora.benchmark.ceilings import measure_ceilings
 from jax_moe_lora.benchmark.model_floor import floor_s
 from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_bank
+from jax_moe_lora.mesh.rules import cache_specs, param_specs, shardings
+from jax_moe_lora.mesh.steps import init_cache, over_mesh
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
 from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
@@ -30,7 +34,8 @@ METHOD = (
     "decode: `steps` steps dispatched one after the other on a donated cache, then one block, per step; prefill: one "
     "call, blocked; median of 5 repeats after a warm-up; tokens, weights, pages and cache are random; slots go round "
     "over the adapters and the base model; compile_s beside up to three other compilations; peak_gb is the process's "
-    "so far; ranks are rounded up to whole pages"
+    "so far, on the first device; ranks are rounded up to whole pages; on a mesh the floor is that of one device, "
+    "divided by the devices"
 )
 
 
@@ -55,6 +60,7 @@ def compile_case(
     make: Callable[[], AdapterBank | None],
     implementation: Implementation | None,
     formats: Mapping[str, Format] = MappingProxyType({}),
+    mesh: Mesh | None = None,
 ) -> Compiled:
     """Compiles a case from shapes alone: weights and adapters need not exist yet.
 
@@ -64,12 +70,13 @@ def compile_case(
       make: makes the bank; only its shapes are used.
       implementation: a backend by name; None picks the best one.
       formats: of quantised weights, path -> format.
+      mesh: the devices that all is split over; None for the default one.
 
     Returns:
       The program.
     """
     began = time.perf_counter()
-    compiled = lower_case(case, config, make, implementation, formats=formats).compile()
+    compiled = lower_case(case, config, make, implementation, formats=formats, mesh=mesh).compile()
     memory = compiled.memory_analysis()
     return Compiled(compiled, time.perf_counter() - began, getattr(memory, "temp_size_in_bytes", None))
 
@@ -81,6 +88,7 @@ def lower_case(
     implementation: Implementation | None = None,
     device: jax.Device | None = None,
     formats: Mapping[str, Format] = MappingProxyType({}),
+    mesh: Mesh | None = None,
 ) -> jax.stages.Lowered:
     """Lowers `f(params, bank, cache, *inputs) -> (cache, logits)`; bank and cache are lists of their arrays.
 
@@ -91,13 +99,23 @@ def lower_case(
       implementation: a backend by name; None picks the best one.
       device: the device to compile for, which need not be attached; None is the default device.
       formats: of quantised weights, path -> format.
+      mesh: the devices that all is split over; None for one.
 
     Returns:
       The lowered function.
     """
     bank, bank_tree = _shapes(make)
     cache, cache_tree = _shapes(lambda: decoder.init_cache(config, case.batch, case.max_length, DTYPE))
-    step: Callable[..., Any] = decoder.decode if case.kind == "decode" else decoder.prefill
+    params = abstract_params(config, DTYPE)
+    if formats:
+        params = jax.eval_shape(partial(_random_params, config, formats, None))
+    if mesh is not None:
+        specs = bank_specs(bank_tree.unflatten(bank)) if bank else []
+        bank = _at(bank, jax.tree.leaves(specs, is_leaf=_is_spec), mesh)
+        of_cache = cache_specs(config, mesh, cache_tree.unflatten(cache))
+        cache = _at(cache, jax.tree.leaves(of_cache, is_leaf=_is_spec), mesh)
+        params = _at(params, param_specs(config, mesh), mesh)
+    step = over_mesh(decoder.decode if case.kind == "decode" else decoder.prefill, mesh)
 
     def program(params, bank, cache, *inputs):
         trees = bank_tree.unflatten(bank), cache_tree.unflatten(cache)
@@ -107,9 +125,6 @@ def lower_case(
     rows = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
     prompts = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
     inputs = (rows, rows) if case.kind == "decode" else (prompts, rows, rows)
-    params = abstract_params(config, DTYPE)
-    if formats:
-        params = jax.eval_shape(partial(_random_params, config, formats))
     shapes = (params, bank, cache, *inputs)
     if device is None:
         return jax.jit(program, donate_argnums=2).lower(*shapes)
@@ -119,8 +134,22 @@ def lower_case(
         return jax.jit(program, donate_argnums=2).lower(*placed)
 
 
-def _random_params(config: ModelConfig, formats: Mapping[str, Format]) -> ModelParams:
-    return init_params(config, jax.random.key(0), DTYPE, partial(quantise_leaf, formats))
+def _random_params(config: ModelConfig, formats: Mapping[str, Format], mesh: Mesh | None) -> ModelParams:
+    places = None if mesh is None else shardings(param_specs(config, mesh), mesh)
+    return init_params(config, jax.random.key(0), DTYPE, places, partial(quantise_leaf, formats))
+
+
+def _at(shapes: Any, specs: Any, mesh: Mesh) -> Any:
+    """Shapes of arrays that are split over a mesh."""
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        specs,
+    )
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
 
 
 def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:
@@ -143,6 +172,7 @@ def measure(
     bank: AdapterBank | None,
     steps: int,
     formats: Mapping[str, Format] = MappingProxyType({}),
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Times a compiled case.
 
@@ -154,6 +184,7 @@ def measure(
       bank: the adapters; None for a case without.
       steps: decode steps per repeat.
       formats: of quantised weights, path -> format.
+      mesh: the devices that all is split over; None for the default one.
 
     Returns:
       Milliseconds per step or per prefill and their spread, tokens per second, the floor, and memory.
@@ -165,12 +196,13 @@ def measure(
     shape, count = ((case.batch,), steps) if case.kind == "decode" else ((case.batch, case.length), 1)
     keys = jax.random.split(jax.random.key(1), count)
     tokens = [jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32) for key in keys]
-    lengths, cache = jnp.full(case.batch, case.length, jnp.int32), jax.tree.leaves(_random_cache(case, config))
+    lengths, cache = jnp.full(case.batch, case.length, jnp.int32), jax.tree.leaves(_random_cache(case, config, mesh))
+    at = cache[-1].sharding
     adapters = jax.tree.leaves(bank)
     more = () if case.kind == "decode" else (lengths,)
     times: list[float] = []
     for _ in range(1 + REPEATS):
-        cache[-1] = lengths + 0  # a copy: the cache is donated
+        cache[-1] = jax.device_put(lengths + 0, at)  # a copy: the cache is donated
         jax.block_until_ready(cache)
         began = time.perf_counter()
         for some in tokens:
@@ -185,19 +217,28 @@ def measure(
         "min_ms": round(min(times[1:]) * 1e3, 3),
         "max_ms": round(max(times[1:]) * 1e3, 3),
         "tokens_per_s": round(case.rows / median, 1),
-        "floor_ms": round(floor_s(case, config, bank, measure_ceilings(), formats) * 1e3, 3),
+        "floor_ms": round(
+            floor_s(case, config, bank, measure_ceilings(), formats) * 1e3 / (mesh.size if mesh else 1), 3
+        ),
         "temp_gb": None if compiled.temp_bytes is None else round(compiled.temp_bytes / 1e9, 2),
         "peak_gb": _peak_gb(),
     }
 
 
-def _random_cache(case: Case, config: ModelConfig) -> Cache:
+def _random_cache(case: Case, config: ModelConfig, mesh: Mesh | None) -> Cache:
     """A cache with random values in every position; a decode step attends to `case.length` of them."""
-    cache = decoder.init_cache(config, case.batch, case.max_length, DTYPE)
-    draw = jax.jit(lambda key, x: jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype), donate_argnums=1)
+    cache = init_cache(config, case.batch, case.max_length, DTYPE, mesh)
     leaves, tree = jax.tree.flatten(cache.layers)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    return replace(cache, layers=jax.tree.unflatten(tree, map(draw, keys, leaves)))
+    drawn = [_draw(None if mesh is None else x.sharding)(key, x) for key, x in zip(keys, leaves, strict=True)]
+    return replace(cache, layers=jax.tree.unflatten(tree, drawn))
+
+
+@cache
+def _draw(place: jax.sharding.Sharding | None) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """Random values in place of an array's own; one program per shape."""
+    draw = lambda key, x: jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)  # noqa: E731
+    return jax.jit(draw, donate_argnums=1, out_shardings=place)
 
 
 def _peak_gb() -> float | None:
@@ -212,6 +253,7 @@ def sweep(
     implementation: Implementation | None,
     steps: int,
     quantise: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures every case; one that fails does not stop the others.
 
@@ -225,6 +267,7 @@ def sweep(
       implementation: a backend by name; None picks the best one.
       steps: decode steps per repeat.
       quantise: what the random weights are quantised to, a name in `quantised.schemes.SCHEMES`; None keeps them.
+      mesh: the devices that all is split over; None for the default one.
 
     Yields:
       A row per case; the row of a failed case has `error` instead of figures.
@@ -233,23 +276,24 @@ def sweep(
     measure_ceilings()  # while there is memory for it
     params = None
     for name in dict.fromkeys(case.adapters for case in cases):
-        group, make = [case for case in cases if case.adapters == name], make_bank(config, name, targets)
+        group, make = [case for case in cases if case.adapters == name], make_bank(config, name, targets, mesh)
         longest_first = sorted(group, key=lambda case: -case.rows)
         with ThreadPoolExecutor(max_workers=THREADS) as pool:
             compile_one = partial(
-                compile_case, config=config, make=make, implementation=implementation, formats=formats
+                compile_case, config=config, make=make, implementation=implementation, formats=formats, mesh=mesh
             )
             work = {case: pool.submit(compile_one, case) for case in longest_first}
         if params is None:  # after the first compilations: they may need memory to time kernels
-            params = jax.block_until_ready(_random_params(config, formats))
+            params = jax.block_until_ready(_random_params(config, formats, mesh))
         bank = make()
         for case in group:
             row: dict[str, Any] = asdict(case) | {"targets": targets, "layers": config.num_layers}
             row |= {} if quantise is None else {"quantise": quantise}
+            row |= {} if mesh is None else {"mesh": ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())}
             try:
                 compiled = work[case].result()
                 row["compile_s"] = round(compiled.seconds, 1)
-                figures = measure(case, compiled, config, params, bank, steps, formats)
+                figures = measure(case, compiled, config, params, bank, steps, formats, mesh)
             except Exception as error:  # such as out of memory
                 figures = {"error": f"{type(error).__name__}: {error}"[:300]}
             yield row | figures

@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.bank import RESERVED, AdapterBank
-from jax_moe_lora.adapters.lora import EXPERT_MODULES, Site
+from jax_moe_lora.adapters.bank_sizes import regions_of
+from jax_moe_lora.adapters.lora import EXPERT_MODULES, PoolWidth, Site
+from jax_moe_lora.adapters.placement import pool_spec, tables_spec
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.mesh.rules import split_sites
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import BASE_SLOT, RANK_PAGE
@@ -70,60 +74,90 @@ def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
     return sites if targets == "all" else {module: sites[module] for module in EXPERT_MODULES}
 
 
-def make_bank(config: ModelConfig, adapters: str, targets: str) -> Callable[[], AdapterBank | None]:
+def make_bank(
+    config: ModelConfig, adapters: str, targets: str, mesh: Mesh | None = None
+) -> Callable[[], AdapterBank | None]:
     """A function that makes a bank.
 
     Args:
       config: the model.
       adapters: a set of adapters in `specs.ADAPTERS`.
       targets: the modules with adapters, see `sites_of`.
+      mesh: the devices that it is split over; None for the default one.
 
     Returns:
       The function; it returns None if the set is empty.
     """
-    spec = ADAPTERS[adapters]
-    return partial(random_bank, sites_of(config, targets), spec) if spec.slots else lambda: None
+    spec, sites = ADAPTERS[adapters], sites_of(config, targets)
+    if mesh is not None:
+        sites = split_sites(config, sites, mesh)
+    return partial(random_bank, sites, spec, mesh=mesh) if spec.slots else lambda: None
 
 
-def random_bank(sites: dict[str, Site], spec: AdapterMix, dtype: str = DTYPE) -> AdapterBank:
+def random_bank(sites: dict[str, Site], spec: AdapterMix, dtype: str = DTYPE, mesh: Mesh | None = None) -> AdapterBank:
     """A full bank of random per-expert adapters.
 
     Args:
       sites: the modules with adapters.
       spec: number of slots, and the ranks that they take in turn, rounded up to whole pages.
       dtype: of the pages.
+      mesh: the devices that it is split over, whose regions all look alike; None for the default one.
 
     Returns:
       The bank.
     """
     counts = np.resize(-(-np.asarray(spec.ranks, np.int32) // RANK_PAGE), spec.slots)
-    owners: dict[int, list[np.ndarray]] = {}  # width -> the slot of each page
+    owners: dict[PoolWidth, list[np.ndarray]] = {}  # width -> the slot of each page of a region
     tables: dict[str, Any] = {}
     scales: dict[str, Any] = {}
     for module, site in sites.items():
-        shape = (len(site.layers), spec.slots, site.num_experts)
+        shape = (len(site.layers), spec.slots, site.num_experts // site.regions)
         pages = np.broadcast_to(counts[None, :, None], shape)
         slots = np.repeat(np.broadcast_to(np.arange(spec.slots)[None, :, None], shape), pages.reshape(-1))
         within = (np.cumsum(pages) - pages.reshape(-1)).reshape(shape)
         first = []
-        for width in (site.in_width, site.out_width):
+        for width in site.pools:
             owner = owners.setdefault(width, [np.full(1, RESERVED)])
             first.append(sum(map(len, owner)) + within)
             owner.append(slots)
         tables[module] = np.stack([*first, pages, pages * RANK_PAGE], -1).astype(np.int32)
-        scales[module] = np.full(shape, 0.5, np.float32)
-    owner_of_page = tuple(jnp.asarray(np.concatenate(owner), jnp.int32) for owner in owners.values())
-    pools = tuple(_random_pool(width, ids.shape[0], dtype) for width, ids in zip(owners, owner_of_page, strict=True))
-    tables, scales = jax.tree.map(jnp.asarray, (tables, scales))
+        scales[module] = np.full((*shape[:2], site.num_experts), 0.5, np.float32)
+    sizes = {width: sum(map(len, owner)) for width, owner in owners.items()}
+    owner_of_page = tuple(
+        jnp.asarray(np.tile(np.concatenate(owner), regions_of(width)), jnp.int32) for width, owner in owners.items()
+    )
+    pools = tuple(
+        _random_pool(width, ids.shape[0], dtype, mesh) for width, ids in zip(owners, owner_of_page, strict=True)
+    )
+    for module, site in sites.items():
+        place = None if mesh is None else NamedSharding(mesh, tables_spec(site))
+        step = np.array([*(sizes[width] for width in site.pools), 0, 0], np.int32)
+        regions = [tables[module] + region * step for region in range(site.regions)]
+        tables[module] = jax.device_put(np.concatenate(regions, axis=2), place)
+        scales[module] = jax.device_put(scales[module], place)
     largest = int(counts.max()) * RANK_PAGE
     return AdapterBank(pools, owner_of_page, tables, scales, tuple(owners), tuple(sites.items()), largest)
 
 
-def _random_pool(width: int, count: int, dtype: str) -> Float[Array, "N 16 width"]:
+def _random_pool(width: PoolWidth, count: int, dtype: str, mesh: Mesh | None) -> Float[Array, "N 16 width"]:
+    if mesh is not None:
+        return _random_parts(width, count, dtype, mesh)
+    width = int(width)
     pool = jnp.zeros((count, RANK_PAGE, width), dtype)
     for first in range(0, count, FILL_PAGES):
         pool = _fill(pool, jax.random.key(first + width), jnp.int32(first))
     return pool
+
+
+def _random_parts(width: PoolWidth, count: int, dtype: str, mesh: Mesh) -> Float[Array, "N 16 width"]:
+    """A pool of which each device makes its part; page 0 of each region is zero."""
+
+    def draw(key: Array) -> Array:
+        pages = int(width) ** -0.5 * jax.random.normal(key, (count, RANK_PAGE, int(width)), jnp.float32)
+        used = jnp.arange(count) % (count // regions_of(width)) > 0
+        return jnp.where(used[:, None, None], pages, 0.0).astype(dtype)
+
+    return jax.jit(draw, out_shardings=NamedSharding(mesh, pool_spec(width)))(jax.random.key(int(width)))
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from jax_moe_lora.cli.options import (
     MODEL_HELP,
+    Mesh,
     check_implementation,
     command_line,
     console,
@@ -21,6 +22,8 @@ from jax_moe_lora.errors import InputError
 from pallas_kernels.specs import ADAPTERS
 
 if TYPE_CHECKING:
+    import jax
+
     from jax_moe_lora.benchmark.random_model import Case
     from jax_moe_lora.models.specs.model import ModelConfig
 
@@ -40,6 +43,7 @@ def bench_model(
     implementation: Annotated[str | None, typer.Option(help="A backend by name; the best one if not given.")] = None,
     quantise: Annotated[str | None, typer.Option(help="Quantise the weights to fp8, mxfp4, int4 or int4_g128.")] = None,
     peer: Annotated[list[str] | None, typer.Option(help=f"Time it too, without adapters: {PEER}.")] = None,
+    mesh: Mesh = None,
     out: Annotated[Path | None, typer.Option(help="Writes OUT.json, after each case.")] = None,
 ) -> None:
     """Time a whole model, random weights, adapters mixed in the batch: one decode step, and prefill."""
@@ -57,12 +61,15 @@ def bench_model(
         raise InputError(f"peer is {unknown[0]!r}; expected {PEER}.")
     if context + steps > cache_length:
         raise InputError(f"context {context} and steps {steps} do not fit into cache-length {cache_length}.")
+    if quantise is not None and mesh is not None:
+        raise InputError("Both --quantise and --mesh were given; time quantised weights on one device.")
     check_implementation(implementation)
     if prefill is None and decode is None:
         decode, prefill = [8, 32, 128], ["8x1024"]
     cases = _cases(names, decode or [], [_prompt(text) for text in prefill or []], context, cache_length)
+    devices = _devices(mesh, config, cases)
     rows: list[dict[str, Any]] = []
-    for row in _measure(raw, config, cases, targets, implementation, steps, bool(peer), quantise):
+    for row in _measure(raw, config, cases, targets, implementation, steps, bool(peer), quantise, devices):
         rows.append({"model": model} | row)
         report_progress(rows[-1])
         if out is not None:  # after each case: a run that is cut off keeps what it has
@@ -82,6 +89,24 @@ def _cases(
     return cases + [Case("prefill", batch, length, length, name) for name in names for batch, length in prefill]
 
 
+def _devices(mesh: str | None, config: "ModelConfig", cases: "Sequence[Case]") -> "jax.sharding.Mesh | None":
+    """The mesh, which must divide the model and the requests of each case."""
+    from jax_moe_lora.mesh.rules import check_mesh, make_mesh
+    from jax_moe_lora.mesh.steps import row_multiple
+
+    devices = make_mesh(mesh)
+    if devices is None:
+        return None
+    check_mesh(config, devices)
+    multiple = row_multiple(devices)
+    for case in cases:
+        if case.batch % multiple:
+            raise InputError(
+                f"{case.kind} has {case.batch} requests; expected a multiple of {multiple}, the mesh's data."
+            )
+    return devices
+
+
 def _measure(
     raw: dict[str, Any],
     config: "ModelConfig",
@@ -91,6 +116,7 @@ def _measure(
     steps: int,
     peer: bool,
     quantise: str | None,
+    mesh: "jax.sharding.Mesh | None",
 ) -> Iterator[dict[str, Any]]:
     """A row per case. The peer comes first: it gives its memory back, which jax does not."""
     from jax_moe_lora.benchmark.model import sweep
@@ -99,7 +125,7 @@ def _measure(
     if peer:
         once = {(case.kind, case.batch, case.length): case for case in cases}
         yield from sweep_transformers(raw, list(once.values()), steps)
-    for row in sweep(config, cases, targets, implementation, steps, quantise):  # type: ignore[arg-type]
+    for row in sweep(config, cases, targets, implementation, steps, quantise, mesh):  # type: ignore[arg-type]
         yield {"engine": "jax_moe_lora"} | row
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import jax
@@ -65,14 +66,16 @@ def init_params(
     config: ModelConfig,
     key: jax.Array,
     dtype: jax.typing.DTypeLike,
+    placements: ModelParams | None = None,
     finish: Callable[[str, Array], Any] = lambda path, leaf: leaf,
 ) -> ModelParams:
     """Random matrices, normal with deviation 0.02, made on the device leaf by leaf; norms are one, biases zero.
 
     Args:
-      config: the model.
-      key: of the random numbers.
-      dtype: of the arrays, but for those that stay float32.
+      config: the model's.
+      key: jax's random key.
+      dtype: of the arrays.
+      placements: a sharding for each array, of which a device then makes its part; None for the default device.
       finish: what a leaf becomes before the next is made, of its path and its array.
     """
     leaves, tree = jax.tree.flatten_with_path(abstract_params(config, dtype))
@@ -81,21 +84,26 @@ def init_params(
     }
     inits |= {"norm": "zeros" if config.norm.offset else "ones", "norm_bias": "zeros", "head_bias": "zeros"}
     keys = jax.random.split(key, len(leaves))
-    normal = jax.jit(
-        lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype), static_argnames=("shape", "dtype")
-    )
+    places = [None] * len(leaves) if placements is None else jax.tree.leaves(placements)
 
-    def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, key: jax.Array) -> Array:
+    def make(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, key: jax.Array, place: Any) -> Array:
         init = inits.get(leaf_name(path[-1]), "normal")
         if init == "normal":
-            return normal(key, leaf.shape, leaf.dtype)
-        return (jnp.ones if init == "ones" else jnp.zeros)(leaf.shape, leaf.dtype)
+            return _normal(place)(key, leaf.shape, leaf.dtype)
+        return (jnp.ones if init == "ones" else jnp.zeros)(leaf.shape, leaf.dtype, device=place)
 
     made = [
-        finish(".".join(map(leaf_name, path)), make(path, leaf, k))
-        for (path, leaf), k in zip(leaves, keys, strict=True)
+        finish(".".join(map(leaf_name, path)), make(path, leaf, *where))
+        for (path, leaf), *where in zip(leaves, keys, places, strict=True)
     ]
     return jax.tree.unflatten(tree, made)
+
+
+@cache
+def _normal(place: jax.sharding.Sharding | None) -> Callable[..., Array]:
+    """Draws an array where it lies; one program per shape."""
+    draw = lambda key, shape, dtype: 0.02 * jax.random.normal(key, shape, dtype)  # noqa: E731
+    return jax.jit(draw, static_argnames=("shape", "dtype"), out_shardings=place)
 
 
 def leaf_name(key: Any) -> str:
