@@ -175,7 +175,7 @@ def create_bank(
         memory -= count * matrix_bytes(shape, dtype)
     sizes = pool_sizes(sites, num_slots * -(-max_rank // RANK_PAGE), memory, dtype)
     bank = _empty_bank(sites, num_slots, max_rank, dtype, sizes, mesh)
-    bank = replace(bank, replacements=create_replacements(count, shape, num_slots, dtype))
+    bank = replace(bank, replacements=create_replacements(count, shape, num_slots, dtype, mesh))
     compile_updates(bank.pools, bank.tables, bank.scales, *empty_slot(bank))
     return bank
 

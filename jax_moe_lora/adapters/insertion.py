@@ -39,7 +39,7 @@ from jax_moe_lora.adapters.packing import (
 )
 from jax_moe_lora.adapters.placement import like
 from jax_moe_lora.adapters.replacements import matrix_chunks
-from jax_moe_lora.adapters.updates import chunk_placement, chunk_rows, set_slot, write_rows
+from jax_moe_lora.adapters.updates import chunk_placement, chunk_rows, placement_of, set_slot, write_rows
 from jax_moe_lora.adapters.validation.bank_rules import check_adapter
 from jax_moe_lora.errors import BankFullError, InputError
 from pallas_kernels.ops import RANK_PAGE
@@ -158,6 +158,7 @@ class Insertion:
       placements: width -> where the pool is.
       dtype: the bank's.
       replaced: embedding or head -> the whole matrix that it gets.
+      matrix_placement: where the whole matrices are on a mesh; None for the default device.
     """
 
     slot: int
@@ -168,12 +169,14 @@ class Insertion:
     placements: Mapping[PoolWidth, jax.sharding.Sharding]
     dtype: np.dtype
     replaced: Mapping[str, int] = field(default_factory=dict)
+    matrix_placement: jax.sharding.Sharding | None = None
 
     def chunks(self) -> Iterator[Chunk]:
         """Everything that goes into the bank. While one chunk is written the next one is on its way to the device."""
         before: Chunk | None = None
         for width, rows, values, columns, matrix in self._all_host_chunks():
-            placement = chunk_placement(self.placements.get(width) if matrix is None else None, columns)
+            of_pool = chunk_placement(self.placements.get(width), columns)
+            placement = of_pool if matrix is None else (self.matrix_placement,) * 2
             sent_rows, sent_values = map(send, (rows, values), placement or (None, None))
             if before is not None:
                 yield before.arrived()
@@ -272,6 +275,7 @@ def place(bank: AdapterBank, slot: int, prepared: Prepared) -> tuple[AdapterBank
         placements={width: pools[width].sharding for width in first},
         dtype=bank.dtype,
         replaced=replaced,
+        matrix_placement=None if replacements is None else placement_of(replacements.matrices[0]),
     )
     return replace(bank, owners=like(bank.owners, owner.values()), replacements=replacements), insertion
 

@@ -6,10 +6,13 @@ Such a matrix is no update of low rank, so it has no pages. A bank that is made 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.adapters.lora import REPLACEABLE, memory_of
@@ -134,7 +137,9 @@ class Replacements:
         return {module: arrays[place] for module, place in places.items() if place != BASE}
 
 
-def create_replacements(count: int, shape: tuple[int, int], num_slots: int, dtype: np.dtype) -> Replacements | None:
+def create_replacements(
+    count: int, shape: tuple[int, int], num_slots: int, dtype: np.dtype, mesh: jax.sharding.Mesh | None = None
+) -> Replacements | None:
     """Room for whole matrices; None for none. Compiles what loading runs.
 
     Args:
@@ -142,14 +147,16 @@ def create_replacements(count: int, shape: tuple[int, int], num_slots: int, dtyp
       shape: V and D.
       num_slots: S.
       dtype: of the matrices.
+      mesh: devices that each have all matrices; None for the default one.
     """
     if not count:
         return None
+    place = None if mesh is None else NamedSharding(mesh, P())
     rows = matrix_chunk_rows(shape, dtype.itemsize)
-    chunk = jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((rows, shape[1]), dtype)
-    scatter.lower(jax.ShapeDtypeStruct(shape, dtype), *chunk).compile()
+    at = partial(jax.ShapeDtypeStruct, sharding=place)
+    scatter.lower(at(shape, dtype), at((rows,), jnp.int32), at((rows, shape[1]), dtype)).compile()
     return Replacements(
-        tuple(jnp.zeros(shape, dtype) for _ in range(count)),
+        tuple(jnp.zeros(shape, dtype, device=place) for _ in range(count)),
         jnp.full(count, FREE, jnp.int32),
         {module: jnp.full(num_slots, BASE, jnp.int32) for module in REPLACEABLE},
     )

@@ -211,15 +211,13 @@ def measure(
         times.append((time.perf_counter() - began) / count)
     if not bool(jnp.isfinite(logits).all()):
         raise FloatingPointError("the logits are not finite")
-    median = statistics.median(times[1:])
+    median, devices = statistics.median(times[1:]), mesh.size if mesh else 1
     return {
         "ms": round(median * 1e3, 3),
         "min_ms": round(min(times[1:]) * 1e3, 3),
         "max_ms": round(max(times[1:]) * 1e3, 3),
         "tokens_per_s": round(case.rows / median, 1),
-        "floor_ms": round(
-            floor_s(case, config, bank, measure_ceilings(), formats) * 1e3 / (mesh.size if mesh else 1), 3
-        ),
+        "floor_ms": round(floor_s(case, config, bank, measure_ceilings(), formats) / devices * 1e3, 3),
         "temp_gb": None if compiled.temp_bytes is None else round(compiled.temp_bytes / 1e9, 2),
         "peak_gb": _peak_gb(),
     }

@@ -217,8 +217,8 @@ class Model(Chat):
 def _check_split(config: ModelConfig, mesh: Mesh, max_replacements: int) -> None:
     """Refuses what cannot be split over these devices."""
     check_mesh(config, mesh)
-    if max_replacements:
-        raise InputError("max_replacements need a model on one device; load it without a mesh, or with 0.")
+    if max_replacements and across(mesh):
+        raise InputError("max_replacements need the devices of one process; leave it at 0 with several.")
 
 
 def _expert_formats(params: ModelParams) -> set[Format]:

@@ -91,12 +91,6 @@ def test_a_batch_of_ones_own_is_a_multiple_of_the_data_axis():
         model.functional(batch=3, max_length=8)
 
 
-def test_whole_matrices_need_one_device(tmp_path: Path):
-    write(tmp_path)
-    with pytest.raises(InputError, match="max_replacements need a model on one device"):
-        Model.from_pretrained(tmp_path, mesh="data=1", max_replacements=1)
-
-
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_has_a_rule_for_each_axis_that_it_splits(family):
     config, mesh = CONFIGS[family], mesh_of(data=2, expert=2, tensor=2)
