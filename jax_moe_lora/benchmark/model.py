@@ -18,7 +18,7 @@ from jax_moe_lora.adapters.placement import bank_specs
 from jax_moe_lora.benchmark.ceilings import measure_ceilings
 from jax_moe_lora.benchmark.model_floor import floor_s
 from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_bank
-from jax_moe_lora.mesh.rules import cache_specs, param_specs, shardings
+from jax_moe_lora.mesh.rules import cache_specs, param_specs, rows_spec, shardings
 from jax_moe_lora.mesh.steps import init_cache, over_mesh
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
@@ -122,8 +122,10 @@ def lower_case(
         after, logits = step(params, *trees, *inputs, config=config, implementation=implementation)
         return jax.tree.leaves(after), logits
 
-    rows = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-    prompts = jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)
+    rows, prompts = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=_place_of_rows(mesh))
+        for shape in ((case.batch,), (case.batch, case.length))
+    )
     inputs = (rows, rows) if case.kind == "decode" else (prompts, rows, rows)
     shapes = (params, bank, cache, *inputs)
     if device is None:
@@ -146,6 +148,10 @@ def _at(shapes: Any, specs: Any, mesh: Mesh) -> Any:
         shapes,
         specs,
     )
+
+
+def _place_of_rows(mesh: Mesh | None) -> NamedSharding | None:
+    return None if mesh is None else NamedSharding(mesh, rows_spec(mesh))
 
 
 def _is_spec(leaf: Any) -> bool:
@@ -192,17 +198,16 @@ def measure(
     Raises:
       FloatingPointError: the logits are not finite.
     """
-    slots = draw_slots(case, 0 if bank is None else bank.num_slots)
     shape, count = ((case.batch,), steps) if case.kind == "decode" else ((case.batch, case.length), 1)
-    keys = jax.random.split(jax.random.key(1), count)
-    tokens = [jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32) for key in keys]
-    lengths, cache = jnp.full(case.batch, case.length, jnp.int32), jax.tree.leaves(_random_cache(case, config, mesh))
-    at = cache[-1].sharding
-    adapters = jax.tree.leaves(bank)
+    keys, place = jax.random.split(jax.random.key(1), count), _place_of_rows(mesh)
+    tokens = [jax.device_put(jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32), place) for key in keys]
+    slots = jax.device_put(draw_slots(case, 0 if bank is None else bank.num_slots), place)
+    lengths = jax.device_put(jnp.full(case.batch, case.length, jnp.int32), place)
+    cache, adapters = jax.tree.leaves(_random_cache(case, config, mesh)), jax.tree.leaves(bank)
     more = () if case.kind == "decode" else (lengths,)
     times: list[float] = []
     for _ in range(1 + REPEATS):
-        cache[-1] = jax.device_put(lengths + 0, at)  # a copy: the cache is donated
+        cache[-1] = lengths + 0  # a copy: the cache is donated
         jax.block_until_ready(cache)
         began = time.perf_counter()
         for some in tokens:
@@ -211,15 +216,21 @@ def measure(
         times.append((time.perf_counter() - began) / count)
     if not bool(jnp.isfinite(logits).all()):
         raise FloatingPointError("the logits are not finite")
-    median, devices = statistics.median(times[1:]), mesh.size if mesh else 1
-    return {
-        "ms": round(median * 1e3, 3),
-        "min_ms": round(min(times[1:]) * 1e3, 3),
-        "max_ms": round(max(times[1:]) * 1e3, 3),
-        "tokens_per_s": round(case.rows / median, 1),
-        "floor_ms": round(floor_s(case, config, bank, measure_ceilings(), formats) / devices * 1e3, 3),
+    floor = floor_s(case, config, bank, measure_ceilings(), formats) / (mesh.size if mesh else 1)
+    return _figures(times[1:], case, floor) | {
         "temp_gb": None if compiled.temp_bytes is None else round(compiled.temp_bytes / 1e9, 2),
         "peak_gb": _peak_gb(),
+    }
+
+
+def _figures(times: Sequence[float], case: Case, floor: float) -> dict[str, Any]:
+    median = statistics.median(times)
+    return {
+        "ms": round(median * 1e3, 3),
+        "min_ms": round(min(times) * 1e3, 3),
+        "max_ms": round(max(times) * 1e3, 3),
+        "tokens_per_s": round(case.rows / median, 1),
+        "floor_ms": round(floor * 1e3, 3),
     }
 
 
