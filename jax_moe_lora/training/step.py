@@ -130,15 +130,10 @@ def make_step(
     micro_batches = whole("micro_batches", micro_batches, 1)
     router_loss = number("router_loss", router_loss, lambda value: 0 <= value < float("inf"), "zero or more")
     clips = {name: _clipping(clip.get(name) if isinstance(clip, Mapping) else clip) for name in specs}
-    evaluate = losses_of(layout, specs, router_loss > 0, implementation, remat)
-
-    def loss(params: Mapping[str, Params], model: ModelParams, part: Batch, whole_batch: Totals):
-        losses = evaluate(params, model, part, whole_batch)
-        return (losses.loss + router_loss * losses.router).sum(), losses
-
-    several = micro_batches > 1
-    split = (layout.adapters, P())
-    gradients_of = layout.per_device(partial(_gradients, loss, several), split, in_parts=several)
+    evaluate, several = losses_of(layout, specs, router_loss > 0, implementation, remat), micro_batches > 1
+    gradients_of = layout.per_device(
+        partial(_gradients, _loss_of(evaluate, router_loss), several), (layout.adapters, P()), in_parts=several
+    )
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, model: ModelParams, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -157,6 +152,16 @@ def make_step(
         return layout.keep(_AdapterState.join(new)), Metrics(losses, norms, updated)
 
     return step
+
+
+def _loss_of(evaluate: Callable[..., Losses], router_loss: float) -> Callable[..., tuple[Array, Losses]]:
+    """What is differentiated: a part's share of the sum over all adapters, and its losses beside it."""
+
+    def loss(params: Mapping[str, Params], model: ModelParams, part: Batch, whole_batch: Totals):
+        losses = evaluate(params, model, part, whole_batch)
+        return (losses.loss + router_loss * losses.router).sum(), losses
+
+    return loss
 
 
 def _check_names(specs: Mapping[str, Any], optimizers: Mapping[str, Any], clip: Any) -> None:

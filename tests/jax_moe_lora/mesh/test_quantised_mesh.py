@@ -12,7 +12,7 @@ from support.meshes import run_on_devices
 FORMS = ["fp8_block", "nvfp4", "int4_zero"]
 
 
-@pytest.mark.slow(80)
+@pytest.mark.slow(40)
 def test_a_quantised_checkpoint_on_a_mesh_gives_and_trains_what_one_device_does(tmp_path):
     reports = run_on_devices(8, "mesh_quantised", str(tmp_path), "data=2,expert=2,tensor=2", *FORMS)
     assert [report["format"] for report in reports] == FORMS

@@ -7,7 +7,7 @@ from support.meshes import run_on_devices
 MESHES = ["data=2,expert=2,tensor=2", "expert=8"]
 
 
-@pytest.mark.slow(80)
+@pytest.mark.slow(40)
 def test_a_training_step_on_a_mesh_equals_that_of_one_device(tmp_path):
     reports = run_on_devices(8, "mesh_training", str(tmp_path / "checkpoints"), *MESHES)
     assert [report["mesh"] for report in reports] == MESHES
@@ -31,7 +31,7 @@ def test_a_training_step_on_a_mesh_equals_that_of_one_device(tmp_path):
     assert reports[1]["share"]["experts down.b"] == 1 / 8
 
 
-@pytest.mark.slow(50)
+@pytest.mark.slow(30)
 def test_a_trainer_on_a_mesh_writes_the_adapters_of_one_device_and_goes_on_where_it_stopped(tmp_path):
     (report,) = run_on_devices(8, "mesh_trainer", str(tmp_path), "data=2,expert=2,tensor=2")
     for figure in ("adapters", "losses", "evaluated"):
