@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_moe_lora.adapters.lora import SIDES, Side, Site, SplitWidth
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.mesh.processes import across
 from jax_moe_lora.mesh.rules import check_blocks, check_mesh, make_mesh, param_specs, rows_spec, shardings, split_sites
 from jax_moe_lora.mesh.steps import row_multiple
 from jax_moe_lora.models.loading import stored_formats
@@ -108,7 +109,7 @@ def step_layout(config: ModelConfig, specs: Mapping[str, AdapterSpec], mesh: str
       mesh: the devices, as `mesh.rules.make_mesh` takes them; None for the default one.
 
     Raises:
-      InputError: a spec that the model cannot train, or a mesh that does not divide the model.
+      InputError: a spec that the model cannot train, or a mesh that does not divide the model or is not of one process.
     """
     if not specs:
         raise InputError("specs are empty; give at least one adapter to train.")
@@ -117,6 +118,8 @@ def step_layout(config: ModelConfig, specs: Mapping[str, AdapterSpec], mesh: str
         spec.check(name, sites)
     if devices is None:
         return StepLayout(config, None, sites, {})
+    if across(devices):
+        raise InputError("The mesh has devices of several processes; training takes those of one.")
     check_mesh(config, devices)
     split = split_sites(config, sites, devices)
     adapters = {

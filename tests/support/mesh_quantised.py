@@ -15,7 +15,7 @@ from jax_moe_lora.models.sites import layer_sites
 from jax_moe_lora.training import AdapterSpec, Batch, init_params, init_state, make_step, step_layout
 from pallas_kernels.ops import Quantised
 from support import quantised_files as files
-from support.checkpoints import TINY, expected_shapes
+from support.checkpoints import TINY, expected_shapes, write
 from support.meshes import LAYOUTS, random_adapter, relative, report
 
 SIZES = TINY | {
@@ -47,8 +47,9 @@ def written(folder: Path, name: str, **changes: int) -> Path:
     return files.write(folder, sizes, tensors, settings, writer)[0]
 
 
-def load(folder: Path, mesh: str | None) -> Model:
-    model = Model.from_pretrained(folder, dtype="float32", max_adapters=4, max_rank=32, mesh=mesh)
+def load(folder: Path, mesh: str | None, quantise: str | None = None) -> Model:
+    sizes = {"max_adapters": 4, "max_rank": 32}
+    model = Model.from_pretrained(folder, dtype="float32", mesh=mesh, quantise=quantise, **sizes)  # type: ignore[arg-type]
     for seed, layout in enumerate(LAYOUTS):
         model.load_adapter(random_adapter(layout, layer_sites(model.config), seed), layout)
     return model
@@ -79,6 +80,15 @@ def share(model: Model) -> dict[str, float]:
     return {name: value.addressable_shards[0].data.size / value.size for name, value in arrays.items()}
 
 
+def of_16_bits(folder: Path, mesh: str) -> float:
+    """The error on a mesh of a checkpoint that is quantised while it is read."""
+    folder.mkdir()
+    write(folder, **{name: value for name, value in SIZES.items() if name not in TINY or TINY[name] != value})
+    one, split = (load(folder, where, "int4") for where in (None, mesh))
+    assert isinstance(split.params.layers[0]["down"], Quantised)
+    return relative(split.logits(TOKENS, NAMES), one.logits(TOKENS, NAMES))
+
+
 def refused(folder: Path, mesh: str) -> str:
     allocated, banks.placed_zeros = banks.placed_zeros, None  # nothing may be made
     try:
@@ -99,6 +109,7 @@ if __name__ == "__main__":
             {}
             if number
             else {
+                "read": of_16_bits(Path(sys.argv[1]) / "float32", sys.argv[2]),
                 "trained": max(map(relative, trained(split, sys.argv[2]), trained(one, None))),
                 "refused": refused(written(Path(sys.argv[1]) / "narrow", name, head_dim=16), "tensor=2"),
             }

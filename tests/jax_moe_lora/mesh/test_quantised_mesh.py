@@ -21,6 +21,7 @@ def test_a_quantised_checkpoint_on_a_mesh_gives_and_trains_what_one_device_does(
         assert report["share"].pop("global_scale", 1 / 2) == 1 / 2
         assert {*report["share"].values()} == {1 / 4}, report
     assert reports[0]["trained"] < 1e-5, reports[0]
+    assert reports[0]["read"] < 1e-5, reports[0]
     # k has 32 rows, one block of scales, and no array was made before it was refused.
     message = "tensor=2 cuts through blocks of 32 rows of layers.0.k [32, 64], which share a scale in fp8_block"
     assert message in reports[0]["refused"]

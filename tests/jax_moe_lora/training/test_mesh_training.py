@@ -2,6 +2,11 @@
 
 import pytest
 
+from jax_moe_lora import InputError
+from jax_moe_lora.demo.run import data_folder
+from jax_moe_lora.models.config_file import read_model_config
+from jax_moe_lora.serving import model
+from jax_moe_lora.training import AdapterSpec, layout
 from support.meshes import run_on_devices
 
 MESHES = ["data=2,expert=2,tensor=2", "expert=8"]
@@ -41,3 +46,12 @@ def test_a_trainer_on_a_mesh_writes_the_adapters_of_one_device_and_goes_on_where
     assert "mesh.data was 2 and is 'none'" in report["other_mesh"]
     assert report["rows"] == "A micro-batch has 3 rows, which the mesh's data=2 does not divide; give a multiple."
     assert "expert=8 does not divide the 4 experts" in report["experts"]
+
+
+def test_the_devices_of_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(layout, "across", lambda mesh: True)
+    with pytest.raises(InputError, match="The mesh has devices of several processes; training takes those of one"):
+        layout.step_layout(read_model_config(data_folder() / "model"), {"new": AdapterSpec()}, "data=1")
+    monkeypatch.setattr(model, "across", lambda mesh: True)
+    with pytest.raises(InputError, match="max_replacements need the devices of one process"):
+        model.Model.from_pretrained(data_folder() / "model", mesh="data=1", max_replacements=1)
