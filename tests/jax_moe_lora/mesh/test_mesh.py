@@ -9,14 +9,18 @@ import pytest
 from support import ROOT
 from support.meshes import run_on_devices
 
-# Each set of axes once; the last on fewer devices than there are.
+# Every mesh of eight devices, and one of fewer than there are.
 SHAPES = [
     "data=2,expert=2,tensor=2",
     "expert=8",
     "tensor=8",
     "data=8",
+    "data=2,expert=4",
     "data=4,expert=2",
     "data=2,tensor=4",
+    "data=4,tensor=2",
+    "expert=2,tensor=4",
+    "expert=4,tensor=2",
     "expert=2,tensor=2",
 ]
 # Attention over all heads of a projection, latent attention, delta-net, dense beside routed, a fused shared expert.
