@@ -9,11 +9,12 @@ from typing import Any
 from jax_moe_lora.errors import ConfigError
 from jax_moe_lora.files.safetensors_io import read_json
 from jax_moe_lora.models.families.registry import family, wrapped
+from jax_moe_lora.models.fields import QUANTISED
 from jax_moe_lora.models.specs.model import ModelConfig
 
 
 def read_model_config(folder: Path) -> ModelConfig:
-    """The model's config, from `config.json` and, where it stands, `generation_config.json`.
+    """The model's config: `config.json`, and where they stand `generation_config.json` and `hf_quant_config.json`.
 
     Raises:
       ConfigError: a file or field that is missing, malformed, not supported or not understood, by name.
@@ -27,7 +28,25 @@ def read_model_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json", ConfigError)
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file, ConfigError) if os.path.lexists(generation_file) else None
-    return parse_model_config(raw, generation, str(folder / "config.json"))
+    return parse_model_config(raw | _quantisation_beside(folder, raw), generation, str(folder / "config.json"))
+
+
+def _quantisation_beside(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What Model Optimizer writes into a file of its own: the `quantization_config` of configs that have none.
+
+    Source: hf_quant_config.json of checkpoints such as nvidia/DeepSeek-R1-FP4.
+    """
+    path = folder / "hf_quant_config.json"
+    if any(raw.get(name) for name in QUANTISED) or not os.path.lexists(path):
+        return {}
+    content = read_json(path, ConfigError)
+    settings = content.get("quantization")
+    if not isinstance(settings, dict):
+        message = f"{path} has quantization {settings!r}; expected an object, as Model Optimizer writes it."
+        raise ConfigError(message, file=path, key="quantization", found=repr(settings), expected="an object")
+    if settings.get("quant_algo") is None:  # of the cache alone, say
+        return {}
+    return {QUANTISED[0]: {"quant_method": "modelopt", "producer": content.get("producer")} | settings}
 
 
 def parse_model_config(

@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh
 from jax_moe_lora.adapters.lora import SHARED_OUTER, SIDES, PoolWidth, Site, SplitWidth
 from jax_moe_lora.mesh.rules import EXPERT_AXIS, mesh_axes, parts
 from jax_moe_lora.models.blocks.registry import ATTENTION
+from jax_moe_lora.models.quantised.schemes import KEPT
 from jax_moe_lora.models.specs.gqa import GQA
 from jax_moe_lora.models.specs.mla import MLA
 from jax_moe_lora.models.specs.mlp import RoutedMLP
@@ -27,7 +28,6 @@ from pallas_kernels.quantised.api import quantise
 DTYPE = "bfloat16"
 ITEMSIZE = 2
 ONE_DEVICE = AbstractMesh((), ())
-_NOT_QUANTISED = ("router", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ def nbytes(row: Parameter, shape: tuple[int, ...], weights: str) -> int:
     Args:
       row: its row of the table.
       shape: of the part.
-      weights: `bfloat16`, or the format of all projections but the router's (`quantised.format.FORMATS`).
+      weights: `bfloat16`, or the format of all projections but those of `schemes.KEPT` (`quantised.format.FORMATS`).
     """
-    if row.projection and weights != DTYPE and row.name not in _NOT_QUANTISED:
+    if row.projection and weights != DTYPE and row.name not in KEPT:
         return math.prod(shape[:-2]) * _quantised_bytes(shape[-2:], weights)
     return math.prod(shape) * (4 if row.float32 else ITEMSIZE)
 

@@ -1,13 +1,17 @@
 """What published configs say of their quantisation is read, and what would change weights is refused by name."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jax_moe_lora.errors import ConfigError
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.fields import Fields
 from jax_moe_lora.models.quantised.methods import read_quantisation
 from jax_moe_lora.models.quantised.settings import Quantisation
+from support.checkpoints import TINY
 
 DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 MINIMAX = DEEPSEEK | {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
@@ -130,3 +134,48 @@ def test_what_is_not_supported_is_refused_by_name(settings: Any, named: str) -> 
 def test_two_settings_are_refused() -> None:
     with pytest.raises(ConfigError, match="quantization_config says 'fp8'"):
         read(DEEPSEEK, compression_config=KIMI)
+
+
+BESIDE = {
+    "producer": {"name": "modelopt", "version": "0.23.0"},
+    "quantization": {
+        "quant_algo": "NVFP4",
+        "kv_cache_quant_algo": "FP8",
+        "group_size": 16,
+        "exclude_modules": ["lm_head", "model.layers.0.self_attn*"],
+    },
+}
+NVFP4_BESIDE = Quantisation("modelopt", ("nvfp4",), ignored=("lm_head", "model.layers.0.self_attn*"))
+FP8_WITHIN = Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128))
+
+
+@pytest.mark.parametrize(
+    ("beside", "within", "expected"),
+    [
+        (BESIDE, {}, NVFP4_BESIDE),
+        (BESIDE, {"quantization_config": DEEPSEEK}, FP8_WITHIN),
+        ({"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, {}, None),  # of the cache alone
+    ],
+)
+def test_settings_of_model_optimizer_may_stand_in_a_file_of_their_own(
+    tmp_path: Path, beside: Any, within: Any, expected: Quantisation | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY | within))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
+    assert read_model_config(tmp_path).quantisation == expected
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"quantization": 3}, "hf_quant_config.json has quantization 3; expected an object"),
+        ({"quantization": {"quant_algo": "W4A8_AWQ"}}, "W4A8_AWQ"),
+        ({"quantization": {"quant_algo": "FP8", "mystery": 3}}, "mystery = 3"),
+        ({}, "has quantization None"),
+    ],
+)
+def test_a_file_of_model_optimizer_that_is_not_understood_is_refused(tmp_path: Path, beside: Any, named: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(beside))
+    with pytest.raises(ConfigError, match=named):
+        read_model_config(tmp_path)
