@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.placement import bank_specs
@@ -110,11 +110,9 @@ def lower_case(
     if formats:
         params = jax.eval_shape(partial(_random_params, config, formats, None))
     if mesh is not None:
-        specs = bank_specs(bank_tree.unflatten(bank)) if bank else []
-        bank = _at(bank, jax.tree.leaves(specs, is_leaf=_is_spec), mesh)
-        of_cache = cache_specs(config, mesh, cache_tree.unflatten(cache))
-        cache = _at(cache, jax.tree.leaves(of_cache, is_leaf=_is_spec), mesh)
-        params = _at(params, param_specs(config, mesh), mesh)
+        bank = _at(bank, bank_specs(bank_tree.unflatten(bank)), mesh) if bank else bank
+        cache = _at(cache, cache_specs(config, mesh, cache_tree.unflatten(cache)), mesh)
+        params = jax.tree.unflatten(jax.tree.structure(params), _at(params, param_specs(config, mesh), mesh))
     step = over_mesh(decoder.decode if case.kind == "decode" else decoder.prefill, mesh)
 
     def program(params, bank, cache, *inputs):
@@ -141,21 +139,14 @@ def _random_params(config: ModelConfig, formats: Mapping[str, Format], mesh: Mes
     return init_params(config, jax.random.key(0), DTYPE, places, partial(quantise_leaf, formats))
 
 
-def _at(shapes: Any, specs: Any, mesh: Mesh) -> Any:
-    """Shapes of arrays that are split over a mesh."""
-    return jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
-        shapes,
-        specs,
-    )
+def _at(shapes: Any, specs: Any, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of a tree's arrays, split over a mesh."""
+    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings(specs, mesh)), strict=True)
+    return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in pairs]
 
 
 def _place_of_rows(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else NamedSharding(mesh, rows_spec(mesh))
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
 
 
 def _shapes(make: Callable[[], Any]) -> tuple[list[jax.ShapeDtypeStruct], Any]:

@@ -45,16 +45,15 @@ def floor_s(
     Returns:
       Seconds.
     """
-    step = Step(case.kind, case.batch, case.length)
     head = config.vocab_size * config.hidden_size
     total = Work(ITEMSIZE * head, case.batch * head)
     for layer, count in config.kinds.items():
-        one = weights_work(layer, config.hidden_size, step, ONE_DEVICE) + attention_work(layer, step, ONE_DEVICE)
+        one = weights_work(layer, config.hidden_size, case, ONE_DEVICE) + attention_work(layer, case, ONE_DEVICE)
         at = f"layers.{config.layers.index(layer)}."
         of_layer = {path.removeprefix(at): format for path, format in formats.items() if path.startswith(at)}
-        total += (one + _saved(layer, config, step, of_layer)).times(count)
+        total += (one + _saved(layer, config, case, of_layer)).times(count)
     if bank is not None:
-        total += _pages(step, config, bank)
+        total += _pages(case, config, bank)
     return max(total.read / ceilings.bytes_per_s, 2 * total.multiplied / ceilings.flop_per_s)
 
 

@@ -22,6 +22,7 @@ from jax_moe_lora.adapters.lora import EXPERT_MODULES, PoolWidth, Site
 from jax_moe_lora.adapters.placement import pool_spec, tables_spec
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.mesh.rules import split_sites
+from jax_moe_lora.mesh.scaling.costs import Step
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import BASE_SLOT, RANK_PAGE
@@ -32,27 +33,16 @@ FILL_PAGES = 4096  # drawn at a time
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Step):
     """One thing to time.
 
     Attributes:
-      kind: `decode` or `prefill`.
-      batch: number of requests.
-      length: tokens in the cache before a decode step, or of a prompt.
       max_length: positions of the cache.
       adapters: a set of adapters in `specs.ADAPTERS`.
     """
 
-    kind: str
-    batch: int
-    length: int
     max_length: int
     adapters: str
-
-    @property
-    def rows(self) -> int:
-        """Tokens that go through the layers."""
-        return self.batch * (self.length if self.kind == "prefill" else 1)
 
 
 def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:

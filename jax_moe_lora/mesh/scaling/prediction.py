@@ -13,7 +13,7 @@ from jax_moe_lora.mesh.rules import AXES, DATA_AXIS, TENSOR_AXIS, check_mesh, pa
 from jax_moe_lora.mesh.scaling.costs import ITEMSIZE, Step, Work, attention_work, pages_work, weights_work
 from jax_moe_lora.mesh.scaling.hardware import CLUSTERS, Cluster, Device
 from jax_moe_lora.mesh.scaling.memory import Memory, memory_of
-from jax_moe_lora.mesh.scaling.sums import Sum, layer_sums, seconds
+from jax_moe_lora.mesh.scaling.sums import Sum, check_reach, layer_sums, seconds
 from jax_moe_lora.mesh.scaling.workload import Workload
 from jax_moe_lora.models.sites import select_sites
 from jax_moe_lora.models.specs.mlp import RoutedMLP
@@ -207,8 +207,7 @@ class _Case:
 
 def _predict(config: ModelConfig, mesh: AbstractMesh, workload: Workload, cluster: Cluster) -> Prediction:
     check_mesh(config, mesh)
-    if mesh.size > cluster.node and cluster.between is None:
-        raise InputError(f"The mesh has {mesh.size} devices; this interconnect is that of one node of {cluster.node}.")
+    check_reach(mesh, cluster)
     step = Step(workload.kind, math.ceil(workload.batch / parts(mesh, DATA_AXIS)), workload.length)
     modules = EXPERT_MODULES if workload.targets == "experts" else None
     sites = split_sites(config, select_sites(config, modules), mesh) if workload.adapters else {}
@@ -224,9 +223,8 @@ def _predict(config: ModelConfig, mesh: AbstractMesh, workload: Workload, cluste
         shared=workload.shared,
         weights=workload.weights,
     )
-    tokens = workload.batch * (workload.length if workload.kind == "prefill" else 1)
     layers = (*(_layer(case, layer, count) for layer, count in config.kinds.items()), _head(case))
-    return Prediction(dict(mesh.shape), layers, memory, cluster.device, tokens, _notes(config, mesh))
+    return Prediction(dict(mesh.shape), layers, memory, cluster.device, workload.rows, _notes(config, mesh))
 
 
 def _layer(case: _Case, layer: Layer, count: int) -> LayerCost:

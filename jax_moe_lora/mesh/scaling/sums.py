@@ -75,15 +75,27 @@ def seconds(one: Sum, mesh: AbstractMesh, cluster: Cluster) -> float:
     hops = (math.ceil(one.devices / nodes) - 1) * cluster.within.hop_s
     speed = cluster.within.bytes_per_s
     if nodes > 1:
-        if cluster.between is None:
-            raise InputError(
-                f"A mesh of {mesh.size} devices needs several nodes; this interconnect has one of {cluster.node}."
-            )
+        check_reach(mesh, cluster)
+        assert cluster.between is not None
         hops += math.ceil(math.log2(nodes)) * cluster.between.hop_s
         between = together * cluster.between.bytes_per_s  # every device of the group has a port of its own
         speed = between if together == 1 else min(speed, between)
     sent = 2 * (one.devices - 1) / one.devices * one.nbytes
     return cluster.start_s + 2 * hops + sent / speed
+
+
+def check_reach(mesh: AbstractMesh, cluster: Cluster) -> None:
+    """Refuses a mesh of several nodes where there is one.
+
+    Args:
+      mesh: the sizes of the axes.
+      cluster: the devices.
+
+    Raises:
+      InputError: with both sizes.
+    """
+    if mesh.size > cluster.node and cluster.between is None:
+        raise InputError(f"The mesh has {mesh.size} devices; this interconnect is that of one node of {cluster.node}.")
 
 
 @lru_cache(maxsize=4096)

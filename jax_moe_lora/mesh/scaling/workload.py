@@ -4,18 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.mesh.scaling.costs import DTYPE
+from jax_moe_lora.mesh.scaling.costs import DTYPE, Step
 from pallas_kernels.quantised.format import FORMATS
 
 
 @dataclass(frozen=True)
-class Workload:
+class Workload(Step):
     """What a step does, all devices together.
 
     Attributes:
-      kind: `decode` or `prefill`.
-      batch: number of requests.
-      length: tokens in the cache before a decode step, or of a prompt.
       positions: of the cache of each request; 0 for as many as the step needs.
       adapters: loaded adapters, each request with one of them; 0 for the base model.
       rank: of each.
