@@ -15,6 +15,7 @@ from jax_moe_lora.mesh.scaling.costs import (
     attention_work,
     in_use,
     pages_work,
+    quantised_bytes,
     weights_work,
 )
 from jax_moe_lora.models.specs.mlp import RoutedMLP
@@ -64,21 +65,9 @@ def _saved(layer: Layer, config: ModelConfig, step: Step, formats: Mapping[str, 
     saved = 0.0
     for row in layer_parameters(layer, config.hidden_size):
         if row.name in formats:
-            fewer = ITEMSIZE * math.prod(row.shape) - matrix_bytes(row.shape, formats[row.name])
+            fewer = ITEMSIZE * math.prod(row.shape) - quantised_bytes(row.shape, formats[row.name])
             saved += fewer * (share if row.experts else 1.0)
     return Work(-saved)
-
-
-def matrix_bytes(shape: tuple[int, ...], format: Format) -> float:
-    """Bytes of a quantised matrix or a stack of them, scales included.
-
-    Args:
-      shape: `[..., out, in]`.
-      format: what it is quantised to.
-    """
-    scales = {"fp8": 4, "mxfp4": 1}.get(format.codec, ITEMSIZE)  # bytes of one
-    *lead, out, width = shape
-    return math.prod(lead) * (out * width / format.per_byte + scales * math.prod(format.scales_shape(out, width)))
 
 
 def _pages(step: Step, config: ModelConfig, bank: AdapterBank) -> Work:

@@ -10,7 +10,6 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from jax_moe_lora.adapters.lora import SHARED_OUTER, SIDES, PoolWidth, Site, SplitWidth
@@ -23,7 +22,7 @@ from jax_moe_lora.models.specs.mlp import RoutedMLP
 from jax_moe_lora.models.specs.model import Attention, Layer, layer_parameters, sizes_of_attention
 from jax_moe_lora.models.specs.parameter import Axis, Parameter
 from pallas_kernels.constants import RANK_PAGE
-from pallas_kernels.quantised.api import quantise
+from pallas_kernels.quantised.format import FORMATS, Format
 
 DTYPE = "bfloat16"
 ITEMSIZE = 2
@@ -97,14 +96,20 @@ def nbytes(row: Parameter, shape: tuple[int, ...], weights: str) -> int:
       weights: `bfloat16`, or the format of all projections but those of `schemes.KEPT` (`quantised.format.FORMATS`).
     """
     if row.projection and weights != DTYPE and row.name not in KEPT:
-        return math.prod(shape[:-2]) * _quantised_bytes(shape[-2:], weights)
+        return quantised_bytes(shape, FORMATS[weights])
     return math.prod(shape) * (4 if row.float32 else ITEMSIZE)
 
 
-@lru_cache(maxsize=4096)
-def _quantised_bytes(shape: tuple[int, ...], weights: str) -> int:
-    """Of one matrix."""
-    return jax.eval_shape(lambda: quantise(jnp.zeros(shape, DTYPE), weights)).nbytes
+def quantised_bytes(shape: tuple[int, ...], format: Format) -> int:
+    """Bytes of a quantised matrix or a stack of them, scales included; those of int4 are in 16 bits.
+
+    Args:
+      shape: `[..., out, in]`.
+      format: what it is quantised to.
+    """
+    *lead, out, width = shape
+    scales = {"fp8": 4, "mxfp4": 1, "nvfp4": 1}.get(format.codec, ITEMSIZE)  # bytes of one
+    return math.prod(lead) * (out * width // format.per_byte + scales * math.prod(format.scales_shape(out, width)))
 
 
 def in_use(chance: float, rows: float) -> float:

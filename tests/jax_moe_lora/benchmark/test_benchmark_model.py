@@ -11,11 +11,12 @@ import pytest
 from jax_moe_lora import InputError
 from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.benchmark.ceilings import Ceilings
-from jax_moe_lora.benchmark.model_floor import floor_s, matrix_bytes
+from jax_moe_lora.benchmark.model_floor import floor_s
 from jax_moe_lora.benchmark.models import MODELS, model_config
 from jax_moe_lora.benchmark.random_model import Case, draw_slots, random_bank, sites_of
 from jax_moe_lora.cli.bench_model import bench_model
 from jax_moe_lora.cli.options import MODEL_HELP, result_file
+from jax_moe_lora.mesh.scaling.costs import quantised_bytes
 from jax_moe_lora.models.quantised.schemes import quantised_formats
 from pallas_kernels.ops import quantise
 from pallas_kernels.quantised.format import FP8_BLOCK, MXFP4
@@ -142,5 +143,5 @@ def test_the_floor_counts_the_bytes_of_quantised_weights():
     assert 0.27 < ratios["mxfp4"] < 0.29  # 4.25 bits
     assert 0.28 < ratios["int4"] < 0.31  # 4.5 bits
     weight = quantise(jnp.ones((3, 160, 96), jnp.bfloat16), FP8_BLOCK)
-    assert matrix_bytes((3, 160, 96), FP8_BLOCK) == weight.nbytes
-    assert matrix_bytes((3, 160, 96), MXFP4) == quantise(jnp.ones((3, 160, 96)), MXFP4).nbytes
+    assert quantised_bytes((3, 160, 96), FP8_BLOCK) == weight.nbytes
+    assert quantised_bytes((3, 160, 96), MXFP4) == quantise(jnp.ones((3, 160, 96)), MXFP4).nbytes
