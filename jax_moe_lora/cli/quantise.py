@@ -20,7 +20,7 @@ def quantise(
     max_shard_size: Annotated[str, typer.Option(help="Of the tensors in one file.")] = "5GB",
     force: Force = False,
 ) -> None:
-    """Write a quantised copy of a checkpoint, in a published form that transformers and vLLM read."""
+    """Write a quantised copy of a checkpoint, in a published form (docs/quantised.md says who reads which)."""
     from jax_moe_lora.tools.quantise import quantise_checkpoint
 
     quantise_checkpoint(local_folder(model), out, format, max_shard_size=max_shard_size, force=force)

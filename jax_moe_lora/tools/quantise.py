@@ -35,7 +35,7 @@ def quantise_checkpoint(
     max_shard_size: int | str = "5GB",
     force: bool = False,
 ) -> None:
-    """Writes a quantised copy of a 16-bit checkpoint, in a form that transformers and vLLM read.
+    """Writes a quantised copy of a 16-bit checkpoint, in a published form.
 
     `Model.from_pretrained(out)` has the arrays of `Model.from_pretrained(model, quantise=format)`, bit for bit. One
     tensor of the checkpoint is in memory at a time. Experts that stand in stacks get a tensor each, but for gpt-oss.
