@@ -228,7 +228,20 @@ def _why_not_hopper(call: Call) -> str:
         return f"widths must be multiples of {WIDTH_MULTIPLE} up to {MAX_WIDTH}, these are {list(call.widths)}"
     if call.slots > MAX_SLOTS:
         return f"it serves up to {MAX_SLOTS} adapter slots, these are {call.slots}"
-    return _why_not_dtypes(call)
+    return _why_not_formats(call) or _why_not_dtypes(call)
+
+
+def _why_not_formats(call: Call) -> str:
+    """Empty where the Hopper kernels can unpack the weights."""
+    formats = [operand for operand in call.operands if isinstance(operand, Format)]
+    if not formats:
+        return ""
+    in_rows = sorted({format.name for format in formats if format.layout != "hopper"})
+    if in_rows:
+        return f"it reads weights that `pack` has packed for it, these are {', '.join(in_rows)} in rows"
+    if call.dtype != jnp.bfloat16:
+        return f"it makes bfloat16 of quantised weights, and the rows are {call.dtype}"
+    return ""
 
 
 def _why_not_portable(call: Call) -> str:
@@ -238,6 +251,9 @@ def _why_not_portable(call: Call) -> str:
         return f"it needs a GPU of compute capability 8.0 or later, this is {device}"
     if any(width % WIDTH_MULTIPLE for width in call.widths):
         return f"widths must be multiples of {WIDTH_MULTIPLE}, these are {list(call.widths)}"
+    formats = sorted({operand.name for operand in call.operands if isinstance(operand, Format)})
+    if formats:
+        return f"it has no kernels for weights in {', '.join(formats)}, which 'xla' dequantises tile by tile"
     return _why_not_dtypes(call)
 
 
@@ -245,9 +261,6 @@ def _why_not_dtypes(call: Call) -> str:
     """Empty where the tensor cores can multiply these."""
     if call.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its tensor cores multiply bfloat16 and float16, these are {call.dtype} (float32 would become TF32)"
-    formats = sorted({operand.name for operand in call.operands if isinstance(operand, Format)})
-    if formats:
-        return f"it has no kernels for weights in {', '.join(formats)}, which 'xla' dequantises tile by tile"
     dtypes = [operand for operand in call.operands if not isinstance(operand, Format)]
     others = {str(jnp.dtype(dtype)) for dtype in dtypes} - {str(call.dtype)}
     if others:

@@ -19,6 +19,7 @@ from pallas_kernels.plan.tiles import BASE_SLOT, Tiles
 from pallas_kernels.quantised.api import dequantise, quantise
 from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.quantised.format import Format
+from pallas_kernels.quantised.packing import pack, unpack
 from pallas_kernels.routed_experts.api import routed_experts
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
@@ -49,10 +50,12 @@ __all__ = [
     "lowering_sms",
     "make_lora_steps",
     "make_plan",
+    "pack",
     "page_gradients",
     "quantise",
     "routed_experts",
     "shrink",
     "token_rows",
+    "unpack",
     "weight_gradient",
 ]

@@ -14,6 +14,7 @@ from jax_moe_lora.layer.linear import dense_plan, lora_linear
 from jax_moe_lora.layer.routing import check_request_lengths, route, token_slots
 from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels import ops
+from pallas_kernels.grouped_matmul.api import operands_of
 from pallas_kernels.ops import (
     Activation,
     Implementation,
@@ -212,5 +213,8 @@ def routed_experts(
     several = (experts.gate, experts.up, experts.down)
     choice = choose_for(x, several, pages, x.dtype, implementation, rounded=True)
     num_slots = 0 if pages is None else pages.num_slots
-    plan = make_plan(chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked)
+    operands = operands_of(x, several, pages)
+    plan = make_plan(
+        chosen, slot_of_token, experts.gate.shape[0], num_slots, choice.picked, dtype=x.dtype, operands=operands
+    )
     return ops.routed_experts(x, weights, experts, pages, plan, config.activation, remat)

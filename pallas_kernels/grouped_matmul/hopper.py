@@ -6,11 +6,13 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation, gated_unit
 from pallas_kernels.dispatch.hopper import dispatch
-from pallas_kernels.errors import InputError
+from pallas_kernels.errors import InputError, UnsupportedImplementation
 from pallas_kernels.grouped_lora.hopper_shrink import shrink_adapters
-from pallas_kernels.grouped_matmul import hopper_kernel
+from pallas_kernels.grouped_matmul import hopper_kernel, hopper_quantised_kernel, xla
 from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands
+from pallas_kernels.hopper import quantised_tuning
+from pallas_kernels.hopper.quantised_tuning import QuantisedConfig, rows_per_tile
 from pallas_kernels.hopper.tuned_file import config_for
 from pallas_kernels.hopper.tuning import HopperConfig, MatmulShape, why_not
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, make_lora_steps
@@ -18,11 +20,12 @@ from pallas_kernels.lora_steps.hopper import layout_of
 from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
 from pallas_kernels.plan.tiles import Tiles, cut_groups
+from pallas_kernels.quantised.array import Quantised, Weights
 
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weights: tuple[Float[Array, "E _out _in"], ...],
+    weights: tuple[Float[Array, "E _out _in"] | Quantised, ...],
     plan: RoutingPlan,
     *,
     of_tokens: bool,
@@ -30,7 +33,7 @@ def grouped_matmul(
     adapters: LayerPages,
     steps: LoRASteps | Shrunk | None,
     activation: Activation,
-    config: HopperConfig | None = None,
+    config: HopperConfig | QuantisedConfig | None = None,
 ) -> Float[Array, "Q out"]:
     """What `api.grouped_matmul` promises, by the Hopper kernels.
 
@@ -45,11 +48,18 @@ def grouped_matmul(
       activation: as there.
       config: how to cut; `tuned_file.config_for`'s where None.
     """
-    config, tiles = _cut(weights, plan, config)
-    rows = dispatch(x, plan.position, plan.order.shape[0], config.num_sms) if of_tokens else x
+    num_sms = None if config is None else config.num_sms
+    rows = dispatch(x, plan.position, plan.order.shape[0], num_sms) if of_tokens else x
     unit = partial(gated_unit, activation) if len(weights) == 2 else None
-    source = _source(rows, weights, adapters, plan, tiles, steps, config)
-    return hopper_kernel.grouped_matmul((source,), tiles, config, unit, biases)[0]
+    if _quantised(weights):
+        assert not isinstance(config, HopperConfig)
+        packed_cut, tiles = _cut_quantised(weights, plan, config, adapters)
+        source = _source(rows, weights, adapters, plan, tiles, steps, packed_cut.num_sms)
+        return hopper_quantised_kernel.grouped_matmul(source, tiles, packed_cut, unit, biases)
+    assert not isinstance(config, QuantisedConfig)
+    cut, tiles = _cut(weights, plan, config)
+    source = _source(rows, weights, adapters, plan, tiles, steps, cut.num_sms)
+    return hopper_kernel.grouped_matmul((source,), tiles, cut, unit, biases)[0]
 
 
 def gated_products(
@@ -63,10 +73,17 @@ def gated_products(
     activation: Activation,
     config: HopperConfig | None = None,
 ) -> tuple[Float[Array, "Q out"], ...]:
-    """What `api.gated_products` promises; the kernel writes both factors beside the gated product."""
-    config, tiles = _cut(weights, plan, config)
-    source = _source(x, weights, adapters, plan, tiles, steps, config)
-    return hopper_kernel.grouped_matmul((source,), tiles, config, partial(gated_unit, activation), biases, keep=True)
+    """What `api.gated_products` promises; the kernel writes both factors beside the gated product.
+
+    Packed weights serve the forward pass alone: here and in `input_gradient` they are dequantised by XLA's tile loop.
+    """
+    if _quantised(weights):
+        return xla.gated_products(
+            x, weights, plan, biases=biases, adapters=adapters, steps=steps, activation=activation
+        )
+    cut, tiles = _cut(weights, plan, config)
+    source = _source(x, weights, adapters, plan, tiles, steps, cut.num_sms)
+    return hopper_kernel.grouped_matmul((source,), tiles, cut, partial(gated_unit, activation), biases, keep=True)
 
 
 def input_gradient(
@@ -79,33 +96,63 @@ def input_gradient(
     config: HopperConfig | None = None,
 ) -> Float[Array, "Q in"]:
     """What `api.input_gradient` promises, by the Hopper kernels."""
-    config, tiles = _cut(weights, plan, config)
+    if _quantised(weights):
+        return xla.input_gradient(dys, weights, plan, adapters=adapters, shrunk=shrunk)
+    cut, tiles = _cut(weights, plan, config)
     sources = [
-        _source(dy, (weight,), adapters.select(place.module).transposed(), plan, tiles, given, config)
+        _source(dy, (weight,), adapters.select(place.module).transposed(), plan, tiles, given, cut.num_sms)
         for dy, weight, place, given in zip(dys, weights, adapters.places, shrunk, strict=True)
     ]
-    return hopper_kernel.grouped_matmul(tuple(sources), tiles, config, transposed=True)[0]
+    return hopper_kernel.grouped_matmul(tuple(sources), tiles, cut, transposed=True)[0]
 
 
-def _cut(weights: tuple[Array, ...], plan: RoutingPlan, config: HopperConfig | None) -> tuple[HopperConfig, Tiles]:
-    """How the call is cut, and the tiles that it takes: the plan's, where they have the size."""
+def _quantised(weights: tuple[Weights, ...]) -> bool:
+    """Whether one of them is packed words."""
+    return any(isinstance(weight, Quantised) for weight in weights)
+
+
+def _cut(weights: tuple[Weights, ...], plan: RoutingPlan, config: HopperConfig | None) -> tuple[HopperConfig, Tiles]:
+    """How a call over 16-bit weights is cut, and the tiles that it takes."""
     if config is not None and (reason := why_not(config)):
         raise InputError(f"The Hopper kernels cannot be cut like this: {reason}.")
-    pairs = plan.position.shape[0]
-    config = config or config_for(MatmulShape.from_weights(weights, pairs), plan.tiles.size)
-    if plan.tiles.size == config.tile_rows:
-        return config, plan.tiles
-    return config, cut_groups(plan.group_sizes, plan.group_starts, pairs, config.tile_rows)
+    arrays = tuple(weight for weight in weights if not isinstance(weight, Quantised))
+    config = config or config_for(MatmulShape.from_weights(arrays, plan.position.shape[0]), plan.tiles.size)
+    return config, _tiles(plan, config.tile_rows)
+
+
+def _cut_quantised(
+    weights: tuple[Weights, ...], plan: RoutingPlan, config: QuantisedConfig | None, adapters: LayerPages
+) -> tuple[QuantisedConfig, Tiles]:
+    """The same over packed weights.
+
+    Raises:
+      UnsupportedImplementation: they have two formats.
+    """
+    first, *others = (weight.format if isinstance(weight, Quantised) else None for weight in weights)
+    if first is None or any(form != first for form in others):
+        names = " and ".join(form.name if form else "16 bits" for form in (first, *others))
+        raise UnsupportedImplementation(f"Gate and up are in {names}; the Hopper kernels want one format for both.")
+    experts, _, columns = weights[0].shape
+    pairs, rows = plan.position.shape[0], rows_per_tile(plan.tiles.size)
+    config = config or quantised_tuning.heuristic(pairs, experts, rows, columns, first, bool(adapters.modules))
+    return config, _tiles(plan, config.tile_rows)
+
+
+def _tiles(plan: RoutingPlan, rows: int) -> Tiles:
+    """The plan's tiles, or its rows cut into tiles of another size."""
+    if plan.tiles.size == rows:
+        return plan.tiles
+    return cut_groups(plan.group_sizes, plan.group_starts, plan.position.shape[0], rows)
 
 
 def _source(
     rows: Array,
-    weights: tuple[Array, ...],
+    weights: tuple[Weights, ...],
     adapters: LayerPages,
     plan: RoutingPlan,
     tiles: Tiles,
     steps: LoRASteps | Shrunk | None,
-    config: HopperConfig,
+    num_sms: int,
 ) -> MatmulOperands:
     """The product and its adapters' expand; steps that are not given, or were made for other tiles, are made here."""
     if not adapters.modules:
@@ -123,5 +170,5 @@ def _source(
         raise InputError(
             f"steps were made for other adapters ({lists.layout}) than these ({wanted}); see make_lora_steps."
         )
-    hidden = shrink_adapters(rows, adapters, tiles, lists, config.num_sms).hidden
+    hidden = shrink_adapters(rows, adapters, tiles, lists, num_sms).hidden
     return MatmulOperands(rows, weights, lists, hidden, pools_of_b)

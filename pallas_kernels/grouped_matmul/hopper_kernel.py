@@ -35,6 +35,7 @@ from pallas_kernels.lora_steps.api import LoRASteps
 from pallas_kernels.lora_steps.entries import PAGE_B0, PAGE_B1, PAGES_A_STEP
 from pallas_kernels.pages import RANK_PAGE
 from pallas_kernels.plan.tiles import Tiles
+from pallas_kernels.quantised.array import Quantised
 
 PAGE_COPIES = 2 * PAGES_A_STEP  # of a LoRA step
 STORED_ROWS = 64  # of a tile, at a time, where factors are kept
@@ -45,14 +46,14 @@ class MatmulOperands(NamedTuple):
 
     Attributes:
       x: rows in sorted order.
-      weights: one matrix per expert, or two (gated).
+      weights: one matrix per expert, or two (gated); packed ones for `hopper_quantised_kernel.py`.
       steps: what each LoRA step of the adapters' expand holds; None without adapters.
       hidden: H of each step; None without adapters.
       pages: the pools of B pages, one for each weight; empty without adapters.
     """
 
     x: Float[Array, "Q _in"]
-    weights: tuple[Float[Array, "E _out _in"], ...]
+    weights: tuple[Float[Array, "E _out _in"] | Quantised, ...]
     steps: LoRASteps | None = None
     hidden: Float[Array, "N rows 64"] | None = None
     pages: tuple[Float[Array, "_pages 16 _out"], ...] = ()
@@ -64,7 +65,7 @@ class MatmulOperands(NamedTuple):
     def operands(self, unused: Array) -> tuple[Array, ...]:
         """As the kernel takes them; what is never read is an array that is there already."""
         if self.steps is None:
-            return (unused,) * 3 + (self.x, self.weights[0], self.weights[-1]) + (self.x,) * 3
+            return (unused,) * 3 + (self.x, self.weights[0], self.weights[-1]) + (self.x,) * 3  # type: ignore[return-value]
         lists = self.steps.first, self.steps.count, self.steps.entries
         ends = self.pages[0], self.pages[-1]
         return *lists, self.x, self.weights[0], self.weights[-1], self.hidden, *ends  # type: ignore[return-value]

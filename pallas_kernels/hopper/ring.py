@@ -70,11 +70,16 @@ def compiler_params() -> plgpu.CompilerParams:
     )
 
 
-def over_items(count: Int[Array, ""], num_sms: int, item: Callable[[Array, Array], Array]) -> Array:
-    """Runs `item(number, ring steps so far) -> ring steps so far` for this block's share of `count` items."""
+def over_items(
+    count: Int[Array, ""], num_sms: int, item: Callable[[Array, Any], Any], begin: Callable[[Array], Any] = lambda z: z
+) -> Any:
+    """Runs `item(number, ring steps so far) -> ring steps so far` for this block's share of `count` items.
+
+    `begin` makes the steps to begin with of a zero: it alone, or one for each ring.
+    """
     first = lax.axis_index("sm")
     mine = lax.div(jnp.maximum(count - first + (num_sms - 1), 0), jnp.int32(num_sms))
-    return lax.fori_loop(0, mine, lambda index, done: item(first + index * num_sms, done), jnp.int32(0))
+    return lax.fori_loop(0, mine, lambda index, done: item(first + index * num_sms, done), begin(jnp.int32(0)))
 
 
 def stage_of(step: Array, stages: int) -> Array:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.backend import Implementation, Operand, backend_named, choose
 from pallas_kernels.plan.tiles import BASE_SLOT, Pairs, Places, RowLayout, Tiles, cut_segments
 from pallas_kernels.pytrees import pytree
+from pallas_kernels.quantised.format import Format
 
 
 @pytree
@@ -95,7 +96,8 @@ def make_plan(
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     pairs = Pairs(expert, slot_of_token, expert * (num_slots + 1) + slot, num_experts, num_slots)
     module = backend.module("plan")
-    cut: RowLayout = module.layout(count, num_experts, rows_per_tile)
+    quantised = any(isinstance(operand, Format) for operand in operands)
+    cut: RowLayout = module.layout(count, num_experts, rows_per_tile, quantised)
     places: Places = module.places(pairs, cut)
     bound = -(-(count + (cut.alignment - 1) * cut.gaps) // cut.alignment) * cut.alignment
     index = jnp.arange(count, dtype=jnp.int32)

@@ -3,16 +3,17 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.hopper import tuned_file
+from pallas_kernels.hopper import quantised_tuning, tuned_file
 from pallas_kernels.hopper.counting import CountedPlaces
 from pallas_kernels.hopper.limits import ROW_ALIGNMENT
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs, xla
 from pallas_kernels.plan.tiles import BASE_SLOT, READABLE, Pairs, Places, RowLayout, Tiles, max_tiles, offsets_of
 
 
-def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None) -> RowLayout:
+def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None, quantised: bool = False) -> RowLayout:
     """TMA reads tiles of 8 rows, so experts begin at multiples of 8; a tile's rows come from the tuned file."""
-    return RowLayout(ROW_ALIGNMENT, rows_per_tile or tuned_file.tile_rows(pairs, num_experts), num_experts + 1)
+    rows = rows_per_tile or tuned_file.tile_rows(pairs, num_experts)
+    return RowLayout(ROW_ALIGNMENT, quantised_tuning.rows_per_tile(rows) if quantised else rows, num_experts + 1)
 
 
 def places(pairs: Pairs, cut: RowLayout) -> Places:

@@ -7,7 +7,7 @@ from pallas_kernels.portable import tuning
 __all__ = ["layout", "places"]
 
 
-def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None) -> RowLayout:
+def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None, quantised: bool = False) -> RowLayout:
     """Experts begin where a tile may: at multiples of its rows."""
     rows = rows_per_tile or tuning.tile_rows(pairs, num_experts)
     return RowLayout(rows, rows, min(num_experts, pairs))

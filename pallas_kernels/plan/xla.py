@@ -8,7 +8,7 @@ from pallas_kernels.plan.tiles import READABLE, Pairs, Places, RowLayout, cut_gr
 PAIRWISE = 2048  # pairs up to which ranks by comparing all with all are faster than a sort
 
 
-def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None) -> RowLayout:
+def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None, quantised: bool = False) -> RowLayout:
     """Experts follow one another; a tile's rows are the given ones or follow from the mean."""
     return RowLayout(1, rows_per_tile or tile_rows(pairs, num_experts), min(num_experts, pairs))
 

@@ -15,6 +15,7 @@ from pallas_kernels.quantised.fp8 import FP8
 from pallas_kernels.quantised.int4 import INT4, INT4_ZERO
 from pallas_kernels.quantised.mxfp4 import MXFP4
 from pallas_kernels.quantised.nvfp4 import NVFP4
+from pallas_kernels.quantised.packing import unit_shape, unpack
 
 CODECS: Mapping[str, Codec] = {"fp8": FP8, "mxfp4": MXFP4, "int4": INT4, "int4_zero": INT4_ZERO, "nvfp4": NVFP4}
 
@@ -32,6 +33,8 @@ def dequantise(weight: Quantised, dtype: jax.typing.DTypeLike) -> Float[Array, "
     Returns:
       `[..., out, in]`.
     """
+    if weight.format.layout != "rows":
+        weight = unpack(weight)
     codec = CODECS[weight.format.codec]
     numbers = codec.values(weight) * spread(codec.scales(weight), weight.format.block, weight.shape)
     # Behind the barrier XLA cannot leave the rounding out, as it does where float32 is rounded and widened again.
@@ -90,6 +93,8 @@ def check(name: str, weight: Quantised) -> None:
     codec, form = CODECS.get(weight.format.codec), weight.format
     if codec is None:
         raise InputError(f"{name} has the codec {form.codec!r}; expected one of {', '.join(CODECS)}.")
+    if form.layout != "rows":
+        return _check_packed(name, weight)
     if weight.ndim < 2 or weight.values.dtype != jnp.uint8:
         raise InputError(f"{name}.values are {_shown(weight.values)}; expected uint8 [..., out, in].")
     shape = (*weight.shape[:-2], *form.scales_shape(*weight.shape[-2:]))
@@ -108,6 +113,17 @@ def check(name: str, weight: Quantised) -> None:
             came = "missing" if array is None else f"{_shown(array)}"
             wanted = f"{of} {list(wanted_shape)}" if has else "none"
             raise InputError(f"{name}.{part} is {came}; expected {wanted} for {form.name}.")
+
+
+def _check_packed(name: str, weight: Quantised) -> None:
+    """`check` of a weight that `pack` made."""
+    lead = weight.values.shape[:-4]
+    unit = unit_shape(weight.format)
+    if weight.values.ndim < 4 or weight.values.dtype != jnp.int32 or weight.values.shape[-2:] != unit:
+        raise InputError(f"{name}.values are {_shown(weight.values)}; expected int32 [..., {unit[0]}, {unit[1]}].")
+    shape = (*lead, *weight.format.scales_shape(*weight.shape[-2:])) if weight.format.codec == "fp8" else (*lead, 0, 0)
+    if weight.scales.shape != shape:
+        raise InputError(f"{name}.scales are {_shown(weight.scales)}; expected {list(shape)}, as pack makes them.")
 
 
 def _shown(array: Array) -> str:

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 
 from pallas_kernels.pytrees import pytree
-from pallas_kernels.quantised.format import Format
+from pallas_kernels.quantised.format import UNIT, Format
 
 
 @pytree
@@ -19,7 +19,7 @@ class Quantised:
 
     Attributes:
       values: uint8 `[..., out, in]`, bits of float8_e4m3fn; or `[..., out, in / 2]`, two values of four bits a byte,
-        the even column in the low bits.
+        the even column in the low bits. Packed for the Hopper kernels they are int32 (`packing.pack`).
       scales: `[..., rows, columns]` as `Format.scales_shape` says: float32 (fp8), any floating point (int4), or uint8:
         exponents (mxfp4), the bits of float8_e4m3fn (nvfp4).
       format: static.
@@ -36,13 +36,16 @@ class Quantised:
     @property
     def shape(self) -> tuple[int, ...]:
         """`[..., out, in]`: that of the array that it stands for."""
+        if self.format.layout == "hopper":
+            *leading, rows, columns, _, _ = self.values.shape
+            return (*leading, rows * UNIT, columns * UNIT)
         *leading, columns = self.values.shape
         return (*leading, columns * self.format.per_byte)
 
     @property
     def ndim(self) -> int:
         """Axes of `shape`."""
-        return self.values.ndim
+        return len(self.shape)
 
     @property
     def nbytes(self) -> int:

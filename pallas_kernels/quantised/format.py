@@ -4,6 +4,10 @@ A new format is a file that has its `Codec`, and a line in `codecs.CODECS`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["rows", "hopper"]
+"""How values lie in memory: in rows, or in the order in which the Hopper kernels unpack them (`packing.py`)."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +19,14 @@ class Format:
       codec: what the bits of its values and scales mean: a name of `codecs.CODECS`.
       block: rows and columns that share a scale; 0 for all of them.
       per_byte: values that a byte holds.
+      layout: of the values.
     """
 
     name: str
     codec: str
     block: tuple[int, int]
     per_byte: int = 1
+    layout: Layout = "rows"
 
     def scales_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of a matrix's scales.
@@ -38,6 +44,7 @@ FP8_CHANNEL = Format("fp8_channel", "fp8", (1, 0))
 FP8_TENSOR = Format("fp8_tensor", "fp8", (0, 0))
 MXFP4 = Format("mxfp4", "mxfp4", (1, 32), 2)
 NVFP4 = Format("nvfp4", "nvfp4", (1, 16), 2)
+UNIT = 64  # rows and columns that the layout for the Hopper kernels keeps together
 INT4_GROUP = 32  # columns of a group where a caller names none
 
 

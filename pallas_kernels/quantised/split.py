@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.quantised.array import Quantised
-from pallas_kernels.quantised.format import Format
+from pallas_kernels.quantised.format import UNIT, Format
 
 
 def split_specs(weight: Quantised, spec: P) -> Quantised:
@@ -24,6 +24,8 @@ def split_specs(weight: Quantised, spec: P) -> Quantised:
     *leading, rows, columns = (*spec, *[None] * (weight.ndim - len(spec)))
     height, width = weight.format.block
     of_scales = P(*leading, rows if height else None, columns if width else None)
+    if weight.format.layout == "hopper" and weight.format.codec != "fp8":
+        of_scales = P(*leading, None, None)  # none are there: values have them beside
     specs: dict[str, Any] = {"values": P(*leading, rows, columns), "scales": of_scales}
     if weight.zero_points is not None:
         specs["zero_points"] = of_scales
@@ -41,7 +43,9 @@ def cut_block(format: Format, rows: int, columns: int, parts: tuple[int, int]) -
       columns: of the matrix.
       parts: into so many its rows and its columns are split.
     """
-    for name, size, step, count in zip(("rows", "columns"), (rows, columns), format.block, parts, strict=True):
+    unit = UNIT if format.layout == "hopper" else 1
+    steps = [max(step, unit) for step in format.block]
+    for name, size, step, count in zip(("rows", "columns"), (rows, columns), steps, parts, strict=True):
         if count > 1 and step > 1 and size // count % step:
             return f"blocks of {step} {name}"
     return ""

@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul import hopper
 from pallas_kernels.hopper.tuning import heuristic
 from pallas_kernels.ops import LayerPages, make_plan
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs
-from support.gpu import require
+from support.gpu import poison, require
 from support.paged import PagedLayer, PagedSpec, draw_layer, replicated
 from support.plans import assert_kernel_makes_the_plan_of_xla
 
@@ -76,14 +76,6 @@ def case(request) -> tuple[str, PagedLayer]:
 @pytest.fixture(params=BACKENDS)
 def implementation(request) -> str:
     return request.param
-
-
-def poison() -> None:
-    """Fills free device memory with NaN, so that what a kernel does not write shows."""
-    blocks = [jnp.full(2**26, jnp.nan, jnp.float32) for _ in range(4)] + [
-        jnp.full(2**k, jnp.nan, jnp.float32) for k in range(6, 26)
-    ]
-    jax.block_until_ready(blocks)
 
 
 def test_the_layer_equals_the_oracle(case):

@@ -19,6 +19,8 @@ WITHOUT_ARRAYS_TO_DIFFERENTIATE = {
     "shrink",
     "quantise",
     "dequantise",
+    "pack",
+    "unpack",
 }
 DIFFERENTIABLE = {"combine", "routed_experts"}
 LAYER = draw_layer(PagedSpec(7, 64, 64, 3, 2, ranks=(4,), dtype="float32"), np.random.default_rng(0))

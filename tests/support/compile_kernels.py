@@ -23,15 +23,18 @@ from jax.experimental import topologies
 from pallas_kernels.activations import ACTIVATIONS, Activation, gated_unit
 from pallas_kernels.dispatch.hopper import Gaps, dispatch
 from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink
-from pallas_kernels.grouped_matmul import hopper_kernel, portable_kernel
+from pallas_kernels.grouped_matmul import hopper_kernel, hopper_quantised_kernel, portable_kernel
 from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands
+from pallas_kernels.hopper.quantised_tuning import MAX_ROWS
+from pallas_kernels.hopper.quantised_tuning import heuristic as quantised_heuristic
 from pallas_kernels.hopper.tuning import HopperConfig, heuristic
 from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, make_lora_steps
 from pallas_kernels.lora_steps.xla import PackedSteps
-from pallas_kernels.ops import LayerPages, LoRAPages, make_plan
+from pallas_kernels.ops import LayerPages, LoRAPages, make_plan, pack, quantise
 from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.portable.tuning import TILE_ROWS
 from pallas_kernels.portable.tuning import heuristic as portable_heuristic
+from pallas_kernels.quantised.format import FP8_BLOCK, FP8_CHANNEL, MXFP4, Format, int4
 
 # The cases without a name of one have silu, and clamped_swiglu where there are biases.
 OTHER_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name not in ("silu", "clamped_swiglu"))
@@ -142,6 +145,20 @@ def hopper_matmul(
     return matmul(kernel, config, config.tile_rows, gated, with_lora, widths, dtype, biases, activation)
 
 
+def packed_matmul(form: Format, gated: bool, with_lora: bool, widths: tuple[int, int], pairs: int, rows: int):
+    """Over packed weights of that format."""
+    config = quantised_heuristic(pairs, 8, rows, widths[0], form, with_lora)
+
+    def kernel(x, weights, tiles, config, unit, steps, hidden, pages, added):
+        source = MatmulOperands(x, weights, steps, hidden, pages)
+        return hopper_quantised_kernel.grouped_matmul(source, tiles, config, unit, added)
+
+    kernel.__module__ = hopper_quantised_kernel.__name__
+    call, (x, weights, *others) = matmul(kernel, config, rows, gated, with_lora, widths, "bfloat16")
+    own = jax.eval_shape(lambda w: pack(quantise(w, form)), weights[0])
+    return call, (x, (own,) * len(weights), *others)
+
+
 def portable_matmul(
     rows: int,
     gated: bool,
@@ -233,6 +250,12 @@ def hopper_cases():
     yield "contraction of pages", *contraction(64, 65536, 2048, "bfloat16")
     yield "contraction of pages of two", *contraction(64, 65536, 2048, "bfloat16", 2)
     yield "contraction of many pages, float16", *contraction(256, 1024, 2880, "float16")
+    for form in (FP8_BLOCK, FP8_CHANNEL, MXFP4, int4(32), int4(128), int4(128, True)):
+        name = f"matmul over {form.name} of {form.block[1]}"
+        yield f"{name}, 8 rows", *packed_matmul(form, True, False, (2048, 768), 8, 8)
+        for gated in (True, False):
+            widths = (2048, 768) if gated else (768, 2048)
+            yield f"{name}, {MAX_ROWS} rows, gated={gated}", *packed_matmul(form, gated, True, widths, 2048, MAX_ROWS)
     for rows in (8, 56, 176):
         yield f"shrink {rows}", *shrink(hopper_shrink.shrink, rows, 1, 2048, "bfloat16")
     yield "shrink of two pools, float16", *shrink(hopper_shrink.shrink, 16, 2, 2880, "float16")

@@ -1,6 +1,7 @@
-"""Skips of what this machine's GPU, or its absence, cannot run."""
+"""What tests on a GPU share: skips of what this machine's GPU, or its absence, cannot run, and poisoned memory."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.ops import UnsupportedImplementation, choose
@@ -26,3 +27,11 @@ def skip_without_gpu(item: pytest.Item) -> None:
         return
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     require(*gpu.args, *(value for name, value in parameters.items() if name == "implementation"))
+
+
+def poison() -> None:
+    """Fills free device memory with NaN, so that what a kernel does not write shows."""
+    blocks = [jnp.full(2**26, jnp.nan, jnp.float32) for _ in range(4)] + [
+        jnp.full(2**k, jnp.nan, jnp.float32) for k in range(6, 26)
+    ]
+    jax.block_until_ready(blocks)

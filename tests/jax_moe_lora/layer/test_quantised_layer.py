@@ -15,7 +15,7 @@ from jax_moe_lora.layer.moe import moe_lora
 from jax_moe_lora.nn import moe_sites
 from pallas_kernels import backend
 from pallas_kernels.errors import NotDifferentiable
-from pallas_kernels.ops import ExpertWeights, Quantised, UnsupportedImplementation, choose, dequantise, quantise
+from pallas_kernels.ops import ExpertWeights, Quantised, UnsupportedImplementation, choose, dequantise, pack, quantise
 from pallas_kernels.quantised import tiles
 from pallas_kernels.quantised.format import FORMATS, FP8_BLOCK, MXFP4
 from support.layers import LAYER, Spec, assert_close, draw
@@ -196,11 +196,52 @@ def test_a_quantised_weight_of_another_shape_is_refused_by_name():
         moe_lora(jnp.ones((2, 64)), jnp.ones((4, 64)), ExpertWeights(good[0], good, good), SPEC.config)
 
 
-@pytest.mark.parametrize(("name", "capability"), [("hopper", (9, 0)), ("portable", (8, 0))])
-def test_kernels_say_that_they_have_none_for_quantised_weights(name, capability, monkeypatch):
-    monkeypatch.setattr(backend, "device_capability", lambda: (capability, f"compute capability {capability}"))
+def test_kernels_say_which_quantised_weights_they_read(monkeypatch):
+    def on(*capability: int):
+        monkeypatch.setattr(backend, "device_capability", lambda: (capability, f"compute capability {capability}"))
+
+    packed = replace(MXFP4, layout="hopper")
+    on(8, 0)
     choice = choose(widths=(64, 64), operands=(MXFP4, FP8_BLOCK))
     assert choice.picked == "xla"
-    assert "no kernels for weights in fp8_block, mxfp4" in choice.why_not[name]
+    assert "no kernels for weights in fp8_block, mxfp4" in choice.why_not["portable"]
     with pytest.raises(UnsupportedImplementation, match="no kernels for weights in mxfp4, which 'xla' dequantises"):
-        choose(name, widths=(64, 64), operands=(MXFP4,))
+        choose("portable", widths=(64, 64), operands=(MXFP4,))
+    on(9, 0)
+    assert choose(widths=(64, 64), operands=(packed, "bfloat16")).picked == "hopper"
+    with pytest.raises(
+        UnsupportedImplementation, match="weights that `pack` has packed for it, these are mxfp4 in rows"
+    ):
+        choose("hopper", widths=(64, 64), operands=(MXFP4,))
+    with pytest.raises(
+        UnsupportedImplementation, match="makes bfloat16 of quantised weights, and the rows are float16"
+    ):
+        choose("hopper", dtype="float16", widths=(64, 64), operands=(packed,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp4", "int4_zero"])
+def test_a_layer_over_packed_experts_is_the_one_over_those_in_rows(format):
+    """Through XLA, which runs where the Hopper kernels cannot."""
+    problem = draw(replace(SPEC, hidden=128, width=128, dtype="bfloat16", adapters=ADAPTERS))
+    in_rows = experts(problem, format)
+    if format == "int4_zero":  # packed scales are bfloat16
+        rounded = {
+            name: replace(w, scales=w.scales.astype(jnp.bfloat16).astype(jnp.float32))
+            for name, w in vars(in_rows).items()
+            if w is not None
+        }
+        in_rows = ExpertWeights(**rounded)
+    packed = ExpertWeights(*(pack(weight) for weight in (in_rows.gate, in_rows.up, in_rows.down)))
+    assert (run(problem, packed) == run(problem, in_rows)).all()
+
+
+@pytest.mark.parametrize("format", ["fp8_block", "mxfp4"])
+def test_a_packed_projection_of_several_tiles_is_the_one_in_rows(format, monkeypatch):
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((9, 128), (320, 128)))
+    weight = quantise(w, format)
+    monkeypatch.setattr(tiles, "TILE_VALUES", 128 * 128)
+    packed = pack(weight)
+    assert tiles.tile_rows(packed) == 128
+    assert (lora_linear(x, packed) == lora_linear(x, weight)).all()

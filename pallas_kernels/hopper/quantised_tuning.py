@@ -1,0 +1,90 @@
+"""How the Hopper kernel over quantised weights cuts a call; by static sizes and the format alone, as in `tuning.py`."""
+
+from dataclasses import dataclass, field, replace
+
+from pallas_kernels.backend import target_sms
+from pallas_kernels.hopper.limits import BARRIER_BYTES, COMPUTE_WARPGROUPS, HALF, SMEM_BYTES
+from pallas_kernels.quantised.format import UNIT, Format
+from pallas_kernels.quantised.packing import unit_shape
+
+MAX_ROWS = 88  # of a tile: sums, products beside them and the unpacked weights in registers
+PARTS = 2  # units of 64 rows that a warpgroup multiplies
+PAGE_STAGES = 2  # of the ring of LoRA steps
+LONG_STAGE = 36 * 1024  # bytes of weights, beyond which more stages are better than longer ones
+
+
+@dataclass(frozen=True)
+class QuantisedConfig:
+    """How one call is cut.
+
+    Attributes:
+      tile_rows: rows per tile, a multiple of 8.
+      units: of 64 columns, that a stage of the ring holds.
+      stages: of the ring.
+      warpgroups: that multiply, 1 or 2.
+      num_sms: blocks.
+      interpreted: unpacked weights go through memory, since the interpreter has no operands in registers.
+    """
+
+    tile_rows: int
+    units: int
+    stages: int
+    warpgroups: int = COMPUTE_WARPGROUPS
+    num_sms: int = field(default_factory=target_sms)
+    interpreted: bool = False
+
+    def stage_bytes(self, format: Format) -> int:
+        """Of the weights of one stage."""
+        a, b = unit_shape(format)
+        return PARTS * self.warpgroups * self.units * a * b * 4
+
+    def smem_bytes(self, format: Format, adapters: bool) -> int:
+        """Shared memory that a block takes, barriers aside."""
+        rows = self.tile_rows * self.units * UNIT * 2
+        pages = PAGE_STAGES * (PARTS * UNIT * HALF * self.warpgroups + self.tile_rows * UNIT) * 2 if adapters else 0
+        return self.stages * (self.stage_bytes(format) + rows) + self.warpgroups * self.tile_rows * HALF * 2 + pages
+
+
+def rows_per_tile(rows: int) -> int:
+    """As many rows a tile as the kernel can take, where the 16-bit kernel takes `rows`."""
+    return rows if rows <= MAX_ROWS else -(-rows // (8 * -(-rows // MAX_ROWS))) * 8
+
+
+def heuristic(
+    pairs: int, num_experts: int, rows: int, columns: int, format: Format, adapters: bool = False
+) -> QuantisedConfig:
+    """A config that is valid for every shape.
+
+    Args:
+      pairs: routed rows of the call.
+      num_experts: of the layer.
+      rows: of a tile.
+      columns: of a matrix.
+      format: of the weights.
+      adapters: the call has some. They decide how many stages fit, and no order of a sum.
+    """
+    warpgroups = 1 if pairs <= num_experts else COMPUTE_WARPGROUPS  # with few rows, more and smaller items
+    step = 2 if format.block == (128, 128) else 1  # a stage holds whole blocks
+    whole = -(-columns // UNIT)
+    configs = [QuantisedConfig(rows, units, 2, warpgroups) for units in range(step, whole + step, step)]
+    fitting = [config for config in configs if config.units == step or _is_no_longer_than_useful(config, format)]
+    # Long stages are fewer copies; a last one that is not full is time lost.
+    best = min(fitting, key=lambda config: (-(-whole // config.units) * config.units, -config.units))
+    return deepest(best, format, adapters)
+
+
+def deepest(config: QuantisedConfig, format: Format, adapters: bool) -> QuantisedConfig:
+    """The config with the most stages that fit."""
+    while fits(larger := replace(config, stages=config.stages + 1), format, adapters):
+        config = larger
+    return config
+
+
+def fits(config: QuantisedConfig, format: Format, adapters: bool) -> bool:
+    """Whether a block has the shared memory for it."""
+    return config.smem_bytes(format, adapters) <= SMEM_BYTES - BARRIER_BYTES
+
+
+def _is_no_longer_than_useful(config: QuantisedConfig, format: Format) -> bool:
+    """Whether enough stages fit, adapters or not: the length may not follow from these."""
+    return config.stage_bytes(format) <= LONG_STAGE and fits(replace(config, stages=3), format, adapters=True)
