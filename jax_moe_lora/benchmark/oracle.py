@@ -1,7 +1,7 @@
 """The expected result of the layer: in float32, one matrix times one vector at a time, with none of the layer's code.
 
 It runs on the device, because the weights are there: a Mixtral expert takes 0.7 GB in float32. The tests compare it
-with `jax_moe_lora.layer.reference`.
+with `jax_moe_lora.layer.reference`. Quantised weights are the numbers that `dequantise` says.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from jax_moe_lora.benchmark.problem import Problem
 from pallas_kernels.pages import NO_ADAPTERS, RANK_PAGE, LoRAPages
+from pallas_kernels.quantised.api import dense
 
 CHECKED = 4  # tokens compared with the oracle
 
@@ -61,7 +62,7 @@ def _layer(x, weights, chosen, slots, experts, adapters):
         row, weight, expert, slot = values
 
         def linear(module: str, row: Float[Array, "in"]) -> Float[Array, "out"]:
-            weight = getattr(experts, module)[expert].astype(jnp.float32)
+            weight = dense(getattr(experts, module)[expert], jnp.float32).astype(jnp.float32)
             y = _times(weight, row)
             return y if module not in pages else y + _update(pages[module], row, expert, slot)
 

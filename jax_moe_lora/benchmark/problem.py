@@ -87,10 +87,10 @@ class Problem:
         return Draw(*(np.asarray(array) for array in (self.chosen, self.slots, self.weights)))
 
     def moved_bytes(self) -> float:
-        """Bytes of the weights and pages in use, each counted once."""
+        """Bytes of the weights and pages in use, each counted once; of quantised weights, values and scales."""
         size, width = self.x.dtype.itemsize, self.config.hidden_size + self.config.expert_width
-        hit = len(np.unique(self.chosen))
-        moved = hit * 3 * self.config.hidden_size * self.config.expert_width * size
+        stacks = (self.experts.gate, self.experts.up, self.experts.down)
+        moved = len(np.unique(self.chosen)) * sum(weight.nbytes // self.config.num_experts for weight in stacks)
         for table in self._tables():
             counts = table[..., 2]
             moved += sum(int(counts[s, e]) for s, e in self._pairs()) * RANK_PAGE * width * size

@@ -133,6 +133,8 @@ def merge(old: Sequence[ResultRow], new: Sequence[ResultRow]) -> list[ResultRow]
 def compared(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """The rows; ours say which other engine was fastest on the same draw, and how many times our time it took.
 
+    A row over quantised weights is compared with the 16-bit layer of the same backend.
+
     Args:
       rows: those of one run, or of runs that one file holds.
 
@@ -141,13 +143,24 @@ def compared(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """
     peers: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
-        if not row["engine"].startswith(OURS) and "error" not in row:
-            peers.setdefault(_drawn(row), []).append(row)
-    return [_beside(row, peers.get(_drawn(row), ())) for row in rows]
+        if "error" not in row and not _quantised(row):
+            of = row["engine"] if row["engine"].startswith(OURS) else ""
+            peers.setdefault((of, *_drawn(row)), []).append(row)
+    return [_beside(row, peers.get((_compared_with(row), *_drawn(row)), ())) for row in rows]
 
 
 def _drawn(row: ResultRow) -> tuple[Any, ...]:
     return (row.get("draw"), *(row.get(name) for name in CELL))
+
+
+def _quantised(row: ResultRow) -> str:
+    """What its weights are quantised to, empty for 16 bits: `sweep.ThisLibrary.name` says it."""
+    return row["engine"].partition("/")[2]
+
+
+def _compared_with(row: ResultRow) -> str:
+    """The engine of ours that a row of ours is compared with; empty for those of others."""
+    return row["engine"].partition("/")[0] if _quantised(row) else ""
 
 
 def _beside(row: ResultRow, peers: Sequence[ResultRow]) -> ResultRow:
@@ -185,11 +198,13 @@ def summary(rows: Iterable[ResultRow]) -> list[str]:
       rows: as `compared` gives them.
 
     Returns:
-      A sentence about the share of the floor's speed, and one about each comparison with the best peers.
+      A sentence about the share of the floor's speed, and one about each comparison: with the best peers, and of
+      each format with the 16-bit layer.
     """
+    rows = list(rows)
     measured = [row for row in rows if "error" not in row and row["engine"] == OURS]
     if not measured:
-        return []
+        return _of_formats(rows)
     reached = _geometric_mean(row["floor_us"] / row["layer_us"] for row in measured)
     worst = min(measured, key=lambda row: row["floor_us"] / row["layer_us"])
     lines = [
@@ -209,7 +224,20 @@ def summary(rows: Iterable[ResultRow]) -> list[str]:
                 f"(geometric mean of {len(some)} cells); slower in {len(slower)}"
                 f"{': ' + ', '.join(slower) if slower else ''}."
             )
-    return lines
+    return lines + _of_formats(rows)
+
+
+def _of_formats(rows: Sequence[ResultRow]) -> list[str]:
+    """How each quantised layer of ours compares with the 16-bit one."""
+    by_engine: dict[str, list[float]] = {}
+    for row in rows:
+        if _quantised(row) and "times_as_fast" in row:
+            by_engine.setdefault(row["engine"], []).append(row["times_as_fast"])
+    return [
+        f"{_geometric_mean(ratios):.2f} times as fast as the 16-bit layer: {engine} (geometric mean of {len(ratios)} "
+        f"cells; {min(ratios):.2f} to {max(ratios):.2f})."
+        for engine, ratios in by_engine.items()
+    ]
 
 
 def _cell(row: ResultRow) -> str:

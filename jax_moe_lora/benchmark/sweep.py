@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +15,9 @@ import numpy as np
 from jax_moe_lora.benchmark.ceilings import Ceilings, measure_ceilings
 from jax_moe_lora.benchmark.layer import MeasureRow, Method, ResultRow, compile_layer, floor_us, library_layer
 from jax_moe_lora.benchmark.problem import Problem, make_problem
+from jax_moe_lora.benchmark.quantised import check_schemes, quantised
 from jax_moe_lora.files.locks import locked_folder
-from pallas_kernels.ops import Implementation
+from pallas_kernels.ops import ExpertWeights, Implementation
 from pallas_kernels.specs import ADAPTERS
 
 THREADS = min(8, os.cpu_count() or 1)  # compilations in parallel
@@ -28,6 +29,10 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """The name in the results."""
+
+    @property
+    def scheme(self) -> str | None:
+        """What its weights are quantised to, a name in `quantised.schemes.SCHEMES`; None for 16 bits."""
 
     def why_not(self, adapters: str) -> str:
         """Why it cannot run cells with this set of adapters; empty if it can."""
@@ -42,14 +47,17 @@ class ThisLibrary:
 
     Attributes:
       implementation: a backend by name; None picks the best one.
+      scheme: what the weights are quantised to; None for 16 bits.
     """
 
     implementation: Implementation | None = None
+    scheme: str | None = None
 
     @property
     def name(self) -> str:
-        """A backend asked for by name counts as an engine of its own."""
-        return "jax_moe_lora" if self.implementation is None else f"jax_moe_lora[{self.implementation}]"
+        """A backend asked for by name counts as an engine of its own, and so does a format of weights."""
+        backend = "jax_moe_lora" if self.implementation is None else f"jax_moe_lora[{self.implementation}]"
+        return backend if self.scheme is None else f"{backend}/{self.scheme}"
 
     def why_not(self, adapters: str) -> str:
         return ""
@@ -100,10 +108,12 @@ def sweep(
     Yields:
       A row per cell and engine; if one fails, its row has `error` instead of figures, and the sweep goes on.
     """
+    check_schemes(cells.shapes, [engine.scheme for engine in engines if engine.scheme is not None])
     for shape in cells.shapes:
         with in_turn(turns):
             base = make_problem(shape)
-            jax.block_until_ready((base.x, base.experts))
+            weights = _weights(base, engines)
+            jax.block_until_ready(list(weights.values()))
         with ThreadPoolExecutor(THREADS) as pool:
             started: list[tuple[ResultRow, Callable[[Ceilings], float], Future[MeasureRow]]] = []
             for name in cells.adapters:
@@ -117,7 +127,8 @@ def sweep(
                             cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
                             cell |= {"routing": cells.routing, "slots": cells.slots}
                             cell |= {"hit_experts": len(np.unique(drawn.chosen)), "draw": drawn.draw.digest}
-                            started.append((cell, partial(floor_us, drawn), pool.submit(engine.prepare, drawn, method)))
+                            given = replace(drawn, experts=weights[engine.scheme])
+                            started.append((cell, partial(floor_us, given), pool.submit(engine.prepare, given, method)))
             pool.shutdown(wait=True)  # a compilation during a measurement would slow it
             started.reverse()
             with in_turn(turns):
@@ -126,6 +137,12 @@ def sweep(
                     cell, floor, future = started.pop()  # which frees what it holds once it is measured
                     cell |= {"floor_us": round(floor(limits), 1)}
                     yield cell | _guarded(future, repeats)
+
+
+def _weights(base: Problem, engines: Sequence[Engine]) -> dict[str | None, ExpertWeights]:
+    """A layer's weights in 16 bits, under None, and the same ones in each engine's scheme."""
+    schemes = dict.fromkeys(engine.scheme for engine in engines if engine.scheme is not None)
+    return {None: base.experts, **{scheme: quantised(base.experts, scheme) for scheme in schemes}}
 
 
 @contextmanager

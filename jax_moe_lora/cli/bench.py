@@ -33,6 +33,10 @@ def bench(
     routing: Annotated[str, typer.Option(help="uniform, zipf, or quarter (of the experts are hit).")] = "uniform",
     slots: Annotated[str, typer.Option(help="uniform, one (for all tokens), or half-base.")] = "uniform",
     implementation: Annotated[str | None, typer.Option(help="A backend by name; the best one if not given.")] = None,
+    quantise: Annotated[
+        list[str] | None,
+        typer.Option(help="Time the same weights in it too: of fp8, mxfp4, int4 and int4_g128; repeat."),
+    ] = None,
     peer: Annotated[list[str] | None, typer.Option(help=f"Time it too: of {', '.join(PEERS)}; repeat.")] = None,
     method: Annotated[str, typer.Option(help="loop, queue, or both (twice the compilations): the smaller.")] = "both",
     repeats: Annotated[int, typer.Option(help="Timings, of which the median counts.", min=1)] = 20,
@@ -73,9 +77,9 @@ def bench(
     cells = Cells(shape or ["qwen3-30b-a3b"], names, tokens or list(TOKENS), routing, slots)
     rows: list[dict[str, Any]] = []
     all_rows: list[dict[str, Any]] = []
-    engines = [ThisLibrary(implementation), *others]  # type: ignore[arg-type]
+    ours = [ThisLibrary(implementation, scheme) for scheme in (None, *(quantise or ()))]  # type: ignore[arg-type]
     limits = partial(_ceilings, out) if out and keep else measure_ceilings
-    for row in sweep(cells, engines, repeats, method, turns, limits):  # type: ignore[arg-type]
+    for row in sweep(cells, [*ours, *others], repeats, method, turns, limits):  # type: ignore[arg-type]
         rows.append(row)
         report_progress(row)
         if out is not None:  # after each row: a sweep that is cut off keeps what it has
@@ -127,7 +131,7 @@ def _check(out: Path | None, need_out: dict[str, bool], method: str, implementat
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    """`times as fast`: the time of the best peer on the same draw over ours."""
+    """`times as fast`: the time of the best peer on the same draw, or of our 16-bit layer, over the row's own."""
     table = Table(
         "shape",
         "adapters",

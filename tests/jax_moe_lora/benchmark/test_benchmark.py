@@ -4,6 +4,7 @@ import csv
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.benchmark import oracle, report, roofline, sweep
 from jax_moe_lora.benchmark.peers import PEERS, find_peers
 from jax_moe_lora.benchmark.problem import Problem, make_problem
+from jax_moe_lora.benchmark.quantised import quantised
 from jax_moe_lora.cli.bench import bench
 from jax_moe_lora.layer import reference
 from pallas_kernels.ops import RANK_PAGE
@@ -93,6 +95,29 @@ def test_the_loop_is_checked_and_the_smaller_method_counts(tmp_path):
 
 
 @pytest.mark.slow
+def test_quantised_weights_are_timed_beside_the_16_bit_layer_on_the_same_draw(tmp_path):
+    bench(**SMALL, quantise=["mxfp4"], out=tmp_path / "cpu")
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    wide, *few = content["rows"]
+    assert [row["engine"] for row in few] == ["jax_moe_lora/mxfp4"]
+    assert "best_peer" not in wide
+    for row in few:
+        assert row["draw"] == wide["draw"]
+        assert row["best_peer"] == "jax_moe_lora"
+        assert row["times_as_fast"] == pytest.approx(wide["layer_us"] / row["layer_us"], abs=1e-3)
+        assert 0 < row["rel_err"] < WEIGHTS_ARE_BFLOAT16  # of the numbers that the quantised weights hold
+
+
+def test_the_bytes_of_a_quantised_layer_are_those_of_values_and_scales():
+    problem = make_problem("small").with_tokens(3, "uniform", ADAPTERS["none"])
+    hit, weights = len(np.unique(problem.chosen)), 3 * 128 * 64
+    assert problem.moved_bytes() == hit * weights * 2
+    for scheme, nbytes in (("mxfp4", weights * 4.25 / 8), ("int4", weights * 4.5 / 8), ("fp8", weights + 3 * 4)):
+        few = replace(problem, experts=quantised(problem.experts, scheme))
+        assert few.moved_bytes() == hit * nbytes
+
+
+@pytest.mark.slow
 def test_keep_adds_to_earlier_results_and_measures_a_cell_once(tmp_path):
     out = tmp_path / "cpu"
     bench(**SMALL, out=out)
@@ -120,7 +145,7 @@ def test_sweeps_that_take_turns_never_measure_at_once(tmp_path):
     inside, most = [], []
 
     class Slow:
-        name = "slow"
+        name, scheme = "slow", None
 
         def why_not(self, adapters):
             return ""
@@ -195,6 +220,8 @@ def test_a_wrong_result_is_a_failure(monkeypatch, factor):
         ({"adapters": ["many"]}, "adapters are 'many'; expected one of"),
         ({"routing": "odd"}, "routing is 'odd'; expected one of"),
         ({"slots": "odd"}, "slots are 'odd'; expected one of"),
+        ({"quantise": ["fp3"]}, "--quantise is 'fp3'; expected one of fp8, mxfp4"),
+        ({"quantise": ["int4_g128"]}, "--shape small has matrices of 64 columns, and int4_g128 takes multiples of 128"),
         ({"method": "odd"}, "--method is 'odd'; expected both, loop or queue"),
         ({"implementation": "fast"}, "'fast' is unknown"),
         ({"peer": ["fast"]}, "--peer is 'fast'; expected one of"),
@@ -238,6 +265,15 @@ def test_a_row_is_compared_with_the_best_peer_on_the_same_draw_alone():
         "slower in 1: olmoe none T=8 (0.50)."
     )
     assert report.summary(rows)[1] == against
+    few = [row("none", count, 40.0, engine="jax_moe_lora/fp8") for count in (1, 8)]
+    backend = row("none", 1, 10.0, engine="jax_moe_lora[xla]/fp8")  # there is no 16-bit row of this backend
+    rows = report.compared([*ours, *few, backend, *peers])
+    assert [(r.get("best_peer"), r.get("times_as_fast")) for r in rows[:2]] == [("torch", 2.0), ("vllm", 0.5)]
+    assert [r.get("times_as_fast") for r in rows[4:7]] == [1.25, 2.5, None]
+    assert rows[4]["best_peer"] == "jax_moe_lora"
+    assert report.summary(rows)[-1] == (
+        "1.77 times as fast as the 16-bit layer: jax_moe_lora/fp8 (geometric mean of 2 cells; 1.25 to 2.50)."
+    )
 
 
 @pytest.mark.slow
