@@ -9,7 +9,7 @@ import importlib.util
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,6 @@ class RaggedDot:
     dot: Callable[[Array, Array, Array], Array]
     packages: tuple[str, ...] = ()
     layout: LastLayout = field(default_factory=LastLayout)
-    scheme: ClassVar[None] = None
 
     def why_not(self, adapters: str) -> str:
         return "it takes no adapters" if ADAPTERS[adapters].slots else ""
@@ -111,7 +110,6 @@ class TorchLayer:
     packages: tuple[str, ...]
     most_slots: int = 0
     layout: LastLayout = field(default_factory=LastLayout)
-    scheme: ClassVar[None] = None
 
     def why_not(self, adapters: str) -> str:
         if ADAPTERS[adapters].slots <= self.most_slots:

@@ -5,12 +5,15 @@ from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jax_moe_lora.adapters.lora import EXPERT_MODULES
 from jax_moe_lora.errors import InputError
+from jax_moe_lora.models.quantised.for_kernels import pack_experts
 from jax_moe_lora.models.quantised.schemes import SCHEMES
-from pallas_kernels.ops import ExpertWeights, Format, Quantised, quantise
+from pallas_kernels.ops import ExpertWeights, Format, Implementation, Quantised, quantise
 from pallas_kernels.specs import LAYERS
 
 
@@ -37,15 +40,23 @@ def check_schemes(shapes: Sequence[str], schemes: Sequence[str]) -> None:
                     )
 
 
-def quantised(experts: ExpertWeights, scheme: str) -> ExpertWeights:
-    """The same weights in few bits.
+def quantised(
+    experts: ExpertWeights,
+    scheme: str,
+    implementation: Implementation | None = None,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> ExpertWeights:
+    """The same weights in few bits, packed where a loaded model's would be.
 
     Args:
       experts: in 16 bits.
       scheme: a name in `quantised.schemes.SCHEMES` that `check_schemes` let pass.
+      implementation: a backend by name, or None for the best.
+      dtype: of the rows.
     """
-    gate, up, down = (_quantise(weights, SCHEMES[scheme]) for weights in (experts.gate, experts.up, experts.down))
-    return replace(experts, gate=gate, up=up, down=down)
+    in_rows = {name: _quantise(getattr(experts, name), SCHEMES[scheme]) for name in EXPERT_MODULES}
+    (weights,) = pack_experts((in_rows,), dtype, implementation)
+    return replace(experts, **weights)
 
 
 @partial(jax.jit, static_argnums=1)

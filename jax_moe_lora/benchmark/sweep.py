@@ -30,10 +30,6 @@ class Engine(Protocol):
     def name(self) -> str:
         """The name in the results."""
 
-    @property
-    def scheme(self) -> str | None:
-        """What its weights are quantised to, a name in `quantised.schemes.SCHEMES`; None for 16 bits."""
-
     def why_not(self, adapters: str) -> str:
         """Why it cannot run cells with this set of adapters; empty if it can."""
 
@@ -47,7 +43,7 @@ class ThisLibrary:
 
     Attributes:
       implementation: a backend by name; None picks the best one.
-      scheme: what the weights are quantised to; None for 16 bits.
+      scheme: what the weights are quantised to, a name in `quantised.schemes.SCHEMES`; None for 16 bits.
     """
 
     implementation: Implementation | None = None
@@ -108,11 +104,14 @@ def sweep(
     Yields:
       A row per cell and engine; if one fails, its row has `error` instead of figures, and the sweep goes on.
     """
-    check_schemes(cells.shapes, [engine.scheme for engine in engines if engine.scheme is not None])
+    check_schemes(cells.shapes, list(_schemes(engines).values()))
     for shape in cells.shapes:
         with in_turn(turns):
             base = make_problem(shape)
-            weights = _weights(base, engines)
+            weights: dict[Engine, ExpertWeights] = {
+                engine: quantised(base.experts, scheme, engine.implementation, base.x.dtype)
+                for engine, scheme in _schemes(engines).items()
+            }
             jax.block_until_ready(list(weights.values()))
         with ThreadPoolExecutor(THREADS) as pool:
             started: list[tuple[ResultRow, Callable[[Ceilings], float], Future[MeasureRow]]] = []
@@ -127,7 +126,7 @@ def sweep(
                             cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
                             cell |= {"routing": cells.routing, "slots": cells.slots}
                             cell |= {"hit_experts": len(np.unique(drawn.chosen)), "draw": drawn.draw.digest}
-                            given = replace(drawn, experts=weights[engine.scheme])
+                            given = replace(drawn, experts=weights.get(engine, drawn.experts))
                             started.append((cell, partial(floor_us, given), pool.submit(engine.prepare, given, method)))
             pool.shutdown(wait=True)  # a compilation during a measurement would slow it
             started.reverse()
@@ -139,10 +138,10 @@ def sweep(
                     yield cell | _guarded(future, repeats)
 
 
-def _weights(base: Problem, engines: Sequence[Engine]) -> dict[str | None, ExpertWeights]:
-    """A layer's weights in 16 bits, under None, and the same ones in each engine's scheme."""
-    schemes = dict.fromkeys(engine.scheme for engine in engines if engine.scheme is not None)
-    return {None: base.experts, **{scheme: quantised(base.experts, scheme) for scheme in schemes}}
+def _schemes(engines: Sequence[Engine]) -> dict[ThisLibrary, str]:
+    """Those whose weights are quantised, and to what."""
+    ours = [engine for engine in engines if isinstance(engine, ThisLibrary)]
+    return {engine: engine.scheme for engine in ours if engine.scheme is not None}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The surface that most users touch: a checkpoint, adapters by name, and batches that mix them."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from jax_moe_lora.models import decoder
 from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.loading import load_params, stored_formats
 from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.quantised.for_kernels import pack_experts, packed_format
 from jax_moe_lora.models.quantised.schemes import quantised_formats
 from jax_moe_lora.models.sites import select_sites
 from jax_moe_lora.models.specs.model import ModelConfig
@@ -71,7 +73,8 @@ class Model(Chat):
     ) -> "Model":
         """Loads a checkpoint folder (or a hub id, where the hub is reachable) and makes an empty adapter bank.
 
-        Weights that the checkpoint has in 8 or 4 bits stay so: they are dequantised a tile at a time.
+        Weights that the checkpoint has in 8 or 4 bits stay so. On an H100 or H200 experts are packed for the Hopper
+        kernels, where these have a form for them; all others are dequantised a tile at a time.
 
         Args:
           path: folder with `config.json` and safetensors files, or a hub id.
@@ -105,7 +108,7 @@ class Model(Chat):
         folder = local_folder(path)
         config = read_model_config(folder)
         formats = {} if quantise is None else quantised_formats(config, quantise, folder)
-        _check_implementation(implementation, config, dtype, formats.values())
+        _check_implementation(implementation, config, dtype, _wanted_formats(formats, config, dtype, implementation))
         sites, vocabulary = select_sites(config, adapter_targets), (config.vocab_size, config.hidden_size)
         placement = None
         if devices is not None:
@@ -118,6 +121,7 @@ class Model(Chat):
         with agreement(devices).all_or_none(lambda: (config, sites, max_adapters, max_rank, memory, dtype)):
             bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary, devices)
             params = load_params(folder, config, dtype, placement, formats)
+            params = replace(params, layers=pack_experts(params.layers, dtype, implementation))
             _check_implementation(implementation, config, dtype, _expert_formats(params))
         return cls(config, params, bank, folder, implementation, devices)
 
@@ -219,6 +223,19 @@ def _check_split(config: ModelConfig, mesh: Mesh, max_replacements: int) -> None
     check_mesh(config, mesh)
     if max_replacements and across(mesh):
         raise InputError("max_replacements need the devices of one process; leave it at 0 with several.")
+
+
+def _wanted_formats(
+    formats: Mapping[str, Format], config: ModelConfig, dtype: str, implementation: Implementation | None
+) -> set[Format]:
+    """Those of experts that are to be quantised while they are read, with the layouts that they will have."""
+    width, hidden = config.moe.expert_width, config.moe.hidden_size
+    of_experts = [(path.rpartition(".")[2], format) for path, format in formats.items()]
+    return {
+        packed_format(format, *((hidden, width) if name == "down" else (width, hidden)), dtype, implementation)
+        for name, format in of_experts
+        if name in EXPERT_MODULES
+    }
 
 
 def _expert_formats(params: ModelParams) -> set[Format]:

@@ -145,7 +145,7 @@ def test_sweeps_that_take_turns_never_measure_at_once(tmp_path):
     inside, most = [], []
 
     class Slow:
-        name, scheme = "slow", None
+        name = "slow"
 
         def why_not(self, adapters):
             return ""
