@@ -64,7 +64,7 @@ def grouped_matmul(
 
 def gated_products(
     x: Float[Array, "Q in"],
-    weights: tuple[Float[Array, "E out in"], ...],
+    weights: tuple[Float[Array, "E out in"] | Quantised, ...],
     plan: RoutingPlan,
     *,
     biases: Biases,
@@ -88,7 +88,7 @@ def gated_products(
 
 def input_gradient(
     dys: tuple[Float[Array, "Q _out"], ...],
-    weights: tuple[Float[Array, "E out in"], ...],
+    weights: tuple[Float[Array, "E out in"] | Quantised, ...],
     plan: RoutingPlan,
     *,
     adapters: LayerPages,

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.grouped_matmul import hopper, xla
 from pallas_kernels.hopper.quantised_tuning import QuantisedConfig
 from pallas_kernels.ops import grouped_matmul
 from pallas_kernels.pages import NO_ADAPTERS
 from pallas_kernels.quantised.format import FP8_BLOCK, FP8_CHANNEL, MXFP4, int4
-from support.interpreted import Kernels, by_pair, draw_once, expected, relative_error
+from support.interpreted import TOLERANCE, Kernels, by_pair, draw_once, expected, relative_error
 from support.packed import packed, wide
 from support.paged import PagedSpec
 
@@ -62,3 +63,24 @@ def test_gpt_oss_biases_and_unit_over_mxfp4():
     options = {"biases": biases, "adapters": pages, "activation": "clamped_swiglu", "of_tokens": True}
     wanted = grouped_matmul(x, numbers, plan, implementation="reference", **options)
     assert relative_error(by_pair(found, plan), by_pair(wanted, plan)) < kernels.tolerance
+
+
+def test_what_training_needs_of_packed_weights_goes_through_xla():
+    """The products that a backward pass reads, and the gradient of the rows."""
+    spec = CASES["mxfp4"][0]
+    layer = packed(draw_once(spec), MXFP4)
+    plan, pages = Kernels("hopper", spec).plan(layer), layer.adapters.select(*GATED)
+    rows = jax.random.normal(jax.random.key(0), (plan.order.shape[0], spec.hidden), spec.dtype)
+    dys = tuple(jax.random.normal(jax.random.key(n), (plan.order.shape[0], spec.width), spec.dtype) for n in range(2))
+
+    def both(module, experts):
+        weights = tuple(
+            getattr(experts, name).astype(spec.dtype) if module is xla else getattr(experts, name) for name in GATED
+        )
+        options = {"biases": (None, None), "adapters": pages, "steps": None, "activation": "silu"}
+        products = module.gated_products(rows, weights, plan, **options)
+        dx = module.input_gradient(dys, weights, plan, adapters=pages, shrunk=(None, None))
+        return [by_pair(found, plan) for found in (*products, dx)]
+
+    for found, wanted in zip(both(hopper, layer.experts), both(xla, wide(layer).experts), strict=True):
+        assert relative_error(found, wanted) < TOLERANCE[spec.dtype]
