@@ -133,7 +133,7 @@ def _cut_quantised(
         names = " and ".join(form.name if form else "16 bits" for form in (first, *others))
         raise UnsupportedImplementation(f"Gate and up are in {names}; the Hopper kernels want one format for both.")
     experts, _, columns = weights[0].shape
-    pairs, rows = plan.position.shape[0], rows_per_tile(plan.tiles.size)
+    pairs, rows = plan.position.shape[0], rows_per_tile(plan.tiles.size, first)
     config = config or quantised_tuning.heuristic(pairs, experts, rows, columns, first, bool(adapters.modules))
     return config, _tiles(plan, config.tile_rows)
 

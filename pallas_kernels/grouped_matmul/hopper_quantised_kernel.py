@@ -11,6 +11,7 @@ meanwhile.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def grouped_matmul(
     weights: tuple[Quantised, ...] = source.weights  # type: ignore[assignment]
     form, gated = weights[0].format, len(weights) == 2
     per_block, per_row = form.block == (128, 128), form.codec == "fp8" and form.block == (1, 0)
-    out_width = weights[0].shape[-2]
+    adapted, out_width = source.steps is not None, weights[0].shape[-2]
     warpgroups, units, stages, tile_rows = config.warpgroups, config.units, config.stages, config.tile_rows
     part_rows = HALF * warpgroups
     columns = part_rows if gated else PARTS * part_rows
@@ -79,7 +80,7 @@ def grouped_matmul(
         )
         warpgroup = lax.axis_index("wg")
         items = count[0] * blocks
-        if source.steps is not None:
+        if adapted:
             page_ring, hidden_ring, pages_full, pages_empty = (
                 smem[name] for name in ("pages", "hidden", "pages_full", "pages_empty")
             )
@@ -90,7 +91,7 @@ def grouped_matmul(
         def place(number):
             """Tile, first columns and LoRA steps of an item; consecutive items share a tile."""
             tile, block = lax.div(number, jnp.int32(blocks)), lax.rem(number, jnp.int32(blocks))
-            return tile, block * columns, 0 if source.steps is None else steps_of[tile, 0]
+            return tile, block * columns, steps_of[tile, 0] if adapted else 0
 
         def column(first, part):
             return first + (0 if gated else part * part_rows)
@@ -119,7 +120,7 @@ def grouped_matmul(
                         )
 
                 done = done + depth_steps
-                if source.steps is None:
+                if not adapted:
                     return done, lora_done
 
                 @pl.loop(0, lora_steps)
@@ -143,7 +144,7 @@ def grouped_matmul(
 
             done, lora_done = ring.over_items(items, config.num_sms, item, two_rings)
             ring.drain(empty, done, stages)
-            if source.steps is not None:
+            if adapted:
                 ring.drain(pages_empty, lora_done, PAGE_STAGES)
 
         @pl.when(warpgroup < warpgroups)
@@ -166,8 +167,21 @@ def grouped_matmul(
             def accumulators():
                 return [plgpu.ACC((HALF, tile_rows))] * PARTS
 
-            def plain(done):
-                """The products over all of K, without fp8's scales."""
+            def expand(accs, lora_done, lora_steps):
+                """Adds the LoRA steps' products."""
+
+                @pl.loop(0, lora_steps)
+                def _(k):
+                    stage = ring.stage_of(lora_done + k, PAGE_STAGES)
+                    plgpu.barrier_wait(pages_full.at[stage])
+                    own = pl.ds(warpgroup * HALF, HALF)
+                    for part, acc in enumerate(accs):
+                        plgpu.wgmma(acc, page_ring.at[stage, part, :, own].T, hidden_ring.at[stage].T)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(pages_empty.at[stage])
+
+            def plain(done, then):
+                """The products over all of K, without fp8's scales; `then` adds to them."""
 
                 def multiply(*accs):
                     @pl.loop(0, depth_steps)
@@ -181,6 +195,7 @@ def grouped_matmul(
                                 plgpu.wgmma_wait(0)
                         release(done + k)
 
+                    then(accs)
                     return tuple(acc[...] for acc in accs)
 
                 return pl.run_scoped(multiply, *accumulators())
@@ -223,29 +238,15 @@ def grouped_matmul(
                 zeros = plgpu.layout_cast(jnp.zeros((HALF, tile_rows), jnp.float32), plgpu.Layout.WGMMA)
                 return lax.fori_loop(0, depth_steps, step, (zeros,) * PARTS)
 
-            def adapters(lora_done, lora_steps):
-                """The LoRA steps' products."""
-
-                def multiply(*accs):
-                    @pl.loop(0, lora_steps)
-                    def _(k):
-                        stage = ring.stage_of(lora_done + k, PAGE_STAGES)
-                        plgpu.barrier_wait(pages_full.at[stage])
-                        own = pl.ds(warpgroup * HALF, HALF)
-                        for part, acc in enumerate(accs):
-                            plgpu.wgmma(acc, page_ring.at[stage, part, :, own].T, hidden_ring.at[stage].T)
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(pages_empty.at[stage])
-
-                    return tuple(acc[...] for acc in accs)
-
-                return pl.run_scoped(multiply, *accumulators())
-
             def item(number, steps_so_far):
                 done, lora_done = steps_so_far
                 tile, first, lora_steps = place(number)
                 expert = expert_of[tile]
-                totals = by_blocks(done, expert, first) if per_block else plain(done)
+                add_adapters = partial(expand, lora_done=lora_done, lora_steps=lora_steps)
+                if per_block:
+                    totals = by_blocks(done, expert, first)
+                else:
+                    totals = plain(done, add_adapters if adapted and not per_row else lambda accs: None)
                 begins = [column(first, part) + warpgroup * HALF for part in range(PARTS)]
                 # Widths are multiples of 64, so that these rows of weights are all inside or all outside.
                 own = [pl.ds(jnp.minimum(begin, out_width - HALF), HALF) for begin in begins]
@@ -259,8 +260,13 @@ def grouped_matmul(
                         total * down(table, part)
                         for part, (total, table) in enumerate(zip(totals, (scales0, scales1), strict=True))
                     )
-                if source.steps is not None:
-                    updates = adapters(lora_done, lora_steps)
+                if adapted and (per_block or per_row):
+
+                    def update(*accs, add_adapters=add_adapters):
+                        add_adapters(accs)
+                        return tuple(acc[...] for acc in accs)
+
+                    updates = pl.run_scoped(update, *accumulators())
                     totals = tuple(total + update for total, update in zip(totals, updates, strict=True))
                 added = [bias_of.get(part if gated else 0) for part in range(PARTS)]
                 parts = [
@@ -287,7 +293,7 @@ def grouped_matmul(
         "full": plgpu.Barrier(num_arrivals=PARTS + units, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
-    if source.steps is not None:
+    if adapted:
         scratch |= {
             "pages": ring.tile_smem((PAGE_STAGES, PARTS, PAGES_A_STEP * RANK_PAGE, part_rows), dtype),
             "hidden": ring.tile_smem((PAGE_STAGES, tile_rows, UNIT), dtype),

@@ -96,8 +96,8 @@ def make_plan(
     # One integer sorts by expert, then slot; `num_slots` (no adapter) comes last within an expert.
     pairs = Pairs(expert, slot_of_token, expert * (num_slots + 1) + slot, num_experts, num_slots)
     module = backend.module("plan")
-    quantised = any(isinstance(operand, Format) for operand in operands)
-    cut: RowLayout = module.layout(count, num_experts, rows_per_tile, quantised)
+    formats = [operand for operand in operands if isinstance(operand, Format)]
+    cut: RowLayout = module.layout(count, num_experts, rows_per_tile, formats)
     places: Places = module.places(pairs, cut)
     bound = -(-(count + (cut.alignment - 1) * cut.gaps) // cut.alignment) * cut.alignment
     index = jnp.arange(count, dtype=jnp.int32)

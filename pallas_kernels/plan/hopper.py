@@ -1,5 +1,7 @@
 """The plan's sorted places on Hopper: by one kernel for few pairs, by two for many, through XLA beyond these."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -8,12 +10,14 @@ from pallas_kernels.hopper.counting import CountedPlaces
 from pallas_kernels.hopper.limits import ROW_ALIGNMENT
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs, xla
 from pallas_kernels.plan.tiles import BASE_SLOT, READABLE, Pairs, Places, RowLayout, Tiles, max_tiles, offsets_of
+from pallas_kernels.quantised.format import Format
 
 
-def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None, quantised: bool = False) -> RowLayout:
+def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None, formats: Sequence[Format] = ()) -> RowLayout:
     """TMA reads tiles of 8 rows, so experts begin at multiples of 8; a tile's rows come from the tuned file."""
     rows = rows_per_tile or tuned_file.tile_rows(pairs, num_experts)
-    return RowLayout(ROW_ALIGNMENT, quantised_tuning.rows_per_tile(rows) if quantised else rows, num_experts + 1)
+    rows = min((quantised_tuning.rows_per_tile(rows, format) for format in formats), default=rows)
+    return RowLayout(ROW_ALIGNMENT, rows, num_experts + 1)
 
 
 def places(pairs: Pairs, cut: RowLayout) -> Places:

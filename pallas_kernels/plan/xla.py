@@ -1,14 +1,17 @@
 """The plan's sorted places through XLA, on any device."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.plan.tiles import READABLE, Pairs, Places, RowLayout, cut_groups, group_start, offsets_of, tile_rows
+from pallas_kernels.quantised.format import Format
 
 PAIRWISE = 2048  # pairs up to which ranks by comparing all with all are faster than a sort
 
 
-def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None, quantised: bool = False) -> RowLayout:
+def layout(pairs: int, num_experts: int, rows_per_tile: int | None = None, formats: Sequence[Format] = ()) -> RowLayout:
     """Experts follow one another; a tile's rows are the given ones or follow from the mean."""
     return RowLayout(1, rows_per_tile or tile_rows(pairs, num_experts), min(num_experts, pairs))
 

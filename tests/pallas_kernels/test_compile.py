@@ -5,6 +5,7 @@ The Hopper kernels become SASS for sm_90a, the portable ones for a GPU of each g
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -64,8 +65,8 @@ def compile_all(cuda: str, backend: str, gpu: str, part: str, pattern: str = "")
         assert line["error"] is None, line
         said = "\n".join(line["ptxas"])
         kernels += "registers" in said
-        assert "C7510" not in said, f"{line['name']}: wgmma is serialized"
-        assert "C7511" not in said, f"{line['name']}: wgmma is serialized"
+        # C7519 says that the compiler waits for registers that wgmma reads, as it must.
+        assert not re.search("C751[0-8]", said), f"{line['name']}: wgmma is serialized"
         for report in line["ptxas"]:
             if "spill stores" in report:
                 assert " 0 bytes spill stores, 0 bytes spill loads" in report, line

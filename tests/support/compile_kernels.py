@@ -25,7 +25,7 @@ from pallas_kernels.dispatch.hopper import Gaps, dispatch
 from pallas_kernels.grouped_lora import hopper_gradients, hopper_shrink, portable_shrink
 from pallas_kernels.grouped_matmul import hopper_kernel, hopper_quantised_kernel, portable_kernel
 from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands
-from pallas_kernels.hopper.quantised_tuning import MAX_ROWS
+from pallas_kernels.hopper.quantised_tuning import MAX_ROWS, rows_per_tile
 from pallas_kernels.hopper.quantised_tuning import heuristic as quantised_heuristic
 from pallas_kernels.hopper.tuning import HopperConfig, heuristic
 from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, make_lora_steps
@@ -253,9 +253,10 @@ def hopper_cases():
     for form in (FP8_BLOCK, FP8_CHANNEL, MXFP4, int4(32), int4(128), int4(128, True)):
         name = f"matmul over {form.name} of {form.block[1]}"
         yield f"{name}, 8 rows", *packed_matmul(form, True, False, (2048, 768), 8, 8)
+        rows = rows_per_tile(MAX_ROWS, form)
         for gated in (True, False):
             widths = (2048, 768) if gated else (768, 2048)
-            yield f"{name}, {MAX_ROWS} rows, gated={gated}", *packed_matmul(form, gated, True, widths, 2048, MAX_ROWS)
+            yield f"{name}, {rows} rows, gated={gated}", *packed_matmul(form, gated, True, widths, 16384, rows)
     for rows in (8, 56, 176):
         yield f"shrink {rows}", *shrink(hopper_shrink.shrink, rows, 1, 2048, "bfloat16")
     yield "shrink of two pools, float16", *shrink(hopper_shrink.shrink, 16, 2, 2880, "float16")
