@@ -43,12 +43,9 @@ def combine(rows: Float[Array, "Q width"], weights: Float[Array, "T K"], plan: R
     """
     tokens, top_k = weights.shape
     position, live = plan.position.reshape(tokens, top_k), routed(plan).reshape(tokens, top_k)
-    total = jnp.zeros((tokens, rows.shape[1]), jnp.float32)
-    for k in range(top_k):
-        # Twice: a skipped pair's row is undefined, and a gradient of zero times NaN is NaN.
-        row = jnp.where(live[:, k : k + 1], rows[position[:, k]].astype(jnp.float32), 0.0)
-        total = total + jnp.where(live[:, k : k + 1], weights[:, k : k + 1] * row, 0.0)
-    return total
+    # Both are masked: a skipped pair's row is undefined, and a gradient of zero times NaN is NaN.
+    taken = jnp.where(live[..., None], rows[position].astype(jnp.float32), 0.0)
+    return (jnp.where(live, weights, 0.0)[..., None] * taken).sum(axis=1)
 
 
 def routed(plan: RoutingPlan) -> Bool[Array, "P"]:
