@@ -20,7 +20,15 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 Operand = jax.typing.DTypeLike | Format
 """The dtype of weights or pages, or the format of quantised weights."""
 Op = Literal[
-    "plan", "dispatch", "lora_steps", "shrink", "grouped_matmul", "input_gradient", "grouped_lora", "page_gradients"
+    "plan",
+    "few_tokens",
+    "dispatch",
+    "lora_steps",
+    "shrink",
+    "grouped_matmul",
+    "input_gradient",
+    "grouped_lora",
+    "page_gradients",
 ]
 WIDTH_MULTIPLE = 64  # one ring stage of the kernels
 MAX_WIDTH = 256 * 64  # a row in one TMA box
@@ -280,6 +288,7 @@ BACKENDS: dict[Implementation, Backend] = {
             ops={
                 "plan": "plan.hopper",
                 "dispatch": "dispatch.hopper",
+                "few_tokens": "lora_steps.hopper_few_tokens",
                 "lora_steps": "lora_steps.hopper",
                 "shrink": "grouped_lora.hopper_shrink",
                 "grouped_matmul": "grouped_matmul.hopper",

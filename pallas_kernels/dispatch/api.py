@@ -50,4 +50,6 @@ def combine(rows: Float[Array, "Q width"], weights: Float[Array, "T K"], plan: R
 
 def routed(plan: RoutingPlan) -> Bool[Array, "P"]:
     """The pairs that the plan does not skip."""
+    if plan.token_tiles is not None:
+        return plan.position < plan.tiles.count[0] * plan.tiles.size
     return plan.position < plan.group_starts[-1] + plan.group_sizes[-1]

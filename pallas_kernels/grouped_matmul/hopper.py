@@ -48,8 +48,9 @@ def grouped_matmul(
       activation: as there.
       config: how to cut; `tuned_file.config_for`'s where None.
     """
-    num_sms = None if config is None else config.num_sms
-    rows = dispatch(x, plan.position, plan.order.shape[0], num_sms) if of_tokens else x
+    num_sms, num_rows = None if config is None else config.num_sms, plan.order.shape[0]
+    token_tiles = plan.token_tiles if of_tokens else None
+    rows = dispatch(x, plan.position, num_rows, num_sms) if of_tokens and token_tiles is None else x
     unit = partial(gated_unit, activation) if len(weights) == 2 else None
     if _quantised(weights):
         assert not isinstance(config, HopperConfig)
@@ -58,6 +59,9 @@ def grouped_matmul(
         return hopper_quantised_kernel.grouped_matmul(source, tiles, packed_cut, unit, biases)
     assert not isinstance(config, QuantisedConfig)
     cut, tiles = _cut(weights, plan, config)
+    if token_tiles is not None:
+        source = _source(x, weights, adapters, plan, token_tiles, steps, cut.num_sms)
+        return hopper_kernel.grouped_matmul((source,), tiles, cut, unit, biases, num_rows=num_rows)[0]
     source = _source(rows, weights, adapters, plan, tiles, steps, cut.num_sms)
     return hopper_kernel.grouped_matmul((source,), tiles, cut, unit, biases)[0]
 

@@ -83,6 +83,7 @@ def grouped_matmul(
     *,
     transposed: bool = False,
     keep: bool = False,
+    num_rows: int | None = None,
 ) -> tuple[Float[Array, "Q out"], ...]:
     """`x[r] @ W[e].T + b[e]`, or `unit` of two such products (gated), for the rows of each tile.
 
@@ -95,11 +96,12 @@ def grouped_matmul(
       transposed: one weight a source, `[E, in, out]`, `x[r] @ W[e]`. A stage then holds 64 rows of it as it holds 64
         ranks of B.
       keep: of a gated product both factors are results too.
+      num_rows: Q, where x is the rows of one tile, which all tiles read; None where it is sorted rows.
 
     Returns:
       `[Q, out]` in x's dtype; rows that no tile covers are not written. With `keep` two more, the factors.
     """
-    rows = sources[0].x.shape[0]
+    rows = num_rows or sources[0].x.shape[0]
     gated = len(sources[0].weights) == 2
     out_width = sources[0].weights[0].shape[2 if transposed else 1]
     warpgroups = config.warpgroups
@@ -144,7 +146,8 @@ def grouped_matmul(
 
             def item(number, done):
                 tile, first, lora_steps = place(number)
-                expert, row, used = expert_of[tile], pl.multiple_of(start_of[tile], ROW_ALIGNMENT), rows_of[tile]
+                expert, used = expert_of[tile], rows_of[tile]
+                row = pl.multiple_of(start_of[tile] if num_rows is None else used * 0, ROW_ALIGNMENT)
 
                 for source, (*_, x, w0, w1, _, _, _) in zip(sources, refs_of, strict=True):
 

@@ -1,6 +1,7 @@
-"""Counting by comparing inside a kernel, 64 values down with 64 across; and what the plan kernels share."""
+"""Counting by comparing inside a kernel, 64 values down with 64 or fewer across; what the plan kernels share."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,20 +15,27 @@ BLOCK = 64
 SQUARE = plgpu.Layout.WGMMA
 ACROSS = SQUARE.reduce(0)
 
-Square = Int[Array, "64 64"]
+Square = Int[Array, "64 width"]
 
 
+@dataclass(frozen=True)
 class Comparisons:
-    """Made inside a kernel, by each warpgroup. `row`, `column`: the place in a square; `lane`: in 64 rows."""
+    """Made inside a kernel, by each warpgroup. `row`, `column`: the place in a square; `lane`: in 64 rows.
+
+    Attributes:
+      width: how many values are across, a multiple of 8; work grows with it.
+    """
+
+    width: int = BLOCK
 
     @property
     def row(self) -> Square:
         """Made where it is used, as the others, so that it does not take registers meanwhile."""
-        return plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=SQUARE)
+        return plgpu.broadcasted_iota(jnp.int32, (BLOCK, self.width), 0, layout=SQUARE)
 
     @property
     def column(self) -> Square:
-        return plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 1, layout=SQUARE)
+        return plgpu.broadcasted_iota(jnp.int32, (BLOCK, self.width), 1, layout=SQUARE)
 
     @property
     def lane(self) -> Int[Array, "64"]:
@@ -35,12 +43,12 @@ class Comparisons:
         return plgpu.broadcasted_iota(jnp.int32, (BLOCK,), 0, layout=DOWN)
 
     def across(self, ref: Any) -> Square:
-        """64 values of memory, one a column."""
-        return lax.broadcast_in_dim(plgpu.load(ref, layout=ACROSS, optimized=False), (BLOCK, BLOCK), (1,))
+        """As many values of memory as a square is wide, one a column."""
+        return lax.broadcast_in_dim(plgpu.load(ref, layout=ACROSS, optimized=False), (BLOCK, self.width), (1,))
 
     def down(self, values: Int[Array, "64"]) -> Square:
         """One a row."""
-        return lax.broadcast_in_dim(values, (BLOCK, BLOCK), (0,))
+        return lax.broadcast_in_dim(values, (BLOCK, self.width), (0,))
 
     def rows(self, ref: Any) -> Int[Array, "64"]:
         """64 values of memory, for `down`."""
@@ -48,7 +56,7 @@ class Comparisons:
 
     def total(self, count: Any, term: Callable[[Array], Square], first: Any = 0, stride: int = 1) -> Int[Array, "64"]:
         """Sum over the columns of `term(chunk)` of every `stride`-th chunk from `first` on, one value a row."""
-        zero = plgpu.layout_cast(jnp.zeros((BLOCK, BLOCK), jnp.int32), SQUARE)
+        zero = plgpu.layout_cast(jnp.zeros((BLOCK, self.width), jnp.int32), SQUARE)
         rounds = lax.div(count - first + (stride - 1), jnp.int32(stride))
         return lax.fori_loop(0, rounds, lambda i, acc: acc + term(first + i * stride), zero).sum(1)
 

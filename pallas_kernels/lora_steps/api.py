@@ -120,3 +120,24 @@ def make_lora_steps(
     if not backend.has("lora_steps"):
         return [None] * len(projections)
     return backend.module("lora_steps").make_lora_steps(plan, projections, tiles)
+
+
+def forward_plan_and_steps(
+    plan: RoutingPlan, projections: Sequence[LayerPages | None]
+) -> tuple[RoutingPlan, list[LoRASteps | None]]:
+    """The plan and the steps for a layer's forward pass, where nothing is differentiated.
+
+    For a few tokens a backend may have a plan in which every tile reads all tokens as they are
+    (`RoutingPlan.token_tiles`), made with the steps in one kernel. No result of the plan's own kernels is used then,
+    and XLA leaves them out. `grouped_matmul` by 16-bit weights and `combine` take such a plan.
+
+    Args:
+      plan: as `make_plan` made it.
+      projections: as in `make_lora_steps`.
+    """
+    backend = BACKENDS[plan.backend]
+    if not (backend.has("few_tokens") and (few := backend.module("few_tokens")).runs(plan)):
+        return plan, make_lora_steps(plan, projections)
+    own, steps = few.plan_and_steps(plan, [pages for pages in projections if has_adapters(pages)])
+    remaining = iter(steps)
+    return own, [next(remaining) if has_adapters(pages) else None for pages in projections]

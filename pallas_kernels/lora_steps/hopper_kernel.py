@@ -46,13 +46,15 @@ def lists(
     """
     num_tiles, chunks = tiles.expert.shape[0], packed.shape[3]
     segments = num_slots + 1
+    # Few slots are compared with in a narrow square; beyond 64 in several whole ones.
+    width = min(BLOCK, -(-num_slots // 8) * 8)
 
     def list_steps(expert_of, start_of, rows_of, starts, before, packed, *refs):
         *outs, facts = refs
         warpgroup = lax.axis_index("wg")
         job = lax.axis_index("job") * WARPGROUPS + warpgroup
         facts = facts.at[warpgroup]
-        compare = Comparisons()
+        compare = Comparisons(width)
         index, column, read, down = compare.lane, compare.column, compare.rows, compare.down
 
         def spread(value):
@@ -60,10 +62,10 @@ def lists(
             return jnp.where(index < BLOCK, value, 0)
 
         def across(fact, chunk):
-            return compare.across(facts.at[fact, chunk])
+            return compare.across(facts.at[fact, chunk, pl.ds(0, width)])
 
         def over_slots(term):
-            """Sum of `term(chunk)`, `[64, 64]` with slots across, over all slots: one value a row."""
+            """Sum of `term(chunk)`, `[64, width]` with slots across, over all slots: one value a row."""
             return sum(term(chunk).sum(1) for chunk in range(chunks))
 
         def learn_of_slots(tile, projections, aliases):

@@ -36,6 +36,11 @@ class RoutingPlan:
         than these can be read.
       tiles: tiles of one expert each, for the base weights.
       lora_tiles: tiles of one (expert, slot) each, for the adapters; rows without an adapter are in none.
+      experts: int32 `[T, K]`, what was sorted: the expert of each pair, any other number for a skipped one.
+      slots: int32 `[T]`, the adapter slot of each token, any other number for none.
+      token_tiles: None, or the same tiles with a first row of x in place of a sorted row: each tile then has all tokens
+        in their order, some of them in vain, and `order`, sizes, segments and `before` do not tell of that (see
+        `forward_plan_and_steps`).
       alignment: static, of each expert's first row.
       backend: static, the backend that the plan was made for.
     """
@@ -49,8 +54,11 @@ class RoutingPlan:
     before: Int[Array, "before"]
     tiles: Tiles
     lora_tiles: Tiles
+    experts: Int[Array, "T K"]
+    slots: Int[Array, "T"]
     alignment: int = field(metadata={"static": True})
     backend: Implementation = field(metadata={"static": True})
+    token_tiles: Tiles | None = None
 
 
 def make_plan(
@@ -112,15 +120,22 @@ def make_plan(
         before=places.before,
         tiles=places.tiles,
         lora_tiles=cut_segments(places.segments, places.starts, count),
+        experts=_narrow(experts, num_experts),
+        slots=_narrow(slots, num_slots),
         alignment=cut.alignment,
         backend=backend.name,
     )
 
 
-def _ids(ids: Int[Array, "N"], count: int) -> Int[Array, "N"]:
+def _ids(ids: Int[Array, "*shape"], count: int) -> Int[Array, "*shape"]:
     """The ids as int32, and `count` for all outside `0 .. count - 1`, whatever the integers' width."""
     wide = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
     return jnp.where((wide >= 0) & (wide < count), wide, count).astype(jnp.int32)
+
+
+def _narrow(ids: Int[Array, "*shape"], count: int) -> Int[Array, "*shape"]:
+    """The ids as int32: as they are where they can be, so that nothing runs before the kernel that reads them."""
+    return ids if ids.dtype == jnp.int32 else _ids(ids, count)
 
 
 def row_experts(plan: RoutingPlan) -> Int[Array, "Q"]:

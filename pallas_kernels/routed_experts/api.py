@@ -83,7 +83,8 @@ def routed_experts(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer(call: LayerCall, x, weights, experts, pages, leaves) -> Float[Array, "T D"]:
     plan, adapters = jax.tree.unflatten(call.plan, leaves), pages.astype(x.dtype)
-    steps_in, steps_out = layer_steps(adapters, plan)
+    few = not any(isinstance(weight, Quantised) for weight in vars(experts).values())
+    plan, (steps_in, steps_out) = layer_steps(adapters, plan, forward_only=few)
     gated = grouped_matmul(
         x,
         (experts.gate, experts.up),

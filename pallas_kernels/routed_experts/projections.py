@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_lora.api import shrink
 from pallas_kernels.grouped_matmul.api import gated_products, grouped_matmul, input_gradient
-from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, make_lora_steps
+from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, forward_plan_and_steps, make_lora_steps
 from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
 from pallas_kernels.routed_experts.weights import ExpertWeights
@@ -49,9 +49,14 @@ class Products(NamedTuple):
     shrunk_out: Shrunk | None
 
 
-def layer_steps(adapters: LayerPages, plan: RoutingPlan) -> list[LoRASteps | None]:
-    """The steps of gate and up, and of down."""
-    return make_lora_steps(plan, (adapters.select(*IN), adapters.select(*OUT)))
+def layer_steps(
+    adapters: LayerPages, plan: RoutingPlan, forward_only: bool = False
+) -> tuple[RoutingPlan, list[LoRASteps | None]]:
+    """The plan to take, and the steps of gate and up, and of down."""
+    projections = adapters.select(*IN), adapters.select(*OUT)
+    if forward_only:
+        return forward_plan_and_steps(plan, projections)
+    return plan, make_lora_steps(plan, projections)
 
 
 def down_projection(
@@ -73,7 +78,7 @@ def gate_and_up(
     call: LayerCall, rows: Rows, experts: ExpertWeights, adapters: LayerPages, plan: RoutingPlan
 ) -> tuple[Rows, Products]:
     """The gated product, and what it is made of."""
-    steps_in, steps_out = layer_steps(adapters, plan)
+    plan, (steps_in, steps_out) = layer_steps(adapters, plan)
     shrunk_in = shrink(rows, adapters.select(*IN), plan, steps_in)
     gated, gate, up = gated_products(
         rows,

@@ -28,7 +28,7 @@ from pallas_kernels.grouped_matmul.hopper_kernel import MatmulOperands
 from pallas_kernels.hopper.quantised_tuning import MAX_ROWS, rows_per_tile
 from pallas_kernels.hopper.quantised_tuning import heuristic as quantised_heuristic
 from pallas_kernels.hopper.tuning import HopperConfig, heuristic
-from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, make_lora_steps
+from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, forward_plan_and_steps
 from pallas_kernels.lora_steps.xla import PackedSteps
 from pallas_kernels.ops import LayerPages, LoRAPages, make_plan, pack, quantise
 from pallas_kernels.plan.tiles import Tiles
@@ -85,8 +85,8 @@ def steps_of(kernel, rows: int) -> LoRASteps | PackedSteps:
     )
 
 
-def steps(slots: int, one_pool: bool):
-    """The lists of a gated projection and of a plain one."""
+def steps(slots: int, one_pool: bool, tokens: int = 40, top_k: int = 2):
+    """The lists of a gated projection and of a plain one; of at most 8 tokens with the plan."""
     a, b = array((100, 16, 128), "bfloat16"), array((100, 16, 64), "bfloat16")
     pages = LoRAPages(a, b, array((slots, 8, 4)), array((slots, 8), "float32"), 40)
 
@@ -94,9 +94,10 @@ def steps(slots: int, one_pool: bool):
         other = replace(pages, a=pages.a if one_pool else other_pool)
         plan = make_plan(experts, of_token, 8, slots, "hopper")
         adapters = LayerPages.from_modules({"gate": pages, "up": other, "down": pages})
-        return make_lora_steps(plan, (adapters.select("gate", "up"), adapters.select("down")))
+        plan, lists = forward_plan_and_steps(plan, (adapters.select("gate", "up"), adapters.select("down")))
+        return plan.tiles, lists
 
-    return call, (array((40, 2)), array((40,)), pages, a)
+    return call, (array((tokens, top_k)), array((tokens,)), pages, a)
 
 
 def matmul(
@@ -262,6 +263,8 @@ def hopper_cases():
     yield "shrink of two pools, float16", *shrink(hopper_shrink.shrink, 16, 2, 2880, "float16")
     for slots, one_pool in ((8, True), (32, False), (256, True)):
         yield f"steps of {slots} slots", *steps(slots, one_pool)
+    for slots, one_pool in ((8, True), (256, False)):
+        yield f"steps of {slots} slots, few tokens", *steps(slots, one_pool, 8, 8)
     for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168), (300, 2, 192), (90, 2, 2880)):
         rows = tokens * top_k + 64
         yield (
