@@ -1,6 +1,5 @@
 """From tokens to the sorted rows of their experts (`token_rows`), and back (`combine`)."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.backend import BACKENDS
@@ -31,7 +30,7 @@ def token_rows(x: Float[Array, "T width"], plan: RoutingPlan, *, clear: bool = T
 
 
 def combine(rows: Float[Array, "Q width"], weights: Float[Array, "T K"], plan: RoutingPlan) -> Float[Array, "T width"]:
-    """Sums each token's rows by router weight, in float32 and in the order of its experts; skipped pairs give zeros.
+    """Sums each token's rows by router weight, in float32 and in an order that shapes decide; skipped pairs give zeros.
 
     Args:
       rows: `[Q, width]`, in sorted order.
@@ -43,9 +42,7 @@ def combine(rows: Float[Array, "Q width"], weights: Float[Array, "T K"], plan: R
     """
     tokens, top_k = weights.shape
     position, live = plan.position.reshape(tokens, top_k), routed(plan).reshape(tokens, top_k)
-    # Both are masked: a skipped pair's row is undefined, and a gradient of zero times NaN is NaN.
-    taken = jnp.where(live[..., None], rows[position].astype(jnp.float32), 0.0)
-    return (jnp.where(live, weights, 0.0)[..., None] * taken).sum(axis=1)
+    return BACKENDS[plan.backend].module("dispatch").weighted_sum(rows, weights, position, live)
 
 
 def routed(plan: RoutingPlan) -> Bool[Array, "P"]:

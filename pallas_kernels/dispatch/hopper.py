@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.backend import target_sms
@@ -27,6 +27,15 @@ BUFFER_BYTES = 64 * 2**10
 def token_rows(x: Float[Array, "T width"], plan: RoutingPlan, *, clear: bool = True) -> Float[Array, "Q width"]:
     """What `api.token_rows` promises, by a kernel."""
     return dispatch(x, plan.position, plan.order.shape[0], gaps=_gaps(plan) if clear else None)
+
+
+def weighted_sum(
+    rows: Float[Array, "Q width"], weights: Float[Array, "T K"], position: Int[Array, "T K"], live: Bool[Array, "T K"]
+) -> Float[Array, "T width"]:
+    """What `api.combine` promises, as one reduction, which XLA makes one kernel of; arguments as in `xla.py`."""
+    # Both are masked: a skipped pair's row is undefined, and a gradient of zero times NaN is NaN.
+    taken = jnp.where(live[..., None], rows[position].astype(jnp.float32), 0.0)
+    return (jnp.where(live, weights, 0.0)[..., None] * taken).sum(axis=1)
 
 
 class Gaps(NamedTuple):

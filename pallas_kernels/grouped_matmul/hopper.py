@@ -131,7 +131,10 @@ def _cut_quantised(
 
     Raises:
       UnsupportedImplementation: they have two formats.
+      InputError: the plan's tiles have all tokens.
     """
+    if plan.token_tiles is not None:
+        raise InputError("Packed weights take make_plan's plan; got one of forward_plan_and_steps for few tokens.")
     first, *others = (weight.format if isinstance(weight, Quantised) else None for weight in weights)
     if first is None or any(form != first for form in others):
         names = " and ".join(form.name if form else "16 bits" for form in (first, *others))
@@ -146,6 +149,8 @@ def _tiles(plan: RoutingPlan, rows: int) -> Tiles:
     """The plan's tiles, or its rows cut into tiles of another size."""
     if plan.tiles.size == rows:
         return plan.tiles
+    if plan.token_tiles is not None:
+        raise InputError(f"Every tile of this plan has all tokens, in {plan.tiles.size} rows; got a config of {rows}.")
     return cut_groups(plan.group_sizes, plan.group_starts, plan.position.shape[0], rows)
 
 

@@ -147,6 +147,7 @@ def grouped_matmul(
             def item(number, done):
                 tile, first, lora_steps = place(number)
                 expert, used = expert_of[tile], rows_of[tile]
+                # Not the constant 0, by which a slice may not be longer than x, and x may have fewer rows than a tile.
                 row = pl.multiple_of(start_of[tile] if num_rows is None else used * 0, ROW_ALIGNMENT)
 
                 for source, (*_, x, w0, w1, _, _, _) in zip(sources, refs_of, strict=True):

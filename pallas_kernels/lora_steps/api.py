@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import BACKENDS
+from pallas_kernels.errors import InputError
 from pallas_kernels.lora_steps.entries import BEGIN, PAGE_A, PAGE_B0, PAGE_B1
 from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
@@ -35,7 +36,7 @@ class StepLayout:
     Attributes:
       projections: 1 or 2.
       one_pool: their pages of A are in one pool.
-      most: entries of one slot in one tile.
+      most: entries of one run (the rows of one slot, or neighbours of one slot in a plan of few tokens) in one tile.
       length: entries of one tile, a multiple of 64.
       by_rows: fewer rows than experts times slots, so that rows bound the runs.
     """
@@ -115,7 +116,12 @@ def make_lora_steps(
     Returns:
       For each projection what `grouped_matmul` and `shrink` take as `steps`; None for one without adapters, and for
       all of them where the plan's backend has no use for steps.
+
+    Raises:
+      InputError: the plan is one of `forward_plan_and_steps`, which came with its steps.
     """
+    if plan.token_tiles is not None:
+        raise InputError("This plan came with its steps; give those of forward_plan_and_steps, or make_plan's plan.")
     backend = BACKENDS[plan.backend]
     if not backend.has("lora_steps"):
         return [None] * len(projections)
@@ -127,13 +133,17 @@ def forward_plan_and_steps(
 ) -> tuple[RoutingPlan, list[LoRASteps | None]]:
     """The plan and the steps for a layer's forward pass, where nothing is differentiated.
 
-    For a few tokens a backend may have a plan in which every tile reads all tokens as they are
-    (`RoutingPlan.token_tiles`), made with the steps in one kernel. No result of the plan's own kernels is used then,
-    and XLA leaves them out. `grouped_matmul` by 16-bit weights and `combine` take such a plan.
+    For few tokens a backend may have a plan in which every tile reads all tokens as they are
+    (`RoutingPlan.token_tiles`). It is made together with the steps, in one kernel. Under `jit` no result of the first
+    plan's kernels is used then, and XLA removes them.
 
     Args:
       plan: as `make_plan` made it.
       projections: as in `make_lora_steps`.
+
+    Returns:
+      The plan to use, for `grouped_matmul` by 16-bit weights and `combine` alone where it has `token_tiles`; and the
+      steps, as `make_lora_steps` returns them.
     """
     backend = BACKENDS[plan.backend]
     if not (backend.has("few_tokens") and (few := backend.module("few_tokens")).runs(plan)):

@@ -43,10 +43,17 @@ def make_lora_steps(
 
 def layout_of(plan: RoutingPlan, pages: LayerPages, tile_rows: int) -> StepLayout:
     """How the steps of these adapters are cut, from static sizes and from whether two share a pool of A."""
+    if plan.token_tiles is not None:
+        return layout_of_runs(pages, plan.slots.shape[0], by_rows=True)
     num_experts, segments = plan.segment_sizes.shape
-    most = len(pages.places) * -(-pages.max_rank // RANK_PAGE)  # entries of one slot in one tile
-    length = -(-min(segments - 1, tile_rows) * most // BLOCK) * BLOCK
     by_rows = plan.position.shape[0] < num_experts * (segments - 1)
+    return layout_of_runs(pages, min(segments - 1, tile_rows), by_rows)
+
+
+def layout_of_runs(pages: LayerPages, runs: int, by_rows: bool) -> StepLayout:
+    """How the steps are cut where a tile has at most so many runs, each of rows of one slot."""
+    most = len(pages.places) * -(-pages.max_rank // RANK_PAGE)  # entries of one run
+    length = -(-runs * most // BLOCK) * BLOCK
     return StepLayout(len(pages.places), pages.a_in_one_pool, most, length, by_rows)
 
 

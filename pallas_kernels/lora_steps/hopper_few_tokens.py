@@ -1,12 +1,12 @@
 """Plan and LoRA steps of at most 8 tokens in one kernel: for a forward pass alone.
 
-A tile has 8 rows whatever an expert's rows are, so each expert that is hit reads all tokens as they are: nothing is
-sorted or copied, and token t's row of tile n is `8 n + t`. The plan is the list of the experts hit; the other tokens'
-rows of a tile are multiplied and never read.
+A tile has 8 rows however few of them an expert has. So each expert that is hit gets one tile, which reads all tokens as
+they are: nothing is sorted or copied, and token t's row of tile n is `8 n + t`. The plan is the list of the experts
+hit. Rows of tokens that did not choose the tile's expert are multiplied too, and never read.
 
-A block is one warpgroup and lists the steps of one tile; another block writes the plan. Each finds the experts hit for
-itself, by comparing all pairs with all: faster than waiting for another kernel. Entries belong to runs of neighbouring
-tokens of one slot, so that a run's rows are a range of every tile.
+A block is one warpgroup. Block 0 writes the plan, each other one lists the steps of one tile for one call of the
+matmul. Every block finds the experts hit for itself, by comparing all pairs with all, which takes less time than
+waiting for another kernel. An entry belongs to a run of neighbouring tokens of one slot: one range of a tile's rows.
 """
 
 from dataclasses import replace
@@ -25,7 +25,8 @@ from pallas_kernels.hopper.counting import BLOCK, Comparisons
 from pallas_kernels.hopper.limits import ROW_ALIGNMENT
 from pallas_kernels.lora_steps.api import LoRASteps, StepLayout
 from pallas_kernels.lora_steps.entries import PAGES_A_STEP
-from pallas_kernels.pages import RANK_PAGE, LayerPages
+from pallas_kernels.lora_steps.hopper import layout_of_runs
+from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
 from pallas_kernels.plan.tiles import BASE_SLOT, Tiles
 
@@ -53,7 +54,7 @@ def plan_and_steps(plan: RoutingPlan, projections: list[LayerPages]) -> tuple[Ro
     pairs = tokens * top_k
     num_tiles = min(pairs, num_experts)
     padded = [pages.pad_with_empty_pages() for pages in projections]
-    layouts = [_layout_of(pages, tokens) for pages in padded]
+    layouts = [layout_of_runs(pages, tokens, by_rows=True) for pages in padded]
     tables = [[(pages.tables[p.module], pages.scales[p.module]) for p in pages.places] for pages in padded]
     made, lists = _run(plan, num_tiles, num_experts, num_slots, tables, layouts)
     position, expert, start, rows, first_rows, count = made
@@ -78,12 +79,6 @@ def plan_and_steps(plan: RoutingPlan, projections: list[LayerPages]) -> tuple[Ro
         for layout, arrays in zip(layouts, lists, strict=True)
     ]
     return few, steps
-
-
-def _layout_of(pages: LayerPages, tokens: int) -> StepLayout:
-    most = len(pages.places) * -(-pages.max_rank // RANK_PAGE)  # entries of one token in one tile
-    length = -(-tokens * most // BLOCK) * BLOCK
-    return StepLayout(len(pages.places), pages.a_in_one_pool, most, length, by_rows=True)
 
 
 class _Found(NamedTuple):

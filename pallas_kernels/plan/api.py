@@ -36,11 +36,11 @@ class RoutingPlan:
         than these can be read.
       tiles: tiles of one expert each, for the base weights.
       lora_tiles: tiles of one (expert, slot) each, for the adapters; rows without an adapter are in none.
-      experts: int32 `[T, K]`, what was sorted: the expert of each pair, any other number for a skipped one.
-      slots: int32 `[T]`, the adapter slot of each token, any other number for none.
-      token_tiles: None, or the same tiles with a first row of x in place of a sorted row: each tile then has all tokens
-        in their order, some of them in vain, and `order`, sizes, segments and `before` do not tell of that (see
-        `forward_plan_and_steps`).
+      experts: int32 `[T, K]`, expert of each pair as it was given; a pair outside `0 .. E - 1` is skipped.
+      slots: int32 `[T]`, slot of each token as it was given; a token outside `0 .. S - 1` has no adapter.
+      token_tiles: None but in the plans of `forward_plan_and_steps`: there `tiles` with a first row of x in place of a
+        first sorted row. Every tile has all tokens in their order, whether or not they chose its expert: token t's row
+        is the tile's first row plus t. Sizes, starts, segments and `before` are those of the plan it was made of.
       alignment: static, of each expert's first row.
       backend: static, the backend that the plan was made for.
     """
