@@ -82,15 +82,15 @@ def plan_and_steps(plan: RoutingPlan, projections: list[LayerPages]) -> tuple[Ro
 
 
 class _Found(NamedTuple):
-    """What a block knows of the pairs, all in its shared memory or one value a row.
+    """What a block finds of the tiles, beside what it leaves in shared memory.
 
     Attributes:
-      pair_tile: the tile of each pair; of skipped pairs the number of tiles.
-      count: how many tiles, 64 times.
+      of_pair: the tile of each pair; of skipped pairs the number of tiles.
+      number: of tiles, 64 times.
     """
 
-    pair_tile: Int[Array, "64"]
-    count: Int[Array, "64"]
+    of_pair: Int[Array, "64"]
+    number: Int[Array, "64"]
 
 
 def _run(plan, num_tiles, num_experts, num_slots, tables, layouts):
@@ -107,14 +107,14 @@ def _run(plan, num_tiles, num_experts, num_slots, tables, layouts):
         @pl.when(job == 0)
         def _():
             token = lax.div(compare.lane, jnp.int32(top_k))
-            position[...] = found.pair_tile * ROW_ALIGNMENT + token
-            used = compare.lane < found.count
+            position[...] = found.of_pair * ROW_ALIGNMENT + token
+            used = compare.lane < found.number
             values = compare.rows(facts.at[TILE_EXPERTS]), compare.lane * ROW_ALIGNMENT, tokens
             *of_tiles, first_rows = tile_refs
             for ref, value in zip(of_tiles, values, strict=True):
                 ref[...] = jnp.where(used, value, 0)
             first_rows[...] = jnp.where(compare.lane < 0, 1, 0)
-            tile_count[...] = found.count
+            tile_count[...] = found.number
 
         module = 0
         for number, layout in enumerate(layouts):

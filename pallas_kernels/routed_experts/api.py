@@ -35,8 +35,8 @@ from pallas_kernels.routed_experts.projections import (
     Products,
     Rows,
     down_projection,
+    forward_steps,
     gate_and_up,
-    layer_steps,
     rows_gradient,
     shrink_cotangent,
 )
@@ -83,8 +83,7 @@ def routed_experts(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer(call: LayerCall, x, weights, experts, pages, leaves) -> Float[Array, "T D"]:
     plan, adapters = jax.tree.unflatten(call.plan, leaves), pages.astype(x.dtype)
-    few = not any(isinstance(weight, Quantised) for weight in vars(experts).values())
-    plan, (steps_in, steps_out) = layer_steps(adapters, plan, forward_only=few)
+    plan, (steps_in, steps_out) = forward_steps(experts, adapters, plan)
     gated = grouped_matmul(
         x,
         (experts.gate, experts.up),

@@ -12,6 +12,7 @@ from pallas_kernels.grouped_matmul.api import gated_products, grouped_matmul, in
 from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, forward_plan_and_steps, make_lora_steps
 from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
+from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 IN, OUT = ("gate", "up"), ("down",)
@@ -49,14 +50,18 @@ class Products(NamedTuple):
     shrunk_out: Shrunk | None
 
 
-def layer_steps(
-    adapters: LayerPages, plan: RoutingPlan, forward_only: bool = False
+def layer_steps(adapters: LayerPages, plan: RoutingPlan) -> list[LoRASteps | None]:
+    """The steps of gate and up, and of down."""
+    return make_lora_steps(plan, (adapters.select(*IN), adapters.select(*OUT)))
+
+
+def forward_steps(
+    experts: ExpertWeights, adapters: LayerPages, plan: RoutingPlan
 ) -> tuple[RoutingPlan, list[LoRASteps | None]]:
-    """The plan to take, and the steps of gate and up, and of down."""
-    projections = adapters.select(*IN), adapters.select(*OUT)
-    if forward_only:
-        return forward_plan_and_steps(plan, projections)
-    return plan, make_lora_steps(plan, projections)
+    """The plan to use where nothing is differentiated, and its steps. Over quantised weights it is `make_plan`'s."""
+    if any(isinstance(weight, Quantised) for weight in vars(experts).values()):
+        return plan, layer_steps(adapters, plan)
+    return forward_plan_and_steps(plan, (adapters.select(*IN), adapters.select(*OUT)))
 
 
 def down_projection(
@@ -78,7 +83,7 @@ def gate_and_up(
     call: LayerCall, rows: Rows, experts: ExpertWeights, adapters: LayerPages, plan: RoutingPlan
 ) -> tuple[Rows, Products]:
     """The gated product, and what it is made of."""
-    plan, (steps_in, steps_out) = layer_steps(adapters, plan)
+    steps_in, steps_out = layer_steps(adapters, plan)
     shrunk_in = shrink(rows, adapters.select(*IN), plan, steps_in)
     gated, gate, up = gated_products(
         rows,

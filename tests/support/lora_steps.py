@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,23 @@ def entries_of_tiles(
         yield entries + [(0,) * 6] * (-len(entries) % PAGES_A_STEP)
 
 
+def entries_of_few_tokens(
+    chosen: np.ndarray, slots: np.ndarray, pages: tuple[LoRAPages, ...], one_pool: bool
+) -> dict[int, list[tuple]]:
+    """Expert -> the entries of its tile, which has all tokens: of each run of neighbours of one slot that hits it."""
+    num_slots, num_experts = pages[0].scale.shape
+    lists = {}
+    for expert in sorted(set(chosen.reshape(-1)) & set(range(num_experts))):
+        entries, first = [], 0
+        for slot, run in groupby(slots.tolist()):
+            rows = first, first + len(list(run))
+            first = rows[1]
+            if slot in range(num_slots) and (chosen[slice(*rows)] == expert).any():
+                entries += _entries_of_slot(pages, one_pool, slot, expert, rows)
+        lists[int(expert)] = entries + [(0,) * 6] * (-len(entries) % PAGES_A_STEP)
+    return lists
+
+
 def _entries_of_slot(
     pages: tuple[LoRAPages, ...], one_pool: bool, slot: int, expert: int, rows: tuple[int, int]
 ) -> list[tuple]:
@@ -72,3 +90,13 @@ def _entries_of_slot(
     return [(a + page, b + page, 0, *rows, scales[0]) for page in range(count)] + [
         (page_a, 0, last[1] + page, *rows, scales[1]) for page, page_a in enumerate(second)
     ]
+
+
+def random_pages(rng, slots: int, experts: int, ranks: tuple[int, ...], pool: jax.Array) -> LoRAPages:
+    """Pages for a random half of the (slot, expert) pairs; no slot has adapters for expert 0."""
+    rank = np.where(rng.random((slots, experts)) < 0.5, rng.choice(ranks, (slots, experts)), 0)
+    rank[:, 0] = 0
+    first = rng.integers(1, 10**6, (2, slots, experts)) * (rank > 0)
+    table = np.stack([*first, -(-rank // 16), rank], -1)
+    scale = rng.normal(size=(slots, experts)).astype(np.float32)
+    return LoRAPages(pool, pool, jnp.asarray(table, jnp.int32), jnp.asarray(scale), max(ranks))

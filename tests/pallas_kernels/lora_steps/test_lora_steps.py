@@ -2,26 +2,15 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.lora_steps.api import make_lora_steps
-from pallas_kernels.ops import LayerPages, LoRAPages, make_plan
-from support.lora_steps import entries_of_tiles
+from pallas_kernels.ops import LayerPages, make_plan
+from support.lora_steps import entries_of_tiles, random_pages
 
 pytestmark = pytest.mark.usefixtures("interpreter")
-
-
-def random_pages(rng, slots: int, experts: int, ranks: tuple[int, ...], pool: jax.Array) -> LoRAPages:
-    """Pages for a random half of the (slot, expert) pairs; no slot has adapters for expert 0."""
-    rank = np.where(rng.random((slots, experts)) < 0.5, rng.choice(ranks, (slots, experts)), 0)
-    rank[:, 0] = 0
-    first = rng.integers(1, 10**6, (2, slots, experts)) * (rank > 0)
-    table = np.stack([*first, -(-rank // 16), rank], -1)
-    scale = rng.normal(size=(slots, experts)).astype(np.float32)
-    return LoRAPages(pool, pool, jnp.asarray(table, jnp.int32), jnp.asarray(scale), max(ranks))
 
 
 @pytest.mark.slow
