@@ -30,7 +30,7 @@ from pallas_kernels.hopper.quantised_tuning import heuristic as quantised_heuris
 from pallas_kernels.hopper.tuning import HopperConfig, heuristic
 from pallas_kernels.lora_steps.api import LoRASteps, StepLayout, forward_plan_and_steps
 from pallas_kernels.lora_steps.xla import PackedSteps
-from pallas_kernels.ops import LayerPages, LoRAPages, make_plan, pack, quantise
+from pallas_kernels.ops import ExpertWeights, LayerPages, LoRAPages, make_plan, pack, quantise, routed_experts
 from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.portable.tuning import TILE_ROWS
 from pallas_kernels.portable.tuning import heuristic as portable_heuristic
@@ -98,6 +98,23 @@ def steps(slots: int, one_pool: bool, tokens: int = 40, top_k: int = 2):
         return plan.tiles, lists
 
     return call, (array((tokens, top_k)), array((tokens,)), pages, a)
+
+
+def layer_of_few_tokens(with_lora: bool):
+    """A whole layer of 3 tokens, fewer than a tile has rows."""
+    a, b = array((100, 16, 2048), "bfloat16"), array((100, 16, 768), "bfloat16")
+    table = array((8, 128, 4)), array((8, 128), "float32")
+
+    def call(x, weights, chosen, slots, gate, down, a, b, table):
+        modules = {"gate": (a, b), "up": (a, b), "down": (b, a)}
+        pages = LayerPages.from_modules({name: LoRAPages(*pools, *table, 40) for name, pools in modules.items()})
+        plan = make_plan(chosen, slots, 128, 8 if with_lora else 0, "hopper")
+        experts = ExpertWeights(gate, gate, down)
+        return routed_experts(x, weights, experts, pages if with_lora else None, plan)
+
+    matrices = array((128, 768, 2048), "bfloat16"), array((128, 2048, 768), "bfloat16")
+    ids = array((3, 8), "float32"), array((3, 8)), array((3,))
+    return call, (array((3, 2048), "bfloat16"), *ids, *matrices, a, b, table)
 
 
 def matmul(
@@ -265,6 +282,8 @@ def hopper_cases():
         yield f"steps of {slots} slots", *steps(slots, one_pool)
     for slots, one_pool in ((8, True), (256, False)):
         yield f"steps of {slots} slots, few tokens", *steps(slots, one_pool, 8, 8)
+    for with_lora in (True, False):
+        yield f"layer of few tokens, lora={with_lora}", *layer_of_few_tokens(with_lora)
     for tokens, top_k, width in ((8, 8, 2048), (8192, 8, 2048), (100, 2, 7168), (300, 2, 192), (90, 2, 2880)):
         rows = tokens * top_k + 64
         yield (
