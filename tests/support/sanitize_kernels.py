@@ -24,6 +24,7 @@ from support.gradients import TOLERANCE, arguments, assert_gradients, loss, plai
 from support.paged import PagedSpec, draw_layer, wide
 
 SPECS = {
+    "few tokens": PagedSpec(5, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
     "short tiles, plan kernel": PagedSpec(20, 192, 192, 6, 2, slots=3, ranks=(4, 40)),
     "long tiles, plan kernel": PagedSpec(600, 128, 192, 2, 2, slots=3, ranks=(4, 40)),
     "long tiles, counting plan": PagedSpec(2100, 128, 192, 2, 2, slots=3, ranks=(16,)),

@@ -124,23 +124,26 @@ LAYERS = {
 }
 
 
-def run(layer: PagedLayer, slots=None, adapters=True) -> np.ndarray:
-    """The layer's rows, as the forward pass makes them."""
+def run(layer: PagedLayer, slots=None, adapters=True, in_order=False) -> np.ndarray:
+    """The layer's rows, as the forward pass makes them; `in_order`: by the sorted plan."""
     spec, slots = layer.spec, layer.slots if slots is None else slots
     pages = layer.adapters if adapters else NO_ADAPTERS
     plan = plan_by_xla(layer.chosen, slots, spec.experts, spec.slots if adapters else 0, "hopper", 8)
     ins, outs = pages.select("gate", "up"), pages.select("down")
-    few, (steps_in, steps_out) = forward_plan_and_steps(plan, (ins, outs))
-    assert few.token_tiles is not None
+    if in_order:
+        steps_in, steps_out = make_lora_steps(plan, (ins, outs))
+    else:
+        plan, (steps_in, steps_out) = forward_plan_and_steps(plan, (ins, outs))
+    assert (plan.token_tiles is None) == in_order
     experts, common = layer.experts, {"config": CONFIGS["8 rows"], "activation": "silu"}
     gated = hopper.grouped_matmul(
-        layer.x, (experts.gate, experts.up), few, of_tokens=True, biases=(None, None), adapters=ins, steps=steps_in,
+        layer.x, (experts.gate, experts.up), plan, of_tokens=True, biases=(None, None), adapters=ins, steps=steps_in,
         **common,
     )  # fmt: skip
     down = hopper.grouped_matmul(
-        gated, (experts.down,), few, of_tokens=False, biases=(None,), adapters=outs, steps=steps_out, **common
+        gated, (experts.down,), plan, of_tokens=False, biases=(None,), adapters=outs, steps=steps_out, **common
     )
-    return np.asarray(combine(down, layer.gates, few))
+    return np.asarray(combine(down, layer.gates, plan))
 
 
 @interpreted
@@ -162,6 +165,13 @@ def test_a_layer_equals_the_oracle_without_races(name):
     solo = run(layer, jnp.where(jnp.asarray(own), layer.slots, BASE_SLOT))
     np.testing.assert_array_equal(solo[own], mixed[own])
     np.testing.assert_array_equal(solo[~own], nobody[~own])
+
+
+@interpreted
+@pytest.mark.slow(30)
+def test_a_layer_has_the_bits_of_the_sorted_plan():
+    layer = draw_layer(LAYERS["8 tokens"], np.random.default_rng(1))
+    np.testing.assert_array_equal(run(layer), run(layer, in_order=True))
 
 
 @pytest.fixture
