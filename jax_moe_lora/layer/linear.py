@@ -13,27 +13,28 @@ Which one follows from static shapes and dtypes alone. In both a row meets its o
 zeros for the others': mixed equals solo.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
+from jax_moe_lora.layer.packed_update import packed_update, packs
 from jax_moe_lora.layer.routing import token_slots
 from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels.backend import backend_named
 from pallas_kernels.ops import (
-    RANK_PAGE,
     Implementation,
     LayerPages,
     LoRAPages,
     RoutingPlan,
-    choose,
     grouped_lora,
     make_plan,
     page_gradients,
@@ -41,13 +42,12 @@ from pallas_kernels.ops import (
 from pallas_kernels.pages import Place
 from pallas_kernels.pytrees import pytree
 from pallas_kernels.quantised.array import Quantised
-from pallas_kernels.varying import varying_as
+from pallas_kernels.varying import varying_as, varying_axes
 from pallas_kernels.xla import quantised_dot
-from pallas_kernels.xla.dot import matmul, matmul_t
+from pallas_kernels.xla.dot import matmul_t
 
 TILE_LOOP: Implementation = "xla"  # the backend of the loop that is not packed
-MAX_MERGED_BYTES = 2**25  # of a projection's float32 result
-MAX_PACKED_RANKS = 2048  # of all slots: as wide as a projection itself; beyond, most of the packed product is zeros
+MAX_MERGED_BYTES = 2**25  # of the float32 results of projections of the same rows
 
 
 @pytree
@@ -106,46 +106,122 @@ def lora_linear(
       InputError: pages without a plan, or a plan of other rows or slots; shapes that disagree, or dtypes of another
         kind.
     """
-    checks.check_linear(x, weight, bias)
-    if pages is not None:
-        if plan is None:
-            raise InputError("lora_linear got pages and no plan; give it dense_plan of the rows' slots.")
-        num_slots = checks.check_pages("pages", pages, *reversed(weight.shape), num_experts=1)
-        checks.check_dense_plan(plan.slots, plan.rows.segment_sizes.shape[1] - 1, x.shape[0], num_slots)
-    if 4 * x.shape[0] * weight.shape[0] > MAX_MERGED_BYTES:
-        # XLA would merge the matmuls of rows that projections share. That saves launches, but what is merged is taken
-        # apart by copies; behind a barrier x is another value to it.
-        x = lax.optimization_barrier(x)
-    # The barrier keeps XLA from folding what follows into the matmul, which would round base rows otherwise.
-    product = quantised_dot.matmul_t(x, weight) if isinstance(weight, Quantised) else matmul_t(x, weight)
-    y = lax.optimization_barrier(product)
-    if pages is not None and plan is not None:
-        if packs(x, pages, implementation):
-            y = packed_lora(y, x, pages, plan.slots)
-        else:
-            pools = pages.a.astype(x.dtype), pages.b.astype(x.dtype)
-            leaves, structure = jax.tree.flatten((pages.table, pages.scale, plan.rows))
-            call = _loop_of(implementation), pages.max_rank, structure
-            y = _looped_lora(call, *varying_as((y, x, *pools, leaves)))
-        y = lax.optimization_barrier(y)
-    return y if bias is None else y + bias.astype(jnp.float32)[None]
+    return lora_linears(x, (Projection(weight, bias, pages),), plan, implementation)[0]
 
 
-def packs(x: Float[Array, "T in"], pages: LoRAPages, implementation: Implementation | None) -> bool:
-    """Whether the packed form serves this call.
+@dataclass(frozen=True)
+class Projection:
+    """One of several dense projections of the same rows.
+
+    Attributes:
+      weight: `[out, in]`, or quantised.
+      bias: `[out]`, or None.
+      pages: its adapters, or None for none.
+    """
+
+    weight: Float[Array, "out in"] | Quantised
+    bias: Float[Array, "out"] | None = None
+    pages: LoRAPages | None = None
+
+
+def lora_linears(
+    x: Float[Array, "T in"],
+    projections: Sequence[Projection],
+    plan: DensePlan | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "T _"], ...]:
+    """`lora_linear` of several projections of the same rows; of few rows in fewer kernels.
 
     Args:
       x: `[T, in]`, the rows.
-      pages: the projection's adapters.
-      implementation: a backend by name, or None for the best.
+      projections: weights, biases and adapters of each.
+      plan: as in `lora_linear`.
+      implementation: as in `lora_linear`.
+
+    Returns:
+      float32 `[T, out]` of each.
 
     Raises:
-      UnsupportedImplementation: no backend has this name.
+      InputError: as `lora_linear`.
     """
-    if implementation is not None and not backend_named(implementation).packs_dense:
-        return False
-    ranks = min(pages.table.shape[0], x.shape[0]) * -(-pages.max_rank // RANK_PAGE) * RANK_PAGE
-    return ranks <= MAX_PACKED_RANKS and backend_named(choose(dtype=x.dtype).picked).packs_dense
+    for projection in projections:
+        _check_projection(x, projection, plan)
+    merged = 4 * x.shape[0] * sum(projection.weight.shape[0] for projection in projections) <= MAX_MERGED_BYTES
+    # XLA merges the matmuls of rows that projections share. That saves launches, but what is large is taken apart by
+    # copies; behind a barrier of its own x is another value to it.
+    results = [_product(x if merged else lax.optimization_barrier(x), one.weight) for one in projections]
+    if merged and _merges(projections, results):
+        results = _side_by_side(results, x, projections, plan, implementation)
+    else:
+        # The barrier keeps XLA from folding what follows into the matmul, which would round base rows otherwise.
+        results = [lax.optimization_barrier(product) for product in results]
+        pairs = zip(results, projections, strict=True)
+        results = [_adapted(y, x, projection.pages, plan, implementation) for y, projection in pairs]
+    biases = [projection.bias for projection in projections]
+    return tuple(
+        y if bias is None else y + bias.astype(jnp.float32)[None] for y, bias in zip(results, biases, strict=True)
+    )
+
+
+def _merges(projections: Sequence[Projection], products: Sequence[Array]) -> bool:
+    """Whether XLA makes one matmul of several; on a mesh each product may be split in its own way, and stays apart."""
+    dtypes = {None if isinstance(one.weight, Quantised) else one.weight.dtype for one in projections}
+    return len(projections) > 1 and len(dtypes) == 1 and None not in dtypes and not any(map(varying_axes, products))
+
+
+def _check_projection(x: Float[Array, "T in"], projection: Projection, plan: DensePlan | None) -> None:
+    weight, pages = projection.weight, projection.pages
+    checks.check_linear(x, weight, projection.bias)
+    if pages is None:
+        return
+    if plan is None:
+        raise InputError("lora_linear got pages and no plan; give it dense_plan of the rows' slots.")
+    num_slots = checks.check_pages("pages", pages, *reversed(weight.shape), num_experts=1)
+    checks.check_dense_plan(plan.slots, plan.rows.segment_sizes.shape[1] - 1, x.shape[0], num_slots)
+
+
+def _product(x: Float[Array, "T in"], weight: Float[Array, "out in"] | Quantised) -> Float[Array, "T out"]:
+    return quantised_dot.matmul_t(x, weight) if isinstance(weight, Quantised) else matmul_t(x, weight)
+
+
+def _side_by_side(
+    products: Sequence[Array],
+    x: Float[Array, "T in"],
+    projections: Sequence[Projection],
+    plan: DensePlan | None,
+    implementation: Implementation | None,
+) -> list[Array]:
+    """The products and their adapters, behind one barrier for all of them: what XLA merged stays one array."""
+    ends = np.cumsum([product.shape[1] for product in products])[:-1].tolist()
+    merged = lax.optimization_barrier(jnp.concatenate(products, axis=1))
+    pages = [projection.pages for projection in projections]
+    adapted = [one for one in pages if one is not None]
+    if plan is not None and adapted and all(packs(x, one, implementation) for one in adapted):
+        updates = [
+            jnp.zeros_like(product) if one is None else packed_update(x, one, plan.slots)
+            for product, one in zip(products, pages, strict=True)
+        ]
+        return jnp.split(lax.optimization_barrier(merged + jnp.concatenate(updates, axis=1)), ends, axis=1)
+    parts = zip(jnp.split(merged, ends, axis=1), pages, strict=True)
+    return [_adapted(y, x, one, plan, implementation) for y, one in parts]
+
+
+def _adapted(
+    y: Float[Array, "T out"],
+    x: Float[Array, "T in"],
+    pages: LoRAPages | None,
+    plan: DensePlan | None,
+    implementation: Implementation | None,
+) -> Float[Array, "T out"]:
+    """A product with each row's own adapter."""
+    if pages is None or plan is None:
+        return y
+    if packs(x, pages, implementation):
+        return lax.optimization_barrier(y + packed_update(x, pages, plan.slots))
+    pools = pages.a.astype(x.dtype), pages.b.astype(x.dtype)
+    leaves, structure = jax.tree.flatten((pages.table, pages.scale, plan.rows))
+    call = _loop_of(implementation), pages.max_rank, structure
+    return lax.optimization_barrier(_looped_lora(call, *varying_as((y, x, *pools, leaves))))
 
 
 def _loop_of(implementation: Implementation | None) -> Implementation:
@@ -183,41 +259,3 @@ def _looped_backward(static, kept, dy):
 
 
 _looped_lora.defvjp(_looped_forward, _looped_backward)
-
-
-def packed_lora(
-    y: Float[Array, "T out"], x: Float[Array, "T in"], pages: LoRAPages, slots: Int[Array, "T"]
-) -> Float[Array, "T out"]:
-    """`y[t] + scale[s] * (x[t] @ A[s].T) @ B[s].T` with s the row's slot, by two matmuls over all slots' pages.
-
-    Args:
-      y: float32 `[T, out]`, the base projection.
-      x: `[T, in]`, its rows.
-      pages: the projection's adapters.
-      slots: int32 `[T]`; a row whose slot is outside `0 .. S - 1` gets its own y.
-
-    Returns:
-      float32 `[T, out]`.
-    """
-    tokens, num_slots = x.shape[0], pages.table.shape[0]
-    adapted = (slots >= 0) & (slots < num_slots)
-    if num_slots <= tokens:  # a block of columns a slot
-        table, scale = pages.table[:, 0], pages.scale[:, 0]
-        uses_block = slots[:, None] == jnp.arange(num_slots, dtype=slots.dtype)[None, :]
-    else:  # a block a row, for a bank of many slots and a batch of few rows
-        of_row = jnp.where(adapted, slots, 0)
-        table, scale = pages.table[of_row, 0], pages.scale[of_row, 0]
-        uses_block = adapted[:, None] & jnp.eye(tokens, dtype=bool)
-    page = jnp.arange(-(-pages.max_rank // RANK_PAGE), dtype=jnp.int32)[None, :]
-    live = page < table[:, 2:3]
-
-    def packed(pool: Array, first: Array) -> Array:
-        """`[ranks, width]`: the blocks' pages one after the other, zeros (page 0) where a block has fewer."""
-        return pool[jnp.where(live, first + page, 0).reshape(-1)].reshape(-1, pool.shape[-1]).astype(x.dtype)
-
-    # Behind a barrier x is another value to XLA, which would merge this product into the base one and change its bits.
-    hidden = matmul_t(lax.optimization_barrier(x), packed(pages.a, table[:, 0:1]))
-    hidden = hidden.reshape(tokens, table.shape[0], -1) * scale[None, :, None]
-    hidden = jnp.where(uses_block[:, :, None], hidden, 0.0).reshape(tokens, -1).astype(x.dtype)
-    b = packed(pages.b, table[:, 1:2])
-    return y + lax.optimization_barrier(matmul(hidden, b))

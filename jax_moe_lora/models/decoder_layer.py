@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jax_moe_lora.models.blocks import dense_mlp, routed_mlp
@@ -65,7 +66,9 @@ def run_layer(
 
 
 def _before(spec: LayerSpec, layer: LayerParams, block: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return x if spec.norms == "after" else norm_named(spec.norm, x, layer, f"{block}_norm")
+    y = x if spec.norms == "after" else norm_named(spec.norm, x, layer, f"{block}_norm")
+    # Several projections read it: without a barrier XLA makes parts of it again in each of them.
+    return lax.optimization_barrier(y)
 
 
 def _after(spec: LayerSpec, layer: LayerParams, block: str, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from jax_moe_lora.layer.linear import MAX_PACKED_RANKS
+from jax_moe_lora.layer.packed_update import MAX_PACKED_RANKS
 from pallas_kernels.ops import LoRAPages
 from pallas_kernels.pages import RANK_PAGE
 
@@ -51,7 +51,7 @@ def kv_b_adapters(
 ) -> tuple[HeadPages | None, HeadPages | None]:
     """The adapters of `kv_b` for a step, of its keys and of its values.
 
-    All slots' pages stand side by side where they are few, as in `linear.packed_lora`; else each request has its own.
+    All slots' pages stand side by side where they are few, as in `layer.packed_update`; else each request has its own.
     Which one follows from shapes alone, and a request meets its own pages in their own order in both.
 
     Args:

@@ -3,13 +3,14 @@
 Letters: B requests, T tokens of a request, N rows of the step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.adapters.replacements import Replacements
-from jax_moe_lora.layer.linear import DensePlan, lora_linear
+from jax_moe_lora.layer.linear import DensePlan, Projection, lora_linear, lora_linears
 from jax_moe_lora.models.blocks.partial_sums import added_once
 from jax_moe_lora.models.params import LayerParams
 from pallas_kernels.ops import Implementation, LayerPages
@@ -97,3 +98,33 @@ def linear(
     bias = added_once(weights.get(f"{module}_bias"), weight)
     rows = lora_linear(x.reshape(-1, x.shape[-1]), weight, bias, pages, step.plan, step.implementation)
     return rows.reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def linears(
+    modules: Sequence[str], weights: LayerParams, adapters: LayerPages, x: Float[Array, "B T in"], step: StepContext
+) -> tuple[Float[Array, "B T _"], ...]:
+    """`linear` of several projections of the same rows; of few rows in fewer kernels.
+
+    Args:
+      modules: their names.
+      weights: the layer's arrays.
+      adapters: the layer's pages.
+      x: rows.
+      step: what every layer reads.
+    """
+    results = float32_linears(modules, weights, adapters, x, step)
+    return tuple(rows.reshape(*x.shape[:-1], -1).astype(x.dtype) for rows in results)
+
+
+def float32_linears(
+    modules: Sequence[str], weights: LayerParams, adapters: LayerPages, x: Float[Array, "B T in"], step: StepContext
+) -> tuple[Float[Array, "N _"], ...]:
+    """`linears` before they are rounded, for a kernel that does so itself.
+
+    Args: as in `linears`.
+    """
+    projections = [
+        Projection(weights[module], added_once(weights.get(f"{module}_bias"), weights[module]), adapters.get(module))
+        for module in modules
+    ]
+    return lora_linears(x.reshape(-1, x.shape[-1]), projections, step.plan, step.implementation)

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jax_moe_lora.models.blocks.cache_places import LayerCache
-from jax_moe_lora.models.blocks.context import StepContext, linear
+from jax_moe_lora.models.blocks.context import StepContext, linear, linears
 from jax_moe_lora.models.blocks.delta_rule import Tokens, chunked, one_token
 from jax_moe_lora.models.blocks.norm import norm_named
 from jax_moe_lora.models.params import LayerParams
@@ -89,13 +89,15 @@ def _projections(
     """What is convolved (queries, keys and values), the gate, and what steps and decays are made of."""
     shape, heads = x.shape[:2], (*x.shape[:2], spec.num_heads, spec.value_dim)
     if not spec.by_key_head:
-        qkv, z, b, a = (linear(f"delta_{part}", weights, adapters, x, step) for part in ("qkv", "z", "b", "a"))
+        modules = "delta_qkv", "delta_z", "delta_b", "delta_a"
+        qkv, z, b, a = linears(modules, weights, adapters, x, step)
         return qkv, z.reshape(heads), b, a
-    rows = linear("delta_qkvz", weights, adapters, x, step).reshape(*shape, spec.num_key_heads, -1)
+    of_heads = (*shape, spec.num_key_heads, -1)
+    qkvz, ba = (y.reshape(of_heads) for y in linears(("delta_qkvz", "delta_ba"), weights, adapters, x, step))
     wide = spec.shared_by * spec.value_dim
-    q, k, v, z = jnp.split(rows, (spec.key_dim, 2 * spec.key_dim, 2 * spec.key_dim + wide), axis=-1)
+    q, k, v, z = jnp.split(qkvz, (spec.key_dim, 2 * spec.key_dim, 2 * spec.key_dim + wide), axis=-1)
     qkv = jnp.concatenate([part.reshape(*shape, -1) for part in (q, k, v)], axis=-1)
-    b, a = jnp.split(linear("delta_ba", weights, adapters, x, step).reshape(*shape, spec.num_key_heads, -1), 2, axis=-1)
+    b, a = jnp.split(ba, 2, axis=-1)
     return qkv, z.reshape(heads), b.reshape(*shape, -1), a.reshape(*shape, -1)
 
 

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from jax_moe_lora.models.blocks.context import StepContext, linear
+from jax_moe_lora.models.blocks.context import StepContext, linear, linears
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.mlp import DenseMLP
 from pallas_kernels.activations import gated_unit
@@ -21,5 +21,5 @@ def forward(
       x: `[B, T, D]`.
       step: what every layer reads.
     """
-    gate, up = (linear(f"{spec.modules}_{part}", weights, adapters, x, step) for part in ("gate", "up"))
+    gate, up = linears((f"{spec.modules}_gate", f"{spec.modules}_up"), weights, adapters, x, step)
     return linear(f"{spec.modules}_down", weights, adapters, gated_unit(spec.activation, gate, up), step)

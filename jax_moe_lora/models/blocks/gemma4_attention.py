@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from jax_moe_lora.models.blocks import gqa
 from jax_moe_lora.models.blocks.cache_places import LayerCache
-from jax_moe_lora.models.blocks.context import StepContext, linear
+from jax_moe_lora.models.blocks.context import StepContext, linear, linears
 from jax_moe_lora.models.blocks.norm import rms_norm
 from jax_moe_lora.models.blocks.partial_sums import total
 from jax_moe_lora.models.params import LayerParams
@@ -46,15 +46,12 @@ def forward(
     Returns:
       `[B, T, D]`, and the cache with the step's tokens in it.
     """
-
-    def project(module: str, rows: Array) -> Array:
-        return linear(f"{spec.modules}{module}", weights, adapters, rows, step)
-
-    heads = spec.heads
-    q, k = project("q", x), project("k", x)
-    v = k if spec.keys_are_values else project("v", x)
+    heads, modules = spec.heads, "qk" if spec.keys_are_values else "qkv"
+    q, k, *values = linears([f"{spec.modules}{module}" for module in modules], weights, adapters, x, step)
+    v = values[0] if values else k
     q = gqa.split_heads(heads, "q", weights, q, step)
     k = gqa.split_heads(heads, "k", weights, k, step)
     v = rms_norm(v.reshape(k.shape), None, heads.norm.eps)
     mixed, cache = gqa.attend(heads, q, k, v, None, step, cache)
-    return total(project("o", mixed.reshape(*x.shape[:2], -1))), cache
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    return total(linear(f"{spec.modules}o", weights, adapters, mixed, step)), cache

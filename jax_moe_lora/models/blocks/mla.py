@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from jax_moe_lora.models.blocks.absorbed import attend_latents, from_latents, kv_b_adapters, to_latents
 from jax_moe_lora.models.blocks.attention import attend_packed, attend_prompt, choose_attention
 from jax_moe_lora.models.blocks.cache_places import LayerCache, store
-from jax_moe_lora.models.blocks.context import StepContext, linear
+from jax_moe_lora.models.blocks.context import StepContext, linear, linears
 from jax_moe_lora.models.blocks.norm import norm_named
 from jax_moe_lora.models.blocks.partial_sums import total
 from jax_moe_lora.models.params import LayerParams
@@ -61,8 +61,9 @@ def forward(
     Returns:
       `[B, T, D]`, and the cache with the step's tokens in it.
     """
-    q, turned_q = _queries(spec, weights, adapters, x, step)
-    compressed = linear("kv_a_with_mqa", weights, adapters, x, step)
+    first = "q" if spec.q_rank is None else "q_a"
+    q, compressed = linears((first, "kv_a_with_mqa"), weights, adapters, x, step)
+    q, turned_q = _queries(spec, weights, adapters, q, step)
     latent, key = jnp.split(compressed, [spec.kv_rank], axis=-1)
     latent = norm_named(spec.norm, latent, weights, "kv_a_norm")
     key = _turned(spec, key[:, :, None], step)[:, :, 0]
@@ -77,22 +78,19 @@ def forward(
 
 
 def _queries(
-    spec: MLA, weights: LayerParams, adapters: LayerPages, x: Float[Array, "B T D"], step: StepContext
+    spec: MLA, weights: LayerParams, adapters: LayerPages, q: Float[Array, "B T width"], step: StepContext
 ) -> tuple[Float[Array, "B T H n"], Float[Array, "B T H r"]]:
-    """The two parts of each head's query, the second one turned."""
-    if spec.q_rank is None:
-        q = linear("q", weights, adapters, x, step)
-    else:
-        low = norm_named(spec.norm, linear("q_a", weights, adapters, x, step), weights, "q_a_norm")
-        q = linear("q_b", weights, adapters, low, step)
-    q = q.reshape(*x.shape[:2], -1, spec.nope_dim + spec.rope_dim)
+    """The two parts of each head's query, the second one turned; from the projection q, or q_a where there are two."""
+    if spec.q_rank is not None:
+        q = linear("q_b", weights, adapters, norm_named(spec.norm, q, weights, "q_a_norm"), step)
+    q = q.reshape(*q.shape[:2], -1, spec.nope_dim + spec.rope_dim)
     plain, turned = jnp.split(q, [spec.nope_dim], axis=-1)
     turned = _turned(spec, turned, step)
     if spec.query_growth is None:
         return plain, turned
     beta, length = spec.query_growth
     growth = 1.0 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
-    growth = growth.astype(x.dtype)[:, :, None, None]
+    growth = growth.astype(q.dtype)[:, :, None, None]
     return plain * growth, turned * growth
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moe_lora.layer.linear import MAX_PACKED_RANKS, dense_plan, lora_linear, packed_lora, packs
+from jax_moe_lora.layer.linear import Projection, dense_plan, lora_linear, lora_linears
+from jax_moe_lora.layer.packed_update import MAX_PACKED_RANKS, packed_update, packs
 from pallas_kernels.ops import RANK_PAGE, LoRAPages
 from pallas_kernels.xla.dot import matmul_t
 
@@ -38,7 +39,7 @@ def draw_pages(dtype: str, rng: np.random.Generator) -> LoRAPages:
 
 @jax.jit
 def packed(x, weight, pages, slots):
-    return packed_lora(matmul_t(x, weight), x, pages, slots)
+    return matmul_t(x, weight) + packed_update(x, pages, slots)
 
 
 @pytest.fixture(params=[(3, "float32"), (3, "bfloat16"), (29, "float32"), (29, "bfloat16")], ids=str)
@@ -89,3 +90,22 @@ def test_the_form_follows_from_shapes_dtype_and_device(monkeypatch):
     wide = LoRAPages(pages.a, pages.b, jnp.zeros((many, 1, 4), jnp.int32), jnp.zeros((many, 1)), 16)
     assert packs(x, wide, None)  # eight rows meet at most eight adapters
     assert not packs(jnp.zeros((many, IN), jnp.bfloat16), wide, None)
+
+
+@pytest.mark.parametrize("form", ["packed", "loop"])
+@pytest.mark.parametrize("merged", [True, False])
+def test_projections_of_the_same_rows_have_the_bits_that_each_has_alone(form, merged, monkeypatch):
+    monkeypatch.setattr("jax_moe_lora.layer.linear.packs", lambda *_: form == "packed")
+    monkeypatch.setattr("jax_moe_lora.layer.linear.MAX_MERGED_BYTES", 2**25 if merged else 0)
+    rng = np.random.default_rng()
+    x = jnp.asarray(rng.normal(size=(29, IN)), "bfloat16")
+    slots = jnp.asarray(np.arange(29) % (len(RANKS) + 1) - 1, jnp.int32)
+    weights = [jnp.asarray(rng.normal(size=(OUT, IN)), "bfloat16") for _ in range(3)]
+    bias, pages, plan = jnp.asarray(rng.normal(size=OUT), "bfloat16"), draw_pages("bfloat16", rng), dense_plan(slots, 5)
+    three = [Projection(weights[0], bias, pages), Projection(weights[1]), Projection(weights[2], None, pages)]
+    together = jax.jit(lambda x, plan: lora_linears(x, three, plan))(x, plan)
+    alone = jax.jit(lambda x, plan: [lora_linear(x, one.weight, one.bias, one.pages, plan) for one in three])(x, plan)
+    without = jax.jit(lambda x: lora_linears(x, [Projection(one.weight, one.bias) for one in three]))(x)
+    for result, expected, base in zip(together, alone, without, strict=True):
+        np.testing.assert_array_equal(result, expected)
+        np.testing.assert_array_equal(result[slots < 0], base[slots < 0])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_moe_lora.layer.linear import MAX_PACKED_RANKS
+from jax_moe_lora.layer.packed_update import MAX_PACKED_RANKS
 from jax_moe_lora.models.blocks import absorbed
 from jax_moe_lora.models.blocks.absorbed import attend_latents, from_latents, kv_b_adapters, to_latents
 from pallas_kernels.ops import BASE_SLOT, LoRAPages
