@@ -29,6 +29,8 @@ Op = Literal[
     "input_gradient",
     "grouped_lora",
     "page_gradients",
+    "route",
+    "token_heads",
 ]
 WIDTH_MULTIPLE = 64  # one ring stage of the kernels
 MAX_WIDTH = 256 * 64  # a row in one TMA box
@@ -277,6 +279,8 @@ def _why_not_dtypes(call: Call) -> str:
 
 
 _XLA_PLAN: dict[Op, str] = {"plan": "plan.xla", "dispatch": "dispatch.xla"}
+# Outside of the experts; XLA runs them where a backend has none.
+_OF_MODELS: dict[Op, str] = {"route": "router.portable", "token_heads": "token_heads.portable"}
 
 # In the order of preference.
 BACKENDS: dict[Implementation, Backend] = {
@@ -285,7 +289,8 @@ BACKENDS: dict[Implementation, Backend] = {
         Backend(
             "hopper",
             why_not=_why_not_hopper,
-            ops={
+            ops=_OF_MODELS
+            | {
                 "plan": "plan.hopper",
                 "dispatch": "dispatch.hopper",
                 "few_tokens": "lora_steps.hopper_few_tokens",
@@ -302,7 +307,8 @@ BACKENDS: dict[Implementation, Backend] = {
         Backend(
             "portable",
             why_not=_why_not_portable,
-            ops={"plan": "plan.portable", "dispatch": "dispatch.xla", "grouped_matmul": "grouped_matmul.portable"},
+            ops=_OF_MODELS
+            | {"plan": "plan.portable", "dispatch": "dispatch.xla", "grouped_matmul": "grouped_matmul.portable"},
             reads=frozenset({"portable"}),
             backward="xla",
         ),

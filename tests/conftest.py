@@ -38,6 +38,10 @@ KERNELS = [
     "portable",
     "routed_experts.api",
     "routed_experts.projections",
+    "router",
+    "token_heads.api",
+    "token_heads.portable",
+    "token_heads.xla",
     "xla",
 ]
 CHECKED = [

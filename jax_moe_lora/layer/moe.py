@@ -11,7 +11,7 @@ from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
-from jax_moe_lora.layer.routing import check_request_lengths, route, token_slots
+from jax_moe_lora.layer.routing import check_request_lengths, route, route_in_kernel, token_slots
 from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels import ops
 from pallas_kernels.grouped_matmul.api import operands_of
@@ -19,6 +19,7 @@ from pallas_kernels.ops import (
     Activation,
     Implementation,
     LayerPages,
+    choose,
     choose_for,
     make_plan,
 )
@@ -84,7 +85,8 @@ def moe_lora(
         x = x if row_mask is None else _masked_for_gradients(*varying_as((x, row_mask)))
         scores = router_scores(x, router, adapters, slot_of_token, implementation)
     assert scores is not None
-    weights, chosen = choose_experts(scores, config, router_bias, row_mask, masked=router is not None)
+    backend = choose(implementation, dtype=x.dtype).picked
+    weights, chosen = choose_experts(scores, config, router_bias, row_mask, masked=router is not None, backend=backend)
     return routed_experts(x, weights, chosen, experts, config, adapters, slot_of_token, implementation, remat)
 
 
@@ -95,6 +97,7 @@ def choose_experts(
     row_mask: Bool[Array, "T"] | None,
     chosen: Int[Array, "T K"] | None = None,
     masked: bool = False,
+    backend: Implementation = "xla",
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """`routing.route` where some rows are padding: those have the weight zero, at no expert.
 
@@ -105,14 +108,21 @@ def choose_experts(
       row_mask: bool `[T]`, False for padding, whose scores may hold anything.
       chosen: as in `route`.
       masked: the scores are made of rows that are masked for gradients already.
+      backend: the one whose kernel chooses, where it has one; XLA weighs what is given in `chosen`.
     """
-    if row_mask is None:
+
+    def choose_and_weigh(scores: Array) -> tuple[Array, Array]:
+        if chosen is None:
+            return route_in_kernel(scores, config, bias, backend)
         return route(scores, config, bias, chosen)
+
+    if row_mask is None:
+        return choose_and_weigh(scores)
     if not masked:
         scores = _masked_for_gradients(*varying_as((scores, row_mask)))
-    weights, chosen = route(scores, config, bias, chosen)
+    weights, experts = choose_and_weigh(scores)
     # Padding may hold NaN, and NaN times zero is NaN.
-    return jnp.where(row_mask[:, None], weights, 0.0), jnp.where(row_mask[:, None], chosen, config.num_experts)
+    return jnp.where(row_mask[:, None], weights, 0.0), jnp.where(row_mask[:, None], experts, config.num_experts)
 
 
 @jax.custom_vjp

@@ -1,5 +1,6 @@
 """From router scores to experts and their weights, and from requests to token slots."""
 
+from functools import partial
 from typing import get_args
 
 import jax
@@ -14,7 +15,10 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.sparse_mixer import sparse_mixer
 from jax_moe_lora.layer.torch_tensors import takes_any_array
-from pallas_kernels.ops import BASE_SLOT
+from pallas_kernels.backend import backend_named
+from pallas_kernels.ops import BASE_SLOT, Implementation
+from pallas_kernels.router.api import kernel_runs
+from pallas_kernels.varying import varying_as
 
 
 @takes_any_array("config")
@@ -42,14 +46,9 @@ def route(
       InputError: scores or a bias for another number of experts, or that are not floating point; an unknown router;
         groups that the experts do not fill, or that leave a token fewer than K experts.
     """
-    whole("config.top_k", config.top_k, 1, config.num_experts)
-    checks.check_groups(config)
-    checks.check_scores(scores, "T", config)
-    checks.check_router_bias(bias, config)
+    _check_router(scores, config, bias)
     if chosen is not None:
         checks.check_array("chosen", chosen, (scores.shape[0], config.top_k), "integers")
-    if config.router not in get_args(RouterKind):
-        raise _unknown(config.router)
     if bias is not None and config.router not in CHOICE_BIAS:
         scores = scores + bias.astype(scores.dtype)[None]
     if config.router == "sparsemixer":
@@ -69,6 +68,63 @@ def route(
         total = weights.sum(-1, keepdims=True) + config.renormalize_eps
         weights = weights / (jnp.maximum(total, config.renormalize_floor) if config.renormalize_floor else total)
     return weights * config.scaling, experts.astype(jnp.int32)
+
+
+def _check_router(scores: Float[Array, "T E"], config: MoEConfig, bias: Float[Array, "E"] | None) -> None:
+    whole("config.top_k", config.top_k, 1, config.num_experts)
+    checks.check_groups(config)
+    checks.check_scores(scores, "T", config)
+    checks.check_router_bias(bias, config)
+    if config.router not in get_args(RouterKind):
+        raise _unknown(config.router)
+
+
+def route_in_kernel(
+    scores: Float[Array, "T E"],
+    config: MoEConfig,
+    bias: Float[Array, "E"] | None,
+    backend: Implementation,
+) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """`route` by the backend's kernel, where it has one for such a router; else through XLA.
+
+    Args:
+      scores: float32 `[T, E]`.
+      config: the layer's.
+      bias: `[E]`, as in `route`.
+      backend: a backend that runs rows of the layer's dtype here.
+
+    Returns:
+      As `route`.
+
+    Raises:
+      InputError: as `route`.
+    """
+    has_kernel = backend_named(backend).has("route") and kernel_runs(config)
+    if not has_kernel or scores.shape[0] == 0 or scores.dtype != jnp.float32:
+        return route(scores, config, bias)
+    _check_router(scores, config, bias)
+    bias = None if bias is None else bias.astype(jnp.float32)
+    return _route_in_kernel((config, backend), *varying_as((scores, bias)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _route_in_kernel(static: tuple[MoEConfig, Implementation], scores: Array, bias: Array | None):
+    config, backend = static
+    return backend_named(backend).module("route").route(scores, bias, config.router in CHOICE_BIAS, config)
+
+
+def _route_forward(static, scores, bias):
+    weights, experts = _route_in_kernel(static, scores, bias)
+    return (weights, experts), (scores, bias, experts)
+
+
+def _route_backward(static, kept, cotangents):
+    scores, bias, experts = kept
+    _, pullback = jax.vjp(lambda scores, bias: route(scores, static[0], bias, experts)[0], scores, bias)
+    return pullback(cotangents[0])
+
+
+_route_in_kernel.defvjp(_route_forward, _route_backward)
 
 
 def _expert_values(scores: Float[Array, "T E"], router: RouterKind) -> Float[Array, "T E"]:

@@ -32,12 +32,20 @@ def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
     return base, 1.0
 
 
+def cosines_and_sines(
+    positions: Int[Array, "B T"], config: RopeConfig, head_dim: int
+) -> tuple[Float[Array, "B T pairs"], Float[Array, "B T pairs"]]:
+    """Of the angle of each turned pair of a head's dimensions, in float32, with the config's factor on both."""
+    inverse, factor = frequencies(config, head_dim)
+    angles = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(inverse)[None, None, :]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
 def rotate(x: Float[Array, "B T H hd"], positions: Int[Array, "B T"], config: RopeConfig) -> Float[Array, "B T H hd"]:
     """Turns pairs of a head's dimensions by their position's angle; float32 inside, x's dtype outside."""
-    inverse, factor = frequencies(config, x.shape[-1])
-    angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(inverse)[None, None, None, :]
-    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    turned, rest = x[..., : 2 * len(inverse)].astype(jnp.float32), x[..., 2 * len(inverse) :]
+    cos, sin = (part[:, :, None] for part in cosines_and_sines(positions, config, x.shape[-1]))
+    width = 2 * cos.shape[-1]
+    turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
     if config.interleaved:
         first, second = turned[..., ::2], turned[..., 1::2]
     else:

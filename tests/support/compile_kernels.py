@@ -35,6 +35,7 @@ from pallas_kernels.plan.tiles import Tiles
 from pallas_kernels.portable.tuning import TILE_ROWS
 from pallas_kernels.portable.tuning import heuristic as portable_heuristic
 from pallas_kernels.quantised.format import FP8_BLOCK, FP8_CHANNEL, MXFP4, Format, int4
+from support.decode_kernels import decode_cases
 
 # The cases without a name of one have silu, and clamped_swiglu where there are biases.
 OTHER_ACTIVATIONS = tuple(name for name in ACTIVATIONS if name not in ("silu", "clamped_swiglu"))
@@ -220,6 +221,7 @@ def contraction(ranks: int, rows: int, width: int, dtype: str, several: int = 1)
 
 
 def portable_cases():
+    yield from decode_cases()
     for rows in TILE_ROWS:
         for gated in (True, False):
             for with_lora in (True, False):
@@ -237,6 +239,7 @@ def portable_cases():
 
 
 def hopper_cases():
+    yield from decode_cases()
     for pairs, experts in ((64, 128), (1024, 128), (4096, 128), (16384, 128), (32768, 128), (65536, 128)):
         config = heuristic(pairs, experts)
         for gated in (True, False):

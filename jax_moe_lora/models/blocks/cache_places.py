@@ -40,6 +40,16 @@ def ring_positions(lengths: Int[Array, "B"], places: int) -> Int[Array, "B W"]:
     return last - (last - jnp.arange(places, dtype=lengths.dtype)[None, :]) % places
 
 
+def places_in_ring(step: StepContext, places: int) -> Int[Array, "B T"]:
+    """Where a step's tokens go in a ring; W for those that are not stored: a full request's position is none of it.
+
+    Args:
+      step: what every layer reads.
+      places: W.
+    """
+    return jnp.where(step.row_mask, step.positions % places, places)
+
+
 def store_ring(
     old: Float[Array, "B W ..."], new: Float[Array, "B T ..."], step: StepContext
 ) -> Float[Array, "B W ..."]:
@@ -53,9 +63,7 @@ def store_ring(
     places = old.shape[1]
     if step.kind == "token":
         rows = jnp.arange(new.shape[0])[:, None]
-        # A request that is full writes nothing: its position is none of the ring's either.
-        place = jnp.where(step.row_mask, step.positions % places, places)
-        return old.at[rows, place].set(new.astype(old.dtype), mode="drop")
+        return old.at[rows, places_in_ring(step, places)].set(new.astype(old.dtype), mode="drop")
     # Each place takes the last token that belongs into it: a scatter would meet several.
     source = ring_positions(step.starts + step.lengths, places) - step.starts[:, None]
     shape = source.shape + (1,) * (old.ndim - 2)

@@ -15,7 +15,7 @@ from jax_moe_lora.models.blocks.partial_sums import total_of_each
 from jax_moe_lora.models.blocks.routed_mlp import run_experts
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.gemma4 import Gemma4Layer
-from pallas_kernels.ops import LayerPages
+from pallas_kernels.ops import LayerPages, choose
 
 
 def forward(
@@ -71,7 +71,8 @@ def _route(
     rows = rms_norm(hidden.reshape(-1, hidden.shape[-1]), None, spec.norm.eps)
     rows = rows * weights["router_scale"][None] * jnp.asarray(hidden.shape[-1] ** -0.5, rows.dtype)
     scores = router_scores(rows, weights["router"], adapters, step.slots, step.implementation)
-    shares, experts = choose_experts(scores, spec.mlp.moe, None, step.row_mask.reshape(-1), chosen)
+    backend = choose(step.implementation, dtype=rows.dtype).picked
+    shares, experts = choose_experts(scores, spec.mlp.moe, None, step.row_mask.reshape(-1), chosen, backend=backend)
     # Padding has an expert that is not there.
     factor = weights["per_expert_scale"].astype(shares.dtype).at[experts].get(mode="fill", fill_value=0)
     return Routing(scores, experts, shares * factor)

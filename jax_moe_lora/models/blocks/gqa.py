@@ -13,16 +13,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jax_moe_lora.models.blocks.attention import (
+    AttentionBackend,
     attend_cache,
     attend_masked,
     attend_packed,
     attend_prompt,
     choose_attention,
 )
-from jax_moe_lora.models.blocks.cache_places import LayerCache, ring_positions, store, store_ring
-from jax_moe_lora.models.blocks.context import StepContext, linear
+from jax_moe_lora.models.blocks.cache_places import LayerCache, places_in_ring, ring_positions, store, store_ring
+from jax_moe_lora.models.blocks.context import StepContext, float32_linears, linear
 from jax_moe_lora.models.blocks.norm import norm_named
 from jax_moe_lora.models.blocks.partial_sums import total
+from jax_moe_lora.models.blocks.token_heads import in_one_kernel, token_heads
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.rope import rotate
 from jax_moe_lora.models.specs.gqa import GQA
@@ -67,10 +69,17 @@ def forward(
     Returns:
       `[B, T, D]`, and the cache with the step's tokens in it.
     """
-    q, gate = _queries(spec, weights, adapters, x, step)
-    k = split_heads(spec, "k", weights, linear("k", weights, adapters, x, step), step)
-    v = _clip(spec, linear("v", weights, adapters, x, step)).reshape(k.shape)
-    mixed, cache = attend(spec, q, k, v, weights.get("sinks"), step, cache)
+    rows, gate = float32_linears("qkv", weights, adapters, x, step), None
+    if cache is not None and in_one_kernel(spec, rows, x.dtype, cache, step):
+        place = places_in_ring(step, cache["k"].shape[1]) if _is_ring(spec, cache) else step.positions
+        q, cache = token_heads(spec, weights, rows, place[:, 0], cache, step)
+        mixed = _attend_token(spec, q, weights.get("sinks"), step, cache)
+    else:
+        q, k, v = (row.reshape(*x.shape[:2], -1).astype(x.dtype) for row in rows)
+        q, gate = _queries(spec, weights, q, step)
+        k = split_heads(spec, "k", weights, k, step)
+        v = _clip(spec, v).reshape(k.shape)
+        mixed, cache = attend(spec, q, k, v, weights.get("sinks"), step, cache)
     mixed = mixed.reshape(*x.shape[:2], -1)
     if spec.gate == "projection":
         gate = linear("attention_gate", weights, adapters, x, step)
@@ -102,9 +111,7 @@ def attend(
     Returns:
       The mixed values, and the cache with the step's tokens in it.
     """
-    heads = {"num_heads": q.shape[2], "num_kv_heads": k.shape[2], "head_dim": q.shape[3]}
-    backend = choose_attention(step.implementation, dtype=q.dtype, **heads).picked
-    options: Any = {"scale": spec.scale, "sinks": sinks}
+    backend, options = _backend(q, k, step), _options(spec, sinks)
     if step.segments is not None:
         return attend_packed(q, k, v, step.segments, backend, window=spec.window, **options), None
     if step.kind == "prompt":
@@ -113,8 +120,7 @@ def attend(
     assert cache is not None
     if step.kind == "token":
         cache = _stored(spec, cache, k, v, step)
-        in_use = jnp.minimum(step.starts + 1, cache["k"].shape[1])
-        return attend_cache(q, cache["k"], cache["v"], in_use, backend, **options), cache
+        return _attend_token(spec, q, sinks, step, cache), cache
     if _is_ring(spec, cache):  # what the chunk overwrites is seen by its first tokens
         keys, values = (jnp.concatenate((cache[side], new), axis=1) for side, new in (("k", k), ("v", v)))
         mixed = attend_masked(q, keys, values, _seen_of_ring(spec, cache, step), backend, **options)
@@ -123,6 +129,24 @@ def attend(
     last = jnp.where(step.row_mask, step.positions, 0)
     seen = jnp.arange(cache["k"].shape[1])[None, None, :] <= last[:, :, None]
     return attend_masked(q, cache["k"], cache["v"], seen, backend, **options), cache
+
+
+def _attend_token(
+    spec: GQA, q: Float[Array, "B 1 H hd"], sinks: Float[Array, "H"] | None, step: StepContext, cache: LayerCache
+) -> Float[Array, "B 1 H hd"]:
+    """Attention of a token of each request to its cache, which holds its own key and value already."""
+    backend = _backend(q, cache["k"], step)
+    in_use = jnp.minimum(step.starts + 1, cache["k"].shape[1])
+    return attend_cache(q, cache["k"], cache["v"], in_use, backend, **_options(spec, sinks))
+
+
+def _backend(q: Array, k: Array, step: StepContext) -> AttentionBackend:
+    heads = {"num_heads": q.shape[2], "num_kv_heads": k.shape[2], "head_dim": q.shape[3]}
+    return choose_attention(step.implementation, dtype=q.dtype, **heads).picked
+
+
+def _options(spec: GQA, sinks: Float[Array, "H"] | None) -> dict[str, Any]:
+    return {"scale": spec.scale, "sinks": sinks}
 
 
 def _is_ring(spec: GQA, cache: LayerCache) -> bool:
@@ -149,14 +173,13 @@ def _seen_of_ring(spec: GQA, cache: LayerCache, step: StepContext) -> Bool[Array
 
 
 def _queries(
-    spec: GQA, weights: LayerParams, adapters: LayerPages, x: Float[Array, "B T D"], step: StepContext
+    spec: GQA, weights: LayerParams, y: Float[Array, "B T width"], step: StepContext
 ) -> tuple[Float[Array, "B T H hd"], Array | None]:
     """The queries, and what each head's second half says of the gate where q holds both."""
-    y = linear("q", weights, adapters, x, step)
     if spec.gate != "q":
         return split_heads(spec, "q", weights, y, step), None
-    y, gate = jnp.split(y.reshape(*x.shape[:2], -1, 2 * spec.head_dim), 2, axis=-1)
-    y, gate = (half.reshape(*x.shape[:2], -1) for half in (y, gate))
+    y, gate = jnp.split(y.reshape(*y.shape[:2], -1, 2 * spec.head_dim), 2, axis=-1)
+    y, gate = (half.reshape(*y.shape[:2], -1) for half in (y, gate))
     return split_heads(spec, "q", weights, y, step), gate
 
 

@@ -13,7 +13,7 @@ from jax_moe_lora.models.blocks.partial_sums import EXPERT_AXIS, added_once, tot
 from jax_moe_lora.models.blocks.shared import SHARED
 from jax_moe_lora.models.params import LayerParams
 from jax_moe_lora.models.specs.mlp import RoutedMLP
-from pallas_kernels.ops import LayerPages
+from pallas_kernels.ops import LayerPages, choose
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 
@@ -43,7 +43,9 @@ def forward(
     scores = router_scores(flat, weights["router"], adapters, step.slots, step.implementation)
     bias = weights.get("choice_bias" if spec.choice_bias else "router_bias")
     bias = None if bias is None else bias.reshape(-1)
-    routing = Routing(scores, *choose_experts(scores, spec.moe, bias, step.row_mask.reshape(-1), chosen)[::-1])
+    backend = choose(step.implementation, dtype=x.dtype).picked
+    shares, experts = choose_experts(scores, spec.moe, bias, step.row_mask.reshape(-1), chosen, backend=backend)
+    routing = Routing(scores, experts, shares)
     y = run_experts(spec, weights, adapters, flat, routing, step).reshape(x.shape)
     if spec.shared is None:
         return total(y), routing

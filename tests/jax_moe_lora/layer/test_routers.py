@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jax_moe_lora import InputError
 from jax_moe_lora.config import MoEConfig
-from jax_moe_lora.layer.routing import route
+from jax_moe_lora.layer.routing import route, route_in_kernel
 
 pytestmark = pytest.mark.optimised
 
@@ -71,3 +72,31 @@ def test_a_sum_of_weights_counts_as_its_floor_at_least():
     weights, experts = route(jnp.asarray(scores), config, bias)
     assert sorted(np.asarray(experts)[0]) == [6, 7]
     np.testing.assert_allclose(weights, np.exp(-40) / 1e-12 * np.ones((1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_bias"])
+def test_the_kernels_choice_and_its_gradient_are_those_through_xla(router):
+    rng = np.random.default_rng()
+    scores, bias, dw = (jnp.asarray(rng.normal(size=shape), "float32") for shape in ((6, 32), 32, (6, 4)))
+    config = MoEConfig(4, 4, 32, 4, router=router, renormalize=True, renormalize_eps=1e-20, scaling=2.5)
+
+    def loss(route, *scores_and_bias):
+        weights, experts = route(*scores_and_bias)
+        return (weights * dw).sum(), (weights, experts)
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+        found = jax.value_and_grad(loss, (1, 2), has_aux=True)(
+            lambda scores, bias: route_in_kernel(scores, config, bias, "hopper"), scores, bias
+        )
+    expected = jax.value_and_grad(loss, (1, 2), has_aux=True)(
+        lambda scores, bias: route(scores, config, bias), scores, bias
+    )
+    for result, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_kernel_for_a_router_its_choice_is_xlas():
+    config = MoEConfig(4, 4, EXPERTS, 2)
+    found = route_in_kernel(jnp.asarray(SCORES), config, None, "hopper")
+    for result, wanted in zip(found, route(SCORES, config), strict=True):
+        np.testing.assert_array_equal(result, wanted)
