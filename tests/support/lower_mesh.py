@@ -24,7 +24,7 @@ from support.compile_kernels import target  # sets the environment before jax is
 from support.meshes import report
 from support.models import decoder_config
 
-MOE = MoEConfig(256, 128, 8, 2)
+MOE = MoEConfig(256, 128, 32, 2)  # as many experts as the kernel of the router takes at least
 CONFIG = decoder_config("qwen2_moe", 256, 256, (4, 2, 64), MOE, (True,), shared_width=256)
 BATCH, LENGTH = 8, 32
 

@@ -23,7 +23,7 @@ SPECS = P("data"), P(), P(), P(), P("data")
 def main() -> None:
     devices = topologies.get_topology_desc(platform="cuda", target_config=target("h200"), topology="1x2x1").devices
     mesh = Mesh(np.array(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    problem = draw(Spec(tokens=16, hidden=128, width=128, dtype="bfloat16"))
+    problem = draw(Spec(tokens=16, hidden=128, width=128, experts=32, dtype="bfloat16"))
 
     def shape(sharding: P, tree, dtype=None):
         placed = NamedSharding(mesh, sharding)
