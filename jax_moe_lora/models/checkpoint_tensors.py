@@ -86,7 +86,7 @@ class Part:
           A part of `target`, and the values for it.
         """
         info = file.infos[self.tensor]
-        height, *others = info.shape if self.expert is None else info.shape[1:]
+        height, *others = (info.shape or (1,)) if self.expert is None else info.shape[1:]
         width = math.prod(others)
         start = (self.expert or 0) * height * width
         rows = _Run(self.first_row, len(target), self.step)
@@ -174,13 +174,13 @@ class Stack:
     members: Mapping[str, Member]
 
 
-def stacks_of(config: ModelConfig, written: Mapping[str, str], ends: tuple[str, ...] = ("", ".weight")) -> list[Stack]:
+def stacks_of(config: ModelConfig, written: Mapping[str, str], behind: str = "") -> list[Stack]:
     """The stacked tensors that a checkpoint has.
 
     Args:
       config: the model.
       written: the checkpoint's tensors, by the names that they have in one of the text model alone.
-      ends: what may stand behind a stack's name.
+      behind: what stands behind the name that a stack has in 16 bits, such as `_blocks`.
     """
     of = family(config.model_type)
     stacks = []
@@ -191,10 +191,10 @@ def stacks_of(config: ModelConfig, written: Mapping[str, str], ends: tuple[str, 
         for stem, modules in _STACKS.items():
             for suffix in ("", "_bias"):
                 of_modules = [rows[f"{module}{suffix}"] for module in modules if f"{module}{suffix}" in rows]
-                spellings = [f"{path}.{stem}{suffix}{end}" for path in paths for end in ends]
+                spellings = [f"{path}.{stem}{suffix}{end}" for path in paths for end in ("", ".weight")]
                 spellings += [f"{below}{path}" for path in of.stacks.get(f"{stem}{suffix}", ())]
                 if of_modules:
-                    present = [written[tensor] for tensor in spellings if tensor in written]
+                    present = [written[f"{name}{behind}"] for name in spellings if f"{name}{behind}" in written]
                     stacks += [_stack(config, layer, tensor, of_modules, of.interleaved) for tensor in present]
     return stacks
 

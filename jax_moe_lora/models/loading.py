@@ -21,9 +21,10 @@ from jax_moe_lora.models.checkpoint_tensors import Part, joined_of, stacked_part
 from jax_moe_lora.models.names import other_names, plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
 from jax_moe_lora.models.parts import Box, load_parts, whole_box
-from jax_moe_lora.models.quantised.locating import StoredMatrix, activation_scales, quantised_matrices
+from jax_moe_lora.models.quantised.locating import activation_scales, quantised_matrices
 from jax_moe_lora.models.quantised.quantising import read_as_quantised
 from jax_moe_lora.models.quantised.reading import read_quantised
+from jax_moe_lora.models.quantised.stored import StoredMatrix
 from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.quantised.api import dequantise
 from pallas_kernels.quantised.array import Quantised

@@ -13,9 +13,9 @@ from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.files.safetensors_writer import Planned
 from jax_moe_lora.models.loading import PIECE_BYTES
 from jax_moe_lora.models.quantised.forms import FileTensor
-from jax_moe_lora.models.quantised.locating import StoredMatrix
 from jax_moe_lora.models.quantised.quantising import empty, quantise_into
 from jax_moe_lora.models.quantised.reading import read_quantised
+from jax_moe_lora.models.quantised.stored import StoredMatrix
 from jax_moe_lora.models.quantised.values import too_large
 from jax_moe_lora.models.quantised.writing import file_array, planned_tensors, writable
 from jax_moe_lora.tools.checkpoint_writing import Group

@@ -111,6 +111,11 @@ def mxfp4(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     )
 
 
+def mxfp4_packed(matrix: np.ndarray) -> Written:
+    codes, exponents, numbers = mxfp4(matrix)
+    return {"weight_packed": ("U8", pair(codes)), "weight_scale": ("U8", exponents)}, numbers
+
+
 def _nvfp4(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.float32, np.ndarray]:
     whole = np.float32(np.abs(matrix).max() / (448 * 6))
     scales = nearest(largest(matrix, (1, 16)) / 6 / whole, E4M3)
@@ -248,6 +253,74 @@ def write_gpt_oss(
     change(few)
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     return _pair(folder, config, settings, few, same)
+
+
+def stack_experts(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same weights with the experts of each layer in two stacks: `gate_up_proj` `[E, 2F, D]`, `down_proj`."""
+    found: dict[str, dict[str, dict[int, np.ndarray]]] = {}
+    others = {}
+    for name, array in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)_proj\.weight", name)
+        if match is None:
+            others[name] = array
+        else:
+            found.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = array
+    for path, modules in found.items():
+        gate, up, down = (np.stack([modules[m][e] for e in sorted(modules[m])]) for m in ("gate", "up", "down"))
+        others |= {f"{path}.gate_up_proj": np.concatenate([gate, up], 1), f"{path}.down_proj": down}
+    return others
+
+
+def write_fp8_stacks(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    blocks: Callable[[int, int, int], tuple[int, int]] = lambda rows, columns, joined: (32, 32),
+    shape: Callable[[np.ndarray], np.ndarray] = lambda scales: scales,
+    transposed: bool = False,
+    change: Callable[[dict[str, Tensor]], Any] = lambda tensors: None,
+    **settings: Any,
+) -> tuple[Path, Path]:
+    """The same of fp8 experts in stacks, with `_scale_inv` beside each; all else stays float32.
+
+    Args:
+      folder: to write into.
+      config: of the model.
+      tensors: its weights, one tensor per expert.
+      blocks: of rows, columns and joined projections of a matrix, the rows and columns of its blocks.
+      shape: of the scales `[E, rows, columns]` in the file.
+      transposed: matrices are stored as `[in, out]`, and their scales too.
+      change: of the quantised checkpoint's tensors, before they are written.
+      settings: of `quantization_config`, beside the method.
+    """
+    few: dict[str, Tensor] = {}
+    same: dict[str, Tensor] = {}
+    for name, array in stack_experts(tensors).items():
+        if array.ndim < 3:
+            few[name] = same[name] = plain(array)
+            continue
+        block = blocks(*array.shape[1:], 1 + name.endswith("gate_up_proj"))
+        codes, scales, numbers = (np.stack(each) for each in zip(*(_fp8(one, block) for one in array), strict=True))
+        if transposed:
+            codes, scales = (np.ascontiguousarray(each.swapaxes(1, 2)) for each in (codes, scales))
+        few |= {name: ("F8_E4M3", codes), f"{name}_scale_inv": ("F32", np.ascontiguousarray(shape(scales)))}
+        same[name] = plain(numbers)
+    change(few)
+    return _pair(folder, config, {"quant_method": "fp8", "activation_scheme": "dynamic"} | settings, few, same)
+
+
+def write_mxfp4_stacks(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Path, Path]:
+    """The same of mxfp4 experts in stacks, `[E, out, in]`."""
+    few: dict[str, Tensor] = {}
+    same: dict[str, Tensor] = {}
+    for name, array in stack_experts(tensors).items():
+        if array.ndim < 3:
+            few[name] = same[name] = plain(array)
+            continue
+        codes, exponents, numbers = mxfp4(array)
+        few |= {f"{name}_blocks": plain(pair(codes)), f"{name}_scales": plain(exponents)}
+        same[name] = plain(numbers)
+    return _pair(folder, config, {"quant_method": "mxfp4"}, few, same)
 
 
 def _pair(

@@ -126,6 +126,14 @@ FP8_INVERSE = Form(
     ),
     _fp8,
 )
+FP8_STACKED = Form(
+    (
+        FileTensor("_scale_inv", "scales", FLOATS, _of_scales),
+        FileTensor("", "values", ("F8_E4M3",), _whole),
+    ),
+    _fp8,
+    stacked=True,
+)
 FP8 = Form(
     (
         FileTensor("weight_scale", "scales", FLOATS, _of_scales),
@@ -201,7 +209,9 @@ AWQ = Form(
         FileTensor("scales", "scales", FLOATS, _turned, packing.turned),
         FileTensor("qzeros", "zero_points", ("I32",), _turned_packed, packing.awq_zeros),
     ),
-    lambda settings, rows, columns, scales: None if rows % 8 else _int4(settings, columns, scales[0], True),
+    lambda settings, rows, columns, scales: (
+        None if rows % 8 else _int4(settings, columns, scales[0] if scales else 0, True)
+    ),
 )
 
 
@@ -213,12 +223,15 @@ def _gptq(zeros: packing.Store) -> Form:
             FileTensor("qzeros", "zero_points", ("I32",), _turned_packed, zeros),
             FileTensor("g_idx", "check", ("I32",), lambda m: ((m.columns,),), packing.ordered_groups, optional=True),
         ),
-        lambda settings, rows, columns, scales: None if rows % 8 else _int4(settings, columns, scales[0], True),
+        lambda settings, rows, columns, scales: (
+            None if rows % 8 else _int4(settings, columns, scales[0] if scales else 0, True)
+        ),
     )
 
 
 FORMS: Mapping[str, Form] = {
     "fp8_inverse": FP8_INVERSE,
+    "fp8_stacked": FP8_STACKED,
     "fp8": FP8,
     "mxfp4": MXFP4,
     "int4_packed_zero": INT4_PACKED_ZERO,  # before the one whose tensors it has too

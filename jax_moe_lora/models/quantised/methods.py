@@ -33,7 +33,7 @@ def _fp8(fields: Fields) -> Quantisation:
         isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and 1 <= n <= 65_536 for n in block)
     ):
         raise fields.error(f"weight_block_size is {block!r}, two whole numbers were expected", "weight_block_size")
-    return Quantisation("fp8", ("fp8_inverse", "fp8"), None if block is None else (block[0], block[1]))
+    return Quantisation("fp8", ("fp8_inverse", "fp8_stacked", "fp8"), None if block is None else (block[0], block[1]))
 
 
 def _mxfp4(fields: Fields) -> Quantisation:

@@ -81,16 +81,19 @@ def gptq_zeros(target: np.ndarray, piece: np.ndarray, start: int) -> None:
 
 
 def same_shape(target: np.ndarray, piece: np.ndarray, start: int) -> None:
-    """The shape of the matrix, which `target` is in 16 bits."""
-    if tuple(map(int, piece)) != (target.shape[0], 2 * target.shape[1]):
-        raise Disagreement(f"says {piece.tolist()}; expected {[target.shape[0], 2 * target.shape[1]]}")
+    """The shape of the matrix; `target` is its rows, columns and groups of a row."""
+    if piece.tolist() != target[:2].tolist():
+        raise Disagreement(f"says {piece.tolist()}; expected {target[:2].tolist()}")
 
 
 def ordered_groups(target: np.ndarray, piece: np.ndarray, start: int) -> None:
-    """The group of each column, one after the other."""
-    groups = int(piece.max()) + 1
-    if (piece != np.arange(len(piece)) * groups // len(piece)).any():
-        raise Disagreement("has columns in another order (act-order), which is not supported")
+    """The group of each column, one after the other; zeros alone say nothing. `target` as for `same_shape`."""
+    _, columns, groups = target.tolist()
+    if piece.any() and (piece != np.arange(columns) * groups // columns).any():
+        raise Disagreement(
+            f"has columns in another order (act-order) or of other groups than the {groups} that have scales, which is "
+            "not supported"
+        )
 
 
 def nibbles(words: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:

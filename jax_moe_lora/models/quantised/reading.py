@@ -11,8 +11,8 @@ from jax_moe_lora.files.dtypes import DTYPES, QUANTISED_DTYPES
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_tensors import Part
 from jax_moe_lora.models.quantised.forms import SCALES, FileTensor
-from jax_moe_lora.models.quantised.locating import StoredMatrix
 from jax_moe_lora.models.quantised.packing import Disagreement
+from jax_moe_lora.models.quantised.stored import StoredMatrix
 from jax_moe_lora.models.quantised.values import finite, too_large
 from pallas_kernels.quantised.array import Quantised
 
@@ -51,9 +51,10 @@ def read_quantised(
     }
     for index, one in enumerate(stored):
         targets = {name: array[index, ...] if stacked else array for name, array in arrays.items()}
+        sizes = np.array([matrix.rows, matrix.columns, matrix.scales[1]])
         for tensor, part in one.parts:
-            target = targets["values" if tensor.part == "check" else tensor.part]
-            _read(tensor, part, files[part.tensor], target, piece_bytes)
+            target = sizes if tensor.part == "check" else targets[tensor.part]
+            _read(tensor, part, files[part.tensor], target, piece_bytes, one.form.stacked)
         _check_size(one, targets, dtype, files)
     return Quantised(format=matrix.format, **arrays)
 
@@ -78,10 +79,12 @@ def _arrays(
     return arrays
 
 
-def _read(tensor: FileTensor, part: Part, file: TensorFile, target: np.ndarray, piece_bytes: int) -> None:
+def _read(
+    tensor: FileTensor, part: Part, file: TensorFile, target: np.ndarray, piece_bytes: int, stacked: bool
+) -> None:
     """One tensor, or one matrix of a stack, into its array."""
     try:
-        if part.expert is not None:
+        if stacked:
             for rows, values in part.pieces(file, target, piece_bytes):
                 _check(tensor, values, file.infos[part.tensor].dtype)
                 rows[...] = values

@@ -11,7 +11,8 @@ from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_files import locate
 from jax_moe_lora.models.names import other_names, parameter_tensors, plain_name, table, unused_tensors
-from jax_moe_lora.models.quantised.locating import StoredMatrix, quantised_matrices
+from jax_moe_lora.models.quantised.locating import quantised_matrices
+from jax_moe_lora.models.quantised.stored import StoredMatrix
 from jax_moe_lora.models.quantised.values import finite, too_large
 from jax_moe_lora.models.specs.model import ModelConfig
 

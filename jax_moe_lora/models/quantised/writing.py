@@ -27,11 +27,13 @@ def written_form(scheme: str, model_type: str) -> Form:
 
 
 def writable(form: Form) -> bool:
-    """Whether matrices can be written in a form: its numbers stand in the order that `Quantised` has.
+    """Whether matrices can be written in a form: its numbers stand in the order that `Quantised` has, each by itself.
 
     Args:
       form: of published files.
     """
+    if form is FORMS["fp8_stacked"]:
+        return False  # one scale may be that of several matrices
     return all(
         tensor.store in _AS_THEY_STAND and tensor.part not in ("zero_points", "global_scale") for tensor in form.tensors
     )

@@ -184,7 +184,7 @@ def test_layers_that_predict_further_tokens_are_named_as_not_used() -> None:
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Kimi-K2.5"])
 def test_a_quantisation_is_read_once_all_else_is(name):
     quantisation = read(name, quantization_config=FP8).quantisation
-    assert quantisation == Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128))
+    assert quantisation == Quantisation("fp8", ("fp8_inverse", "fp8_stacked", "fp8"), (128, 128))
     with pytest.raises(ConfigError, match="quantization_config says 'bitsandbytes'"):
         read(name, quantization_config={"quant_method": "bitsandbytes"})
     inner = {"text_config": PUBLISHED[name]["text_config"] | {"mystery": 2}} if name == "Kimi-K2.5" else {"mystery": 2}

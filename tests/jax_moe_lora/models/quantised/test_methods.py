@@ -13,6 +13,7 @@ from jax_moe_lora.models.quantised.methods import read_quantisation
 from jax_moe_lora.models.quantised.settings import Quantisation
 from support.checkpoints import TINY
 
+FP8_FORMS = ("fp8_inverse", "fp8_stacked", "fp8")
 DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 MINIMAX = DEEPSEEK | {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
 GPT_OSS = {
@@ -76,10 +77,10 @@ def read(settings: Any, **others: Any) -> Quantisation | None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (DEEPSEEK, Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128))),
+        (DEEPSEEK, Quantisation("fp8", FP8_FORMS, (128, 128))),
         (
             MINIMAX,
-            Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128), ignored=(*MINIMAX["modules_to_not_convert"],)),
+            Quantisation("fp8", FP8_FORMS, (128, 128), ignored=(*MINIMAX["modules_to_not_convert"],)),
         ),
         (GPT_OSS, Quantisation("mxfp4", ("mxfp4",), ignored=(*GPT_OSS["modules_to_not_convert"],))),
         (KIMI, Quantisation("compressed-tensors", ("int4_packed_zero", "int4_packed"), ignored=(*KIMI["ignore"],))),
@@ -146,7 +147,7 @@ BESIDE = {
     },
 }
 NVFP4_BESIDE = Quantisation("modelopt", ("nvfp4",), ignored=("lm_head", "model.layers.0.self_attn*"))
-FP8_WITHIN = Quantisation("fp8", ("fp8_inverse", "fp8"), (128, 128))
+FP8_WITHIN = Quantisation("fp8", FP8_FORMS, (128, 128))
 
 
 @pytest.mark.parametrize(

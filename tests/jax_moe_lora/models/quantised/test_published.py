@@ -22,6 +22,7 @@ RAW = TINY | {"hidden_size": 64, "moe_intermediate_size": 48, "intermediate_size
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True, "dynamic": False}
 FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
 FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
 
 
 def compressed(weights: dict[str, Any], format: str) -> dict[str, Any]:
@@ -62,12 +63,18 @@ CASES = {
     "int4": Case(compressed(INT4, "pack-quantized"), files.int4_packed, "int4"),
     "int4 zero points": Case(compressed(INT4 | {"symmetric": False}, "pack-quantized"), zeros, "int4_zero"),
     "nvfp4": Case(compressed(FP4, "nvfp4-pack-quantized"), files.nvfp4_packed, "nvfp4"),
+    "mxfp4": Case(compressed(MXFP4, "mxfp4-pack-quantized"), files.mxfp4_packed, "mxfp4"),
     "modelopt fp8": Case({"quant_method": "modelopt", "quant_algo": "FP8"}, files.fp8_tensor, "fp8_tensor"),
     "modelopt nvfp4": Case({"quant_method": "modelopt", "quant_algo": "NVFP4"}, files.nvfp4_modelopt, "nvfp4"),
     "awq": Case({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}, files.awq, "int4_zero"),
     "gptq": Case(GPTQ, files.gptq, "int4_zero"),
     "gptq v2": Case(GPTQ | {"checkpoint_format": "gptq_v2"}, gptq_v2, "int4_zero"),
 }
+
+
+def raw_for(name: str) -> dict[str, Any]:
+    """The config; groups of 32 divide wider experts."""
+    return RAW | {"moe_intermediate_size": 64} if name == "mxfp4" else RAW
 
 
 def draw(raw: dict[str, Any] = RAW) -> dict[str, np.ndarray]:
@@ -82,8 +89,8 @@ def leaves(params: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_form_is_read_as_its_numbers(name: str, tmp_path: Path) -> None:
-    case = CASES[name]
-    quantised, wide = files.write(tmp_path, RAW, draw(), case.settings, case.writer)
+    case, raw = CASES[name], raw_for(name)
+    quantised, wide = files.write(tmp_path, raw, draw(raw), case.settings, case.writer)
     found, expected = leaves(load(quantised)), leaves(load(wide))
     in_few_bits = {path for path, leaf in found.items() if isinstance(leaf, Quantised)}
     assert {path.rsplit(".", 1)[1] for path in in_few_bits} == {*"qkvo", "gate", "up", "down", "mlp_gate"} | {
@@ -170,8 +177,8 @@ def test_fp8_that_does_not_fit_is_refused_by_name(change: Change, named: str, tm
 
 
 def refused(folder: Path, name: str, change: Change, named: str) -> None:
-    case = CASES[name]
-    quantised, _ = files.write(folder, RAW, draw(), case.settings, case.writer, change=change)
+    case, raw = CASES[name], raw_for(name)
+    quantised, _ = files.write(folder, raw, draw(raw), case.settings, case.writer, change=change)
     with pytest.raises(CheckpointError, match=named):
         load(quantised)
 
@@ -183,19 +190,68 @@ def refused(folder: Path, name: str, change: Change, named: str) -> None:
         ("int4", put(f"{EXPERT}.weight_packed", "I32", np.ones((48, 7), np.int32)), r"expected \[48, 8\]"),
         ("int4", put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 9), np.float16)), r"weight_scale.*\[48, 9\]"),
         ("int4", put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 4), np.float16)), "formats that differ"),
+        (
+            "int4",
+            put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 0), np.float16)),
+            r"weight_scale.*\[48, 0\], which no",
+        ),
+        ("int4", edit(f"{EXPERT}.weight_scale", (0, 0), np.nan), "weight_scale .*not finite"),
+        ("int4", put(f"{EXPERT}.weight", "F32", np.ones((48, 64), np.float32)), f"no place for: {EXPERT}.weight"),
+        ("int4", lambda tensors: tensors.pop(f"{EXPERT}.weight_shape"), "weight_shape is missing"),
+        (
+            "int4 zero points",
+            put(f"{EXPERT}.weight_zero_point", "I32", np.ones((5, 8), np.int32)),
+            r"expected \[6, 8\]",
+        ),
         ("int4", put(f"{EXPERT}.weight_g_idx", "I32", np.ones(64, np.int32)), "no place for: .*weight_g_idx"),
         ("nvfp4", put(f"{EXPERT}.weight_global_scale", "F32", np.zeros(1, np.float32)), "global_scale .*divides"),
         ("nvfp4", edit(f"{EXPERT}.weight_scale", (0, 0), 0x7F), "weight_scale .*not finite"),
         ("nvfp4", put(f"{EXPERT}.weight_global_scale", "F32", np.full(1, 1e-38, np.float32)), "not finite in float32"),
+        ("nvfp4", put(f"{EXPERT}.weight_packed", "U8", np.ones((48, 30), np.uint8)), r"packed.*expected \[48, 32\]"),
+        (
+            "nvfp4",
+            put(f"{EXPERT}.weight_global_scale", "F32", np.full(1, np.inf, np.float32)),
+            "global_scale .*not finite",
+        ),
+        ("modelopt nvfp4", put(f"{EXPERT}.weight_scale_2", "F32", np.full((), np.nan, np.float32)), "_2 .*not finite"),
+        ("mxfp4", put(f"{EXPERT}.weight_scale", "U8", np.ones((64, 1), np.uint8)), r"scale.*expected \[64, 2\]"),
+        ("mxfp4", put(f"{EXPERT}.weight_packed", "U8", np.ones((64, 16), np.uint8)), r"packed.*expected \[64, 32\]"),
+        ("mxfp4", edit(f"{EXPERT}.weight_scale", (0, 0), 255), "weight_scale .*not finite"),
+        ("mxfp4", edit(f"{EXPERT}.weight_scale", (0, 0), 254), r"weight_scale .*a scale of 1.7e\+38"),
         ("modelopt fp8", put(f"{EXPERT}.weight_scale", "F32", np.ones(3, np.float32)), r"weight_scale.*\[3\]"),
         ("awq", put(f"{EXPERT}.qzeros", "I32", np.ones((8, 5), np.int32)), r"qzeros.*expected \[8, 6\]"),
+        ("awq", put(f"{EXPERT}.qweight", "I32", np.ones((64, 5), np.int32)), r"qweight.*expected \[64, 6\]"),
+        ("awq", put(f"{EXPERT}.scales", "F16", np.ones((), np.float16)), r"scales.*shape \[\]"),
+        ("awq", edit(f"{EXPERT}.scales", (0, 0), np.nan), "scales .*not finite"),
         ("awq", lambda tensors: tensors.pop(f"{EXPERT}.qzeros"), "qzeros is missing"),
         ("gptq", put(f"{EXPERT}.g_idx", "I32", np.arange(64, dtype=np.int32)[::-1] // 8), "g_idx .*act-order"),
+        (
+            "gptq",
+            put(f"{EXPERT}.g_idx", "I32", np.arange(64, dtype=np.int32) // 16),
+            "g_idx .*than the 8 that have scales",
+        ),
+        ("gptq", put(f"{EXPERT}.qweight", "I32", np.ones((7, 48), np.int32)), r"qweight.*expected \[8, 48\]"),
+        ("gptq", put(f"{EXPERT}.scales", "F16", np.ones((9, 48), np.float16)), r"scales.*expected \[8, 48\]"),
         ("gptq", put(f"{EXPERT}.qzeros", "I32", np.full((8, 6), -1, np.int32)), "zero points of 15"),
     ],
 )
 def test_other_forms_that_do_not_fit_are_refused_by_name(name: str, change: Change, named: str, tmp_path: Path) -> None:
     refused(tmp_path, name, change, named)
+
+
+@pytest.mark.parametrize(
+    ("name", "which", "dtype", "named"),
+    [
+        ("fp8", r"model\.embed_tokens\.weight", "float32", "embed_tokens.weight_scale_inv: an embedding is read in 16"),
+        ("fp8", r".*_proj\.weight", "float16", "up_proj.weight_scale_inv .*not finite in float16"),
+    ],
+)
+def test_what_a_model_cannot_run_is_refused_by_name(name: str, which: str, dtype: str, named: str, tmp_path) -> None:
+    case = CASES[name]
+    large = edit(SCALE, (0, 1), 200.0) if dtype == "float16" else lambda tensors: None
+    quantised, _ = files.write(tmp_path, RAW, draw(), case.settings, case.writer, which, large)
+    with pytest.raises(CheckpointError, match=named):
+        load(quantised, dtype)
 
 
 def test_a_module_that_the_config_calls_not_quantised_is_refused_where_it_is(tmp_path: Path) -> None:

@@ -87,9 +87,15 @@ def test_logits_with_an_adapter_beside_the_base_are_those_of_transformers(name: 
         merge_adapter(LoRAAdapter("own", {}), quantised, tmp_path / "merged")
 
 
+def fp8_stacks(folder: Path, config: Any, tensors: Any) -> tuple[Path, Path]:
+    return files.write_fp8_stacks(folder, config, tensors, weight_block_size=[32, 32])
+
+
 @pytest.mark.slow(10)
-def test_logits_of_int4_are_those_of_transformers(tmp_path: Path) -> None:
-    quantised, wide = int4(tmp_path, *source(tmp_path, Case("qwen3_moe", int4, {"num_hidden_layers": 1})))
+@pytest.mark.parametrize("write", [int4, fp8_stacks])
+def test_logits_without_adapters_are_those_of_transformers(write: Any, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "moe_intermediate_size": 32}
+    quantised, wide = write(tmp_path, *source(tmp_path, Case("qwen3_moe", write, sizes)))
     model = Model.from_pretrained(quantised, dtype="float32", max_adapters=1, adapter_memory=2**20)
     tokens = np.random.default_rng(0).integers(0, 99, (2, 20))
     assert_close(np.asarray(model.logits(tokens)), peft_logits(wide, None, tokens), LIMIT)
