@@ -17,13 +17,12 @@ from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.placement import bank_specs
 from jax_moe_lora.benchmark.ceilings import measure_ceilings
 from jax_moe_lora.benchmark.model_floor import floor_s
-from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_bank
+from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_bank, random_params
 from jax_moe_lora.mesh.rules import cache_specs, param_specs, rows_spec, shardings
 from jax_moe_lora.mesh.steps import init_cache, over_mesh
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
-from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
-from jax_moe_lora.models.quantised.quantising import quantise_leaf
+from jax_moe_lora.models.params import ModelParams, abstract_params
 from jax_moe_lora.models.quantised.schemes import quantised_formats
 from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import Format, Implementation
@@ -108,11 +107,11 @@ def lower_case(
     cache, cache_tree = _shapes(lambda: decoder.init_cache(config, case.batch, case.max_length, DTYPE))
     params = abstract_params(config, DTYPE)
     if formats:
-        params = jax.eval_shape(partial(_random_params, config, formats, None))
+        params = jax.eval_shape(partial(random_params, config, formats))
     if mesh is not None:
         bank = _at(bank, bank_specs(bank_tree.unflatten(bank)), mesh) if bank else bank
         cache = _at(cache, cache_specs(config, mesh, cache_tree.unflatten(cache)), mesh)
-        params = jax.tree.unflatten(jax.tree.structure(params), _at(params, param_specs(config, mesh), mesh))
+        params = jax.tree.unflatten(jax.tree.structure(params), _at(params, param_specs(config, mesh, params), mesh))
     step = over_mesh(decoder.decode if case.kind == "decode" else decoder.prefill, mesh)
 
     def program(params, bank, cache, *inputs):
@@ -132,11 +131,6 @@ def lower_case(
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     with jax.default_device(device):
         return jax.jit(program, donate_argnums=2).lower(*placed)
-
-
-def _random_params(config: ModelConfig, formats: Mapping[str, Format], mesh: Mesh | None) -> ModelParams:
-    places = None if mesh is None else shardings(param_specs(config, mesh), mesh)
-    return init_params(config, jax.random.key(0), DTYPE, places, partial(quantise_leaf, formats))
 
 
 def _at(shapes: Any, specs: Any, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:
@@ -284,7 +278,7 @@ def sweep(
             )
             work = {case: pool.submit(compile_one, case) for case in longest_first}
         if params is None:  # after the first compilations: they may need memory to time kernels
-            params = jax.block_until_ready(_random_params(config, formats, mesh))
+            params = jax.block_until_ready(random_params(config, formats, mesh))
         bank = make()
         for case in group:
             row: dict[str, Any] = asdict(case) | {"targets": targets, "layers": config.num_layers}

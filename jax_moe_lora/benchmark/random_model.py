@@ -4,7 +4,7 @@ Weights and pages are drawn piece by piece: the host never holds anything of a m
 more than one matrix twice.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +21,14 @@ from jax_moe_lora.adapters.bank_sizes import regions_of
 from jax_moe_lora.adapters.lora import EXPERT_MODULES, PoolWidth, Site
 from jax_moe_lora.adapters.placement import pool_spec, tables_spec
 from jax_moe_lora.errors import InputError
-from jax_moe_lora.mesh.rules import split_sites
+from jax_moe_lora.mesh.rules import param_specs, shardings, split_sites
 from jax_moe_lora.mesh.scaling.costs import Step
 from jax_moe_lora.models import decoder
+from jax_moe_lora.models.params import ModelParams, init_params
+from jax_moe_lora.models.quantised.quantising import quantise_leaf
 from jax_moe_lora.models.specs.model import ModelConfig
-from pallas_kernels.ops import BASE_SLOT, RANK_PAGE
+from pallas_kernels.ops import BASE_SLOT, RANK_PAGE, Format, Quantised
+from pallas_kernels.quantised.split import split_specs
 from pallas_kernels.specs import ADAPTERS, AdapterMix
 
 DTYPE = "bfloat16"
@@ -62,6 +65,27 @@ def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
         raise InputError(f"targets is {targets!r}; expected experts or all.")
     sites = decoder.layer_sites(config)
     return sites if targets == "all" else {module: sites[module] for module in EXPERT_MODULES}
+
+
+def random_params(config: ModelConfig, formats: Mapping[str, Format], mesh: Mesh | None = None) -> ModelParams:
+    """The model's weights, each quantised before the next is made.
+
+    Args:
+      config: the model.
+      formats: of quantised weights, path -> format.
+      mesh: the devices that they are split over; None for the default one.
+    """
+    places = None if mesh is None else shardings(param_specs(config, mesh), mesh)
+    return init_params(config, jax.random.key(0), DTYPE, places, partial(_quantised, formats, mesh))
+
+
+def _quantised(formats: Mapping[str, Format], mesh: Mesh | None, path: str, leaf: Array) -> Array | Quantised:
+    """An array, or what it is quantised to; on a mesh, scales lie where the rows and columns do that they scale."""
+    few = quantise_leaf(formats, path, leaf)
+    if mesh is None or not isinstance(few, Quantised):
+        return few
+    assert isinstance(leaf.sharding, NamedSharding)
+    return jax.device_put(few, shardings(split_specs(few, leaf.sharding.spec), mesh))
 
 
 def make_bank(

@@ -1,7 +1,7 @@
 """`jax-moe-lora bench-model`: decode steps and prefills of a whole model of random weights."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from jax_moe_lora.benchmark.random_model import Case
     from jax_moe_lora.models.specs.model import ModelConfig
+    from pallas_kernels.ops import Format
 
 PEER = "transformers"
 
@@ -61,13 +62,11 @@ def bench_model(
         raise InputError(f"peer is {unknown[0]!r}; expected {PEER}.")
     if context + steps > cache_length:
         raise InputError(f"context {context} and steps {steps} do not fit into cache-length {cache_length}.")
-    if quantise is not None and mesh is not None:
-        raise InputError("Both --quantise and --mesh were given; time quantised weights on one device.")
     check_implementation(implementation)
     if prefill is None and decode is None:
         decode, prefill = [8, 32, 128], ["8x1024"]
     cases = _cases(names, decode or [], [_prompt(text) for text in prefill or []], context, cache_length)
-    devices = _devices(mesh, config, cases)
+    devices = _devices(mesh, config, cases, _formats(config, quantise, model))
     rows: list[dict[str, Any]] = []
     for row in _measure(raw, config, cases, targets, implementation, steps, bool(peer), quantise, devices):
         rows.append({"model": model} | row)
@@ -89,15 +88,25 @@ def _cases(
     return cases + [Case("prefill", batch, length, length, name) for name in names for batch, length in prefill]
 
 
-def _devices(mesh: str | None, config: "ModelConfig", cases: "Sequence[Case]") -> "jax.sharding.Mesh | None":
-    """The mesh, which must divide the model and the requests of each case."""
-    from jax_moe_lora.mesh.rules import check_mesh, make_mesh
+def _formats(config: "ModelConfig", quantise: str | None, model: str) -> "dict[str, Format]":
+    """What the weights are quantised to, which must divide their widths: path -> format."""
+    from jax_moe_lora.models.quantised.schemes import quantised_formats
+
+    return {} if quantise is None else quantised_formats(config, quantise, model)
+
+
+def _devices(
+    mesh: str | None, config: "ModelConfig", cases: "Sequence[Case]", formats: "Mapping[str, Format]"
+) -> "jax.sharding.Mesh | None":
+    """The mesh, which must divide the model, in whole blocks where it is quantised, and the requests of each case."""
+    from jax_moe_lora.mesh.rules import check_blocks, check_mesh, make_mesh
     from jax_moe_lora.mesh.steps import row_multiple
 
     devices = make_mesh(mesh)
     if devices is None:
         return None
     check_mesh(config, devices)
+    check_blocks(config, devices, formats)
     multiple = row_multiple(devices)
     for case in cases:
         if case.batch % multiple:
