@@ -21,7 +21,7 @@ from jax_moe_lora.models.checkpoint_tensors import Part, joined_of, stacked_part
 from jax_moe_lora.models.names import other_names, plain_name, tensor_names, unused_tensors
 from jax_moe_lora.models.params import ModelParams, abstract_params, leaf_name
 from jax_moe_lora.models.parts import Box, load_parts, whole_box
-from jax_moe_lora.models.quantised.locating import activation_scales, quantised_matrices
+from jax_moe_lora.models.quantised.locating import activation_scales, check_experts, quantised_matrices
 from jax_moe_lora.models.quantised.quantising import read_as_quantised
 from jax_moe_lora.models.quantised.reading import read_quantised
 from jax_moe_lora.models.quantised.stored import StoredMatrix
@@ -142,6 +142,8 @@ def open_checkpoint(folder: Path, config: ModelConfig, opened: ExitStack) -> Che
     parts = {name: stacked.get(name) or part(name) for name in plain}
     tensors = dict.fromkeys(part.tensor for one in quantised.values() for _, part in one.parts)
     _check(folder, files, plain, parts, stacked, [*unused, *tensors])
+    for source in tensor_names(config).values():
+        check_experts([source] if isinstance(source, str) else source, quantised, parts, files)
     return Checkpoint(files, parts, unused, quantised)
 
 
@@ -201,10 +203,6 @@ def _load(
         if sharding is None:
             return jax.device_put(_read(source, leaf, checkpoint))  # jnp.asarray would copy
         return load_parts(leaf.shape, sharding, partial(_read, source, leaf, checkpoint))
-    if len(stored) < len(names):
-        plain = next(name for name in names if name not in checkpoint.quantised)
-        folder = checkpoint.files[checkpoint.parts[plain].tensor].path.parent
-        raise CheckpointError(f"{folder} has {plain} in 16 bits and others of its layer's experts quantised.")
     host = read_quantised(stored, checkpoint.files, dtype, isinstance(source, list), _aligned, PIECE_BYTES)
     weight = _place_quantised(host, sharding)
     # Small ones that stay float32 in a model of 16 bits, such as routers: rows in 16 bits would round them.

@@ -309,7 +309,12 @@ def write_fp8_stacks(
     return _pair(folder, config, {"quant_method": "fp8", "activation_scheme": "dynamic"} | settings, few, same)
 
 
-def write_mxfp4_stacks(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> tuple[Path, Path]:
+def write_mxfp4_stacks(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, np.ndarray],
+    change: Callable[[dict[str, Tensor]], Any] = lambda tensors: None,
+) -> tuple[Path, Path]:
     """The same of mxfp4 experts in stacks, `[E, out, in]`."""
     few: dict[str, Tensor] = {}
     same: dict[str, Tensor] = {}
@@ -320,6 +325,7 @@ def write_mxfp4_stacks(folder: Path, config: Mapping[str, Any], tensors: Mapping
         codes, exponents, numbers = mxfp4(array)
         few |= {f"{name}_blocks": plain(pair(codes)), f"{name}_scales": plain(exponents)}
         same[name] = plain(numbers)
+    change(few)
     return _pair(folder, config, {"quant_method": "mxfp4"}, few, same)
 
 

@@ -6,7 +6,7 @@ not understood is refused by name.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_moe_lora.models.fields import QUANTISED, Fields
 from jax_moe_lora.models.quantised.settings import Quantisation
@@ -75,6 +75,7 @@ _SCHEMES = {
     ("int", 4): ("int4_packed_zero", "int4_packed"),
     ("float", 4): ("nvfp4_packed", "mxfp4_packed"),
 }
+_FORM_OF_FORMAT = {"nvfp4-pack-quantized": "nvfp4_packed", "mxfp4-pack-quantized": "mxfp4_packed"}
 _FORMATS = (
     "float-quantized",
     "naive-quantized",
@@ -93,15 +94,33 @@ def _compressed_tensors(fields: Fields) -> Quantisation:
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         raise fields.error(f"config_groups is {groups!r}, an object of objects was expected", "config_groups")
     found = [_weights(fields, name, group.get("weights")) for name, group in groups.items()]
-    forms = tuple(dict.fromkeys(form for forms, _ in found for form in forms))
-    blocks = {block for _, block in found}
+    blocks, sizes = {one.block for one in found}, {one.group for one in found}
     if len(blocks) > 1:
         raise fields.error("config_groups have blocks of several sizes, which are not supported", "config_groups")
-    return Quantisation("compressed-tensors", forms, block=blocks.pop())
+    return Quantisation(
+        "compressed-tensors",
+        tuple(dict.fromkeys(form for one in found for form in one.forms)),
+        block=blocks.pop(),
+        group=sizes.pop() if len(sizes) == 1 else None,
+    )
 
 
-def _weights(fields: Fields, name: str, weights: Any) -> tuple[Sequence[str], tuple[int, int] | None]:
-    """The forms of one group's weights, and the block that shares a scale."""
+class _Weights(NamedTuple):
+    """What one of `config_groups` says.
+
+    Attributes:
+      forms: that its matrices may have.
+      block: rows and columns that share a scale of fp8; None where shapes say.
+      group: columns that share a scale of int4, 0 for all; None where shapes say.
+    """
+
+    forms: Sequence[str]
+    block: tuple[int, int] | None = None
+    group: int | None = None
+
+
+def _weights(fields: Fields, name: str, weights: Any) -> _Weights:
+    """What a group says of its weights."""
     where = f"{fields.source}, config_groups.{name}.weights"
     if not isinstance(weights, Mapping):
         raise fields.error(f"config_groups.{name}.weights is {weights!r}, an object was expected", "config_groups")
@@ -115,11 +134,15 @@ def _weights(fields: Fields, name: str, weights: Any) -> tuple[Sequence[str], tu
     own.expect("dynamic", (None, False), "weights whose scales are not stored are not supported")
     own.expect("actorder", (None, False, "static", "weight"), "columns in another order (act-order) are not supported")
     strategy, block = own.get("strategy"), own.get("block_structure")
-    if strategy != "block":
-        return forms, None
-    if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
-        raise own.error(f"block_structure is {block!r}, two whole numbers were expected", "block_structure")
-    return forms, (block[0], block[1])
+    symmetric, packed = own.get("symmetric"), _FORM_OF_FORMAT.get(fields.get("format"))
+    if strategy == "block":
+        if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+            raise own.error(f"block_structure is {block!r}, two whole numbers were expected", "block_structure")
+        return _Weights(forms, (block[0], block[1]))
+    if kind == "int":
+        group = _group(own, "group_size") if strategy == "group" else None
+        return _Weights(forms[:1] if symmetric is False else forms, group=0 if strategy == "channel" else group)
+    return _Weights((packed,) if packed in forms else forms)
 
 
 METHODS: Mapping[str, Callable[[Fields], Quantisation]] = {

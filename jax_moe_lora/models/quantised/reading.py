@@ -31,7 +31,7 @@ def read_quantised(
     """One leaf of a model in host memory: a matrix, or those of all experts.
 
     Args:
-      stored: where the matrices stand.
+      stored: where the matrices stand, all of one format.
       files: tensor -> its file.
       dtype: in which all numbers must be finite.
       stacked: whether the leaf has an axis of experts.
@@ -39,12 +39,9 @@ def read_quantised(
       piece_bytes: what is read at a time.
 
     Raises:
-      CheckpointError: matrices of several formats, or values that are not finite or not supported, by name.
+      CheckpointError: values that are not finite or not supported, by name.
     """
-    matrix, first = stored[0].matrix, stored[0].parts[0][1].tensor
-    if any(one.matrix != matrix for one in stored):
-        names = sorted({one.matrix.format.name for one in stored})
-        raise CheckpointError(f"{first} and its layer's other experts have formats that differ: {', '.join(names)}.")
+    matrix = stored[0].matrix
     lead = (len(stored),) if stacked else ()
     arrays: dict[str, Any] = {
         name: allocate((*lead, *shape), kind) for name, (shape, kind) in _arrays(stored, files).items()

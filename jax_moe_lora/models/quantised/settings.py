@@ -12,7 +12,7 @@ class Quantisation:
       forms: the forms that its matrices may have (`forms.FORMS`).
       block: rows and columns that share a scale of fp8; None where the file's shapes say.
       group: columns that share a scale of int4, 0 for all of a row; None where the file's shapes say.
-      ignored: modules that are not quantised; `re:` begins a regular expression of their whole names.
+      ignored: modules that are not quantised, as the config spells them (`listed.py`).
     """
 
     method: str

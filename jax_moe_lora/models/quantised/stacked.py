@@ -13,7 +13,7 @@ from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_tensors import Part, Stack, stacked_parts, stacks_of
 from jax_moe_lora.models.quantised.forms import FORMS, FileTensor, Form, Matrix, Shape
 from jax_moe_lora.models.quantised.settings import Quantisation
-from jax_moe_lora.models.quantised.stored import StoredMatrix, check_tensor, no_format, refuse_ignored
+from jax_moe_lora.models.quantised.stored import StoredMatrix, check_tensor, missing_tensor, no_format, refuse_ignored
 from jax_moe_lora.models.specs.model import ModelConfig
 
 
@@ -55,12 +55,10 @@ def stacked_matrices(
     """
     for form in (form for name, form in FORMS.items() if name in settings.forms and form.stacked):
         first, places = form.tensors[0].suffix, _places(form, config, written, files)
+        _refuse_incomplete(form, config, written, files)
         for stack in stacks_of(config, written, first):
             stem = stack.tensor.removesuffix(first)
             names = {tensor: stem + tensor.suffix for tensor in form.tensors}
-            for name in names.values():
-                if name not in files:
-                    raise CheckpointError(f"{files[stack.tensor].path} has {stack.tensor}, and {name} is missing.")
             refuse_ignored(settings, form, stack.tensor, files[stack.tensor].path)
             values = next(name for tensor, name in names.items() if tensor.part == "values")
             parts = {
@@ -68,6 +66,18 @@ def stacked_matrices(
                 for member, place in stack.members.items()
             }
             yield from _members(_stacked(form, settings, names, parts, stack, files), files)
+
+
+def _refuse_incomplete(
+    form: Form, config: ModelConfig, written: Mapping[str, str], files: Mapping[str, TensorFile]
+) -> None:
+    """Refuses a stack that lacks a tensor of its form."""
+    for suffix in (tensor.suffix for tensor in form.tensors if tensor.suffix):  # without one it is in 16 bits
+        for stack in stacks_of(config, written, suffix):
+            stem = stack.tensor.removesuffix(suffix)
+            for name in (stem + tensor.suffix for tensor in form.tensors):
+                if name not in files:
+                    raise missing_tensor(files[stack.tensor], stack.tensor, name)
 
 
 def _places(

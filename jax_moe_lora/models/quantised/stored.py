@@ -8,6 +8,7 @@ from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_tensors import Part
 from jax_moe_lora.models.quantised.forms import FileTensor, Form, Matrix, Shape
+from jax_moe_lora.models.quantised.listed import listing
 from jax_moe_lora.models.quantised.settings import Quantisation
 
 
@@ -49,6 +50,17 @@ def check_tensor(tensor: FileTensor, name: str, file: TensorFile, shapes: Sequen
         )
 
 
+def missing_tensor(file: TensorFile, present: str, missing: str) -> CheckpointError:
+    """The error of a matrix that lacks one of its tensors.
+
+    Args:
+      file: holds the tensor that is there.
+      present: its name.
+      missing: the other one's name.
+    """
+    return CheckpointError(f"{file.path} has {present}, and {missing} is missing.")
+
+
 def no_format(scales: str, file: TensorFile, settings: Quantisation, rows: int, columns: int) -> CheckpointError:
     """The error of scales that no format has.
 
@@ -59,9 +71,10 @@ def no_format(scales: str, file: TensorFile, settings: Quantisation, rows: int, 
       rows: of the matrix.
       columns: of the matrix.
     """
+    groups = f" in groups of {settings.group}" if settings.group else ""
     return CheckpointError(
         f"{scales} in {file.path} has shape {list(file.infos[scales].shape)}, which no format of {settings.method} has "
-        f"for a matrix {[rows, columns]}."
+        f"for a matrix {[rows, columns]}{groups}."
     )
 
 
@@ -78,5 +91,7 @@ def refuse_ignored(settings: Quantisation, form: Form, first: str, path: Path) -
       CheckpointError: it is listed, by name.
     """
     module = first.removesuffix(form.tensors[0].suffix).removesuffix(".")
-    if module in settings.ignored:
-        raise CheckpointError(f"{path} has {first}, and the config says that {module} is not quantised.")
+    entry = listing(module, settings.ignored)
+    if entry is not None:
+        said = "" if entry == module else f" ({entry!r})"
+        raise CheckpointError(f"{path} has {first}, and the config says that {module} is not quantised{said}.")

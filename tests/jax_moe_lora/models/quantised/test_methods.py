@@ -13,6 +13,7 @@ from jax_moe_lora.models.quantised.methods import read_quantisation
 from jax_moe_lora.models.quantised.settings import Quantisation
 from support.checkpoints import TINY
 
+INT4_FORMS = ("int4_packed_zero", "int4_packed")
 FP8_FORMS = ("fp8_inverse", "fp8_stacked", "fp8")
 DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 MINIMAX = DEEPSEEK | {"modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"]}
@@ -83,7 +84,7 @@ def read(settings: Any, **others: Any) -> Quantisation | None:
             Quantisation("fp8", FP8_FORMS, (128, 128), ignored=(*MINIMAX["modules_to_not_convert"],)),
         ),
         (GPT_OSS, Quantisation("mxfp4", ("mxfp4",), ignored=(*GPT_OSS["modules_to_not_convert"],))),
-        (KIMI, Quantisation("compressed-tensors", ("int4_packed_zero", "int4_packed"), ignored=(*KIMI["ignore"],))),
+        (KIMI, Quantisation("compressed-tensors", INT4_FORMS, group=32, ignored=(*KIMI["ignore"],))),
         (NVFP4, Quantisation("modelopt", ("nvfp4",), ignored=("lm_head",))),
         (AWQ, Quantisation("awq", ("awq",), group=128, ignored=("gate",))),
         (GPTQ, Quantisation("gptq", ("gptq",), group=128)),
@@ -130,6 +131,42 @@ def with_weights(**changes: Any) -> dict[str, Any]:
 def test_what_is_not_supported_is_refused_by_name(settings: Any, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         read(settings)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["bitsandbytes", "hqq", "aqlm", "auto-round", "quanto", "torchao", "quark", "fbgemm_fp8", "FP8", " fp8", ""],
+)
+def test_a_method_that_is_not_read_is_named_with_those_that_are(method: str) -> None:
+    said = method or "unknown"
+    with pytest.raises(ConfigError, match=rf"quantization_config says '{said}'; supported are fp8, mxfp4, .*gptq"):
+        read({"quant_method": method, "bits": 4})
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"quant_method": None}, {"quant_method": ["fp8"]}, [1], 8, True])
+def test_settings_without_a_method_are_refused(settings: Any) -> None:
+    with pytest.raises(ConfigError, match=r"quantization_config says .*supported are fp8"):
+        read(settings)
+
+
+def test_what_groups_of_compressed_tensors_say_limits_the_forms() -> None:
+    def forms(**weights: Any) -> tuple[Any, Any]:
+        found = read(with_weights(**weights))
+        assert found is not None
+        return found.forms, found.group
+
+    assert forms(symmetric=False) == (("int4_packed_zero",), 32)
+    assert forms(strategy="channel", group_size=None) == (INT4_FORMS, 0)
+    assert forms(strategy=["channel"]) == (INT4_FORMS, None)
+    one, other = (GROUP | {"weights": WEIGHTS | {"group_size": size}} for size in (32, 128))
+    both = read(KIMI | {"config_groups": {"group_0": one, "group_1": other}})
+    assert both is not None
+    assert both.group is None
+    fp4 = with_weights(type="float", strategy="group")
+    for written, found in (("mxfp4", ("mxfp4_packed",)), ("nvfp4", ("nvfp4_packed",))):
+        settings = read(fp4 | {"format": f"{written}-pack-quantized"})
+        assert settings is not None
+        assert settings.forms == found
 
 
 def test_two_settings_are_refused() -> None:

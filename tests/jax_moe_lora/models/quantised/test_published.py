@@ -1,7 +1,6 @@
 """Quantised checkpoints in each published form are read as the numbers that the form says, or refused by name."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +14,9 @@ from jax_moe_lora.models import loading
 from jax_moe_lora.models.params import leaf_name
 from pallas_kernels.ops import Quantised, dequantise
 from support import quantised_files as files
-from support.checkpoints import TINY, expected_shapes, load
+from support.checkpoints import load
 from support.memory import traced
-
-RAW = TINY | {"hidden_size": 64, "moe_intermediate_size": 48, "intermediate_size": 96, "head_dim": 16}
-INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 8, "symmetric": True, "dynamic": False}
-FP8 = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
-FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
-MXFP4 = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
-
-
-def compressed(weights: dict[str, Any], format: str) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format,
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
-        "kv_cache_scheme": None,
-        "quantization_status": "compressed",
-    }
-
-
-@dataclass(frozen=True)
-class Case:
-    """A form: what the config says, who writes a matrix, and the format that it is read as."""
-
-    settings: dict[str, Any]
-    writer: Callable[[np.ndarray], files.Written]
-    format: str
-
-
-def zeros(matrix: np.ndarray) -> files.Written:
-    return files.int4_packed(matrix, zeros=True)
-
-
-def gptq_v2(matrix: np.ndarray) -> files.Written:
-    return files.gptq(matrix, first_format=False)
-
-
-BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": False, "sym": False}
-CASES = {
-    "fp8": Case(BLOCKS, files.fp8_block, "fp8_block"),
-    "fp8 channel": Case(compressed(FP8, "float-quantized"), files.fp8_channel, "fp8_channel"),
-    "fp8 tensor": Case(compressed(FP8 | {"strategy": "tensor"}, "float-quantized"), files.fp8_tensor, "fp8_tensor"),
-    "int4": Case(compressed(INT4, "pack-quantized"), files.int4_packed, "int4"),
-    "int4 zero points": Case(compressed(INT4 | {"symmetric": False}, "pack-quantized"), zeros, "int4_zero"),
-    "nvfp4": Case(compressed(FP4, "nvfp4-pack-quantized"), files.nvfp4_packed, "nvfp4"),
-    "mxfp4": Case(compressed(MXFP4, "mxfp4-pack-quantized"), files.mxfp4_packed, "mxfp4"),
-    "modelopt fp8": Case({"quant_method": "modelopt", "quant_algo": "FP8"}, files.fp8_tensor, "fp8_tensor"),
-    "modelopt nvfp4": Case({"quant_method": "modelopt", "quant_algo": "NVFP4"}, files.nvfp4_modelopt, "nvfp4"),
-    "awq": Case({"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}, files.awq, "int4_zero"),
-    "gptq": Case(GPTQ, files.gptq, "int4_zero"),
-    "gptq v2": Case(GPTQ | {"checkpoint_format": "gptq_v2"}, gptq_v2, "int4_zero"),
-}
-
-
-def raw_for(name: str) -> dict[str, Any]:
-    """The config; groups of 32 divide wider experts."""
-    return RAW | {"moe_intermediate_size": 64} if name == "mxfp4" else RAW
-
-
-def draw(raw: dict[str, Any] = RAW) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.standard_normal(shape, np.float32) for name, shape in expected_shapes(raw).items()}
+from support.quantised_cases import BLOCKS, CASES, RAW, draw, raw_for
 
 
 def leaves(params: Any) -> dict[str, Any]:
@@ -189,11 +126,11 @@ def refused(folder: Path, name: str, change: Change, named: str) -> None:
         ("int4", put(f"{EXPERT}.weight_shape", "I64", np.array([48, 72])), r"weight_shape .*says \[48, 72\]"),
         ("int4", put(f"{EXPERT}.weight_packed", "I32", np.ones((48, 7), np.int32)), r"expected \[48, 8\]"),
         ("int4", put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 9), np.float16)), r"weight_scale.*\[48, 9\]"),
-        ("int4", put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 4), np.float16)), "formats that differ"),
+        ("int4", put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 4), np.float16)), r"\[48, 4\]; expected \[48, 8\]"),
         (
             "int4",
             put(f"{EXPERT}.weight_scale", "F16", np.ones((48, 0), np.float16)),
-            r"weight_scale.*\[48, 0\], which no",
+            r"weight_scale.*\[48, 0\]; expected \[48, 8\]",
         ),
         ("int4", edit(f"{EXPERT}.weight_scale", (0, 0), np.nan), "weight_scale .*not finite"),
         ("int4", put(f"{EXPERT}.weight", "F32", np.ones((48, 64), np.float32)), f"no place for: {EXPERT}.weight"),
@@ -218,6 +155,11 @@ def refused(folder: Path, name: str, change: Change, named: str) -> None:
         ("mxfp4", put(f"{EXPERT}.weight_packed", "U8", np.ones((64, 16), np.uint8)), r"packed.*expected \[64, 32\]"),
         ("mxfp4", edit(f"{EXPERT}.weight_scale", (0, 0), 255), "weight_scale .*not finite"),
         ("mxfp4", edit(f"{EXPERT}.weight_scale", (0, 0), 254), r"weight_scale .*a scale of 1.7e\+38"),
+        (
+            "fp8 channel",
+            put(f"{EXPERT}.weight_scale", "F32", np.ones((), np.float32)),
+            "weight_scale .*formats that differ",
+        ),
         ("modelopt fp8", put(f"{EXPERT}.weight_scale", "F32", np.ones(3, np.float32)), r"weight_scale.*\[3\]"),
         ("awq", put(f"{EXPERT}.qzeros", "I32", np.ones((8, 5), np.int32)), r"qzeros.*expected \[8, 6\]"),
         ("awq", put(f"{EXPERT}.qweight", "I32", np.ones((64, 5), np.int32)), r"qweight.*expected \[64, 6\]"),
