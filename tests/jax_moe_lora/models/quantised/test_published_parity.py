@@ -136,5 +136,5 @@ def test_kernels_without_a_format_are_refused_when_the_model_is_loaded(tmp_path:
     case = Case("qwen3_moe", fp8, {"num_hidden_layers": 1, "moe_intermediate_size": 64})
     quantised, _ = case.write(tmp_path, *source(tmp_path, case))
     monkeypatch.setattr(backend, "device_capability", lambda: ((9, 0), "compute capability 9.0"))
-    with pytest.raises(InputError, match=r"hopper.*no kernels for weights in fp8_block"):
+    with pytest.raises(InputError, match=r"hopper.*packed for it, these are fp8_block in rows"):
         Model.from_pretrained(quantised, max_adapters=1, implementation="hopper")
