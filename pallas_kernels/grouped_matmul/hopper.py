@@ -52,18 +52,18 @@ def grouped_matmul(
     token_tiles = plan.token_tiles if of_tokens else None
     rows = dispatch(x, plan.position, num_rows, num_sms) if of_tokens and token_tiles is None else x
     unit = partial(gated_unit, activation) if len(weights) == 2 else None
+    cut: HopperConfig | QuantisedConfig
     if _quantised(weights):
         assert not isinstance(config, HopperConfig)
-        packed_cut, tiles = _cut_quantised(weights, plan, config, adapters)
-        source = _source(rows, weights, adapters, plan, tiles, steps, packed_cut.num_sms)
-        return hopper_quantised_kernel.grouped_matmul(source, tiles, packed_cut, unit, biases)
-    assert not isinstance(config, QuantisedConfig)
-    cut, tiles = _cut(weights, plan, config)
-    if token_tiles is not None:
-        source = _source(x, weights, adapters, plan, token_tiles, steps, cut.num_sms)
-        return hopper_kernel.grouped_matmul((source,), tiles, cut, unit, biases, num_rows=num_rows)[0]
-    source = _source(rows, weights, adapters, plan, tiles, steps, cut.num_sms)
-    return hopper_kernel.grouped_matmul((source,), tiles, cut, unit, biases)[0]
+        cut, tiles = _cut_quantised(weights, plan, config, adapters)
+    else:
+        assert not isinstance(config, QuantisedConfig)
+        cut, tiles = _cut(weights, plan, config)
+    source = _source(rows, weights, adapters, plan, token_tiles or tiles, steps, cut.num_sms)
+    of_one_tile = None if token_tiles is None else num_rows
+    if isinstance(cut, QuantisedConfig):
+        return hopper_quantised_kernel.grouped_matmul(source, tiles, cut, unit, biases, num_rows=of_one_tile)
+    return hopper_kernel.grouped_matmul((source,), tiles, cut, unit, biases, num_rows=of_one_tile)[0]
 
 
 def gated_products(
@@ -131,10 +131,7 @@ def _cut_quantised(
 
     Raises:
       UnsupportedImplementation: they have two formats.
-      InputError: the plan's tiles have all tokens.
     """
-    if plan.token_tiles is not None:
-        raise InputError("Packed weights take make_plan's plan; got one of forward_plan_and_steps for few tokens.")
     first, *others = (weight.format if isinstance(weight, Quantised) else None for weight in weights)
     if first is None or any(form != first for form in others):
         names = " and ".join(form.name if form else "16 bits" for form in (first, *others))

@@ -47,6 +47,8 @@ def grouped_matmul(
     config: QuantisedConfig,
     unit: Callable[[Array, Array], Array] | None = None,
     biases: tuple[Float[Array, "E _out"] | None, ...] = (None, None),
+    *,
+    num_rows: int | None = None,
 ) -> Float[Array, "Q out"]:
     """`x[r] @ W[e].T + b[e]`, or `unit` of two such products (gated), for the rows of each tile.
 
@@ -56,11 +58,12 @@ def grouped_matmul(
       config: how the call is cut.
       unit: the gated unit of two products; None for one product.
       biases: for each weight its bias, or None.
+      num_rows: Q, where x is the rows of one tile, which all tiles read; None where it is sorted rows.
 
     Returns:
       `[Q, out]` in x's dtype; rows that no tile covers are not written.
     """
-    rows, depth = source.x.shape
+    depth, rows = source.x.shape[1], num_rows or source.x.shape[0]
     weights: tuple[Quantised, ...] = source.weights  # type: ignore[assignment]
     form, gated = weights[0].format, len(weights) == 2
     per_block, per_row = form.block == (128, 128), form.codec == "fp8" and form.block == (1, 0)
@@ -103,7 +106,8 @@ def grouped_matmul(
             def item(number, steps_so_far):
                 done, lora_done = steps_so_far
                 tile, first, lora_steps = place(number)
-                expert, row = expert_of[tile], pl.multiple_of(start_of[tile], ROW_ALIGNMENT)
+                expert = expert_of[tile]
+                row = pl.multiple_of(start_of[tile] if num_rows is None else expert * 0, ROW_ALIGNMENT)
 
                 @pl.loop(0, depth_steps)
                 def _(k):

@@ -142,8 +142,8 @@ def forward_plan_and_steps(
       projections: as in `make_lora_steps`.
 
     Returns:
-      The plan to use, for `grouped_matmul` by 16-bit weights and `combine` alone where it has `token_tiles`; and the
-      steps, as `make_lora_steps` returns them.
+      The plan to use, for `grouped_matmul` and `combine` alone where it has `token_tiles`; and the steps, as
+      `make_lora_steps` returns them.
     """
     backend = BACKENDS[plan.backend]
     if not (backend.has("few_tokens") and (few := backend.module("few_tokens")).runs(plan)):

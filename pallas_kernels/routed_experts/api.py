@@ -24,7 +24,7 @@ from pallas_kernels.dispatch.api import combine, routed, token_rows
 from pallas_kernels.errors import NotDifferentiable
 from pallas_kernels.grouped_lora.api import page_gradients
 from pallas_kernels.grouped_matmul.api import grouped_matmul, weight_gradient
-from pallas_kernels.lora_steps.api import Shrunk
+from pallas_kernels.lora_steps.api import Shrunk, forward_plan_and_steps
 from pallas_kernels.pages import NO_ADAPTERS, LayerPages
 from pallas_kernels.plan.api import RoutingPlan, row_experts
 from pallas_kernels.quantised.array import Quantised, Weights
@@ -35,7 +35,6 @@ from pallas_kernels.routed_experts.projections import (
     Products,
     Rows,
     down_projection,
-    forward_steps,
     gate_and_up,
     rows_gradient,
     shrink_cotangent,
@@ -83,7 +82,7 @@ def routed_experts(
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _layer(call: LayerCall, x, weights, experts, pages, leaves) -> Float[Array, "T D"]:
     plan, adapters = jax.tree.unflatten(call.plan, leaves), pages.astype(x.dtype)
-    plan, (steps_in, steps_out) = forward_steps(experts, adapters, plan)
+    plan, (steps_in, steps_out) = forward_plan_and_steps(plan, (adapters.select(*IN), adapters.select(*OUT)))
     gated = grouped_matmul(
         x,
         (experts.gate, experts.up),

@@ -9,10 +9,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_lora.api import shrink
 from pallas_kernels.grouped_matmul.api import gated_products, grouped_matmul, input_gradient
-from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, forward_plan_and_steps, make_lora_steps
+from pallas_kernels.lora_steps.api import LoRASteps, Shrunk, make_lora_steps
 from pallas_kernels.pages import LayerPages
 from pallas_kernels.plan.api import RoutingPlan
-from pallas_kernels.quantised.array import Quantised
 from pallas_kernels.routed_experts.weights import ExpertWeights
 
 IN, OUT = ("gate", "up"), ("down",)
@@ -53,15 +52,6 @@ class Products(NamedTuple):
 def layer_steps(adapters: LayerPages, plan: RoutingPlan) -> list[LoRASteps | None]:
     """The steps of gate and up, and of down."""
     return make_lora_steps(plan, (adapters.select(*IN), adapters.select(*OUT)))
-
-
-def forward_steps(
-    experts: ExpertWeights, adapters: LayerPages, plan: RoutingPlan
-) -> tuple[RoutingPlan, list[LoRASteps | None]]:
-    """The plan to use where nothing is differentiated, and its steps. Over quantised weights it is `make_plan`'s."""
-    if any(isinstance(weight, Quantised) for weight in vars(experts).values()):
-        return plan, layer_steps(adapters, plan)
-    return forward_plan_and_steps(plan, (adapters.select(*IN), adapters.select(*OUT)))
 
 
 def down_projection(

@@ -12,14 +12,16 @@ from pallas_kernels import backend
 from pallas_kernels.dispatch.api import routed
 from pallas_kernels.errors import InputError
 from pallas_kernels.grouped_matmul import hopper
+from pallas_kernels.hopper.quantised_tuning import QuantisedConfig
 from pallas_kernels.lora_steps import hopper_few_tokens
 from pallas_kernels.lora_steps.api import forward_plan_and_steps, make_lora_steps
 from pallas_kernels.ops import BASE_SLOT, LayerPages, combine
 from pallas_kernels.pages import NO_ADAPTERS
+from pallas_kernels.quantised.array import Quantised
 from support.gradients import arguments, loss
 from support.interpreted import CONFIGS, TOLERANCE, plan_by_xla, relative_error
 from support.lora_steps import entries_of_few_tokens, random_pages
-from support.packed import packed
+from support.packed import packed, wide
 from support.paged import PagedLayer, PagedSpec, draw_layer
 
 interpreted = pytest.mark.usefixtures("interpreter")
@@ -136,6 +138,8 @@ def run(layer: PagedLayer, slots=None, adapters=True, in_order=False) -> np.ndar
         plan, (steps_in, steps_out) = forward_plan_and_steps(plan, (ins, outs))
     assert (plan.token_tiles is None) == in_order
     experts, common = layer.experts, {"config": CONFIGS["8 rows"], "activation": "silu"}
+    if isinstance(experts.gate, Quantised):
+        common["config"] = QuantisedConfig(8, 1, 3, 1, num_sms=2, interpreted=True)
     gated = hopper.grouped_matmul(
         layer.x, (experts.gate, experts.up), plan, of_tokens=True, biases=(None, None), adapters=ins, steps=steps_in,
         **common,
@@ -169,9 +173,14 @@ def test_a_layer_equals_the_oracle_without_races(name):
 
 @interpreted
 @pytest.mark.slow(30)
-def test_a_layer_has_the_bits_of_the_sorted_plan():
-    layer = draw_layer(LAYERS["8 tokens"], np.random.default_rng(1))
-    np.testing.assert_array_equal(run(layer), run(layer, in_order=True))
+@pytest.mark.parametrize("form", [None, "mxfp4", "fp8_channel"])
+def test_a_layer_has_the_bits_of_the_sorted_plan(form):
+    layer = draw_layer(LAYERS["8 tokens" if form is None else "5 tokens on one expert"], np.random.default_rng(1))
+    layer = layer if form is None else packed(layer, form)
+    found = run(layer)
+    np.testing.assert_array_equal(found, run(layer, in_order=True))
+    tokens = np.arange(layer.spec.tokens)
+    assert relative_error(found, wide(layer).expected(tokens)) < TOLERANCE[layer.spec.dtype]
 
 
 @pytest.fixture
@@ -198,11 +207,10 @@ def test_steps_fit_the_adapters_whatever_their_number(name, hopper_here, monkeyp
     assert len(calls) == 1
 
 
-def test_gradients_and_quantised_weights_take_the_sorted_plan(hopper_here, monkeypatch):
+def test_gradients_take_the_sorted_plan(hopper_here, monkeypatch):
     monkeypatch.setattr(hopper_few_tokens, "plan_and_steps", lambda *given: pytest.fail("it was planned anew"))
     layer = draw_layer(PagedSpec(4, 64, 64, 4, 2), np.random.default_rng(0))
     jax.eval_shape(jax.grad(partial(loss, layer, "hopper", False), (0, 1, 2, 3)), *arguments(layer))
-    jax.eval_shape(packed(layer, "fp8_channel").function("hopper"), layer.slots, layer.adapters)
 
 
 def test_a_plan_of_few_tokens_is_refused_where_it_would_be_misread():
@@ -221,7 +229,6 @@ def test_a_plan_of_few_tokens_is_refused_where_it_would_be_misread():
     uses = {
         "came with its steps": lambda plan: make_lora_steps(plan, (layer.adapters.select("down"),)),
         "in 8 rows; got a config of 24": partial(multiply, layer.experts, CONFIGS["24 rows"]),
-        "Packed weights take make_plan's plan": partial(multiply, packed(layer, "fp8_channel").experts, None),
     }
     for sentence, use in uses.items():
         with pytest.raises(InputError, match=sentence):

@@ -31,6 +31,8 @@ CASES = {
         PagedSpec(130, 2048, 768, 128, 8, slots=8, ranks=(4, 8, 16, 17, 32, 64, 100, 128)),
         FP8_BLOCK,
     ),
+    "int4_zero, 8 tokens": (PagedSpec(8, 2048, 768, 128, 8, slots=8, ranks=(4, 16, 64)), int4(128, True)),
+    "mxfp4, 3 tokens": (PagedSpec(3, 256, 384, 16, 4), MXFP4),
     "fp8_channel": (SMALL, FP8_CHANNEL),
     "fp8_tensor, all rows on one expert": (replace(SMALL, routing="one"), FP8_TENSOR),
     "mxfp4, gpt-oss widths": (PagedSpec(33, 2880, 2880, 8, 4), MXFP4),
