@@ -66,7 +66,7 @@ def test_the_tables_of_predictions_are_current():
 
 def test_the_table_of_formats_is_current():
     page = (DOCS / "quantised.md").read_text()
-    assert runpy.run_path(str(DOCS / "list_formats.py"))["with_table"](page) == page, "run python docs/list_formats.py"
+    assert runpy.run_path(str(DOCS / "list_formats.py"))["with_tables"](page) == page, "run python docs/list_formats.py"
 
 
 def test_every_room_is_in_the_map_of_the_code():
