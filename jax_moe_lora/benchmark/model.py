@@ -17,12 +17,13 @@ from jax_moe_lora.adapters.bank import AdapterBank
 from jax_moe_lora.adapters.placement import bank_specs
 from jax_moe_lora.benchmark.ceilings import measure_ceilings
 from jax_moe_lora.benchmark.model_floor import floor_s
-from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_bank, random_params
-from jax_moe_lora.mesh.rules import cache_specs, param_specs, rows_spec, shardings
+from jax_moe_lora.benchmark.random_model import DTYPE, Case, draw_slots, make_bank, param_shapes, random_params
+from jax_moe_lora.mesh.rules import cache_specs, rows_spec, shardings
 from jax_moe_lora.mesh.steps import init_cache, over_mesh
 from jax_moe_lora.models import decoder
 from jax_moe_lora.models.decoder import Cache
-from jax_moe_lora.models.params import ModelParams, abstract_params
+from jax_moe_lora.models.params import ModelParams
+from jax_moe_lora.models.quantised.for_kernels import pack_experts
 from jax_moe_lora.models.quantised.schemes import quantised_formats
 from jax_moe_lora.models.specs.model import ModelConfig
 from pallas_kernels.ops import Format, Implementation
@@ -105,13 +106,10 @@ def lower_case(
     """
     bank, bank_tree = _shapes(make)
     cache, cache_tree = _shapes(lambda: decoder.init_cache(config, case.batch, case.max_length, DTYPE))
-    params = abstract_params(config, DTYPE)
-    if formats:
-        params = jax.eval_shape(partial(random_params, config, formats))
+    params = param_shapes(config, formats, implementation, mesh)
     if mesh is not None:
         bank = _at(bank, bank_specs(bank_tree.unflatten(bank)), mesh) if bank else bank
         cache = _at(cache, cache_specs(config, mesh, cache_tree.unflatten(cache)), mesh)
-        params = jax.tree.unflatten(jax.tree.structure(params), _at(params, param_specs(config, mesh, params), mesh))
     step = over_mesh(decoder.decode if case.kind == "decode" else decoder.prefill, mesh)
 
     def program(params, bank, cache, *inputs):
@@ -278,7 +276,9 @@ def sweep(
             )
             work = {case: pool.submit(compile_one, case) for case in longest_first}
         if params is None:  # after the first compilations: they may need memory to time kernels
-            params = jax.block_until_ready(random_params(config, formats, mesh))
+            params = random_params(config, formats, mesh)
+            params = replace(params, layers=pack_experts(params.layers, DTYPE, implementation))
+            jax.block_until_ready(params)
         bank = make()
         for case in group:
             row: dict[str, Any] = asdict(case) | {"targets": targets, "layers": config.num_layers}

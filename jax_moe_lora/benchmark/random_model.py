@@ -5,7 +5,7 @@ more than one matrix twice.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +24,11 @@ from jax_moe_lora.errors import InputError
 from jax_moe_lora.mesh.rules import param_specs, shardings, split_sites
 from jax_moe_lora.mesh.scaling.costs import Step
 from jax_moe_lora.models import decoder
-from jax_moe_lora.models.params import ModelParams, init_params
+from jax_moe_lora.models.params import ModelParams, abstract_params, init_params
+from jax_moe_lora.models.quantised.for_kernels import packed_shapes
 from jax_moe_lora.models.quantised.quantising import quantise_leaf
 from jax_moe_lora.models.specs.model import ModelConfig
-from pallas_kernels.ops import BASE_SLOT, RANK_PAGE, Format, Quantised
+from pallas_kernels.ops import BASE_SLOT, RANK_PAGE, Format, Implementation, Quantised
 from pallas_kernels.quantised.split import split_specs
 from pallas_kernels.specs import ADAPTERS, AdapterMix
 
@@ -68,7 +69,7 @@ def sites_of(config: ModelConfig, targets: str) -> dict[str, Site]:
 
 
 def random_params(config: ModelConfig, formats: Mapping[str, Format], mesh: Mesh | None = None) -> ModelParams:
-    """The model's weights, each quantised before the next is made.
+    """The model's weights, each quantised before the next is made, in rows.
 
     Args:
       config: the model.
@@ -86,6 +87,33 @@ def _quantised(formats: Mapping[str, Format], mesh: Mesh | None, path: str, leaf
         return few
     assert isinstance(leaf.sharding, NamedSharding)
     return jax.device_put(few, shardings(split_specs(few, leaf.sharding.spec), mesh))
+
+
+def param_shapes(
+    config: ModelConfig,
+    formats: Mapping[str, Format],
+    implementation: Implementation | None = None,
+    mesh: Mesh | None = None,
+) -> ModelParams:
+    """The shapes of random weights whose experts are packed as a loaded model's, and where they lie.
+
+    Args:
+      config: the model.
+      formats: of quantised weights, path -> format.
+      implementation: a backend by name; None picks the best one.
+      mesh: the devices that they are split over; None for the default one.
+    """
+
+    def placed(params: ModelParams) -> ModelParams:
+        if mesh is None:
+            return params
+        places = shardings(param_specs(config, mesh, params), mesh)
+        return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), params, places)
+
+    if not formats:
+        return placed(abstract_params(config, DTYPE))
+    rows = placed(jax.eval_shape(partial(random_params, config, formats)))
+    return placed(replace(rows, layers=packed_shapes(rows.layers, DTYPE, implementation)))
 
 
 def make_bank(

@@ -53,6 +53,22 @@ def pack_experts(layers: Layers, dtype: jax.typing.DTypeLike, implementation: Im
     return tuple(layer if _why_not(layer, dtype, implementation) else _packed_layer(layer) for layer in layers)
 
 
+def packed_shapes(layers: Layers, dtype: jax.typing.DTypeLike, implementation: Implementation | None = None) -> Layers:
+    """What `pack_experts` makes of such layers, as shapes alone.
+
+    Args:
+      layers: each layer's `jax.ShapeDtypeStruct` by name.
+      dtype: of the rows that experts multiply.
+      implementation: a backend by name, or None for the best.
+    """
+    return tuple(
+        layer
+        if _why_not(layer, dtype, implementation)
+        else {**layer, **{name: jax.eval_shape(pack, layer[name]) for name in EXPERT_MODULES}}
+        for layer in layers
+    )
+
+
 def _why_not(layer: Mapping[str, Any], dtype: jax.typing.DTypeLike, implementation: Implementation | None) -> bool:
     experts = [layer[name] for name in EXPERT_MODULES if name in layer]
     if not experts or not all(isinstance(weight, Quantised) for weight in experts):
@@ -64,11 +80,14 @@ def _why_not(layer: Mapping[str, Any], dtype: jax.typing.DTypeLike, implementati
 
 def _packs(weight: Quantised, dtype: jax.typing.DTypeLike, implementation: Implementation | None) -> bool:
     """Whether one stack can be packed, its numbers too."""
-    rows, columns = weight.values.sharding.shard_shape(weight.values.shape)[-2:]
+    values = weight.values
+    rows, columns = (values.sharding.shard_shape(values.shape) if values.sharding else values.shape)[-2:]
     form = packed_format(weight.format, rows, columns * weight.format.per_byte, dtype, implementation)
     if form.layout == "rows":
         return False
-    return form.codec != "mxfp4" or int(weight.scales.max()) <= MAX_E8M0
+    if form.codec != "mxfp4" or isinstance(weight.scales, jax.ShapeDtypeStruct):
+        return True
+    return int(weight.scales.max()) <= MAX_E8M0
 
 
 def _packed_layer(layer: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,11 +13,14 @@ from jax_moe_lora.adapters.bank import create_bank
 from jax_moe_lora.benchmark.ceilings import Ceilings
 from jax_moe_lora.benchmark.model_floor import floor_s
 from jax_moe_lora.benchmark.models import MODELS, model_config
-from jax_moe_lora.benchmark.random_model import Case, draw_slots, random_bank, sites_of
+from jax_moe_lora.benchmark.random_model import Case, draw_slots, param_shapes, random_bank, random_params, sites_of
 from jax_moe_lora.cli.bench_model import bench_model
 from jax_moe_lora.cli.options import MODEL_HELP, result_file
 from jax_moe_lora.mesh.scaling.costs import quantised_bytes
+from jax_moe_lora.models.config_file import parse_model_config
+from jax_moe_lora.models.quantised.for_kernels import pack_experts
 from jax_moe_lora.models.quantised.schemes import quantised_formats
+from pallas_kernels import backend
 from pallas_kernels.ops import quantise
 from pallas_kernels.quantised.format import FP8_BLOCK, MXFP4
 from pallas_kernels.specs import ADAPTERS
@@ -145,3 +148,19 @@ def test_the_floor_counts_the_bytes_of_quantised_weights():
     weight = quantise(jnp.ones((3, 160, 96), jnp.bfloat16), FP8_BLOCK)
     assert quantised_bytes((3, 160, 96), FP8_BLOCK) == weight.nbytes
     assert quantised_bytes((3, 160, 96), MXFP4) == quantise(jnp.ones((3, 160, 96)), MXFP4).nbytes
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4", "int4"])
+def test_experts_are_packed_where_the_hopper_kernels_run_as_the_compiled_program_expects(scheme, monkeypatch):
+    monkeypatch.setattr(backend, "device_capability", lambda: ((9, 0), "compute capability 9.0"))
+    raw = MODELS["tiny"] | {"moe_intermediate_size": 128, "num_hidden_layers": 1, "num_experts": 4}
+    config = parse_model_config(raw, source="tiny")
+    formats = quantised_formats(config, scheme, "tiny")
+    params = random_params(config, formats)
+    layers = pack_experts(params.layers, "bfloat16")
+    shapes = param_shapes(config, formats).layers
+    assert layers[0]["gate"].format.layout == "hopper"
+    assert jax.tree.structure(layers) == jax.tree.structure(shapes)
+    for leaf, shape in zip(jax.tree.leaves(layers), jax.tree.leaves(shapes), strict=True):
+        assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+    assert param_shapes(config, formats, "xla").layers[0]["gate"].format.layout == "rows"
