@@ -10,8 +10,9 @@ import numpy as np
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.files.safetensors_io import TensorFile
 from jax_moe_lora.models.checkpoint_files import locate
+from jax_moe_lora.models.checkpoint_tensors import Part
 from jax_moe_lora.models.names import other_names, parameter_tensors, plain_name, table, unused_tensors
-from jax_moe_lora.models.quantised.locating import quantised_matrices
+from jax_moe_lora.models.quantised.locating import check_experts, quantised_matrices
 from jax_moe_lora.models.quantised.stored import StoredMatrix
 from jax_moe_lora.models.quantised.values import finite, too_large
 from jax_moe_lora.models.specs.model import ModelConfig
@@ -125,10 +126,19 @@ def _find(folder: Path, config: ModelConfig, opened: ExitStack) -> _Found:
     unused = unused_tensors(config, files)
     written = {plain_name(config, name): name for name in files if name not in unused}
     expected: dict[str, tuple[int, ...]] = {}
+    experts: list[list[str]] = []
     if not config.tie_embeddings:
         expected["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     for layer in range(config.num_layers):
         for row in table(config, layer):
             names = parameter_tensors(config, layer, row)
-            expected |= {names: row.shape} if isinstance(names, str) else dict.fromkeys(names, row.shape[1:])
-    return _Found(files, quantised_matrices(config, written, files, expected, other_names(config)))
+            if isinstance(names, str):
+                expected[names] = row.shape
+            else:
+                expected |= dict.fromkeys(names, row.shape[1:])
+                experts.append(names)
+    quantised = quantised_matrices(config, written, files, expected, other_names(config))
+    for names in experts:
+        plain = {name: Part(written[name]) for name in names if name in written and name not in quantised}
+        check_experts(names, quantised, plain, files)
+    return _Found(files, quantised)

@@ -13,7 +13,9 @@ import pytest
 
 from jax_moe_lora.errors import CheckpointError
 from jax_moe_lora.models import loading
+from jax_moe_lora.models.config_file import read_model_config
 from jax_moe_lora.models.quantised.listed import listing
+from jax_moe_lora.models.quantised.summary import scale_problems
 from pallas_kernels.ops import dequantise
 from support import quantised_files as files
 from support.checkpoints import load
@@ -253,3 +255,23 @@ def test_modules_that_are_listed_and_in_16_bits_are_read(tmp_path: Path) -> None
 )
 def test_each_spelling_lists_what_its_tool_means(entry: str, module: str, listed: bool) -> None:
     assert listing(module, ("lm_head", entry)) == (entry if listed else None)
+
+
+@pytest.mark.parametrize(
+    ("one", "said"),
+    [
+        (
+            {"weight_scale": ("F32", np.ones((1,), np.float32))},
+            "have formats that differ, fp8_tensor with a scale of all",
+        ),
+        ({"weight": ("F32", np.ones((48, 64), np.float32))}, "in 16 bits and others"),
+    ],
+)
+def test_experts_of_several_formats_are_found_without_loading_too(one: Tensors, said: str, tmp_path: Path) -> None:
+    folder, tensors, module = written(tmp_path, "fp8 channel")
+    kept = tensors if "weight_scale" in one else {key: tensors[key] for key in tensors if not key.startswith(module)}
+    changed = kept | {f"{module}.{suffix}": tensor for suffix, tensor in one.items()}
+    message = refused(folder, changed)
+    assert module in message
+    assert said in message
+    assert [str(error) for error in scale_problems(folder, read_model_config(folder), np.dtype("float32"))] == [message]
