@@ -11,7 +11,7 @@ from jax_moe_lora.config import MoEConfig
 from jax_moe_lora.errors import InputError
 from jax_moe_lora.layer import checks
 from jax_moe_lora.layer.linear import dense_plan, lora_linear
-from jax_moe_lora.layer.routing import check_request_lengths, route, route_in_kernel, token_slots
+from jax_moe_lora.layer.routing import check_request_lengths, masked_routing, route, route_in_kernel, token_slots
 from jax_moe_lora.layer.torch_tensors import takes_any_array
 from pallas_kernels import ops
 from pallas_kernels.grouped_matmul.api import operands_of
@@ -110,19 +110,11 @@ def choose_experts(
       masked: the scores are made of rows that are masked for gradients already.
       backend: the one whose kernel chooses, where it has one; XLA weighs what is given in `chosen`.
     """
-
-    def choose_and_weigh(scores: Array) -> tuple[Array, Array]:
-        if chosen is None:
-            return route_in_kernel(scores, config, bias, backend)
-        return route(scores, config, bias, chosen)
-
-    if row_mask is None:
-        return choose_and_weigh(scores)
-    if not masked:
+    if row_mask is not None and not masked:
         scores = _masked_for_gradients(*varying_as((scores, row_mask)))
-    weights, experts = choose_and_weigh(scores)
-    # Padding may hold NaN, and NaN times zero is NaN.
-    return jnp.where(row_mask[:, None], weights, 0.0), jnp.where(row_mask[:, None], experts, config.num_experts)
+    if chosen is None:
+        return route_in_kernel(scores, config, bias, backend, row_mask)
+    return masked_routing(config, row_mask, *route(scores, config, bias, chosen))
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jax_moe_lora.arguments import whole
 from jax_moe_lora.config import CHOICE_BIAS, MoEConfig, RouterKind
@@ -84,6 +84,7 @@ def route_in_kernel(
     config: MoEConfig,
     bias: Float[Array, "E"] | None,
     backend: Implementation,
+    row_mask: Bool[Array, "T"] | None = None,
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """`route` by the backend's kernel, where it has one for such a router; else through XLA.
 
@@ -92,36 +93,60 @@ def route_in_kernel(
       config: the layer's.
       bias: `[E]`, as in `route`.
       backend: a backend that runs rows of the layer's dtype here.
+      row_mask: bool `[T]`, False for padding, whose scores may hold anything; None for none.
 
     Returns:
-      As `route`.
+      As `route`; padding has the weight zero, at expert E.
 
     Raises:
       InputError: as `route`.
     """
     has_kernel = backend_named(backend).has("route") and kernel_runs(config)
     if not has_kernel or scores.shape[0] == 0 or scores.dtype != jnp.float32:
-        return route(scores, config, bias)
+        return masked_routing(config, row_mask, *route(scores, config, bias))
     _check_router(scores, config, bias)
     bias = None if bias is None else bias.astype(jnp.float32)
-    return _route_in_kernel((config, backend), *varying_as((scores, bias)))
+    return _route_in_kernel((config, backend), *varying_as((scores, bias, row_mask)))
+
+
+def masked_routing(
+    config: MoEConfig, row_mask: Bool[Array, "T"] | None, weights: Float[Array, "T K"], experts: Int[Array, "T K"]
+) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """Weights and experts as they are; of padding zero, and E.
+
+    Args:
+      config: the layer's.
+      row_mask: bool `[T]`, False for padding; None for none.
+      weights: float32 `[T, K]`.
+      experts: int32 `[T, K]`.
+    """
+    if row_mask is None:
+        return weights, experts
+    # Padding may hold NaN, and NaN times zero is NaN.
+    return jnp.where(row_mask[:, None], weights, 0.0), jnp.where(row_mask[:, None], experts, config.num_experts)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _route_in_kernel(static: tuple[MoEConfig, Implementation], scores: Array, bias: Array | None):
+def _route_in_kernel(
+    static: tuple[MoEConfig, Implementation], scores: Array, bias: Array | None, row_mask: Array | None
+):
     config, backend = static
-    return backend_named(backend).module("route").route(scores, bias, config.router in CHOICE_BIAS, config)
+    return backend_named(backend).module("route").route(scores, bias, config.router in CHOICE_BIAS, config, row_mask)
 
 
-def _route_forward(static, scores, bias):
-    weights, experts = _route_in_kernel(static, scores, bias)
-    return (weights, experts), (scores, bias, experts)
+def _route_forward(static, scores, bias, row_mask):
+    weights, experts = _route_in_kernel(static, scores, bias, row_mask)
+    return (weights, experts), (scores, bias, row_mask, experts)
 
 
 def _route_backward(static, kept, cotangents):
-    scores, bias, experts = kept
-    _, pullback = jax.vjp(lambda scores, bias: route(scores, static[0], bias, experts)[0], scores, bias)
-    return pullback(cotangents[0])
+    config, (scores, bias, row_mask, experts) = static[0], kept
+
+    def weigh(scores, bias):
+        weights, _ = route(scores, config, bias, experts.clip(0, config.num_experts - 1))
+        return masked_routing(config, row_mask, weights, experts)[0]
+
+    return *jax.vjp(weigh, scores, bias)[1](cotangents[0]), None
 
 
 _route_in_kernel.defvjp(_route_forward, _route_backward)

@@ -38,6 +38,10 @@ class Rows:
         """`[width]` of memory, the same for each row."""
         return lax.broadcast_in_dim(plgpu.load(ref, layout=self.layout.reduce(0), optimized=False), self.shape, (1,))
 
+    def load_one_of_each(self, ref: Any) -> Array:
+        """`[4]` of memory, a value of each row."""
+        return plgpu.load(ref, layout=self.layout.reduce(1), optimized=False)
+
     def along(self, values: Array) -> Array:
         """One value a row, `[4]`, along each row."""
         return lax.broadcast_in_dim(values, self.shape, (0,))

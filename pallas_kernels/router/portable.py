@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.portable.limits import ROWS
@@ -19,7 +19,11 @@ from pallas_kernels.router.api import Router
 
 
 def route(
-    scores: Float[Array, "T E"], bias: Float[Array, "E"] | None, choice_bias: bool, router: Router
+    scores: Float[Array, "T E"],
+    bias: Float[Array, "E"] | None,
+    choice_bias: bool,
+    router: Router,
+    row_mask: Bool[Array, "T"] | None = None,
 ) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
     """Each token's experts, the best first, and of equal ones the lower; and their weights.
 
@@ -28,6 +32,7 @@ def route(
       bias: float32 `[E]`, or None.
       choice_bias: the bias counts in the choice alone; else it is part of the scores.
       router: how experts are chosen and weighted; `kernel_runs` of it.
+      row_mask: bool `[T]`, False for tokens that get the weight 0, at expert E; None where all are real.
 
     Returns:
       `(weights float32 [T, K], experts int32 [T, K])`. Where one of a token's scores is NaN, so are its weights.
@@ -36,26 +41,35 @@ def route(
     blocks = pl.cdiv(tokens, ROWS)
 
     def choose(scores, *refs):
-        *biases, weights_out, experts_out = refs
+        *others, weights_out, experts_out = refs
+        bias_ref, mask_ref = (others.pop(0) if given is not None else None for given in (bias, row_mask))
         first, tile = lax.axis_index("tokens") * ROWS, Rows(experts)
         rows = pl.ds(first, ROWS)
         scores = tile.load_in_bounds(scores, first) if tokens % ROWS else tile.load(scores.at[rows])
-        added = tile.load_for_each(biases[0]) if biases else 0.0
+        added = 0.0 if bias_ref is None else tile.load_for_each(bias_ref)
         values = _values(tile, scores if choice_bias else scores + added, router.router)
         kept, chosen = _best(tile, values, values + added if choice_bias else values, router.top_k)
-        for k, weight in enumerate(_weights(kept, router)):
-            weights_out[k, rows] = weight
-            experts_out[k, rows] = chosen[k]
+        weights = _weights(kept, router)
+        if mask_ref is not None:
+            real = tile.load_one_of_each(mask_ref.at[rows]) != 0
+            weights = [jnp.where(real, weight, 0.0) for weight in weights]
+            chosen = [jnp.where(real, expert, experts) for expert in chosen]
+        for k, (weight, expert) in enumerate(zip(weights, chosen, strict=True)):
+            weights_out[rows, k] = weight
+            experts_out[rows, k] = expert
 
-    shape = router.top_k, blocks * ROWS
+    if row_mask is not None:
+        mask = jnp.pad(row_mask.astype(jnp.int32), (0, blocks * ROWS - tokens))
+    given = [*([] if bias is None else [bias]), *([] if row_mask is None else [mask])]
+    shape = blocks * ROWS, router.top_k
     weights, chosen = mosaic.kernel(
         choose,
         out_type=(jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)),
         grid=(blocks,),
         grid_names=("tokens",),
         compiler_params=compiler_params(),
-    )(scores, *([] if bias is None else [bias]))
-    return weights[:, :tokens].T, chosen[:, :tokens].T
+    )(scores, *given)
+    return weights[:tokens], chosen[:tokens]
 
 
 def _values(tile: Rows, scores: Float[Array, "4 E"], kind: str) -> Float[Array, "4 E"]:

@@ -75,22 +75,23 @@ def test_a_sum_of_weights_counts_as_its_floor_at_least():
 
 
 @pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_bias"])
-def test_the_kernels_choice_and_its_gradient_are_those_through_xla(router):
+@pytest.mark.parametrize("padding", [False, True])
+def test_the_kernels_choice_and_its_gradient_are_those_through_xla(router, padding):
     rng = np.random.default_rng()
     scores, bias, dw = (jnp.asarray(rng.normal(size=shape), "float32") for shape in ((6, 32), 32, (6, 4)))
     config = MoEConfig(4, 4, 32, 4, router=router, renormalize=True, renormalize_eps=1e-20, scaling=2.5)
+    row_mask = jnp.asarray([True, False, True, True, False, True]) if padding else None
 
-    def loss(route, *scores_and_bias):
-        weights, experts = route(*scores_and_bias)
+    def loss(backend, scores, bias):
+        weights, experts = route_in_kernel(scores, config, bias, backend, row_mask)
         return (weights * dw).sum(), (weights, experts)
 
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        found = jax.value_and_grad(loss, (1, 2), has_aux=True)(
-            lambda scores, bias: route_in_kernel(scores, config, bias, "hopper"), scores, bias
-        )
-    expected = jax.value_and_grad(loss, (1, 2), has_aux=True)(
-        lambda scores, bias: route(scores, config, bias), scores, bias
-    )
+        found = jax.value_and_grad(loss, (1, 2), has_aux=True)("hopper", scores, bias)
+    expected = jax.value_and_grad(loss, (1, 2), has_aux=True)("xla", scores, bias)
+    if padding:
+        masked = np.array([1, 4])
+        np.testing.assert_array_equal(found[0][1][1][masked], np.full((2, 4), 32))
     for result, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(result, wanted, rtol=1e-4, atol=1e-6)
 

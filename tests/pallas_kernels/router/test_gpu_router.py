@@ -40,3 +40,17 @@ def test_a_token_of_nan_has_weights_of_nan_at_experts_that_there_are():
     weights, experts = route(scores.at[1].set(jnp.nan).at[4, 9].set(jnp.nan), None, False, router)
     np.testing.assert_array_equal(np.isnan(weights).all(axis=1), [False, True, False, False, True, False])
     assert bool((experts < 128).all())
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 300])
+def test_padding_has_no_weight_at_no_expert_and_the_others_keep_their_bits(tokens):
+    rng = np.random.default_rng()
+    router, real = ROUTERS["Qwen3-30B-A3B"], rng.random(tokens) < 0.5
+    scores = jnp.asarray(rng.normal(size=(tokens, 128)), jnp.float32)
+    expected = route(scores, None, False, router)
+    broken = jnp.where(real[:, None], scores, jnp.nan)
+    weights, experts = route(broken, None, False, router, jnp.asarray(real))
+    for result, wanted in zip((weights, experts), expected, strict=True):
+        np.testing.assert_array_equal(result[real], wanted[real])
+    assert bool((weights[~real] == 0).all())
+    assert bool((experts[~real] == 128).all())
