@@ -108,11 +108,9 @@ def sweep(
     for shape in cells.shapes:
         with in_turn(turns):
             base = make_problem(shape)
-            weights: dict[Engine, ExpertWeights] = {
-                engine: quantised(base.experts, scheme, engine.implementation, base.x.dtype)
-                for engine, scheme in _schemes(engines).items()
+            weights: dict[Engine, ExpertWeights | Exception] = {
+                engine: _quantised(base, engine, scheme) for engine, scheme in _schemes(engines).items()
             }
-            jax.block_until_ready(list(weights.values()))
         with ThreadPoolExecutor(THREADS) as pool:
             started: list[tuple[ResultRow, Callable[[Ceilings], float], Future[MeasureRow]]] = []
             for name in cells.adapters:
@@ -126,7 +124,11 @@ def sweep(
                             cell = {"shape": shape, "tokens": count, "adapters": name, "engine": engine.name}
                             cell |= {"routing": cells.routing, "slots": cells.slots}
                             cell |= {"hit_experts": len(np.unique(drawn.chosen)), "draw": drawn.draw.digest}
-                            given = replace(drawn, experts=weights.get(engine, drawn.experts))
+                            experts = weights.get(engine, drawn.experts)
+                            if isinstance(experts, Exception):
+                                started.append((cell, partial(floor_us, drawn), pool.submit(_fail, experts)))
+                                continue
+                            given = replace(drawn, experts=experts)
                             started.append((cell, partial(floor_us, given), pool.submit(engine.prepare, given, method)))
             pool.shutdown(wait=True)  # a compilation during a measurement would slow it
             started.reverse()
@@ -142,6 +144,18 @@ def _schemes(engines: Sequence[Engine]) -> dict[ThisLibrary, str]:
     """Those whose weights are quantised, and to what."""
     ours = [engine for engine in engines if isinstance(engine, ThisLibrary)]
     return {engine: engine.scheme for engine in ours if engine.scheme is not None}
+
+
+def _quantised(base: Problem, engine: ThisLibrary, scheme: str) -> ExpertWeights | Exception:
+    """A layer's weights as the engine takes them, or why there are none, such as too little memory."""
+    try:
+        return jax.block_until_ready(quantised(base.experts, scheme, engine.implementation, base.x.dtype))
+    except Exception as error:
+        return error
+
+
+def _fail(error: Exception) -> MeasureRow:
+    raise error
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class Model(Chat):
         with agreement(devices).all_or_none(lambda: (config, sites, max_adapters, max_rank, memory, dtype)):
             bank = create_bank(sites, max_adapters, max_rank, memory, dtype, max_replacements, vocabulary, devices)
             params = load_params(folder, config, dtype, placement, formats)
-            params = replace(params, layers=pack_experts(params.layers, dtype, implementation))
+            params = replace(params, layers=pack_experts(params.layers, dtype, implementation, max_adapters))
             _check_implementation(implementation, config, dtype, _expert_formats(params))
         return cls(config, params, bank, folder, implementation, devices)
 

@@ -53,12 +53,14 @@ def grouped_matmul(
     rows = dispatch(x, plan.position, num_rows, num_sms) if of_tokens and token_tiles is None else x
     unit = partial(gated_unit, activation) if len(weights) == 2 else None
     cut: HopperConfig | QuantisedConfig
-    if _quantised(weights):
-        assert not isinstance(config, HopperConfig)
-        cut, tiles = _cut_quantised(weights, plan, config, adapters)
+    packed = _quantised(weights)
+    if config is not None and packed != isinstance(config, QuantisedConfig):
+        kind = "QuantisedConfig" if packed else "HopperConfig"
+        raise InputError(f"Got a {type(config).__name__}; expected a {kind} for these weights.")
+    if packed:
+        cut, tiles = _cut_quantised(weights, plan, config, adapters)  # type: ignore[arg-type]
     else:
-        assert not isinstance(config, QuantisedConfig)
-        cut, tiles = _cut(weights, plan, config)
+        cut, tiles = _cut(weights, plan, config)  # type: ignore[arg-type]
     source = _source(rows, weights, adapters, plan, token_tiles or tiles, steps, cut.num_sms)
     of_one_tile = None if token_tiles is None else num_rows
     if isinstance(cut, QuantisedConfig):
@@ -131,12 +133,15 @@ def _cut_quantised(
 
     Raises:
       UnsupportedImplementation: they have two formats.
+      InputError: the given config is none for these weights.
     """
     first, *others = (weight.format if isinstance(weight, Quantised) else None for weight in weights)
     if first is None or any(form != first for form in others):
         names = " and ".join(form.name if form else "16 bits" for form in (first, *others))
         raise UnsupportedImplementation(f"Gate and up are in {names}; the Hopper kernels want one format for both.")
     experts, _, columns = weights[0].shape
+    if config is not None and (reason := quantised_tuning.why_not(config, columns, first)):
+        raise InputError(f"The Hopper kernels cannot be cut like this: {reason}.")
     pairs, rows = plan.position.shape[0], rows_per_tile(plan.tiles.size, first)
     config = config or quantised_tuning.heuristic(pairs, experts, rows, columns, first, bool(adapters.modules))
     return config, _tiles(plan, config.tile_rows)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field, replace
 
 from pallas_kernels.backend import target_sms
 from pallas_kernels.hopper.limits import BARRIER_BYTES, COMPUTE_WARPGROUPS, HALF, SMEM_BYTES
+from pallas_kernels.lora_steps.entries import PAGES_A_STEP
+from pallas_kernels.pages import RANK_PAGE
 from pallas_kernels.quantised.format import UNIT, Format
 from pallas_kernels.quantised.packing import unit_shape
 
@@ -44,15 +46,16 @@ class QuantisedConfig:
     def smem_bytes(self, format: Format, adapters: bool) -> int:
         """Shared memory that a block takes, barriers aside."""
         rows = self.tile_rows * self.units * UNIT * 2
-        pages = PAGE_STAGES * (PARTS * UNIT * HALF * self.warpgroups + self.tile_rows * UNIT) * 2 if adapters else 0
+        ranks = PAGES_A_STEP * RANK_PAGE
+        pages = PAGE_STAGES * ranks * (PARTS * HALF * self.warpgroups + self.tile_rows) * 2 if adapters else 0
         return self.stages * (self.stage_bytes(format) + rows) + self.warpgroups * self.tile_rows * HALF * 2 + pages
 
 
 def rows_per_tile(rows: int, format: Format) -> int:
     """Rows of a tile where the 16-bit kernel takes `rows`: as many as fit for four bits; for fp8, equal parts of them.
 
-    On an H200 unpacking a weight for more rows at once won (mxfp4 of gpt-oss-20b's sizes at T = 1024: 440 us with 160
-    rows a tile, 572 with 88; 16 bits 548).
+    Where experts have that many rows, unpacking a weight once for all of them wins: mxfp4 of gpt-oss-20b's sizes at
+    T = 1024 took 440 us with 160 rows a tile and 572 with 88 on an H200 (`results/h200_quantised_tiles.json`).
     """
     if format.codec != "fp8":
         return min(rows, MAX_ROWS)
@@ -87,6 +90,30 @@ def deepest(config: QuantisedConfig, format: Format, adapters: bool) -> Quantise
     while fits(larger := replace(config, stages=config.stages + 1), format, adapters):
         config = larger
     return config
+
+
+def why_not(config: QuantisedConfig, columns: int, format: Format) -> str:
+    """Why the kernel cannot be cut like this; empty where it can.
+
+    Args:
+      config: the cut.
+      columns: of a matrix.
+      format: of the weights.
+    """
+    most = MAX_ROWS_FP8 if format.codec == "fp8" else MAX_ROWS
+    if config.tile_rows % 8 or not 8 <= config.tile_rows <= most:
+        return f"tile_rows is {config.tile_rows}; expected a multiple of 8 up to {most} for {format.name}"
+    if config.warpgroups not in (1, COMPUTE_WARPGROUPS):
+        return f"warpgroups is {config.warpgroups}; expected 1 or {COMPUTE_WARPGROUPS}"
+    blocks = format.block == (128, 128)
+    if config.units < 1 or (blocks and (config.units % 2 or columns // UNIT % config.units)):
+        expected = f"a multiple of 2 that divides {columns // UNIT}" if blocks else "1 or more"
+        return f"units is {config.units}; expected {expected}"
+    if config.stages < 2 or not fits(config, format, adapters=True):
+        return (
+            f"{config.stages} stages of {config.units} units are {'too few' if config.stages < 2 else 'too many bytes'}"
+        )
+    return ""
 
 
 def fits(config: QuantisedConfig, format: Format, adapters: bool) -> bool:

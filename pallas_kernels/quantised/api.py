@@ -15,7 +15,7 @@ from pallas_kernels.quantised.fp8 import FP8
 from pallas_kernels.quantised.int4 import INT4, INT4_ZERO
 from pallas_kernels.quantised.mxfp4 import MXFP4
 from pallas_kernels.quantised.nvfp4 import NVFP4
-from pallas_kernels.quantised.packing import unit_shape, unpack
+from pallas_kernels.quantised.packing import PLACEMENTS, unit_shape, unpack
 
 CODECS: Mapping[str, Codec] = {"fp8": FP8, "mxfp4": MXFP4, "int4": INT4, "int4_zero": INT4_ZERO, "nvfp4": NVFP4}
 
@@ -117,13 +117,24 @@ def check(name: str, weight: Quantised) -> None:
 
 def _check_packed(name: str, weight: Quantised) -> None:
     """`check` of a weight that `pack` made."""
+    if weight.format.codec not in PLACEMENTS:
+        raise InputError(
+            f"{name} is {weight.format.name} in the layout of the Hopper kernels, which have no form for it."
+        )
     lead = weight.values.shape[:-4]
     unit = unit_shape(weight.format)
     if weight.values.ndim < 4 or weight.values.dtype != jnp.int32 or weight.values.shape[-2:] != unit:
         raise InputError(f"{name}.values are {_shown(weight.values)}; expected int32 [..., {unit[0]}, {unit[1]}].")
     shape = (*lead, *weight.format.scales_shape(*weight.shape[-2:])) if weight.format.codec == "fp8" else (*lead, 0, 0)
-    if weight.scales.shape != shape:
-        raise InputError(f"{name}.scales are {_shown(weight.scales)}; expected {list(shape)}, as pack makes them.")
+    in_float32 = weight.format.codec != "fp8" or weight.scales.dtype == jnp.float32
+    if weight.scales.shape != shape or not in_float32:
+        raise InputError(
+            f"{name}.scales are {_shown(weight.scales)}; expected {'float32 ' if shape[-1] else ''}{list(shape)}, as "
+            "pack makes them."
+        )
+    for part in ("zero_points", "global_scale"):
+        if getattr(weight, part) is not None:
+            raise InputError(f"{name}.{part} is there; expected none beside packed values, which hold zero points.")
 
 
 def _shown(array: Array) -> str:

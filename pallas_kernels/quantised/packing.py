@@ -117,8 +117,8 @@ def why_not_packed(format: Format, rows: int, columns: int) -> str:
         return f"fp8 has a scale per 128 x 128 block, per row or one for all, this has one per {height} x {width}"
     if format == FP8_BLOCK and columns % width:
         return f"columns must be a multiple of {width}, these are {columns}"
-    if format.codec.startswith("int4") and width and width != 32 and width % UNIT:
-        return f"int4 has groups of 32 or of a multiple of {UNIT} columns, these are {width}"
+    if format.codec.startswith("int4") and width and (columns % width or (width != 32 and width % UNIT)):
+        return f"int4 has whole groups of 32 or of a multiple of {UNIT} columns, these are {width} of {columns}"
     return ""
 
 
@@ -135,13 +135,22 @@ def pack(weight: Quantised) -> Quantised:
       four-bit formats hold their scales there, and `scales` is empty.
 
     Raises:
-      InputError: the kernels have no form for it (`why_not_packed`), or it is packed already.
+      InputError: the kernels have no form for it (`why_not_packed`), it is packed already, or a scale of mxfp4 is
+        beyond 2, with which numbers might be beyond bfloat16's. Where such a scale is traced, its numbers become
+        infinite or NaN.
     """
     form = weight.format
     if form.layout != "rows":
         raise InputError(f"The weight is packed already ({form.layout}); expected one in rows.")
     if reason := why_not_packed(form, *weight.shape[-2:]):
         raise InputError(f"A weight in {form.name} cannot be packed for the Hopper kernels: {reason}.")
+    if form.codec == "mxfp4" and not isinstance(weight.scales, jax.core.Tracer) and weight.scales.size:
+        largest = int(weight.scales.max())
+        if largest > MAX_E8M0:
+            raise InputError(
+                f"A weight in mxfp4 has the exponent code {largest}; the Hopper kernels take codes up to {MAX_E8M0}. "
+                "Leave it in rows."
+            )
     if form == FP8_TENSOR:
         form = FP8_CHANNEL
         weight = replace(weight, scales=jnp.broadcast_to(weight.scales, (*weight.shape[:-1], 1)), format=form)
@@ -224,7 +233,8 @@ def _scale_words(weight: Quantised) -> UInt32[Array, "n k words"]:
     """Of one matrix: a word for the rows g and g + 8 of each 16, or with mxfp4 for their 64 columns too."""
     form, (rows, columns) = weight.format, weight.shape
     if form.codec == "mxfp4":
-        codes = weight.scales.astype(jnp.uint32) + E2M1_POWER
+        # Bfloat16's exponents; 255 is infinity, so that a scale that is too large cannot pass for another.
+        codes = jnp.minimum(weight.scales.astype(jnp.uint32) + E2M1_POWER, 255)
         codes = codes.reshape(rows // UNIT, 4, 2, 8, columns // UNIT, 2)
         codes = codes.transpose(0, 4, 1, 3, 5, 2).reshape(rows // UNIT, columns // UNIT, SCALE_ROWS, 4)
         return sum((codes[..., nth] << (8 * nth) for nth in range(1, 4)), codes[..., 0])

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import Implementation, backend_named
+from pallas_kernels.errors import InputError
 from pallas_kernels.portable.limits import LANES, ROWS
 from pallas_kernels.token_heads import xla
 from pallas_kernels.token_heads.norm import HeadNorm
@@ -51,7 +52,15 @@ def token_heads(
 
     Raises:
       UnsupportedImplementation: the backend has no such op.
+      InputError: sizes that the kernel does not serve.
     """
+    groups, head_dim = keys.shape[2:]
+    heads = rows.shape[1] // head_dim - 2 * groups
+    if not kernel_runs(heads, groups, head_dim):
+        raise InputError(
+            f"Got {heads} heads and {groups} key/value heads of width {head_dim}; expected multiples of {ROWS}, "
+            f"and a width that is one of {2 * LANES}."
+        )
     return _token_heads(backend, rows, norm, angles, place, keys, values)
 
 

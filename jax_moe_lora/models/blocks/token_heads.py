@@ -30,7 +30,7 @@ def in_one_kernel(
       cache: the layer's.
       step: what every layer reads.
     """
-    if step.kind != "token" or cache["k"].dtype != dtype or varying_axes(rows[0]):
+    if step.kind != "token" or cache["k"].dtype != dtype or any(map(varying_axes, (*rows, *cache.values()))):
         return False
     backend = backend_named(choose(step.implementation, dtype=dtype).picked)
     num_heads, num_kv_heads, _ = (row.shape[1] // spec.head_dim for row in rows)

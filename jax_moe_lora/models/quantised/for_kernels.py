@@ -1,6 +1,6 @@
 """Experts in few bits, in the layout that the kernels of this device stream (`pallas_kernels.quantised.packing`)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,12 @@ Layers = tuple[Mapping[str, Any], ...]
 
 
 def packed_format(
-    format: Format, rows: int, columns: int, dtype: jax.typing.DTypeLike, implementation: Implementation | None
+    format: Format,
+    rows: int,
+    columns: int,
+    dtype: jax.typing.DTypeLike,
+    implementation: Implementation | None,
+    slots: int = 0,
 ) -> Format:
     """The format with the layout that matrices get: packed where the Hopper kernels would multiply them.
 
@@ -28,64 +33,71 @@ def packed_format(
       columns: likewise.
       dtype: of the rows that they multiply.
       implementation: a backend by name, or None for the best.
+      slots: adapter slots.
     """
     packed = replace(format, layout="hopper")
     if why_not_packed(format, rows, columns):
         return format
     try:
-        picked = choose(implementation, dtype=dtype, widths=(rows, columns), operands=(packed,)).picked
+        picked = choose(implementation, dtype=dtype, widths=(rows, columns), operands=(packed,), slots=slots).picked
     except UnsupportedImplementation:
         return format
     return packed if picked == "hopper" else format
 
 
-def pack_experts(layers: Layers, dtype: jax.typing.DTypeLike, implementation: Implementation | None = None) -> Layers:
+def pack_experts(
+    layers: Layers, dtype: jax.typing.DTypeLike, implementation: Implementation | None = None, slots: int = 0
+) -> Layers:
     """A model's layers, with experts packed where the Hopper kernels multiply them: all of a layer's, or none.
 
-    One stack after the other, whose memory in rows is given up: the layers that come in are not to be used again.
-    On several devices each packs its own part.
+    One layer after the other, whose memory in rows is given up: the layers that come in are not to be used again, and
+    no two of them may share an array. On several devices each packs its own part.
 
     Args:
       layers: each layer's arrays by name.
       dtype: of the rows that experts multiply.
       implementation: a backend by name, or None for the best.
+      slots: adapter slots.
     """
-    return tuple(layer if _why_not(layer, dtype, implementation) else _packed_layer(layer) for layer in layers)
+    wanted = partial(packed_format, dtype=dtype, implementation=implementation, slots=slots)
+    return tuple(_packed_layer(layer) if _packs(layer, wanted) else layer for layer in layers)
 
 
-def packed_shapes(layers: Layers, dtype: jax.typing.DTypeLike, implementation: Implementation | None = None) -> Layers:
+def packed_shapes(
+    layers: Layers, dtype: jax.typing.DTypeLike, implementation: Implementation | None = None, slots: int = 0
+) -> Layers:
     """What `pack_experts` makes of such layers, as shapes alone.
 
     Args:
       layers: each layer's `jax.ShapeDtypeStruct` by name.
       dtype: of the rows that experts multiply.
       implementation: a backend by name, or None for the best.
+      slots: adapter slots.
     """
+    wanted = partial(packed_format, dtype=dtype, implementation=implementation, slots=slots)
     return tuple(
-        layer
-        if _why_not(layer, dtype, implementation)
-        else {**layer, **{name: jax.eval_shape(pack, layer[name]) for name in EXPERT_MODULES}}
+        {**layer, **{name: jax.eval_shape(pack, layer[name]) for name in EXPERT_MODULES}}
+        if _packs(layer, wanted)
+        else layer
         for layer in layers
     )
 
 
-def _why_not(layer: Mapping[str, Any], dtype: jax.typing.DTypeLike, implementation: Implementation | None) -> bool:
+def _packs(layer: Mapping[str, Any], wanted: Callable[[Format, int, int], Format]) -> bool:
+    """Whether a layer's experts are of one format that the kernels take, in their numbers too."""
     experts = [layer[name] for name in EXPERT_MODULES if name in layer]
-    if not experts or not all(isinstance(weight, Quantised) for weight in experts):
-        return True
-    if len({weight.format for weight in experts[:2]}) > 1:  # gate and up are one call
-        return True
-    return not all(_packs(weight, dtype, implementation) for weight in experts)
+    formats = {weight.format if isinstance(weight, Quantised) else None for weight in experts}
+    if len(formats) != 1 or None in formats:
+        return False
+    return all(_packs_stack(weight, wanted) for weight in experts)
 
 
-def _packs(weight: Quantised, dtype: jax.typing.DTypeLike, implementation: Implementation | None) -> bool:
-    """Whether one stack can be packed, its numbers too."""
+def _packs_stack(weight: Quantised, wanted: Callable[[Format, int, int], Format]) -> bool:
     values = weight.values
     rows, columns = (values.sharding.shard_shape(values.shape) if values.sharding else values.shape)[-2:]
-    form = packed_format(weight.format, rows, columns * weight.format.per_byte, dtype, implementation)
-    if form.layout == "rows":
+    if wanted(weight.format, rows, columns * weight.format.per_byte).layout == "rows":
         return False
-    if form.codec != "mxfp4" or isinstance(weight.scales, jax.ShapeDtypeStruct):
+    if weight.format.codec != "mxfp4" or isinstance(weight.scales, jax.ShapeDtypeStruct):
         return True
     return int(weight.scales.max()) <= MAX_E8M0
 
@@ -93,14 +105,13 @@ def _packs(weight: Quantised, dtype: jax.typing.DTypeLike, implementation: Imple
 def _packed_layer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     packed: dict[str, Quantised] = {}
     for name in EXPERT_MODULES:
-        weight = layer[name]
-        sharding = weight.values.sharding
-        packed[name] = _packed(weight, sharding if isinstance(sharding, NamedSharding) else None)
-        # What jit returns as it is stays; the rest would be there twice until the last layer is packed.
-        kept = {id(leaf) for leaf in jax.tree.leaves(packed[name])}
-        for leaf in jax.tree.leaves(weight):
-            if id(leaf) not in kept:
-                leaf.delete()
+        sharding = layer[name].values.sharding
+        packed[name] = _packed(layer[name], sharding if isinstance(sharding, NamedSharding) else None)
+    kept = {id(leaf) for leaf in jax.tree.leaves(packed)}
+    in_rows = {id(leaf): leaf for leaf in jax.tree.leaves([layer[name] for name in EXPERT_MODULES])}
+    # Until its last reference goes, an array of rows would be there beside its packed form.
+    for leaf in (leaf for key, leaf in in_rows.items() if key not in kept):
+        leaf.delete()
     return {**layer, **packed}
 
 

@@ -156,7 +156,8 @@ def test_registers_hold_the_numbers_of_the_format_bit_for_bit(name):
         (MXFP4, (96, 64), "multiples of 64, these are 96 x 64"),
         (Format("fp8_block", "fp8", (64, 64)), (64, 64), "per 128 x 128 block, per row or one for all, .* 64 x 64"),
         (FP8_BLOCK, (64, 192), "columns must be a multiple of 128, these are 192"),
-        (int4(96), (64, 192), "groups of 32 or of a multiple of 64 columns, these are 96"),
+        (int4(96), (64, 192), "whole groups of 32 or of a multiple of 64 columns, these are 96 of 192"),
+        (int4(128), (64, 192), "whole groups of 32 or of a multiple of 64 columns, these are 128 of 192"),
     ],
 )
 def test_what_the_kernels_have_no_form_for_is_refused(form, shape, reason):
@@ -166,11 +167,33 @@ def test_what_the_kernels_have_no_form_for_is_refused(form, shape, reason):
         pack(weight)
 
 
+@pytest.mark.parametrize("code", [129, 130, 255])
+def test_a_scale_beyond_the_kernels_is_refused_or_becomes_no_number(code):
+    weight = quantise(jnp.ones((64, 64)), MXFP4)
+    weight = replace(weight, scales=weight.scales.at[0, 0].set(code))
+    with pytest.raises(InputError, match=f"exponent code {code}; the Hopper kernels take codes up to 128"):
+        pack(weight)
+    numbers = by_registers(jax.jit(pack)(weight)).astype(np.float32)
+    assert not np.isfinite(numbers[0, :32]).any()
+    assert (numbers[1:] == 1).all(), "another row's scale"
+    assert (numbers[0, 32:] == 1).all()
+
+
 def test_a_packed_weight_is_packed_once_and_checked_by_name():
     packed = pack(quantise(jnp.ones((2, 64, 128)), "fp8_block"))
     with pytest.raises(InputError, match="packed already"):
         pack(packed)
     with pytest.raises(InputError, match=r"gate.values are uint8 .*; expected int32 \[..., 8, 128\]"):
         check("gate", replace(packed, values=packed.values.astype(jnp.uint8)))
-    with pytest.raises(InputError, match=r"gate.scales are float32 \[2, 1\]; expected \[2, 1, 1\], as pack makes them"):
+    with pytest.raises(
+        InputError, match=r"gate.scales are float32 \[2, 1\]; expected float32 \[2, 1, 1\], as pack makes"
+    ):
         check("gate", replace(packed, scales=packed.scales[..., 0]))
+    with pytest.raises(InputError, match=r"gate.scales are bfloat16 \[2, 1, 1\]; expected float32"):
+        check("gate", replace(packed, scales=packed.scales.astype(jnp.bfloat16)))
+    with pytest.raises(InputError, match=r"gate\.global_scale is there; expected none beside packed values"):
+        check("gate", replace(packed, global_scale=jnp.ones(2)))
+    with pytest.raises(
+        InputError, match="gate is nvfp4 in the layout of the Hopper kernels, which have no form for it"
+    ):
+        check("gate", replace(packed, format=replace(NVFP4, layout="hopper")))

@@ -50,9 +50,10 @@ def test_experts_are_packed_and_their_rows_given_up(form, on_hopper):
         (lambda: layer(FP8_BLOCK), "bfloat16", "xla"),
         (lambda: layer(FP8_BLOCK) | {"up": jnp.ones((2, 128, 128))}, "bfloat16", None),
         (lambda: layer(FP8_BLOCK) | {"up": layer(MXFP4)["up"]}, "bfloat16", None),
+        (lambda: layer(FP8_BLOCK) | {"down": layer(MXFP4)["down"]}, "bfloat16", None),
         (lambda: {"norm": jnp.ones(128)}, "bfloat16", None),
     ],
-    ids=["no form", "widths", "float32", "xla", "one in 16 bits", "two formats", "dense layer"],
+    ids=["no form", "widths", "float32", "xla", "one in 16 bits", "two formats", "another one for down", "dense layer"],
 )
 def test_what_other_code_multiplies_stays_in_rows(make, dtype, implementation, on_hopper):
     given = make()
@@ -65,6 +66,21 @@ def test_exponents_beyond_bfloat16s_stay_in_rows(on_hopper):
     given["up"] = replace(given["up"], scales=given["up"].scales.at[1, 3, 2].set(129))
     (kept,) = pack_experts((given,), "bfloat16")
     assert kept is given
+
+
+def test_a_bank_of_more_slots_than_the_kernels_serve_leaves_experts_in_rows(on_hopper):
+    given = layer(FP8_BLOCK)
+    assert pack_experts((given,), "bfloat16", slots=257) == (given,)
+    assert pack_experts((given,), "bfloat16", slots=256)[0]["gate"].format.layout == "hopper"
+
+
+def test_matrices_that_share_arrays_are_packed(on_hopper):
+    given = layer(FP8_BLOCK)
+    given["up"] = given["gate"]
+    expected = np.asarray(dequantise(given["gate"], jnp.bfloat16))
+    (packed,) = pack_experts((given,), "bfloat16")
+    for name in ("gate", "up"):
+        assert (np.asarray(dequantise(packed[name], jnp.bfloat16)) == expected).all()
 
 
 def test_nothing_is_packed_without_such_a_gpu():
