@@ -246,14 +246,14 @@ def _why_not_formats(call: Call) -> str:
     formats = [operand for operand in call.operands if isinstance(operand, Format)]
     if not formats:
         return ""
+    if call.dtype != jnp.bfloat16:
+        return f"it makes bfloat16 of quantised weights, and the rows are {call.dtype}"
     in_rows = sorted({format.name for format in formats if format.layout != "hopper"})
     if in_rows:
         return f"it reads weights that `pack` has packed for it, these are {', '.join(in_rows)} in rows"
     names = sorted({format.name for format in formats})
     if len(names) > 1:
         return f"it reads one format a layer, these are {', '.join(names)}"
-    if call.dtype != jnp.bfloat16:
-        return f"it makes bfloat16 of quantised weights, and the rows are {call.dtype}"
     return ""
 
 

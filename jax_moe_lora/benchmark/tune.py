@@ -239,8 +239,8 @@ def tune(
                 "heuristic_us": dict(zip(adapters, timer.times[first], strict=True)),
             }
             add_entries(content, base, pairs, best, measured)
-            out.parent.mkdir(parents=True, exist_ok=True)
             with writing_to(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
                 whole_file(out, json.dumps(content, indent=1) + "\n")
             yield {"shape": shape, "tokens": count, "best": best, "gain": 1 - timer.score(best, first), **measured}
 

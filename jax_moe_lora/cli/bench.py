@@ -13,6 +13,7 @@ from jax_moe_lora.cli.options import (
     check_implementation,
     command_line,
     console,
+    make_folder,
     report_progress,
     result_file,
     write_file,
@@ -65,7 +66,7 @@ def bench(
 
     _check(out, {"plot": plot, "keep": keep}, method, implementation)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
     turns = out.parent if out and keep else None
     with in_turn(turns):  # of what another run may be writing, and of the ceilings
         if keep and out:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from jax_moe_lora.cli.options import MODEL_HELP, command_line, console, result_file, write_file
+from jax_moe_lora.cli.options import MODEL_HELP, command_line, console, make_folder, result_file, write_file
 
 
 def bench_load(
@@ -24,10 +24,11 @@ def bench_load(
 
     config = model_config(model, layers)
     head = report.about([command_line()]) | {"method": METHOD}
+    if out is not None:
+        make_folder(out)
     figures = measure_loads(config, rank, batch, context)
     about = {"model": model, "layers": config.num_layers, "rank": rank, "batch": batch, "context": context}
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_file(result_file(out, ".json"), report.write_json([about | figures], head))
     table = Table("", *(column for column in figures["per-expert"]), title=f"{model}, {config.num_layers} layers")
     for name in ("per-expert", "shared-outer"):

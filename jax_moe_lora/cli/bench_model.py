@@ -14,6 +14,7 @@ from jax_moe_lora.cli.options import (
     check_implementation,
     command_line,
     console,
+    make_folder,
     report_progress,
     result_file,
     write_file,
@@ -68,11 +69,12 @@ def bench_model(
     cases = _cases(names, decode or [], [_prompt(text) for text in prefill or []], context, cache_length)
     devices = _devices(mesh, config, cases, _formats(config, quantise, model))
     rows: list[dict[str, Any]] = []
+    if out is not None:
+        make_folder(out)
     for row in _measure(raw, config, cases, targets, implementation, steps, bool(peer), quantise, devices):
         rows.append({"model": model} | row)
         report_progress(rows[-1])
         if out is not None:  # after each case: a run that is cut off keeps what it has
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_file(result_file(out, ".json"), _json(rows, bool(peer)))
     _print(rows, f"{model}, {config.num_layers} layers")
     if any("error" in row for row in rows):

@@ -55,7 +55,6 @@ def bench_train(
             rows.append(row)
             report_progress(row)
             if out is not None:
-                out.parent.mkdir(parents=True, exist_ok=True)
                 write_file(result_file(out, ".json"), report.write_json(rows, head))
     columns = ("engine", "adapters", "ms", "floor_ms", "of_floor", "peak_gb", "compile_s", "error")
     table = Table(*columns, title=f"A training step, {model}, {layers} layers, {batch} x {length} tokens, rank {rank}")

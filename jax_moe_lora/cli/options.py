@@ -131,13 +131,24 @@ def report_progress(row: Mapping[str, Any]) -> None:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Writes a file that an option names, whole or not at all.
+    """Writes a file that an option names, whole or not at all, and makes its folder.
 
     Raises:
       InputError: the system refuses to write.
     """
+    make_folder(path)
     with writing_to(path):
         whole_file(path, content)
+
+
+def make_folder(path: Path) -> None:
+    """The folder of a file that an option names: before work whose results would have no place.
+
+    Raises:
+      InputError: the system refuses to make it.
+    """
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def keep_compiled_programs() -> None:

@@ -14,7 +14,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
-def whole_folder(out: str | Path, marker: str, force: bool = False) -> Iterator[Path]:
+def whole_folder(out: str | Path, marker: str, force: bool = False, source: Path | None = None) -> Iterator[Path]:
     """A folder to write files into, which becomes `out` once the block has ended and all of it is on disk.
 
     Until then it is beside `out`, as `.NAME.partial`, and `out` is left as it was. It is removed when the block raises;
@@ -25,6 +25,7 @@ def whole_folder(out: str | Path, marker: str, force: bool = False) -> Iterator[
       marker: a file that every folder of this kind has.
       force: replace `out` if it exists, atomically where the system can exchange folders. Only a folder with the
         marker, or an empty one, is replaced, and never one that contains folders.
+      source: the folder that is read meanwhile, which is never replaced.
 
     Yields:
       The folder to write into.
@@ -33,6 +34,8 @@ def whole_folder(out: str | Path, marker: str, force: bool = False) -> Iterator[
       InputError: `out` exists and may not be replaced, another process is writing it, or the system refuses to write.
     """
     out = Path(os.path.abspath(out))
+    if source is not None and out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"{out} is the folder that is read; give another one to write.")
     partial, replaced = (out.with_name(f".{out.name}.{what}") for what in ("partial", "replaced"))
     with writing_to(out):
         _put_back(out, replaced)

@@ -1,6 +1,6 @@
 """The pure layer: a Mixture-of-Experts layer whose rows each use their own LoRA adapter."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,8 @@ def moe_lora(
     checks.check_adapters(adapters, config)
     slot_of_token = token_slots(tokens, slots, request_lengths, request_slots)
     if router is not None:
-        x = x if row_mask is None else _masked_for_gradients(*varying_as((x, row_mask)))
+        if row_mask is not None:
+            x, router, adapters, router_bias = _masked_rows(row_mask, x, router, adapters, router_bias)
         scores = router_scores(x, router, adapters, slot_of_token, implementation)
     assert scores is not None
     backend = choose(implementation, dtype=x.dtype).picked
@@ -111,30 +112,34 @@ def choose_experts(
       backend: the one whose kernel chooses, where it has one; XLA weighs what is given in `chosen`.
     """
     if row_mask is not None and not masked:
-        scores = _masked_for_gradients(*varying_as((scores, row_mask)))
+        scores, bias = _masked_rows(row_mask, scores, bias)
     if chosen is None:
         return route_in_kernel(scores, config, bias, backend, row_mask)
     return masked_routing(config, row_mask, *route(scores, config, bias, chosen))
 
 
-@jax.custom_vjp
-def _masked_for_gradients(x: Float[Array, "T width"], row_mask: Bool[Array, "T"]) -> Float[Array, "T width"]:
-    """Rows or scores as they are; where they are differentiated, masked rows are zeros.
+def _masked_rows(row_mask: Bool[Array, "T"], rows: Float[Array, "T width"], *others: Any) -> tuple[Any, ...]:
+    """Rows or scores, and what they meet, as they are; where one of them is differentiated, masked rows are zeros.
 
-    Without it their gradients would be NaN where they hold NaN: zero times NaN is NaN.
-
-    The forward pass reads no masked row, so serving does not pay for the copy.
+    Without it gradients would be NaN where masked rows hold NaN, also those of a router over rows that have none: zero
+    times NaN is NaN. The forward pass reads no masked row, so serving does not pay for the copy.
     """
+    return _masked_for_gradients(*varying_as((row_mask, rows, others)))
+
+
+@jax.custom_vjp
+def _masked_for_gradients(row_mask: Array, rows: Array, others: tuple[Any, ...]) -> tuple[Any, ...]:
     del row_mask
-    return x
+    return rows, *others
 
 
-def _masked_forward(x: Array, row_mask: Array) -> tuple[Array, Array]:
-    return jnp.where(row_mask[:, None], x, 0), row_mask
+def _masked_forward(row_mask: Array, rows: Array, others: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
+    return (jnp.where(row_mask[:, None], rows, 0), *others), row_mask
 
 
-def _masked_backward(row_mask: Array, dx: Array) -> tuple[Array, None]:
-    return jnp.where(row_mask[:, None], dx, 0), None
+def _masked_backward(row_mask: Array, cotangents: tuple[Any, ...]) -> tuple[None, Array, tuple[Any, ...]]:
+    drows, *dothers = cotangents
+    return None, jnp.where(row_mask[:, None], drows, 0), tuple(dothers)
 
 
 _masked_for_gradients.defvjp(_masked_forward, _masked_backward)

@@ -142,6 +142,9 @@ def _route_forward(static, scores, bias, row_mask):
 def _route_backward(static, kept, cotangents):
     config, (scores, bias, row_mask, experts) = static[0], kept
 
+    if row_mask is not None:  # padding may hold NaN
+        scores = jnp.where(row_mask[:, None], scores, 0)
+
     def weigh(scores, bias):
         weights, _ = route(scores, config, bias, experts.clip(0, config.num_experts - 1))
         return masked_routing(config, row_mask, weights, experts)[0]

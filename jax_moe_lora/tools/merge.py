@@ -76,7 +76,7 @@ def merge_adapter(
         groups = _groups(
             checkpoint.files, cast_to, updates, changed_groups(changes, checkpoint.files, errors := Errors())
         )
-        with whole_folder(out, "config.json", force) as folder:
+        with whole_folder(out, "config.json", force, model) as folder:
             write_shards(folder, groups, limit)
             copy_others(model, folder, **_dtype_field(model, dtype))
             opened.close()  # refuses a shard that was written to meanwhile, before the folder appears

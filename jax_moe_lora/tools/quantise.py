@@ -52,7 +52,7 @@ def quantise_checkpoint(
     Raises:
       ConfigError: the checkpoint's config cannot be read.
       CheckpointError: the checkpoint cannot be read, is quantised already, or has a form that the format has not.
-      InputError: a bad argument, a width that the format does not divide, or `out` exists.
+      InputError: a bad argument, a width that the format does not divide, or `out` exists or is the checkpoint.
     """
     limit, model = parse_bytes(max_shard_size), Path(model)
     config = read_model_config(model)
@@ -68,7 +68,7 @@ def quantise_checkpoint(
             for name, file in checkpoint.files.items()
         ]
         settings = written_settings(format, config.model_type, _kept(checkpoint.files, members))
-        with whole_folder(out, "config.json", force) as folder:
+        with whole_folder(out, "config.json", force, model) as folder:
             write_shards(folder, groups, limit)
             copy_others(model, folder, quantization_config=settings)
             opened.close()  # refuses a shard that was written to meanwhile, before the folder appears

@@ -1,5 +1,6 @@
 """Quantised weights as a pytree, and the type of whatever may stand for a weight."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,14 @@ class Quantised:
     def nbytes(self) -> int:
         """Bytes of all its arrays."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def __len__(self) -> int:
+        """Matrices of a stack, or rows of a matrix."""
+        return self.shape[0]
+
+    def __iter__(self) -> "Iterator[Quantised]":
+        """The matrices of a stack."""
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: Any) -> "Quantised":
         """Matrices of a stack, by an index of the leading axes."""

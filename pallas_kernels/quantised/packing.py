@@ -10,6 +10,7 @@ Where the bits of a value lie in a half word is a table (`Placement`), and both 
 here, and the kernels' `hopper_registers.py`.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -135,10 +136,12 @@ def pack(weight: Quantised) -> Quantised:
       four-bit formats hold their scales there, and `scales` is empty.
 
     Raises:
-      InputError: the kernels have no form for it (`why_not_packed`), it is packed already, or a scale of mxfp4 is
-        beyond 2, with which numbers might be beyond bfloat16's. Where such a scale is traced, its numbers become
-        infinite or NaN.
+      InputError: it is no quantised weight, the kernels have no form for it (`why_not_packed`), or it is packed
+        already; or a scale of mxfp4 is beyond 2, with which numbers might be beyond bfloat16's. Where such a scale is
+        traced, its numbers become infinite or NaN.
     """
+    if not isinstance(weight, Quantised):
+        raise InputError(f"Got {type(weight).__name__} to pack; expected a Quantised, as quantise makes it.")
     form = weight.format
     if form.layout != "rows":
         raise InputError(f"The weight is packed already ({form.layout}); expected one in rows.")
@@ -155,9 +158,10 @@ def pack(weight: Quantised) -> Quantised:
         form = FP8_CHANNEL
         weight = replace(weight, scales=jnp.broadcast_to(weight.scales, (*weight.shape[:-1], 1)), format=form)
     leading = weight.shape[:-2]
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(leading) :]), weight)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(math.prod(leading), *leaf.shape[len(leading) :]), weight)
     # One matrix after the other: only one at a time has a byte for each value.
-    values = lax.map(_packed, flat).reshape(*leading, -1, weight.shape[-1] // UNIT, *unit_shape(form))
+    units = weight.shape[-2] // UNIT, weight.shape[-1] // UNIT
+    values = lax.map(_packed, flat).reshape(*leading, *units, *unit_shape(form))
     scales = weight.scales if form.codec == "fp8" else jnp.zeros((*leading, 0, 0), weight.scales.dtype)
     return Quantised(values, scales, replace(form, layout="hopper"))
 
@@ -166,17 +170,22 @@ def unpack(weight: Quantised) -> Quantised:
     """The weight in rows whose packed form this is.
 
     Args:
-      weight: as `pack` makes it.
+      weight: as `pack` makes it. Scales of int4 come back as bfloat16, which they are there.
+
+    Raises:
+      InputError: it is in rows.
     """
+    if weight.format.layout == "rows":
+        raise InputError("The weight is in rows already; expected one that pack made.")
     form = replace(weight.format, layout="rows")
     *leading, rows, columns = weight.shape
-    flat = weight.values.reshape(*leading, rows // UNIT, columns // UNIT, -1)
+    flat = weight.values.reshape(*leading, rows // UNIT, columns // UNIT, math.prod(unit_shape(form)))
     words = lax.bitcast_convert_type(flat, jnp.uint32)
     of_scales = words_of_scales(form)
     codes = _codes(words[..., : words.shape[-1] - of_scales], form)
     if form.codec == "fp8":
         return Quantised(codes, weight.scales, form)
-    scales, zero_points = _read_scales(words[..., words.shape[-1] - of_scales :], form, weight.scales.dtype)
+    scales, zero_points = _read_scales(words[..., words.shape[-1] - of_scales :], form)
     return Quantised(fp4.pack(codes), scales, form, zero_points)
 
 
@@ -202,10 +211,10 @@ def _packed(weight: Quantised) -> Int[Array, "n k a b"]:
 
 def _codes(words: UInt32[Array, "*lead n k words"], format: Format) -> Array:
     """uint8 `[..., out, in]`, a byte each."""
-    *leading, n, k, _ = words.shape
+    *leading, n, k, count = words.shape
     placement = PLACEMENTS[format.codec]
     each = 4 // placement.values
-    words = jnp.swapaxes(words.reshape(*leading, n, k, -1, 128, 4 // each, each), -2, -3)
+    words = jnp.swapaxes(words.reshape(*leading, n, k, count // 512, 128, 4 // each, each), -2, -3)
     halves = jnp.stack([words & 0xFFFF, words >> 16], -2)  # [..., 16 columns, thread, half, word]
     values = _separate(halves, placement).reshape(*leading, n, k, 4, 4, 8, 4, 2, 2, 2)
     lead = tuple(range(len(leading)))
@@ -257,7 +266,7 @@ def _of_two_rows(table: Array, form: Format, columns: int) -> UInt32[Array, "n k
     return cut[..., 0] | (cut[..., 1] << 16)
 
 
-def _read_scales(words: UInt32[Array, "*lead n k words"], form: Format, dtype: jax.typing.DTypeLike):
+def _read_scales(words: UInt32[Array, "*lead n k words"], form: Format) -> tuple[Array, Array | None]:
     """Scales and zero points as `Quantised` has them, of the words that `_scale_words` made."""
     *leading, n, k, _ = words.shape
     lead = tuple(range(len(leading)))
@@ -280,4 +289,4 @@ def _read_scales(words: UInt32[Array, "*lead n k words"], form: Format, dtype: j
         bits = in_rows(parts, each)[..., ::repeats].astype(jnp.uint16)
         tables.append(lax.bitcast_convert_type(bits, jnp.bfloat16))
     zero_points = (tables[1] - 128).astype(jnp.uint8) if len(tables) == 2 else None
-    return tables[0].astype(dtype), zero_points
+    return tables[0], zero_points

@@ -87,7 +87,7 @@ def _packs(layer: Mapping[str, Any], wanted: Callable[[Format, int, int], Format
     """Whether a layer's experts are of one format that the kernels take, in their numbers too."""
     experts = [layer[name] for name in EXPERT_MODULES if name in layer]
     formats = {weight.format if isinstance(weight, Quantised) else None for weight in experts}
-    if len(formats) != 1 or None in formats:
+    if len(formats) != 1 or None in formats or any(weight.format.layout != "rows" for weight in experts):
         return False
     return all(_packs_stack(weight, wanted) for weight in experts)
 
@@ -97,7 +97,7 @@ def _packs_stack(weight: Quantised, wanted: Callable[[Format, int, int], Format]
     rows, columns = (values.sharding.shard_shape(values.shape) if values.sharding else values.shape)[-2:]
     if wanted(weight.format, rows, columns * weight.format.per_byte).layout == "rows":
         return False
-    if weight.format.codec != "mxfp4" or isinstance(weight.scales, jax.ShapeDtypeStruct):
+    if weight.format.codec != "mxfp4" or isinstance(weight.scales, jax.ShapeDtypeStruct) or not weight.scales.size:
         return True
     return int(weight.scales.max()) <= MAX_E8M0
 
@@ -107,7 +107,8 @@ def _packed_layer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     for name in EXPERT_MODULES:
         sharding = layer[name].values.sharding
         packed[name] = _packed(layer[name], sharding if isinstance(sharding, NamedSharding) else None)
-    kept = {id(leaf) for leaf in jax.tree.leaves(packed)}
+    others = [leaf for name, leaf in layer.items() if name not in EXPERT_MODULES]
+    kept = {id(leaf) for leaf in jax.tree.leaves((packed, others))}
     in_rows = {id(leaf): leaf for leaf in jax.tree.leaves([layer[name] for name in EXPERT_MODULES])}
     # Until its last reference goes, an array of rows would be there beside its packed form.
     for leaf in (leaf for key, leaf in in_rows.items() if key not in kept):

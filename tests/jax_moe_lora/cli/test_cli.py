@@ -159,6 +159,14 @@ def test_bad_input_is_one_sentence_and_exit_code_2(refusal, arguments, sentence)
     assert sentence in refusal(*arguments)
 
 
+@pytest.mark.parametrize("command", ["bench", "bench-model", "bench-load"])
+def test_results_that_have_no_place_are_refused_before_the_work(command, refusal, tmp_path):
+    (tmp_path / "file").write_text("")
+    sizes = {"bench": ["--shape", "small"], "bench-model": ["--model", "tiny", "--decode", "1"], "bench-load": []}
+    written = refusal(command, *sizes[command], "--out", str(tmp_path / "file" / "results"))
+    assert f"{tmp_path / 'file'} cannot be written" in written
+
+
 def test_the_shell_sees_the_sentence_and_the_exit_code():
     done = run("inspect", "no/such/folder")
     assert (done.returncode, done.stdout) == (2, "")

@@ -50,3 +50,24 @@ def test_contract_11_holds_for_scores_that_are_given():
     for one, other in zip(gradient(*hold_nan), wanted, strict=True):
         np.testing.assert_array_equal(one, other)
         assert not np.asarray(one)[~np.asarray(mask)].any()
+
+
+@pytest.mark.parametrize("router", ["softmax_topk", "topk_softmax", "sigmoid_bias"])
+@pytest.mark.parametrize("nth", range(4))
+def test_contract_11_holds_whatever_is_differentiated_alone(nth, router):
+    """A router's adapter over rows that have no gradient, say: those of a frozen embedding."""
+    problem = draw(Spec(tokens=9))
+    mask = jnp.arange(9) % 3 != 1
+    x, adapters = jnp.where(mask[:, None], jnp.asarray(problem.x), jnp.nan), problem.bank.layer(0)
+    config, slots = replace(problem.spec.config, router=router), jnp.asarray(problem.slots, jnp.int32)
+
+    def loss(*arguments):
+        router, bias, experts, pools = arguments
+        pages = replace(adapters, pools=pools)
+        return (moe_lora(x, router, experts, config, pages, slots, router_bias=bias, row_mask=mask) ** 2).sum()
+
+    arguments = jnp.asarray(problem.router), jnp.zeros(problem.spec.experts), problem.experts, adapters.pools
+    alone = jax.jit(jax.grad(loss, nth))(*arguments)
+    for leaf in jax.tree.leaves(alone):
+        assert jnp.isfinite(leaf).all()
+    assert any(bool(leaf.any()) for leaf in jax.tree.leaves(alone)) == (nth != 1 or router != "sigmoid_bias")

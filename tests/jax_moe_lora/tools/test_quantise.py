@@ -78,7 +78,12 @@ def test_what_has_no_published_form_is_refused_and_nothing_is_written(tmp_path: 
     save_file(tensors, tmp_path / "nan" / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{name} .*not finite"):
         quantise_checkpoint(tmp_path / "nan", tmp_path / "out", "fp8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "nan", "narrow"]
+    write(tmp_path / "good", **SIZES)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "good").iterdir())
+    with pytest.raises(InputError, match="good is the folder that is read; give another one to write"):
+        quantise_checkpoint(tmp_path / "good", tmp_path / "good", "fp8", force=True)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (tmp_path / "good").iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["few", "good", "nan", "narrow"]
 
 
 def transformers_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:

@@ -179,10 +179,34 @@ def test_a_scale_beyond_the_kernels_is_refused_or_becomes_no_number(code):
     assert (numbers[0, 32:] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["fp8_block", "mxfp4", "int4_zero"])
+def test_a_stack_of_no_experts_is_packed(name):
+    packed = pack(quantise(jnp.ones((0, 64, 128)), name))
+    assert packed.shape == (0, 64, 128)
+    assert unpack(packed).shape == (0, 64, 128)
+
+
+def test_a_stack_is_as_long_as_it_has_matrices():
+    stack = quantise(jnp.ones((3, 64, 64)), MXFP4)
+    for weights in (stack, pack(stack)):
+        assert len(weights) == len(list(weights)) == 3
+        assert all(weight.shape == (64, 64) for weight in weights)
+
+
+def test_scales_of_other_dtypes_come_back_as_the_kernels_read_them():
+    weight = quantise(jnp.full((64, 64), 458600.0), int4(32), "float16")
+    assert unpack(pack(weight)).scales.dtype == jnp.bfloat16
+    assert jnp.isfinite(dequantise(pack(weight), jnp.float32)).all()
+
+
 def test_a_packed_weight_is_packed_once_and_checked_by_name():
     packed = pack(quantise(jnp.ones((2, 64, 128)), "fp8_block"))
     with pytest.raises(InputError, match="packed already"):
         pack(packed)
+    with pytest.raises(InputError, match="in rows already"):
+        unpack(quantise(jnp.ones((64, 64)), MXFP4))
+    with pytest.raises(InputError, match=r"to pack; expected a Quantised, as quantise makes it"):
+        pack(jnp.ones((64, 64)))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"gate.values are uint8 .*; expected int32 \[..., 8, 128\]"):
         check("gate", replace(packed, values=packed.values.astype(jnp.uint8)))
     with pytest.raises(

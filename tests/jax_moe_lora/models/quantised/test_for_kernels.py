@@ -74,6 +74,14 @@ def test_a_bank_of_more_slots_than_the_kernels_serve_leaves_experts_in_rows(on_h
     assert pack_experts((given,), "bfloat16", slots=256)[0]["gate"].format.layout == "hopper"
 
 
+def test_what_is_packed_stays_and_what_others_hold_is_not_given_up(on_hopper):
+    given = layer(MXFP4)
+    given["other"] = given["gate"]
+    (packed,) = pack_experts((given,), "bfloat16")
+    assert not given["gate"].values.is_deleted()
+    assert pack_experts((packed,), "bfloat16") == (packed,)
+
+
 def test_matrices_that_share_arrays_are_packed(on_hopper):
     given = layer(FP8_BLOCK)
     given["up"] = given["gate"]
