@@ -3,9 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from pallas_kernels.backend import target_sms
-from pallas_kernels.hopper.limits import BARRIER_BYTES, COMPUTE_WARPGROUPS, HALF, SMEM_BYTES
-from pallas_kernels.lora_steps.entries import PAGES_A_STEP
-from pallas_kernels.pages import RANK_PAGE
+from pallas_kernels.hopper.limits import BARRIER_BYTES, COMPUTE_WARPGROUPS, DEPTH, HALF, SMEM_BYTES
 from pallas_kernels.quantised.format import UNIT, Format
 from pallas_kernels.quantised.packing import unit_shape
 
@@ -46,8 +44,8 @@ class QuantisedConfig:
     def smem_bytes(self, format: Format, adapters: bool) -> int:
         """Shared memory that a block takes, barriers aside."""
         rows = self.tile_rows * self.units * UNIT * 2
-        ranks = PAGES_A_STEP * RANK_PAGE
-        pages = PAGE_STAGES * ranks * (PARTS * HALF * self.warpgroups + self.tile_rows) * 2 if adapters else 0
+        # A LoRA step has as many ranks as a step of K has columns in 16 bits.
+        pages = PAGE_STAGES * DEPTH * (PARTS * HALF * self.warpgroups + self.tile_rows) * 2 if adapters else 0
         return self.stages * (self.stage_bytes(format) + rows) + self.warpgroups * self.tile_rows * HALF * 2 + pages
 
 
