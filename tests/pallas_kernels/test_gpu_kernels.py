@@ -20,7 +20,14 @@ from pallas_kernels.hopper.tuning import heuristic
 from pallas_kernels.ops import LayerPages, make_plan
 from pallas_kernels.plan import hopper_few_pairs, hopper_many_pairs
 from support.gpu import poison, require
-from support.paged import PagedLayer, PagedSpec, draw_layer, replicated
+from support.paged import (
+    PagedLayer,
+    PagedSpec,
+    assert_base_rows_exact_and_mixed_equals_solo,
+    assert_wrong_slots_are_base_rows,
+    draw_layer,
+    replicated,
+)
 from support.plans import assert_kernel_makes_the_plan_of_xla
 
 pytestmark = pytest.mark.gpu
@@ -94,23 +101,13 @@ def test_the_layer_equals_the_oracle(case):
 
 def test_base_rows_are_exact_and_mixed_equals_solo(case):
     implementation, layer = case
-    run = layer.function(implementation)
     poison()
-    mixed, base = run(layer.slots, layer.adapters), run(layer.slots, None)
-    nobody = layer.slots < 0
-    assert bool((mixed[nobody] == base[nobody]).all()), "base rows changed"
-    for slot in range(min(layer.spec.slots, 8)):
-        own = layer.slots == slot
-        solo = run(jnp.where(own, slot, -1), layer.adapters)
-        assert bool((solo[own] == mixed[own]).all()), f"mixed differs from solo in slot {slot}"
+    assert_base_rows_exact_and_mixed_equals_solo(layer, implementation)
 
 
 def test_an_out_of_range_slot_is_a_base_row(case):
     implementation, layer = case
-    run = layer.function(implementation)
-    base = run(layer.slots, None)
-    for wrong in (layer.spec.slots, 10**9, -7):
-        assert bool((run(jnp.full_like(layer.slots, wrong), layer.adapters) == base).all())
+    assert_wrong_slots_are_base_rows(layer, implementation)
 
 
 @pytest.mark.parametrize("slot", [1, 2])  # fused, shared outer

@@ -197,3 +197,30 @@ def replicated(layer: PagedLayer, slot: int) -> PagedLayer:
             table=jnp.asarray(table),
         )
     return replace(layer, adapters=LayerPages.from_modules(adapters))
+
+
+def assert_base_rows_exact_and_mixed_equals_solo(layer: PagedLayer, implementation: str, most_slots: int = 8) -> None:
+    """Contracts 1 and 2 of a layer, bit for bit.
+
+    Args:
+      layer: the layer.
+      implementation: the backend that runs it.
+      most_slots: so many of its slots are run alone.
+    """
+    run = layer.function(implementation)
+    mixed, base = run(layer.slots, layer.adapters), run(layer.slots, None)
+    nobody = layer.slots < 0
+    assert bool((mixed[nobody] == base[nobody]).all()), "base rows changed"
+    for slot in np.unique(np.asarray(layer.slots)[~np.asarray(nobody)])[:most_slots]:
+        own = layer.slots == slot
+        solo = run(jnp.where(own, slot, BASE_SLOT), layer.adapters)
+        assert bool((solo[own] == mixed[own]).all()), f"mixed differs from solo in slot {slot}"
+        assert bool((solo[~own] == base[~own]).all()), f"slot {slot} reaches other rows"
+
+
+def assert_wrong_slots_are_base_rows(layer: PagedLayer, implementation: str) -> None:
+    """A slot out of range has no adapter, bit for bit."""
+    run = layer.function(implementation)
+    base = run(layer.slots, None)
+    for wrong in (layer.spec.slots, 10**9, -7):
+        assert bool((run(jnp.full_like(layer.slots, wrong), layer.adapters) == base).all())

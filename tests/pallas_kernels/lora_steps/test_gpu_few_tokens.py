@@ -12,7 +12,14 @@ import pytest
 
 from pallas_kernels.lora_steps import hopper_few_tokens
 from support.gpu import poison, require
-from support.paged import PagedLayer, PagedSpec, draw_layer, wide
+from support.paged import (
+    PagedLayer,
+    PagedSpec,
+    assert_base_rows_exact_and_mixed_equals_solo,
+    assert_wrong_slots_are_base_rows,
+    draw_layer,
+    wide,
+)
 
 pytestmark = pytest.mark.gpu("hopper")
 
@@ -47,18 +54,9 @@ def test_the_layer_equals_the_oracle(layer, adapters):
 
 
 def test_base_rows_are_exact_and_mixed_equals_solo(layer):
-    run = layer.function("hopper")
     poison()
-    mixed, base = run(layer.slots, layer.adapters), run(layer.slots, None)
-    nobody = layer.slots < 0
-    assert bool((mixed[nobody] == base[nobody]).all()), "base rows changed"
-    for wrong in (layer.spec.slots, 10**9, -7):
-        assert bool((run(jnp.full_like(layer.slots, wrong), layer.adapters) == base).all())
-    for slot in np.unique(np.asarray(layer.slots)[~np.asarray(nobody)]):
-        own = layer.slots == slot
-        solo = run(jnp.where(own, slot, -1), layer.adapters)
-        assert bool((solo[own] == mixed[own]).all()), f"mixed differs from solo in slot {slot}"
-        assert bool((solo[~own] == base[~own]).all()), f"slot {slot} reaches other rows"
+    assert_base_rows_exact_and_mixed_equals_solo(layer, "hopper")
+    assert_wrong_slots_are_base_rows(layer, "hopper")
 
 
 def test_skipped_pairs_and_tokens_reach_nothing(layer):

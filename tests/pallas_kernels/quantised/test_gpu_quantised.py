@@ -16,7 +16,14 @@ from pallas_kernels.ops import LayerPages
 from pallas_kernels.quantised.format import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, MXFP4, int4
 from support.gpu import poison, require
 from support.packed import packed, wide
-from support.paged import PagedLayer, PagedSpec, draw_layer, replicated
+from support.paged import (
+    PagedLayer,
+    PagedSpec,
+    assert_base_rows_exact_and_mixed_equals_solo,
+    assert_wrong_slots_are_base_rows,
+    draw_layer,
+    replicated,
+)
 
 pytestmark = pytest.mark.gpu("hopper")
 
@@ -63,17 +70,11 @@ def test_the_layer_equals_the_oracle_over_what_the_bits_mean(layer):
 
 
 def test_base_rows_are_exact_and_mixed_equals_solo(layer):
-    run = layer.function("hopper")
     poison()
-    mixed, base = run(layer.slots, layer.adapters), run(layer.slots, None)
-    nobody = layer.slots < 0
-    assert bool((mixed[nobody] == base[nobody]).all()), "base rows changed"
-    for wrong in (layer.spec.slots, 10**9, -7):
-        assert bool((run(jnp.full_like(layer.slots, wrong), layer.adapters) == base).all())
-    for slot in range(min(layer.spec.slots, 8)):
-        own = layer.slots == slot
-        solo = run(jnp.where(own, slot, -1), layer.adapters)
-        assert bool((solo[own] == mixed[own]).all()), f"mixed differs from solo in slot {slot}"
+    assert_base_rows_exact_and_mixed_equals_solo(layer, "hopper")
+    assert_wrong_slots_are_base_rows(layer, "hopper")
+    run = layer.function("hopper")
+    base = run(layer.slots, None)
     zero = LayerPages.from_modules(
         {m: replace(layer.adapters[m], b=jnp.zeros_like(layer.adapters[m].b)) for m in layer.adapters.modules}
     )
