@@ -29,7 +29,9 @@ SPECS = {
     "1 token": PagedSpec(1, 2048, 768, 128, 8, slots=8, ranks=(40,), base_rows=0.0),
     "3 tokens": PagedSpec(3, 2048, 768, 128, 8, slots=8, ranks=RANKS),
     "8 tokens": PagedSpec(8, 2048, 768, 128, 8, slots=8, ranks=RANKS),
-    "8 tokens of 256 slots": PagedSpec(8, 256, 192, 256, 8, slots=256, ranks=(16, 64), empty_slots=3),
+    # A bank of 256 slots and 256 experts would take minutes to draw.
+    "8 tokens of 256 slots": PagedSpec(8, 256, 192, 9, 8, slots=256, ranks=(16, 64), empty_slots=3),
+    "8 tokens of 256 experts": PagedSpec(8, 256, 192, 256, 8, slots=2, ranks=(16, 64)),
     "7 tokens on one expert": PagedSpec(7, 320, 448, 4, 3, slots=2, routing="one", dtype="float16"),
     "8 base rows": PagedSpec(8, 256, 192, 8, 2, base_rows=1.0),
     "one expert, one slot": PagedSpec(5, 128, 64, 1, 1, slots=1, ranks=(128,)),
